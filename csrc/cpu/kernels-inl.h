@@ -1,0 +1,546 @@
+// Each kernel's body, once. V is a vector type (vec_scalar.h describes the interface), S
+// the element type in memory, T the type of the arithmetic.
+//
+// Only for inclusion by the kernels_<isa>.cpp files. Everything is in an anonymous
+// namespace, and nothing of std:: is used: a function that the linker could share with
+// another file might bring this file's instructions to a processor that lacks them.
+#pragma once
+
+#include "kernels.h"
+#include "vec_scalar.h"
+
+namespace fastquant {
+namespace {
+
+template <class T>
+constexpr T infinity() {
+  return static_cast<T>(__builtin_inf());
+}
+
+template <class T>
+constexpr T largest() {
+  return sizeof(T) == sizeof(float) ? static_cast<T>(0x1.fffffep127) : static_cast<T>(__DBL_MAX__);
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class V>
+typename V::Element lowest_lane(typename V::Reg x) {
+  typename V::Element lanes[V::N];
+  V::store(lanes, x);
+  typename V::Element low = lanes[0];
+  for (int i = 1; i < V::N; ++i) low = lanes[i] < low ? lanes[i] : low;
+  return low;
+}
+
+template <class V>
+typename V::Element highest_lane(typename V::Reg x) {
+  typename V::Element lanes[V::N];
+  V::store(lanes, x);
+  typename V::Element high = lanes[0];
+  for (int i = 1; i < V::N; ++i) high = lanes[i] > high ? lanes[i] : high;
+  return high;
+}
+
+// ---------------------------------------------------------------------------- min/max
+
+template <class V, class S, class T>
+void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
+  constexpr int N = V::N;
+  T lo = infinity<T>();
+  T hi = -infinity<T>();
+  bool nan = false;
+  if (n < N) {
+    using One = Scalar<T>;
+    for (int64_t i = 0; i < n; ++i) {
+      const T e = One::load(x + i);
+      nan |= One::unordered(e, e);
+      lo = One::min(e, lo);
+      hi = One::max(e, hi);
+    }
+  } else {
+    // Four independent chains hide the latency of min and max.
+    auto lo0 = V::set1(lo), lo1 = lo0, lo2 = lo0, lo3 = lo0;
+    auto hi0 = V::set1(hi), hi1 = hi0, hi2 = hi0, hi3 = hi0;
+    auto nans = V::none();
+    int64_t i = 0;
+    for (; i + 4 * N <= n; i += 4 * N) {
+      const auto a = V::load(x + i), b = V::load(x + i + N);
+      const auto c = V::load(x + i + 2 * N), d = V::load(x + i + 3 * N);
+      // min and max drop NaN; one comparison finds it in two vectors.
+      nans = V::either(nans, V::either(V::unordered(a, b), V::unordered(c, d)));
+      lo0 = V::min(a, lo0);
+      hi0 = V::max(a, hi0);
+      lo1 = V::min(b, lo1);
+      hi1 = V::max(b, hi1);
+      lo2 = V::min(c, lo2);
+      hi2 = V::max(c, hi2);
+      lo3 = V::min(d, lo3);
+      hi3 = V::max(d, hi3);
+    }
+    for (; i < n; i += N) {
+      // The last vector may overlap the one before: seen twice, an element changes nothing.
+      const auto a = V::load(x + smaller(i, n - N));
+      nans = V::either(nans, V::unordered(a, a));
+      lo0 = V::min(a, lo0);
+      hi0 = V::max(a, hi0);
+    }
+    lo = lowest_lane<V>(V::min(V::min(lo0, lo1), V::min(lo2, lo3)));
+    hi = highest_lane<V>(V::max(V::max(hi0, hi1), V::max(hi2, hi3)));
+    nan = V::any(nans);
+  }
+  *low = lo;
+  *high = hi;
+  *nonfinite = nan || (n > 0 && !(lo >= -largest<T>() && hi <= largest<T>()));
+}
+
+template <class V, class S, class T>
+void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
+  const auto bound = V::set1(largest<T>()), negative_bound = V::set1(-largest<T>());
+  const auto inf = V::set1(infinity<T>()), negative_inf = V::set1(-infinity<T>());
+  auto lows = inf;
+  auto highs = negative_inf;
+  int64_t finite = 0;
+  int64_t i = 0;
+  for (; i + V::N <= n; i += V::N) {
+    const auto a = V::load(x + i);
+    const auto keep = V::both(V::le(a, bound), V::le(negative_bound, a));
+    finite += __builtin_popcount(V::bits(keep));
+    lows = V::min(V::select(keep, a, inf), lows);
+    highs = V::max(V::select(keep, a, negative_inf), highs);
+  }
+  T lo = lowest_lane<V>(lows);
+  T hi = highest_lane<V>(highs);
+  for (; i < n; ++i) {
+    const T e = Scalar<T>::load(x + i);
+    if (!(e <= largest<T>() && e >= -largest<T>())) continue;
+    ++finite;
+    lo = Scalar<T>::min(e, lo);
+    hi = Scalar<T>::max(e, hi);
+  }
+  *low = lo;
+  *high = hi;
+  *nonfinite = n - finite;
+}
+
+// One strip of columns that the cache holds; rows four at a time, so that low and high are
+// loaded and stored once for four elements read.
+template <class V, class S, class T>
+int64_t minmax_strip(const S* x, int64_t rows, int64_t begin, int64_t end, int64_t row_stride, T* low, T* high,
+                     bool* nan) {
+  int64_t c = begin;
+  for (; c + V::N <= end; c += V::N) {
+    auto lo = V::load(low + c);
+    auto hi = V::load(high + c);
+    auto nans = V::none();
+    const S* p = x + c;
+    for (int64_t r = 0; r < rows; ++r, p += row_stride) {
+      const auto a = V::load(p);
+      nans = V::either(nans, V::unordered(a, a));
+      lo = V::min(a, lo);
+      hi = V::max(a, hi);
+    }
+    V::store(low + c, lo);
+    V::store(high + c, hi);
+    *nan |= V::any(nans);
+  }
+  return c;
+}
+
+template <class V, class S, class T>
+void minmax_columns(const S* x, int64_t rows, int64_t columns, int64_t row_stride, T* low, T* high,
+                    bool* nonfinite) {
+  constexpr int64_t kStrip = 2048;  // low and high of a strip stay in the first-level cache
+  constexpr int64_t kRows = 8;
+  bool nan = false;
+  for (int64_t begin = 0; begin < columns; begin += kStrip) {
+    const int64_t end = smaller(begin + kStrip, columns);
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const S* p = x + r * row_stride;
+      const int64_t count = smaller(kRows, rows - r);
+      const int64_t rest = minmax_strip<V>(p, count, begin, end, row_stride, low, high, &nan);
+      minmax_strip<Scalar<T>>(p, count, rest, end, row_stride, low, high, &nan);
+    }
+  }
+  bool infinite = false;
+  for (int64_t c = 0; rows > 0 && c < columns; ++c) {
+    // Infinities of either sign, unless low and high still say that nothing was seen.
+    const bool seen = low[c] <= high[c];
+    infinite |= seen && !(low[c] >= -largest<T>() && high[c] <= largest<T>());
+  }
+  *nonfinite = nan || infinite;
+}
+
+// -------------------------------------------------------------------------- histogram
+
+// The bin is (x - low) * bins / (high - low), rounded after each operation as torch.histc
+// does, so that counts are torch's to the last element.
+template <class V, class S, class T>
+void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables) {
+  constexpr int kBlock = 64;
+  int32_t index[kBlock];
+  const int64_t stride = histogram_stride(bins);
+  uint32_t* const t0 = counts;
+  uint32_t* const t1 = tables == 4 ? counts + stride : counts;
+  uint32_t* const t2 = tables == 4 ? counts + 2 * stride : counts;
+  uint32_t* const t3 = tables == 4 ? counts + 3 * stride : counts;
+
+  const auto lo = V::set1(low), hi = V::set1(high), width = V::set1(high - low);
+  const auto scale = V::set1(static_cast<T>(bins)), last = V::set1(static_cast<T>(bins - 1));
+  const auto outside = V::set1(static_cast<T>(bins));
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    for (int k = 0; k < kBlock; k += V::N) {
+      const auto a = V::load(x + i + k);
+      const auto inside = V::both(V::le(lo, a), V::le(a, hi));
+      const auto bin = V::min(V::div(V::mul(V::sub(a, lo), scale), width), last);
+      V::store_index(index + k, V::select(inside, bin, outside));
+    }
+    for (int k = 0; k < kBlock; k += 4) {
+      ++t0[index[k]];
+      ++t1[index[k + 1]];
+      ++t2[index[k + 2]];
+      ++t3[index[k + 3]];
+    }
+  }
+  for (; i < n; ++i) {
+    const T e = Scalar<T>::load(x + i);
+    if (!(low <= e && e <= high)) continue;
+    const T bin = Scalar<T>::min((e - low) * static_cast<T>(bins) / (high - low), static_cast<T>(bins - 1));
+    ++t0[static_cast<int32_t>(bin)];
+  }
+}
+
+// A double for 16 lanes: the same sum, in the same order, on every instruction set.
+template <class D>
+double sum_of_floats(const float* x, int64_t n) {
+  constexpr int kLanes = 16;
+  constexpr int kRegs = kLanes / D::N;
+  typename D::Reg sums[kRegs];
+  for (int r = 0; r < kRegs; ++r) sums[r] = D::set1(0.0);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int r = 0; r < kRegs; ++r) sums[r] = D::add(sums[r], D::load(x + i + r * D::N));
+  }
+  double lanes[kLanes];
+  for (int r = 0; r < kRegs; ++r) D::store(lanes + r * D::N, sums[r]);
+  double total = 0;
+  for (int k = 0; k < kLanes; ++k) total += lanes[k];
+  for (; i < n; ++i) total += static_cast<double>(x[i]);
+  return total;
+}
+
+// floor(a / b), exact: the quotient rounded, then put right by the sign of the remainder.
+template <class V>
+typename V::Reg floor_divide(typename V::Reg a, typename V::Reg b, typename V::Reg zero, typename V::Reg one) {
+  const auto quotient = V::floor(V::div(a, b));
+  const auto remainder = V::nmadd(quotient, b, a);
+  const auto lower = V::select(V::lt(remainder, zero), V::sub(quotient, one), quotient);
+  return V::select(V::le(b, remainder), V::add(quotient, one), lower);
+}
+
+struct ErrorTerms {
+  float bin_width, dst_width, half_width, inner_error, levels_less_one;
+  int64_t start_bin;
+};
+
+inline float cube(float x) { return x * x * x; }
+
+// The error of each bin, in the order and precision of torch.ao's
+// HistogramObserver._compute_quantization_error. Values are taken as spread evenly over
+// their bin; the integral of x² from a to b is (b³ - a³) / 3.
+template <class V>
+int64_t error_of_bins(const float* hist, int64_t begin, int64_t end, const ErrorTerms& e, float* out) {
+  const auto zero = V::set1(0.0f), one = V::set1(1.0f), half = V::set1(0.5f), three = V::set1(3.0f);
+  const auto width = V::set1(e.bin_width), dst = V::set1(e.dst_width), half_dst = V::set1(e.half_width);
+  const auto last = V::set1(e.levels_less_one), inner = V::set1(e.inner_error);
+  const auto half_cubed = V::set1(cube(e.half_width));
+  const auto negative_half_cubed = V::set1(cube(-e.half_width));
+  float steps[V::N];
+  for (int k = 0; k < V::N; ++k) steps[k] = static_cast<float>(k);
+  const auto lane = V::load(steps);
+  int64_t i = begin;
+  for (; i + V::N <= end; i += V::N) {
+    const auto index = V::add(V::set1(static_cast<float>(i - e.start_bin)), lane);
+    const auto from = V::mul(index, width);
+    const auto to = V::add(from, width);
+    const auto dst_from = V::min(V::max(floor_divide<V>(from, dst, zero, one), zero), last);
+    const auto dst_to = V::min(V::max(floor_divide<V>(to, dst, zero, one), zero), last);
+    const auto density = V::div(V::load(hist + i), width);
+
+    const auto a = V::sub(from, V::mul(V::add(dst_from, half), dst));
+    const auto first = V::mul(density, V::div(V::sub(half_cubed, V::mul(V::mul(a, a), a)), three));
+
+    const auto between = V::sub(V::sub(dst_to, dst_from), one);
+    const auto middle = V::mul(between, V::mul(density, inner));
+
+    const auto b = V::sub(to, V::add(V::mul(dst_to, dst), half_dst));
+    const auto final = V::mul(density, V::div(V::sub(V::mul(V::mul(b, b), b), negative_half_cubed), three));
+
+    V::store(out + i, V::add(V::add(first, middle), final));
+  }
+  return i;
+}
+
+template <class V, class D>
+double quantization_error(const float* hist, int64_t bins, double bin_width, int64_t start_bin, int64_t end_bin,
+                          double levels, float* scratch) {
+  const double dst_width = bin_width * static_cast<double>(end_bin - start_bin + 1) / levels;
+  if (dst_width == 0.0) return 0.0;
+  ErrorTerms e;
+  e.bin_width = static_cast<float>(bin_width);
+  e.dst_width = static_cast<float>(dst_width);
+  e.half_width = static_cast<float>(dst_width / 2);
+  e.inner_error = (cube(e.half_width) - cube(-e.half_width)) / 3.0f;
+  e.levels_less_one = static_cast<float>(levels - 1);
+  e.start_bin = start_bin;
+  const int64_t rest = error_of_bins<V>(hist, 0, bins, e, scratch);
+  error_of_bins<Scalar<float>>(hist, rest, bins, e, scratch);
+  return sum_of_floats<D>(scratch, bins);
+}
+
+// ---------------------------------------------------------------------- fake-quantize
+
+// Packs bits into 64-bit words, a few at a time. Does nothing where there is no memory to
+// write to.
+class BitWriter {
+ public:
+  explicit BitWriter(uint64_t* words) : words_(words) {}
+
+  void push(uint64_t bits, int count) {
+    if (words_ == nullptr) return;
+    word_ |= bits << fill_;
+    fill_ += count;
+    if (fill_ < 64) return;
+    *words_++ = word_;
+    fill_ -= 64;
+    word_ = fill_ == 0 ? 0 : bits >> (count - fill_);
+  }
+
+  void flush() {
+    if (words_ != nullptr && fill_ > 0) *words_ = word_;
+  }
+
+ private:
+  uint64_t* words_;
+  uint64_t word_ = 0;
+  int fill_ = 0;
+};
+
+template <class V>
+struct Range {
+  typename V::Reg low, high;
+};
+
+// One vector: y, and in *bits which elements were in range. NaN gives quant_min, out of range.
+template <class V>
+typename V::Reg fake_quantize_vector(typename V::Reg x, typename V::Reg scale, typename V::Reg inverse_scale,
+                                     typename V::Reg zero_point, const Range<V>& range, uint64_t* bits) {
+  const auto q = V::add(V::round(V::mul(x, inverse_scale)), zero_point);
+  *bits = V::bits(V::both(V::le(range.low, q), V::le(q, range.high)));
+  const auto clamped = V::min(V::max(q, range.low), range.high);
+  return V::mul(V::sub(clamped, zero_point), scale);
+}
+
+template <class V, class S, class T>
+void fake_quantize_run(const S* x, S* y, int64_t n, T scale, T inverse_scale, T zero_point, T quant_min,
+                       T quant_max, BitWriter* writer) {
+  using One = Scalar<T>;
+  const auto s = V::set1(scale), inv = V::set1(inverse_scale), z = V::set1(zero_point);
+  const Range<V> range = {V::set1(quant_min), V::set1(quant_max)};
+  uint64_t bits = 0;
+  int64_t i = 0;
+  constexpr int kGroup = V::N < 16 ? 16 : V::N;  // one push for a group of vectors
+  for (; i + kGroup <= n; i += kGroup) {
+    uint64_t group = 0;
+    for (int k = 0; k < kGroup; k += V::N) {
+      V::store(y + i + k, fake_quantize_vector<V>(V::load(x + i + k), s, inv, z, range, &bits));
+      group |= bits << k;
+    }
+    writer->push(group, kGroup);
+  }
+  const Range<One> one = {quant_min, quant_max};
+  for (; i < n; ++i) {
+    One::store(y + i, fake_quantize_vector<One>(One::load(x + i), scale, inverse_scale, zero_point, one, &bits));
+    writer->push(bits, 1);
+  }
+}
+
+// Float zero points, and ranges whose integers float cannot tell apart: integers as int64,
+// the product in double, as torch does.
+template <class S, class T>
+void fake_quantize_exact(const S* x, S* y, int64_t i, T scale, T inverse_scale, T zero_point,
+                         const QuantParams<T>& p, BitWriter* writer) {
+  using One = Scalar<T>;
+  const T t = One::load(x + i) * inverse_scale;
+  const T rounded = p.float_zero_point ? One::round(t + zero_point) : One::round(t) + zero_point;
+  const T bound = static_cast<T>(0x1p62);
+  int64_t q = rounded < bound ? (rounded > -bound ? static_cast<int64_t>(rounded) : -(int64_t{1} << 62))
+              : rounded >= bound ? int64_t{1} << 62
+                                 : -(int64_t{1} << 62);
+  writer->push(q >= p.quant_min && q <= p.quant_max, 1);
+  q = q < p.quant_min ? p.quant_min : q;
+  q = q > p.quant_max ? p.quant_max : q;
+  const double value = (static_cast<double>(q) - static_cast<double>(zero_point)) * static_cast<double>(scale);
+  One::store(y + i, static_cast<T>(value));
+}
+
+template <class T>
+bool needs_exact(const QuantParams<T>& p) {
+  constexpr int64_t kExactIntegers = sizeof(T) == sizeof(float) ? int64_t{1} << 22 : int64_t{1} << 51;
+  return p.float_zero_point || p.quant_min < -kExactIntegers || p.quant_max > kExactIntegers;
+}
+
+template <class V, class S, class T>
+void fake_quantize_rows(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t end, const QuantParams<T>& p) {
+  BitWriter writer(mask == nullptr ? nullptr : mask + begin / 64);
+  const bool exact = needs_exact(p);
+  const T quant_min = static_cast<T>(p.quant_min), quant_max = static_cast<T>(p.quant_max);
+  int64_t row = begin / p.inner;
+  int64_t channel = row % p.channels;
+  for (int64_t i = begin; i < end;) {
+    const int64_t stop = smaller(end, (row + 1) * p.inner);
+    const T scale = p.scale[channel], inverse = p.inverse_scale[channel], zero_point = p.zero_point[channel];
+    if (exact) {
+      for (; i < stop; ++i) fake_quantize_exact(x, y, i, scale, inverse, zero_point, p, &writer);
+    } else {
+      fake_quantize_run<V>(x + i, y + i, stop - i, scale, inverse, zero_point, quant_min, quant_max, &writer);
+      i = stop;
+    }
+    ++row;
+    channel = channel + 1 == p.channels ? 0 : channel + 1;
+  }
+  writer.flush();
+}
+
+template <class V, class S, class T>
+void fake_quantize_periodic(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t end,
+                            const QuantParams<T>& p) {
+  BitWriter writer(mask == nullptr ? nullptr : mask + begin / 64);
+  int64_t phase = begin % p.period;
+  int64_t i = begin;
+  uint64_t bits = 0;
+  if (!needs_exact(p)) {
+    const Range<V> range = {V::set1(static_cast<T>(p.quant_min)), V::set1(static_cast<T>(p.quant_max))};
+    for (; i + V::N <= end; i += V::N) {
+      const auto q = fake_quantize_vector<V>(V::load(x + i), V::load(p.scale + phase),
+                                             V::load(p.inverse_scale + phase), V::load(p.zero_point + phase),
+                                             range, &bits);
+      V::store(y + i, q);
+      writer.push(bits, V::N);
+      phase += V::N;
+      if (phase >= p.period) phase -= p.period;
+    }
+    using One = Scalar<T>;
+    const Range<One> one = {static_cast<T>(p.quant_min), static_cast<T>(p.quant_max)};
+    for (; i < end; ++i, ++phase) {
+      const T q = fake_quantize_vector<One>(One::load(x + i), p.scale[phase], p.inverse_scale[phase],
+                                            p.zero_point[phase], one, &bits);
+      One::store(y + i, q);
+      writer.push(bits, 1);
+    }
+  }
+  for (; i < end; ++i) {
+    fake_quantize_exact(x, y, i, p.scale[phase], p.inverse_scale[phase], p.zero_point[phase], p, &writer);
+    phase = phase + 1 == p.period ? 0 : phase + 1;
+  }
+  writer.flush();
+}
+
+template <class V, class S, class T>
+void mask_gradient(const S* grad, const uint64_t* mask, S* out, int64_t begin, int64_t end) {
+  // A product, not a selection: the sign of zero, and NaN, come out as torch's.
+  const auto zero = V::set1(T{0}), one = V::set1(T{1});
+  int64_t i = begin;
+  for (; i + 64 <= end; i += 64) {
+    uint64_t word = mask[i / 64];
+    for (int k = 0; k < 64; k += V::N) {
+      const auto keep = V::select(V::from_bits(static_cast<uint32_t>(word >> k)), one, zero);
+      V::store(out + i + k, V::mul(V::load(grad + i + k), keep));
+    }
+  }
+  for (; i < end; ++i) {
+    const T keep = static_cast<T>((mask[i / 64] >> (i % 64)) & 1u);
+    Scalar<T>::store(out + i, Scalar<T>::load(grad + i) * keep);
+  }
+}
+
+// LSQ, https://openreview.net/pdf?id=rkgO66VKDS: inside the range the scale's gradient is
+// (x̂ - x) / scale, outside it is the bound less the zero point; the zero point's is -scale
+// outside and nothing inside.
+template <class V, class S, class T>
+int64_t learnable_backward_run(const S* grad, const S* x, S* grad_x, int64_t begin, int64_t n, T scale,
+                               T zero_point, T quant_min, T quant_max, T grad_factor, LearnableSums* sums) {
+  constexpr int64_t kBlock = 1024;  // short enough for sums in T
+  const auto zero = V::set1(T{0}), s = V::set1(scale), inv = V::set1(T{1} / scale), z = V::set1(zero_point);
+  const auto low = V::set1(quant_min), high = V::set1(quant_max), factor = V::set1(grad_factor);
+  const auto below = V::set1(quant_min - zero_point), above = V::set1(quant_max - zero_point);
+  const auto outside_zero_point = V::set1(-scale);
+  int64_t i = begin;
+  while (i + V::N <= n) {
+    auto scale_sum = zero, zero_point_sum = zero;
+    const int64_t stop = smaller(n, i + kBlock);
+    for (; i + V::N <= stop; i += V::N) {
+      const auto g = V::load(grad + i), a = V::load(x + i);
+      const auto q = V::add(V::round(V::mul(a, inv)), z);
+      const auto small = V::lt(q, low);
+      const auto inside = V::both(V::le(low, q), V::le(q, high));
+      V::store(grad_x + i, V::select(inside, g, V::mul(g, zero)));
+      const auto error = V::mul(V::sub(V::mul(V::sub(q, z), s), a), inv);
+      const auto slope = V::select(inside, error, V::select(small, below, above));
+      scale_sum = V::add(scale_sum, V::mul(V::mul(g, slope), factor));
+      const auto shift = V::select(inside, zero, outside_zero_point);
+      zero_point_sum = V::add(zero_point_sum, V::mul(V::mul(g, shift), factor));
+    }
+    T lanes[V::N];
+    V::store(lanes, scale_sum);
+    for (int k = 0; k < V::N; ++k) sums->scale += static_cast<double>(lanes[k]);
+    V::store(lanes, zero_point_sum);
+    for (int k = 0; k < V::N; ++k) sums->zero_point += static_cast<double>(lanes[k]);
+    if (stop - i < V::N && stop == n) break;
+  }
+  return i;
+}
+
+template <class V, class S, class T>
+LearnableSums learnable_backward(const S* grad, const S* x, S* grad_x, int64_t n, T scale, T zero_point,
+                                 T quant_min, T quant_max, T grad_factor) {
+  LearnableSums sums = {0, 0};
+  const int64_t rest = learnable_backward_run<V>(grad, x, grad_x, 0, n, scale, zero_point, quant_min, quant_max,
+                                                 grad_factor, &sums);
+  learnable_backward_run<Scalar<T>>(grad, x, grad_x, rest, n, scale, zero_point, quant_min, quant_max,
+                                    grad_factor, &sums);
+  return sums;
+}
+
+// ------------------------------------------------------------------------------ table
+
+template <class V, class S>
+constexpr KernelsFor<S, typename V::Element> kernels_for() {
+  using T = typename V::Element;
+  return {
+      minmax<V, S, T>,
+      minmax_finite<V, S, T>,
+      minmax_columns<V, S, T>,
+      histogram<V, S, T>,
+      fake_quantize_rows<V, S, T>,
+      fake_quantize_periodic<V, S, T>,
+      mask_gradient<V, S, T>,
+      learnable_backward<V, S, T>,
+  };
+}
+
+template <template <class> class V>
+constexpr Kernels kernel_table(const char* isa) {
+  return {
+      isa,
+      kernels_for<V<float>, float>(),
+      kernels_for<V<double>, double>(),
+      kernels_for<V<float>, Half>(),
+      kernels_for<V<float>, BFloat16>(),
+      quantization_error<V<float>, V<double>>,
+  };
+}
+
+}  // namespace
+}  // namespace fastquant

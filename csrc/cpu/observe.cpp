@@ -1,0 +1,445 @@
+// Min/max and histogram statistics: observe_minmax_, observe_histogram_.
+#include "observe.h"
+
+namespace fastquant {
+namespace {
+
+// ---------------------------------------------------------------------------- min/max
+
+// One tensor's extremes, one entry a channel; low > high where a channel had nothing.
+template <class T>
+struct Extremes {
+  explicit Extremes(int64_t channels)
+      : low(channels, std::numeric_limits<T>::infinity()), high(channels, -std::numeric_limits<T>::infinity()) {}
+
+  void fold(int64_t channel, T lo, T hi) {
+    low[channel] = std::min(low[channel], lo);
+    high[channel] = std::max(high[channel], hi);
+  }
+
+  std::vector<T> low, high;
+};
+
+// Rows at least this long are walked one by one; shorter ones as columns.
+constexpr int64_t kShortRow = 32;
+
+// f(channel, begin, end) for each stretch of [begin, end) that lies in one channel.
+template <class F>
+void for_segments(const Dense& d, int64_t begin, int64_t end, const F& f) {
+  int64_t row = begin / d.inner;
+  int64_t channel = row % d.channels;
+  for (int64_t i = begin; i < end;) {
+    const int64_t stop = std::min(end, (row + 1) * d.inner);
+    f(channel, i, stop);
+    i = stop;
+    ++row;
+    channel = channel + 1 == d.channels ? 0 : channel + 1;
+  }
+}
+
+template <class S, class T>
+bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
+  const auto minmax = kernels_of(S{}).minmax;
+  const int64_t n = d.numel();
+  const int64_t pieces = piece_count(n);
+  std::vector<Extremes<T>> partial(pieces, Extremes<T>(d.channels));
+  std::vector<char> nonfinite(pieces, 0);
+  for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
+    for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
+      T lo, hi;
+      bool odd;
+      minmax(x + from, to - from, &lo, &hi, &odd);
+      partial[piece].fold(channel, lo, hi);
+      nonfinite[piece] |= odd;
+    });
+  });
+  for (const auto& p : partial) {
+    for (int64_t c = 0; c < d.channels; ++c) result->fold(c, p.low[c], p.high[c]);
+  }
+  return std::any_of(nonfinite.begin(), nonfinite.end(), [](char odd) { return odd != 0; });
+}
+
+// Short rows: every position of [channels, inner] is a column of its own, and where those
+// are few, several outer steps are laid side by side to fill the vectors.
+template <class S, class T>
+bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
+  const auto minmax_columns = kernels_of(S{}).minmax_columns;
+  constexpr int64_t kWidth = 64;
+  const int64_t width = d.channels * d.inner;
+  const int64_t repeat = std::max<int64_t>(1, std::min(d.outer, kWidth / width));
+  const int64_t columns = width * repeat;
+  const int64_t rows = d.outer / repeat;
+  const int64_t pieces = std::min(piece_count(d.numel()), std::max<int64_t>(rows, 1));
+  std::vector<Extremes<T>> partial(pieces, Extremes<T>(columns));
+  std::vector<char> nonfinite(pieces, 0);
+  for_pieces(rows, pieces, 1, [&](int64_t piece, int64_t begin, int64_t end) {
+    bool odd = false;
+    auto& p = partial[piece];
+    minmax_columns(x + begin * columns, end - begin, columns, columns, p.low.data(), p.high.data(), &odd);
+    nonfinite[piece] = odd;
+  });
+  bool odd = false;
+  auto& first = partial[0];
+  minmax_columns(x + rows * columns, 1, (d.outer - rows * repeat) * width, columns, first.low.data(),
+                 first.high.data(), &odd);
+  for (const auto& p : partial) {
+    for (int64_t v = 0; v < columns; ++v) result->fold(v % width / d.inner, p.low[v], p.high[v]);
+  }
+  return odd || std::any_of(nonfinite.begin(), nonfinite.end(), [](char o) { return o != 0; });
+}
+
+template <class S, class T>
+bool extremes(const S* x, const Dense& d, Extremes<T>* result) {
+  return d.outer == 1 || d.inner >= kShortRow ? extremes_of_rows(x, d, result)
+                                              : extremes_of_columns(x, d, result);
+}
+
+// Called only where a tensor holds NaN or infinities. Returns how many.
+template <class S, class T>
+int64_t finite_extremes(const S* x, const Dense& d, Extremes<T>* result) {
+  const auto minmax_finite = kernels_of(S{}).minmax_finite;
+  const int64_t n = d.numel();
+  const int64_t pieces = piece_count(n);
+  std::vector<Extremes<T>> partial(pieces, Extremes<T>(d.channels));
+  std::vector<int64_t> counts(pieces, 0);
+  for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
+    for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
+      T lo, hi;
+      int64_t count;
+      minmax_finite(x + from, to - from, &lo, &hi, &count);
+      partial[piece].fold(channel, lo, hi);
+      counts[piece] += count;
+    });
+  });
+  for (const auto& p : partial) {
+    for (int64_t c = 0; c < d.channels; ++c) result->fold(c, p.low[c], p.high[c]);
+  }
+  int64_t total = 0;
+  for (int64_t count : counts) total += count;
+  return total;
+}
+
+// torch's arithmetic: a NaN makes its channel's extremes NaN.
+template <class S, class T>
+void propagate_nan(const S* x, const Dense& d, Extremes<T>* result) {
+  for_segments(d, 0, d.numel(), [&](int64_t channel, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      if (std::isnan(to_compute(x[i]))) {
+        result->low[channel] = result->high[channel] = std::numeric_limits<T>::quiet_NaN();
+        return;
+      }
+    }
+  });
+}
+
+// Extremes under the policy; *left_out is how many elements took no part. Raises under
+// NonFinite::raise.
+template <class S, class T>
+Extremes<T> observed_extremes(const S* x, const Dense& d, NonFinite policy, int64_t* left_out) {
+  Extremes<T> result(d.channels);
+  *left_out = 0;
+  if (!extremes(x, d, &result)) return result;
+  if (policy == NonFinite::propagate) {
+    propagate_nan(x, d, &result);
+    return result;
+  }
+  Extremes<T> finite(d.channels);
+  *left_out = finite_extremes(x, d, &finite);
+  STD_TORCH_CHECK(policy != NonFinite::raise, "fastquant: x holds ", *left_out, " non-finite elements");
+  return finite;
+}
+
+template <class B>
+B least(B a, B b) {
+  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<B>::quiet_NaN() : std::min(a, b);
+}
+
+template <class B>
+B greatest(B a, B b) {
+  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<B>::quiet_NaN() : std::max(a, b);
+}
+
+// Folds a tensor's extremes into the buffers, in the buffers' precision B.
+template <class B, class T>
+void update_buffers(const Extremes<T>& current, std::optional<double> averaging_constant, Tensor& min_val,
+                    Tensor& max_val) {
+  const ScalarType low_type = min_val.scalar_type(), high_type = max_val.scalar_type();
+  const int64_t channels = static_cast<int64_t>(current.low.size());
+  for (int64_t c = 0; c < channels; ++c) {
+    if (current.low[c] > current.high[c]) continue;
+    const B low = rounded_to(low_type, static_cast<B>(current.low[c]));
+    const B high = rounded_to(high_type, static_cast<B>(current.high[c]));
+    const B old_low = read_element<B>(min_val, c), old_high = read_element<B>(max_val, c);
+    B new_low, new_high;
+    if (!averaging_constant.has_value()) {
+      new_low = least(low, old_low);
+      new_high = greatest(high, old_high);
+    } else if (old_low == std::numeric_limits<B>::infinity() && old_high == -std::numeric_limits<B>::infinity()) {
+      new_low = low;
+      new_high = high;
+    } else {
+      const B constant = static_cast<B>(*averaging_constant);
+      new_low = old_low + constant * (low - old_low);
+      new_high = old_high + constant * (high - old_high);
+    }
+    write_element(min_val, c, new_low);
+    write_element(max_val, c, new_high);
+  }
+}
+
+void add_nonfinite(Tensor& nonfinite_count, int64_t left_out) {
+  if (left_out > 0) write_element(nonfinite_count, 0, read_element<int64_t>(nonfinite_count, 0) + left_out);
+}
+
+// -------------------------------------------------------------------------- histogram
+
+struct HistogramRange {
+  double low, high;
+};
+
+// torch.histc widens an empty range by one on each side.
+template <class T>
+HistogramRange counting_range(double low, double high) {
+  T lo = static_cast<T>(low), hi = static_cast<T>(high);
+  if (lo == hi) {
+    lo = lo - T{1};
+    hi = hi + T{1};
+  }
+  return {static_cast<double>(lo), static_cast<double>(hi)};
+}
+
+template <class T>
+bool arithmetic_fits(const HistogramRange& r, int64_t bins) {
+  const T span = (static_cast<T>(r.high) - static_cast<T>(r.low)) * static_cast<T>(bins);
+  return std::isfinite(span);
+}
+
+// Ranges too wide for the arithmetic of x's type, and those that no widening opens.
+template <class S>
+void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, std::vector<int64_t>* counts) {
+  const double half_span = r.high / 2 - r.low / 2;
+  for (int64_t i = 0; i < n; ++i) {
+    const double e = static_cast<double>(to_compute(x[i]));
+    if (!(r.low <= e && e <= r.high)) continue;
+    const double position = half_span > 0 ? (e / 2 - r.low / 2) / half_span : 0.5;
+    ++(*counts)[std::min(static_cast<int64_t>(position * static_cast<double>(bins)), bins - 1)];
+  }
+}
+
+template <class S>
+std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, int64_t bins) {
+  using T = Compute<S>;
+  std::vector<int64_t> counts(bins, 0);
+  if (!(r.low < r.high) || !arithmetic_fits<T>(r, bins)) {
+    count_wide(x, n, r, bins, &counts);
+    return counts;
+  }
+  const auto histogram = kernels_of(S{}).histogram;
+  constexpr int64_t kSmall = 4096;               // below it, summing four tables costs more than it saves
+  constexpr int64_t kCounterMax = int64_t{1} << 31;  // elements that cannot overflow a counter
+  const int64_t stride = histogram_stride(bins);
+  const int64_t pieces = piece_count(n);
+  std::vector<std::vector<int64_t>> partial(pieces > 1 ? pieces : 0, std::vector<int64_t>(bins, 0));
+  for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
+    std::vector<int64_t>& mine = pieces > 1 ? partial[piece] : counts;
+    for (int64_t i = begin; i < end; i += kCounterMax) {
+      const int64_t length = std::min(kCounterMax, end - i);
+      const int tables = length < kSmall ? 1 : 4;
+      std::vector<uint32_t> scratch(stride * tables, 0);
+      histogram(x + i, length, static_cast<T>(r.low), static_cast<T>(r.high), bins, scratch.data(), tables);
+      for (int t = 0; t < tables; ++t) {
+        for (int64_t b = 0; b < bins; ++b) mine[b] += scratch[t * stride + b];
+      }
+    }
+  });
+  for (const auto& p : partial) {
+    for (int64_t b = 0; b < bins; ++b) counts[b] += p[b];
+  }
+  return counts;
+}
+
+// Element k of torch.linspace(start, end, count).
+template <class B>
+B linspace(B start, B end, int64_t count, int64_t k) {
+  const B step = (end - start) / static_cast<B>(count - 1);
+  return k < count / 2 ? start + step * static_cast<B>(k) : end - step * static_cast<B>(count - k - 1);
+}
+
+// The old histogram on the new range: each bin is cut into upsample_rate parts, and each
+// part goes whole to the new bin that holds its middle. Memory: nothing but the result.
+template <class B>
+std::vector<double> resample(const Tensor& histogram, const HistogramRange& from, const HistogramRange& to,
+                             int64_t upsample_rate) {
+  const int64_t bins = histogram.numel();
+  const int64_t parts = bins * upsample_rate;
+  const B from_low = static_cast<B>(from.low), from_high = static_cast<B>(from.high);
+  const B part_width = (from_high - from_low) / static_cast<B>(parts);
+  const B half_part = static_cast<B>(0.5) * part_width;
+  const auto middle = [&](int64_t k) { return linspace(from_low, from_high, parts + 1, k) + half_part; };
+
+  std::vector<double> result(bins, 0.0);
+  int64_t first = 0;  // the first part of the new bin
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    int64_t last = parts;
+    if (bin + 1 < bins) {
+      const B edge = linspace(static_cast<B>(to.low), static_cast<B>(to.high), bins + 1, bin + 1);
+      // Where the edge should fall, and from there the few steps that rounding may ask for;
+      // by halves where the estimate is no use.
+      const B guess = (edge - from_low) / part_width;
+      last = guess > 0 && guess < static_cast<B>(parts) ? static_cast<int64_t>(guess) : (guess > 0 ? parts : 0);
+      last = std::max(last, first);
+      for (int steps = 0;; ++steps) {
+        if (steps == 8) {
+          int64_t low = first, high = parts;
+          while (low < high) {
+            const int64_t mid = low + (high - low) / 2;
+            if (middle(mid) < edge) {
+              low = mid + 1;
+            } else {
+              high = mid;
+            }
+          }
+          last = low;
+          break;
+        }
+        if (last > first && middle(last - 1) >= edge) {
+          --last;
+        } else if (last < parts && middle(last) < edge) {
+          ++last;
+        } else {
+          break;
+        }
+      }
+    }
+    for (int64_t part = first; part < last;) {
+      const int64_t old_bin = part / upsample_rate;
+      const int64_t stop = std::min(last, (old_bin + 1) * upsample_rate);
+      const double weight = read_element<double>(histogram, old_bin) / static_cast<double>(upsample_rate);
+      result[bin] += weight * static_cast<double>(stop - part);
+      part = stop;
+    }
+    first = last;
+  }
+  return result;
+}
+
+std::vector<double> moved_histogram(const Tensor& histogram, const HistogramRange& from, const HistogramRange& to,
+                                    int64_t upsample_rate) {
+  const int64_t bins = histogram.numel();
+  if (from.low == from.high) {
+    // Everything seen so far was one value.
+    double total = 0;
+    for (int64_t b = 0; b < bins; ++b) total += read_element<double>(histogram, b);
+    const HistogramRange range = counting_range<double>(to.low, to.high);
+    std::vector<int64_t> where(bins, 0);
+    const float value = static_cast<float>(from.low);
+    if (arithmetic_fits<float>(range, bins)) {
+      where = count_bins(&value, 1, range, bins);
+    } else {
+      count_wide(&value, 1, range, bins, &where);
+    }
+    std::vector<double> result(bins);
+    for (int64_t b = 0; b < bins; ++b) result[b] = total * static_cast<double>(where[b]);
+    return result;
+  }
+  const bool wide = is_double(histogram) || !arithmetic_fits<float>(to, bins);
+  return wide ? resample<double>(histogram, from, to, upsample_rate)
+              : resample<float>(histogram, from, to, upsample_rate);
+}
+
+template <class S>
+void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor& min_val, Tensor& max_val,
+                          Tensor& nonfinite_count, int64_t upsample_rate, NonFinite policy) {
+  using T = Compute<S>;
+  int64_t left_out = 0;
+  // Infinities never enter a histogram, whatever the policy; NaN raises where torch's would.
+  Extremes<T> range(1);
+  bool nonfinite = extremes(x, d, &range);
+  if (nonfinite) {
+    if (policy == NonFinite::propagate) {
+      propagate_nan(x, d, &range);
+      STD_TORCH_CHECK(!std::isnan(range.low[0]), "fastquant: x holds NaN, which has no place in a histogram");
+    }
+    range = Extremes<T>(1);
+    left_out = finite_extremes(x, d, &range);
+    STD_TORCH_CHECK(policy != NonFinite::raise, "fastquant: x holds ", left_out, " non-finite elements");
+  }
+  if (range.low[0] <= range.high[0]) {
+    const int64_t bins = histogram.numel();
+    const HistogramRange old = {read_element<double>(min_val, 0), read_element<double>(max_val, 0)};
+    const bool first = old.low == std::numeric_limits<double>::infinity() ||
+                       old.high == -std::numeric_limits<double>::infinity();
+    const HistogramRange seen = {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])};
+    const HistogramRange now =
+        first ? seen : HistogramRange{std::min(old.low, seen.low), std::max(old.high, seen.high)};
+    const bool grown = now.low != old.low || now.high != old.high;
+    const auto counts = count_bins(x, d.numel(), counting_range<T>(now.low, now.high), bins);
+    if (first || !grown) {
+      for (int64_t b = 0; b < bins; ++b) {
+        const double kept = first ? 0.0 : read_element<double>(histogram, b);
+        write_element(histogram, b, kept + static_cast<double>(counts[b]));
+      }
+    } else {
+      const auto moved = moved_histogram(histogram, old, now, upsample_rate);
+      for (int64_t b = 0; b < bins; ++b) write_element(histogram, b, moved[b] + static_cast<double>(counts[b]));
+    }
+    write_element(min_val, 0, now.low);
+    write_element(max_val, 0, now.high);
+  }
+  if (policy == NonFinite::ignore) add_nonfinite(nonfinite_count, left_out);
+}
+
+// -------------------------------------------------------------------------------- ops
+
+void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
+                        int64_t upsample_rate, int64_t nonfinite) {
+  check_buffer(histogram, histogram.numel(), "histogram");
+  check_buffer(min_val, 1, "min_val");
+  check_buffer(max_val, 1, "max_val");
+  check_buffer(nonfinite_count, 1, "nonfinite_count");
+  STD_TORCH_CHECK(histogram.numel() > 0 && upsample_rate > 0, "fastquant: histogram needs bins");
+  const Dense d = dense(x, std::nullopt);
+  with_stored_type(x.scalar_type(), [&](auto stored) {
+    using S = decltype(stored);
+    if (d.numel() == 0) return;
+    observe_histogram_of(static_cast<const S*>(d.tensor.const_data_ptr()), d, histogram, min_val, max_val,
+                         nonfinite_count, upsample_rate, static_cast<NonFinite>(nonfinite));
+  });
+}
+
+void observe_minmax_(const Tensor x, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
+                     std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                     int64_t nonfinite) {
+  observe_minmax(x, min_val, max_val, nonfinite_count, ch_axis, averaging_constant, nonfinite);
+}
+
+}  // namespace
+
+void observe_minmax(const Tensor& x, Tensor& min_val, Tensor& max_val, Tensor& nonfinite_count,
+                    std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t nonfinite) {
+  const Dense d = dense(x, ch_axis);
+  with_stored_type(x.scalar_type(), [&](auto stored) {
+    using S = decltype(stored);
+    if (d.numel() == 0) return;
+    check_buffer(min_val, d.channels, "min_val");
+    check_buffer(max_val, d.channels, "max_val");
+    check_buffer(nonfinite_count, 1, "nonfinite_count");
+    const S* data = static_cast<const S*>(d.tensor.const_data_ptr());
+    int64_t left_out;
+    const auto current =
+        observed_extremes<S, Compute<S>>(data, d, static_cast<NonFinite>(nonfinite), &left_out);
+    if (is_double(min_val)) {
+      update_buffers<double>(current, averaging_constant, min_val, max_val);
+    } else {
+      update_buffers<float>(current, averaging_constant, min_val, max_val);
+    }
+    add_nonfinite(nonfinite_count, left_out);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
+  m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
+  m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
+}
+
+}  // namespace fastquant

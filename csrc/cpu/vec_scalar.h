@@ -1,0 +1,68 @@
+// One element at a time: the portable table, and every other table's left-over elements.
+//
+// Every vector type has this interface. min and max return their second argument when
+// either is a NaN, so `acc = min(x, acc)` leaves NaN out.
+#pragma once
+
+#include "numbers.h"
+
+namespace fastquant {
+namespace {
+
+template <class T>
+struct Scalar {
+  static constexpr int N = 1;
+  using Element = T;
+  using Reg = T;
+  using Mask = bool;
+
+  static Reg set1(T x) { return x; }
+  template <class Stored>
+  static Reg load(const Stored* p) {
+    return static_cast<T>(to_compute(*p));
+  }
+  template <class Stored>
+  static void store(Stored* p, Reg x) {
+    from_compute(p, x);
+  }
+  // Truncates towards zero.
+  static void store_index(int32_t* p, Reg x) { *p = static_cast<int32_t>(x); }
+
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  // c - a * b, rounded once, for a * b that fits twice the precision of float.
+  static float nmadd(float a, float b, float c) {
+    return static_cast<float>(static_cast<double>(c) - static_cast<double>(a) * static_cast<double>(b));
+  }
+
+  // To nearest, ties to even. Adding and taking away 1.5 * 2^(digits) leaves an integer;
+  // nearbyint is a library call on a baseline processor.
+  static float round(float x) {
+    return x < 0x1p22f && x > -0x1p22f ? (x + 0x1.8p23f) - 0x1.8p23f : x;
+  }
+  static double round(double x) {
+    return x < 0x1p51 && x > -0x1p51 ? (x + 0x1.8p52) - 0x1.8p52 : x;
+  }
+  static Reg floor(Reg x) {
+    const Reg nearest = round(x);
+    return nearest > x ? nearest - 1 : nearest;
+  }
+
+  static Mask lt(Reg a, Reg b) { return a < b; }
+  static Mask le(Reg a, Reg b) { return a <= b; }
+  static Mask unordered(Reg a, Reg b) { return a != a || b != b; }
+  static Mask both(Mask a, Mask b) { return a && b; }
+  static Mask either(Mask a, Mask b) { return a || b; }
+  static Mask none() { return false; }
+  static bool any(Mask m) { return m; }
+  static uint32_t bits(Mask m) { return m; }
+  static Mask from_bits(uint32_t bits) { return (bits & 1u) != 0; }
+  static Reg select(Mask m, Reg yes, Reg no) { return m ? yes : no; }
+};
+
+}  // namespace
+}  // namespace fastquant

@@ -1,0 +1,54 @@
+// Every op's schema, and nothing else. Semantics: docs/architecture.md.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastquant, m) {
+  // Observe: statistics are updated in place, where they lie.
+  m.def(
+      "observe_minmax_(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) nonfinite_count, "
+      "int? ch_axis, float? averaging_constant, int nonfinite) -> ()");
+  m.def(
+      "observe_histogram_(Tensor x, Tensor(a!) histogram, Tensor(b!) min_val, Tensor(c!) max_val, "
+      "Tensor(d!) nonfinite_count, int upsample_rate, int nonfinite) -> ()");
+  m.def(
+      "observe_qparams_(Tensor x, Tensor observer_enabled, Tensor(a!) min_val, Tensor(b!) max_val, "
+      "Tensor(c!) scale, Tensor(d!) zero_point, Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, "
+      "float? averaging_constant, int quant_min, int quant_max, int scheme, int symmetric_zero_point, "
+      "int nonfinite) -> ()");
+
+  // From statistics to quantization parameters.
+  m.def(
+      "search_histogram_range(Tensor histogram, Tensor min_val, Tensor max_val, int dst_nbins) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "choose_qparams(Tensor min_val, Tensor max_val, Tensor eps, int quant_min, int quant_max, int scheme, "
+      "int symmetric_zero_point) -> (Tensor, Tensor)");
+
+  // Fake-quantize.
+  m.def(
+      "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor? enabled, int? ch_axis, int quant_min, "
+      "int quant_max) -> Tensor");
+  m.def(
+      "fake_quantize_with_mask(Tensor x, Tensor scale, Tensor zero_point, Tensor? enabled, int? ch_axis, "
+      "int quant_min, int quant_max) -> (Tensor, Tensor)");
+  m.def("fake_quantize_backward(Tensor grad, Tensor mask) -> Tensor");
+
+  // Both in one call.
+  m.def(
+      "fused_observe_fake_quantize(Tensor x, Tensor observer_enabled, Tensor fake_quant_enabled, "
+      "Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
+      "Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, float? averaging_constant, int quant_min, "
+      "int quant_max, int scheme, int symmetric_zero_point, int nonfinite) -> Tensor");
+  m.def(
+      "fused_observe_fake_quantize_with_mask(Tensor x, Tensor observer_enabled, Tensor fake_quant_enabled, "
+      "Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
+      "Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, float? averaging_constant, int quant_min, "
+      "int quant_max, int scheme, int symmetric_zero_point, int nonfinite) -> (Tensor, Tensor)");
+
+  // Learnable scale and zero point (LSQ).
+  m.def(
+      "learnable_fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int? ch_axis, int quant_min, "
+      "int quant_max, float grad_factor) -> Tensor");
+  m.def(
+      "learnable_fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? ch_axis, "
+      "int quant_min, int quant_max, float grad_factor) -> (Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,50 @@
+// The importable module fastquant._C. Importing it registers the ops; its functions tell
+// which instruction set the CPU kernels use.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+PyObject* names(const char* (*nth)(int)) {
+  PyObject* list = PyList_New(0);
+  for (int i = 0; list != nullptr && nth(i) != nullptr; ++i) {
+    PyObject* name = PyUnicode_FromString(nth(i));
+    if (name == nullptr || PyList_Append(list, name) != 0) Py_CLEAR(list);
+    Py_XDECREF(name);
+  }
+  return list;
+}
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastquant::isa()); }
+
+PyObject* isas(PyObject*, PyObject*) { return names(fastquant::usable_isa); }
+
+PyObject* built_isas(PyObject*, PyObject*) { return names(fastquant::built_isa); }
+
+PyObject* set_isa(PyObject*, PyObject* arg) {
+  const char* name = PyUnicode_Check(arg) ? PyUnicode_AsUTF8AndSize(arg, nullptr) : "";
+  if (name == nullptr) return nullptr;
+  if (!fastquant::set_isa(name)) {
+    return PyErr_Format(PyExc_ValueError, "no usable kernels for isa %R; isas() lists them", arg);
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "isa() -> str\n\nInstruction set of the CPU kernels in use."},
+    {"isas", isas, METH_NOARGS,
+     "isas() -> list[str]\n\nInstruction sets that were built and that this processor runs, best first."},
+    {"built_isas", built_isas, METH_NOARGS,
+     "built_isas() -> list[str]\n\nInstruction sets that were built, best first."},
+    {"set_isa", set_isa, METH_O,
+     "set_isa(name)\n\nUse the kernels of this instruction set from now on, in every thread."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
