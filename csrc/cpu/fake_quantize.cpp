@@ -23,44 +23,63 @@ class ParamArrays {
     params_.inner = std::max<int64_t>(d.inner, 1);
     const ScalarType type = zero_point.scalar_type();
     params_.float_zero_point = type != ScalarType::Int && type != ScalarType::Long;
+    params_.exact = params_.float_zero_point;
+    scale_ = read_values<T>(scale);
+    zero_point_ = read_values<T>(zero_point);
+    for (size_t c = 0; c < scale_.size(); ++c) {
+      // The reciprocal is taken in the scale's own precision, as torch does.
+      inverse_scale_.push_back(is_double(scale) ? static_cast<T>(1.0 / static_cast<double>(scale_[c]))
+                                                : static_cast<T>(1.0f / static_cast<float>(scale_[c])));
+      low_.push_back(static_cast<T>(quant_min) - zero_point_[c]);
+      high_.push_back(static_cast<T>(quant_max) - zero_point_[c]);
+      // Half a step outside still rounds into the range if the bound is even.
+      low_edge_.push_back(edge(low_[c], -1));
+      high_edge_.push_back(edge(high_[c], 1));
+      const bool fits = std::abs(low_[c]) <= fast_bound<T>() && std::abs(high_[c]) <= fast_bound<T>();
+      params_.exact |= !fits || !std::isnormal(scale_[c]);
+    }
+    params_.period = 0;
     if (periodic_) {
       const int64_t pattern = d.channels * d.inner;
       params_.period = pattern * ((kPeriodPadding + pattern - 1) / pattern);
-      resize(params_.period + kPeriodPadding);
-      for (int64_t i = 0; i < params_.period + kPeriodPadding; ++i) {
-        set(i, scale, zero_point, i % pattern / d.inner);
+      for (std::vector<T>* values :
+           {&scale_, &inverse_scale_, &zero_point_, &low_, &high_, &low_edge_, &high_edge_}) {
+        repeat(values, d);
       }
-    } else {
-      params_.period = 0;
-      resize(d.channels);
-      for (int64_t c = 0; c < d.channels; ++c) set(c, scale, zero_point, c);
     }
     params_.scale = scale_.data();
     params_.inverse_scale = inverse_scale_.data();
     params_.zero_point = zero_point_.data();
+    params_.low = low_.data();
+    params_.high = high_.data();
+    params_.low_edge = low_edge_.data();
+    params_.high_edge = high_edge_.data();
   }
 
   const QuantParams<T>& get() const { return params_; }
   bool periodic() const { return periodic_; }
 
  private:
-  void resize(int64_t n) {
-    scale_.resize(n);
-    inverse_scale_.resize(n);
-    zero_point_.resize(n);
+  // The furthest value on that side of a whole bound that rounds to it, ties to even.
+  static T edge(T bound, int side) {
+    const T half = bound + static_cast<T>(0.5) * static_cast<T>(side);
+    return std::fmod(bound, T{2}) == T{0} ? half : std::nextafter(half, bound);
   }
 
-  void set(int64_t i, const Tensor& scale, const Tensor& zero_point, int64_t channel) {
-    // The reciprocal is taken in the scale's own precision, as torch does.
-    scale_[i] = read_element<T>(scale, channel);
-    inverse_scale_[i] = is_double(scale) ? static_cast<T>(1.0 / read_element<double>(scale, channel))
-                                         : static_cast<T>(1.0f / read_element<float>(scale, channel));
-    zero_point_[i] = read_element<T>(zero_point, channel);
+  // One value a channel becomes one value an element, over and over.
+  void repeat(std::vector<T>* values, const Dense& d) const {
+    std::vector<T> repeated;
+    const int64_t length = params_.period + kPeriodPadding;
+    repeated.reserve(length + d.inner);
+    while (static_cast<int64_t>(repeated.size()) < length) {
+      for (T value : *values) repeated.insert(repeated.end(), d.inner, value);
+    }
+    values->swap(repeated);
   }
 
   bool periodic_;
   QuantParams<T> params_;
-  std::vector<T> scale_, inverse_scale_, zero_point_;
+  std::vector<T> scale_, inverse_scale_, zero_point_, low_, high_, low_edge_, high_edge_;
 };
 
 Tensor empty_mask(int64_t numel) { return empty_1d((numel + kWord - 1) / kWord * 8, ScalarType::Byte); }
@@ -185,13 +204,13 @@ std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(
 
 // -------------------------------------------------------------------------- learnable
 
-double clamped(double x, int64_t low, int64_t high) {
-  return std::min(std::max(x, static_cast<double>(low)), static_cast<double>(high));
-}
-
-// The whole zero point that a learnable one stands for.
-double whole_zero_point(const Tensor& zero_point, int64_t channel, int64_t quant_min, int64_t quant_max) {
-  return clamped(std::nearbyint(read_element<double>(zero_point, channel)), quant_min, quant_max);
+// The whole zero points that learnable ones stand for.
+std::vector<double> whole_zero_points(const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
+  std::vector<double> values = read_values<double>(zero_point);
+  for (double& z : values) {
+    z = std::min(std::max(std::nearbyint(z), static_cast<double>(quant_min)), static_cast<double>(quant_max));
+  }
+  return values;
 }
 
 Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor zero_point,
@@ -199,9 +218,7 @@ Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor 
   const Dense d = dense(x, ch_axis);
   check_buffer(zero_point, d.channels, "zero_point");
   Tensor whole = empty_1d(d.channels, ScalarType::Long);
-  for (int64_t c = 0; c < d.channels; ++c) {
-    write_element(whole, c, whole_zero_point(zero_point, c, quant_min, quant_max));
-  }
+  write_values(whole, whole_zero_points(zero_point, quant_min, quant_max));
   return quantize_dense(d, scale, whole, quant_min, quant_max, nullptr);
 }
 
@@ -237,6 +254,8 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
   const std::vector<Stretch> stretches = stretches_of(d);
   const int64_t count = static_cast<int64_t>(stretches.size());
   std::vector<LearnableSums> sums(count);
+  const std::vector<double> scales = read_values<double>(scale);
+  const std::vector<double> zero_points = whole_zero_points(zero_point, quant_min, quant_max);
   with_stored_type(x.scalar_type(), [&](auto stored) {
     using S = decltype(stored);
     using T = Compute<S>;
@@ -246,22 +265,20 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
     for_pieces(count, std::min(piece_count(d.numel()), count), 1, [&](int64_t, int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const Stretch& s = stretches[i];
-        const T z = static_cast<T>(whole_zero_point(zero_point, s.channel, quant_min, quant_max));
         sums[i] = kernels_of(S{}).learnable_backward(
-            g + s.begin, from + s.begin, to + s.begin, s.end - s.begin, read_element<T>(scale, s.channel), z,
-            static_cast<T>(quant_min), static_cast<T>(quant_max), static_cast<T>(grad_factor));
+            g + s.begin, from + s.begin, to + s.begin, s.end - s.begin,
+            static_cast<T>(scales[s.channel]), static_cast<T>(zero_points[s.channel]), static_cast<T>(quant_min),
+            static_cast<T>(quant_max), static_cast<T>(grad_factor));
       }
     });
   });
-  std::vector<LearnableSums> totals(d.channels, {0, 0});
+  std::vector<double> scale_totals(d.channels, 0.0), zero_point_totals(d.channels, 0.0);
   for (int64_t i = 0; i < count; ++i) {
-    totals[stretches[i].channel].scale += sums[i].scale;
-    totals[stretches[i].channel].zero_point += sums[i].zero_point;
+    scale_totals[stretches[i].channel] += sums[i].scale;
+    zero_point_totals[stretches[i].channel] += sums[i].zero_point;
   }
-  for (int64_t c = 0; c < d.channels; ++c) {
-    write_element(grad_scale, c, totals[c].scale);
-    write_element(grad_zero_point, c, totals[c].zero_point);
-  }
+  write_values(grad_scale, scale_totals);
+  write_values(grad_zero_point, zero_point_totals);
   return {grad_x, grad_scale, grad_zero_point};
 }
 

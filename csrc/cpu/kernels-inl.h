@@ -24,24 +24,6 @@ constexpr T largest() {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <class V>
-typename V::Element lowest_lane(typename V::Reg x) {
-  typename V::Element lanes[V::N];
-  V::store(lanes, x);
-  typename V::Element low = lanes[0];
-  for (int i = 1; i < V::N; ++i) low = lanes[i] < low ? lanes[i] : low;
-  return low;
-}
-
-template <class V>
-typename V::Element highest_lane(typename V::Reg x) {
-  typename V::Element lanes[V::N];
-  V::store(lanes, x);
-  typename V::Element high = lanes[0];
-  for (int i = 1; i < V::N; ++i) high = lanes[i] > high ? lanes[i] : high;
-  return high;
-}
-
 // ---------------------------------------------------------------------------- min/max
 
 template <class V, class S, class T>
@@ -65,8 +47,9 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
     auto nans = V::none();
     int64_t i = 0;
     for (; i + 4 * N <= n; i += 4 * N) {
-      const auto a = V::load(x + i), b = V::load(x + i + N);
-      const auto c = V::load(x + i + 2 * N), d = V::load(x + i + 3 * N);
+      typename V::Reg a, b, c, d;
+      V::load_pair(x + i, &a, &b);
+      V::load_pair(x + i + 2 * N, &c, &d);
       // min and max drop NaN; one comparison finds it in two vectors.
       nans = V::either(nans, V::either(V::unordered(a, b), V::unordered(c, d)));
       lo0 = V::min(a, lo0);
@@ -85,8 +68,8 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
       lo0 = V::min(a, lo0);
       hi0 = V::max(a, hi0);
     }
-    lo = lowest_lane<V>(V::min(V::min(lo0, lo1), V::min(lo2, lo3)));
-    hi = highest_lane<V>(V::max(V::max(hi0, hi1), V::max(hi2, hi3)));
+    lo = V::lowest(V::min(V::min(lo0, lo1), V::min(lo2, lo3)));
+    hi = V::highest(V::max(V::max(hi0, hi1), V::max(hi2, hi3)));
     nan = V::any(nans);
   }
   *low = lo;
@@ -109,8 +92,8 @@ void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
     lows = V::min(V::select(keep, a, inf), lows);
     highs = V::max(V::select(keep, a, negative_inf), highs);
   }
-  T lo = lowest_lane<V>(lows);
-  T hi = highest_lane<V>(highs);
+  T lo = V::lowest(lows);
+  T hi = V::highest(highs);
   for (; i < n; ++i) {
     const T e = Scalar<T>::load(x + i);
     if (!(e <= largest<T>() && e >= -largest<T>())) continue;
@@ -177,7 +160,7 @@ void minmax_columns(const S* x, int64_t rows, int64_t columns, int64_t row_strid
 // does, so that counts are torch's to the last element.
 template <class V, class S, class T>
 void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables) {
-  constexpr int kBlock = 64;
+  constexpr int kBlock = 256;
   int32_t index[kBlock];
   const int64_t stride = histogram_stride(bins);
   uint32_t* const t0 = counts;
@@ -197,10 +180,13 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
       V::store_index(index + k, V::select(inside, bin, outside));
     }
     for (int k = 0; k < kBlock; k += 4) {
-      ++t0[index[k]];
-      ++t1[index[k + 1]];
-      ++t2[index[k + 2]];
-      ++t3[index[k + 3]];
+      // Two indices a load: loads are what this loop has most of.
+      uint64_t pairs[2];
+      __builtin_memcpy(pairs, index + k, sizeof pairs);
+      ++t0[pairs[0] & 0xffffffffu];
+      ++t1[pairs[0] >> 32];
+      ++t2[pairs[1] & 0xffffffffu];
+      ++t3[pairs[1] >> 32];
     }
   }
   for (; i < n; ++i) {
@@ -328,87 +314,140 @@ class BitWriter {
 };
 
 template <class V>
-struct Range {
-  typename V::Reg low, high;
+struct FakeQuantizer {
+  typename V::Reg scale, inverse_scale, low, high, low_edge, high_edge;
+
+  template <class T>
+  static FakeQuantizer at(const QuantParams<T>& p, int64_t i) {
+    return {V::load(p.scale + i), V::load(p.inverse_scale + i), V::load(p.low + i),
+            V::load(p.high + i),  V::load(p.low_edge + i),      V::load(p.high_edge + i)};
+  }
+
+  template <class T>
+  static FakeQuantizer of_channel(const QuantParams<T>& p, int64_t c) {
+    return {V::set1(p.scale[c]), V::set1(p.inverse_scale[c]), V::set1(p.low[c]),
+            V::set1(p.high[c]),  V::set1(p.low_edge[c]),      V::set1(p.high_edge[c])};
+  }
+
+  // x / scale.
+  typename V::Reg steps(typename V::Reg x) const { return V::mul(x, inverse_scale); }
+
+  // NaN gives quant_min. Clamping before rounding is the same, low and high being whole,
+  // and makes room for rounding by an addition, whose zero is never negative.
+  typename V::Reg value(typename V::Reg t) const {
+    const auto magic = V::set1(fast_bound<typename V::Element>() * 3);
+    const auto clamped = V::min(V::max(t, low), high);
+    return V::mul(V::sub(V::add(clamped, magic), magic), scale);
+  }
+
+  typename V::Mask inside(typename V::Reg t) const { return V::both(V::le(low_edge, t), V::le(t, high_edge)); }
 };
 
-// One vector: y, and in *bits which elements were in range. NaN gives quant_min, out of range.
-template <class V>
-typename V::Reg fake_quantize_vector(typename V::Reg x, typename V::Reg scale, typename V::Reg inverse_scale,
-                                     typename V::Reg zero_point, const Range<V>& range, uint64_t* bits) {
-  const auto q = V::add(V::round(V::mul(x, inverse_scale)), zero_point);
-  *bits = V::bits(V::both(V::le(range.low, q), V::le(q, range.high)));
-  const auto clamped = V::min(V::max(q, range.low), range.high);
-  return V::mul(V::sub(clamped, zero_point), scale);
+// Elements [begin, end) with one quantizer.
+template <bool kMask, class V, class S>
+int64_t fake_quantize_run(const S* x, S* y, int64_t begin, int64_t end, const FakeQuantizer<V>& q,
+                          BitWriter* writer) {
+  constexpr int kPair = 2 * V::N;
+  constexpr int kGroup = kPair < 32 ? 32 : kPair;  // pushed at once
+  const auto pair = [&](int64_t i) {
+    typename V::Reg a, b;
+    V::load_pair(x + i, &a, &b);
+    a = q.steps(a);
+    b = q.steps(b);
+    V::store_pair_normal(y + i, q.value(a), q.value(b));
+    return kMask ? V::pair_bits(x, q.inside(a), q.inside(b)) : 0;
+  };
+  int64_t i = begin;
+  for (; i + kGroup <= end; i += kGroup) {
+    uint64_t bits = 0;
+    for (int k = 0; k < kGroup; k += kPair) bits |= static_cast<uint64_t>(pair(i + k)) << k;
+    if (kMask) writer->push(bits, kGroup);
+  }
+  for (; i + kPair <= end; i += kPair) {
+    const uint64_t bits = pair(i);
+    if (kMask) writer->push(bits, kPair);
+  }
+  return i;
 }
 
-template <class V, class S, class T>
-void fake_quantize_run(const S* x, S* y, int64_t n, T scale, T inverse_scale, T zero_point, T quant_min,
-                       T quant_max, BitWriter* writer) {
+template <bool kMask, class T, class S>
+void fake_quantize_one(const S* x, S* y, const FakeQuantizer<Scalar<T>>& q, BitWriter* writer) {
   using One = Scalar<T>;
-  const auto s = V::set1(scale), inv = V::set1(inverse_scale), z = V::set1(zero_point);
-  const Range<V> range = {V::set1(quant_min), V::set1(quant_max)};
-  uint64_t bits = 0;
-  int64_t i = 0;
-  constexpr int kGroup = V::N < 16 ? 16 : V::N;  // one push for a group of vectors
-  for (; i + kGroup <= n; i += kGroup) {
-    uint64_t group = 0;
-    for (int k = 0; k < kGroup; k += V::N) {
-      V::store(y + i + k, fake_quantize_vector<V>(V::load(x + i + k), s, inv, z, range, &bits));
-      group |= bits << k;
-    }
-    writer->push(group, kGroup);
-  }
-  const Range<One> one = {quant_min, quant_max};
-  for (; i < n; ++i) {
-    One::store(y + i, fake_quantize_vector<One>(One::load(x + i), scale, inverse_scale, zero_point, one, &bits));
-    writer->push(bits, 1);
-  }
+  const T t = q.steps(One::load(x));
+  One::store(y, q.value(t));
+  if (kMask) writer->push(q.inside(t), 1);
 }
 
-// Float zero points, and ranges whose integers float cannot tell apart: integers as int64,
-// the product in double, as torch does.
+// Integers as int64, the product in double, as torch does.
 template <class S, class T>
-void fake_quantize_exact(const S* x, S* y, int64_t i, T scale, T inverse_scale, T zero_point,
-                         const QuantParams<T>& p, BitWriter* writer) {
+void fake_quantize_exact(const S* x, S* y, T scale, T inverse_scale, T zero_point, const QuantParams<T>& p,
+                         BitWriter* writer) {
   using One = Scalar<T>;
-  const T t = One::load(x + i) * inverse_scale;
+  const T t = One::load(x) * inverse_scale;
   const T rounded = p.float_zero_point ? One::round(t + zero_point) : One::round(t) + zero_point;
-  const T bound = static_cast<T>(0x1p62);
-  int64_t q = rounded < bound ? (rounded > -bound ? static_cast<int64_t>(rounded) : -(int64_t{1} << 62))
-              : rounded >= bound ? int64_t{1} << 62
-                                 : -(int64_t{1} << 62);
+  constexpr int64_t kHuge = int64_t{1} << 62;
+  const T huge = static_cast<T>(kHuge);
+  int64_t q = rounded > -huge ? (rounded < huge ? static_cast<int64_t>(rounded) : kHuge) : -kHuge;
   writer->push(q >= p.quant_min && q <= p.quant_max, 1);
   q = q < p.quant_min ? p.quant_min : q;
   q = q > p.quant_max ? p.quant_max : q;
   const double value = (static_cast<double>(q) - static_cast<double>(zero_point)) * static_cast<double>(scale);
-  One::store(y + i, static_cast<T>(value));
+  One::store(y, static_cast<T>(value));
 }
 
-template <class T>
-bool needs_exact(const QuantParams<T>& p) {
-  constexpr int64_t kExactIntegers = sizeof(T) == sizeof(float) ? int64_t{1} << 22 : int64_t{1} << 51;
-  return p.float_zero_point || p.quant_min < -kExactIntegers || p.quant_max > kExactIntegers;
+template <bool kMask, class V, class S, class T>
+void fake_quantize_rows_masked(const S* x, S* y, int64_t begin, int64_t end, const QuantParams<T>& p,
+                               BitWriter* writer) {
+  int64_t row = begin / p.inner;
+  int64_t channel = row % p.channels;
+  for (int64_t i = begin; i < end;) {
+    const int64_t stop = smaller(end, (row + 1) * p.inner);
+    if (!p.exact) {
+      i = fake_quantize_run<kMask>(x, y, i, stop, FakeQuantizer<V>::of_channel(p, channel), writer);
+      const auto one = FakeQuantizer<Scalar<T>>::of_channel(p, channel);
+      for (; i < stop; ++i) fake_quantize_one<kMask, T>(x + i, y + i, one, writer);
+    }
+    for (; i < stop; ++i) {
+      fake_quantize_exact(x + i, y + i, p.scale[channel], p.inverse_scale[channel], p.zero_point[channel], p,
+                          writer);
+    }
+    ++row;
+    channel = channel + 1 == p.channels ? 0 : channel + 1;
+  }
+}
+
+template <bool kMask, class V, class S, class T>
+void fake_quantize_periodic_masked(const S* x, S* y, int64_t begin, int64_t end, const QuantParams<T>& p,
+                                   BitWriter* writer) {
+  int64_t phase = begin % p.period;
+  const auto advance = [&](int64_t by) {
+    phase += by;
+    if (phase >= p.period) phase -= p.period;
+  };
+  int64_t i = begin;
+  if (!p.exact) {
+    for (; i + V::N <= end; i += V::N, advance(V::N)) {
+      const auto q = FakeQuantizer<V>::at(p, phase);
+      const auto t = q.steps(V::load(x + i));
+      V::store(y + i, q.value(t));
+      if (kMask) writer->push(V::bits(q.inside(t)), V::N);
+    }
+    for (; i < end; ++i, advance(1)) {
+      fake_quantize_one<kMask, T>(x + i, y + i, FakeQuantizer<Scalar<T>>::at(p, phase), writer);
+    }
+  }
+  for (; i < end; ++i, advance(1)) {
+    fake_quantize_exact(x + i, y + i, p.scale[phase], p.inverse_scale[phase], p.zero_point[phase], p, writer);
+  }
 }
 
 template <class V, class S, class T>
 void fake_quantize_rows(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t end, const QuantParams<T>& p) {
   BitWriter writer(mask == nullptr ? nullptr : mask + begin / 64);
-  const bool exact = needs_exact(p);
-  const T quant_min = static_cast<T>(p.quant_min), quant_max = static_cast<T>(p.quant_max);
-  int64_t row = begin / p.inner;
-  int64_t channel = row % p.channels;
-  for (int64_t i = begin; i < end;) {
-    const int64_t stop = smaller(end, (row + 1) * p.inner);
-    const T scale = p.scale[channel], inverse = p.inverse_scale[channel], zero_point = p.zero_point[channel];
-    if (exact) {
-      for (; i < stop; ++i) fake_quantize_exact(x, y, i, scale, inverse, zero_point, p, &writer);
-    } else {
-      fake_quantize_run<V>(x + i, y + i, stop - i, scale, inverse, zero_point, quant_min, quant_max, &writer);
-      i = stop;
-    }
-    ++row;
-    channel = channel + 1 == p.channels ? 0 : channel + 1;
+  if (mask == nullptr) {
+    fake_quantize_rows_masked<false, V>(x, y, begin, end, p, &writer);
+  } else {
+    fake_quantize_rows_masked<true, V>(x, y, begin, end, p, &writer);
   }
   writer.flush();
 }
@@ -417,32 +456,10 @@ template <class V, class S, class T>
 void fake_quantize_periodic(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t end,
                             const QuantParams<T>& p) {
   BitWriter writer(mask == nullptr ? nullptr : mask + begin / 64);
-  int64_t phase = begin % p.period;
-  int64_t i = begin;
-  uint64_t bits = 0;
-  if (!needs_exact(p)) {
-    const Range<V> range = {V::set1(static_cast<T>(p.quant_min)), V::set1(static_cast<T>(p.quant_max))};
-    for (; i + V::N <= end; i += V::N) {
-      const auto q = fake_quantize_vector<V>(V::load(x + i), V::load(p.scale + phase),
-                                             V::load(p.inverse_scale + phase), V::load(p.zero_point + phase),
-                                             range, &bits);
-      V::store(y + i, q);
-      writer.push(bits, V::N);
-      phase += V::N;
-      if (phase >= p.period) phase -= p.period;
-    }
-    using One = Scalar<T>;
-    const Range<One> one = {static_cast<T>(p.quant_min), static_cast<T>(p.quant_max)};
-    for (; i < end; ++i, ++phase) {
-      const T q = fake_quantize_vector<One>(One::load(x + i), p.scale[phase], p.inverse_scale[phase],
-                                            p.zero_point[phase], one, &bits);
-      One::store(y + i, q);
-      writer.push(bits, 1);
-    }
-  }
-  for (; i < end; ++i) {
-    fake_quantize_exact(x, y, i, p.scale[phase], p.inverse_scale[phase], p.zero_point[phase], p, &writer);
-    phase = phase + 1 == p.period ? 0 : phase + 1;
+  if (mask == nullptr) {
+    fake_quantize_periodic_masked<false, V>(x, y, begin, end, p, &writer);
+  } else {
+    fake_quantize_periodic_masked<true, V>(x, y, begin, end, p, &writer);
   }
   writer.flush();
 }

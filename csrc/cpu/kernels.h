@@ -11,6 +11,11 @@ namespace fastquant {
 
 // Quantization parameters ready for the inner loop. T is the type of the arithmetic.
 //
+// With r = round(x / scale), quantizing clamps r to [low, high], where low = quant_min -
+// zero_point and high = quant_max - zero_point: the zero point cancels out. x / scale
+// rounds into that range where low_edge <= x / scale <= high_edge, half a step outside and
+// ties to even taken into account.
+//
 // Rows: memory is a sequence of rows of `inner` elements, and row r belongs to channel
 // r % channels. Periodic: element i has the parameters at i % period; each array then
 // holds kPeriodPadding more entries that repeat its beginning.
@@ -21,6 +26,10 @@ struct QuantParams {
   const T* scale;
   const T* inverse_scale;
   const T* zero_point;
+  const T* low;
+  const T* high;
+  const T* low_edge;
+  const T* high_edge;
   int64_t inner;     // rows
   int64_t channels;  // rows
   int64_t period;    // periodic
@@ -28,7 +37,16 @@ struct QuantParams {
   int64_t quant_max;
   // round(x / scale + zero_point) instead of round(x / scale) + zero_point.
   bool float_zero_point;
+  // Integers in double and one element at a time: float zero points, integers that T
+  // cannot tell apart, scales that are no normal number.
+  bool exact;
 };
+
+// Largest |low|, |high| of the fast path: rounding by adding 1.5 * 2^digits is exact there.
+template <class T>
+constexpr T fast_bound() {
+  return sizeof(T) == sizeof(float) ? T(4194304) : T(2251799813685248);
+}
 
 // The gradients of a learnable scale and zero point, summed over some elements.
 struct LearnableSums {

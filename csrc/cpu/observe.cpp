@@ -21,7 +21,7 @@ struct Extremes {
 };
 
 // Rows at least this long are walked one by one; shorter ones as columns.
-constexpr int64_t kShortRow = 32;
+constexpr int64_t kShortRow = 512;
 
 // f(channel, begin, end) for each stretch of [begin, end) that lies in one channel.
 template <class F>
@@ -64,7 +64,7 @@ bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
 template <class S, class T>
 bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax_columns = kernels_of(S{}).minmax_columns;
-  constexpr int64_t kWidth = 64;
+  constexpr int64_t kWidth = 512;
   const int64_t width = d.channels * d.inner;
   const int64_t repeat = std::max<int64_t>(1, std::min(d.outer, kWidth / width));
   const int64_t columns = width * repeat;
@@ -82,8 +82,13 @@ bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   auto& first = partial[0];
   minmax_columns(x + rows * columns, 1, (d.outer - rows * repeat) * width, columns, first.low.data(),
                  first.high.data(), &odd);
+  // Every column is `inner` neighbours of one channel: rows of the partial results.
+  const Dense columns_as_rows = {d.tensor, repeat, d.channels, d.inner};
   for (const auto& p : partial) {
-    for (int64_t v = 0; v < columns; ++v) result->fold(v % width / d.inner, p.low[v], p.high[v]);
+    for_segments(columns_as_rows, 0, columns, [&](int64_t channel, int64_t from, int64_t to) {
+      result->fold(channel, *std::min_element(&p.low[from], &p.low[to - 1] + 1),
+                   *std::max_element(&p.high[from], &p.high[to - 1] + 1));
+    });
   }
   return odd || std::any_of(nonfinite.begin(), nonfinite.end(), [](char o) { return o != 0; });
 }
@@ -164,31 +169,29 @@ template <class B, class T>
 void update_buffers(const Extremes<T>& current, std::optional<double> averaging_constant, Tensor& min_val,
                     Tensor& max_val) {
   const ScalarType low_type = min_val.scalar_type(), high_type = max_val.scalar_type();
-  const int64_t channels = static_cast<int64_t>(current.low.size());
-  for (int64_t c = 0; c < channels; ++c) {
+  std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
+  for (size_t c = 0; c < lows.size(); ++c) {
     if (current.low[c] > current.high[c]) continue;
     const B low = rounded_to(low_type, static_cast<B>(current.low[c]));
     const B high = rounded_to(high_type, static_cast<B>(current.high[c]));
-    const B old_low = read_element<B>(min_val, c), old_high = read_element<B>(max_val, c);
-    B new_low, new_high;
     if (!averaging_constant.has_value()) {
-      new_low = least(low, old_low);
-      new_high = greatest(high, old_high);
-    } else if (old_low == std::numeric_limits<B>::infinity() && old_high == -std::numeric_limits<B>::infinity()) {
-      new_low = low;
-      new_high = high;
+      lows[c] = least(low, lows[c]);
+      highs[c] = greatest(high, highs[c]);
+    } else if (lows[c] == std::numeric_limits<B>::infinity() && highs[c] == -std::numeric_limits<B>::infinity()) {
+      lows[c] = low;
+      highs[c] = high;
     } else {
       const B constant = static_cast<B>(*averaging_constant);
-      new_low = old_low + constant * (low - old_low);
-      new_high = old_high + constant * (high - old_high);
+      lows[c] = lows[c] + constant * (low - lows[c]);
+      highs[c] = highs[c] + constant * (high - highs[c]);
     }
-    write_element(min_val, c, new_low);
-    write_element(max_val, c, new_high);
   }
+  write_values(min_val, lows);
+  write_values(max_val, highs);
 }
 
 void add_nonfinite(Tensor& nonfinite_count, int64_t left_out) {
-  if (left_out > 0) write_element(nonfinite_count, 0, read_element<int64_t>(nonfinite_count, 0) + left_out);
+  if (left_out > 0) write_value(nonfinite_count, read_value<int64_t>(nonfinite_count) + left_out);
 }
 
 // -------------------------------------------------------------------------- histogram
@@ -268,9 +271,9 @@ B linspace(B start, B end, int64_t count, int64_t k) {
 // The old histogram on the new range: each bin is cut into upsample_rate parts, and each
 // part goes whole to the new bin that holds its middle. Memory: nothing but the result.
 template <class B>
-std::vector<double> resample(const Tensor& histogram, const HistogramRange& from, const HistogramRange& to,
-                             int64_t upsample_rate) {
-  const int64_t bins = histogram.numel();
+std::vector<double> resample(const std::vector<double>& histogram, const HistogramRange& from,
+                             const HistogramRange& to, int64_t upsample_rate) {
+  const int64_t bins = static_cast<int64_t>(histogram.size());
   const int64_t parts = bins * upsample_rate;
   const B from_low = static_cast<B>(from.low), from_high = static_cast<B>(from.high);
   const B part_width = (from_high - from_low) / static_cast<B>(parts);
@@ -314,7 +317,7 @@ std::vector<double> resample(const Tensor& histogram, const HistogramRange& from
     for (int64_t part = first; part < last;) {
       const int64_t old_bin = part / upsample_rate;
       const int64_t stop = std::min(last, (old_bin + 1) * upsample_rate);
-      const double weight = read_element<double>(histogram, old_bin) / static_cast<double>(upsample_rate);
+      const double weight = histogram[old_bin] / static_cast<double>(upsample_rate);
       result[bin] += weight * static_cast<double>(stop - part);
       part = stop;
     }
@@ -323,28 +326,21 @@ std::vector<double> resample(const Tensor& histogram, const HistogramRange& from
   return result;
 }
 
-std::vector<double> moved_histogram(const Tensor& histogram, const HistogramRange& from, const HistogramRange& to,
-                                    int64_t upsample_rate) {
-  const int64_t bins = histogram.numel();
+std::vector<double> moved_histogram(const std::vector<double>& histogram, const HistogramRange& from,
+                                    const HistogramRange& to, int64_t upsample_rate, bool in_double) {
+  const int64_t bins = static_cast<int64_t>(histogram.size());
   if (from.low == from.high) {
     // Everything seen so far was one value.
-    double total = 0;
-    for (int64_t b = 0; b < bins; ++b) total += read_element<double>(histogram, b);
-    const HistogramRange range = counting_range<double>(to.low, to.high);
-    std::vector<int64_t> where(bins, 0);
     const float value = static_cast<float>(from.low);
-    if (arithmetic_fits<float>(range, bins)) {
-      where = count_bins(&value, 1, range, bins);
-    } else {
-      count_wide(&value, 1, range, bins, &where);
-    }
+    const auto where = count_bins(&value, 1, counting_range<double>(to.low, to.high), bins);
+    double total = 0;
+    for (double count : histogram) total += count;
     std::vector<double> result(bins);
     for (int64_t b = 0; b < bins; ++b) result[b] = total * static_cast<double>(where[b]);
     return result;
   }
-  const bool wide = is_double(histogram) || !arithmetic_fits<float>(to, bins);
-  return wide ? resample<double>(histogram, from, to, upsample_rate)
-              : resample<float>(histogram, from, to, upsample_rate);
+  return in_double || !arithmetic_fits<float>(to, bins) ? resample<double>(histogram, from, to, upsample_rate)
+                                                        : resample<float>(histogram, from, to, upsample_rate);
 }
 
 template <class S>
@@ -366,25 +362,21 @@ void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor&
   }
   if (range.low[0] <= range.high[0]) {
     const int64_t bins = histogram.numel();
-    const HistogramRange old = {read_element<double>(min_val, 0), read_element<double>(max_val, 0)};
+    const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
     const bool first = old.low == std::numeric_limits<double>::infinity() ||
                        old.high == -std::numeric_limits<double>::infinity();
     const HistogramRange seen = {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])};
     const HistogramRange now =
         first ? seen : HistogramRange{std::min(old.low, seen.low), std::max(old.high, seen.high)};
-    const bool grown = now.low != old.low || now.high != old.high;
     const auto counts = count_bins(x, d.numel(), counting_range<T>(now.low, now.high), bins);
-    if (first || !grown) {
-      for (int64_t b = 0; b < bins; ++b) {
-        const double kept = first ? 0.0 : read_element<double>(histogram, b);
-        write_element(histogram, b, kept + static_cast<double>(counts[b]));
-      }
-    } else {
-      const auto moved = moved_histogram(histogram, old, now, upsample_rate);
-      for (int64_t b = 0; b < bins; ++b) write_element(histogram, b, moved[b] + static_cast<double>(counts[b]));
+    std::vector<double> total = first ? std::vector<double>(bins, 0.0) : read_values<double>(histogram);
+    if (!first && (now.low != old.low || now.high != old.high)) {
+      total = moved_histogram(total, old, now, upsample_rate, is_double(histogram));
     }
-    write_element(min_val, 0, now.low);
-    write_element(max_val, 0, now.high);
+    for (int64_t b = 0; b < bins; ++b) total[b] += static_cast<double>(counts[b]);
+    write_values(histogram, total);
+    write_value(min_val, now.low);
+    write_value(max_val, now.high);
   }
   if (policy == NonFinite::ignore) add_nonfinite(nonfinite_count, left_out);
 }

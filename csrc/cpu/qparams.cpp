@@ -43,12 +43,15 @@ ScaleAndZeroPoint<B> qparams_of(B low, B high, B eps, const QParamsConfig& c) {
 template <class B>
 void choose_into(const Tensor& min_val, const Tensor& max_val, const Tensor& eps, const QParamsConfig& config,
                  Tensor& scale, Tensor& zero_point) {
-  const B smallest = read_element<B>(eps, 0);
-  for (int64_t i = 0; i < min_val.numel(); ++i) {
-    const auto q = qparams_of<B>(read_element<B>(min_val, i), read_element<B>(max_val, i), smallest, config);
-    write_element(scale, i, q.scale);
-    write_element(zero_point, i, q.zero_point);
+  const B smallest = read_value<B>(eps);
+  std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
+  for (size_t i = 0; i < lows.size(); ++i) {
+    const auto q = qparams_of<B>(lows[i], highs[i], smallest, config);
+    lows[i] = q.scale;
+    highs[i] = q.zero_point;
   }
+  write_values(scale, lows);
+  write_values(zero_point, highs);
 }
 
 std::tuple<Tensor, Tensor> choose_qparams(const Tensor min_val, const Tensor max_val, const Tensor eps,
@@ -116,9 +119,8 @@ template <class B>
 void search_into(const Tensor& histogram, const Tensor& min_val, const Tensor& max_val, int64_t dst_nbins,
                  Tensor& new_min, Tensor& new_max) {
   const int64_t bins = histogram.numel();
-  std::vector<float> counts(bins);
-  for (int64_t b = 0; b < bins; ++b) counts[b] = read_element<float>(histogram, b);
-  const double low = read_element<double>(min_val, 0), high = read_element<double>(max_val, 0);
+  const std::vector<float> counts = read_values<float>(histogram);
+  const double low = read_value<double>(min_val), high = read_value<double>(max_val);
   double width = high / static_cast<double>(bins) - low / static_cast<double>(bins);
   const double span = high - low;
   if (std::isfinite(span)) width = span / static_cast<double>(bins);
@@ -131,8 +133,8 @@ void search_into(const Tensor& histogram, const Tensor& min_val, const Tensor& m
   const B range = static_cast<B>(high) - base;
   const B bin = std::isfinite(range) ? range / static_cast<B>(bins) : static_cast<B>(width);
   const B upper = base + bin * static_cast<B>(best.end + 1);
-  write_element(new_min, 0, base + bin * static_cast<B>(best.start));
-  write_element(new_max, 0, std::isfinite(upper) ? upper : static_cast<B>(high));
+  write_value(new_min, base + bin * static_cast<B>(best.start));
+  write_value(new_max, std::isfinite(upper) ? upper : static_cast<B>(high));
 }
 
 std::tuple<Tensor, Tensor> search_histogram_range(const Tensor histogram, const Tensor min_val,

@@ -52,80 +52,103 @@ inline bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::D
 
 // ---------------------------------------------------------------------------- buffers
 
-// Element i of a small contiguous tensor of any floating or integer type.
-template <class T>
-T read_element(const Tensor& t, int64_t i) {
-  const void* data = t.const_data_ptr();
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return static_cast<T>(static_cast<const float*>(data)[i]);
-    case ScalarType::Double:
-      return static_cast<T>(static_cast<const double*>(data)[i]);
-    case ScalarType::Half:
-      return static_cast<T>(to_compute(static_cast<const Half*>(data)[i]));
-    case ScalarType::BFloat16:
-      return static_cast<T>(to_compute(static_cast<const BFloat16*>(data)[i]));
-    case ScalarType::Byte:
-    case ScalarType::Bool:
-      return static_cast<T>(static_cast<const uint8_t*>(data)[i]);
-    case ScalarType::Char:
-      return static_cast<T>(static_cast<const int8_t*>(data)[i]);
-    case ScalarType::Int:
-      return static_cast<T>(static_cast<const int32_t*>(data)[i]);
-    case ScalarType::Long:
-      return static_cast<T>(static_cast<const int64_t*>(data)[i]);
-    default:
-      STD_TORCH_CHECK(false, "fastquant: a buffer has an unsupported dtype");
-  }
+inline float number(float x) { return x; }
+inline double number(double x) { return x; }
+inline float number(Half x) { return to_compute(x); }
+inline float number(BFloat16 x) { return to_compute(x); }
+template <class Integer>
+Integer number(Integer x) {
+  return x;
 }
 
 template <class T>
-void write_element(Tensor& t, int64_t i, T value) {
-  void* data = t.mutable_data_ptr();
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      static_cast<float*>(data)[i] = static_cast<float>(value);
-      return;
-    case ScalarType::Double:
-      static_cast<double*>(data)[i] = static_cast<double>(value);
-      return;
-    case ScalarType::Half:
-      from_compute(static_cast<Half*>(data) + i, static_cast<float>(value));
-      return;
-    case ScalarType::BFloat16:
-      from_compute(static_cast<BFloat16*>(data) + i, static_cast<float>(value));
-      return;
+void assign(float* to, T x) {
+  *to = static_cast<float>(x);
+}
+template <class T>
+void assign(double* to, T x) {
+  *to = static_cast<double>(x);
+}
+template <class T>
+void assign(Half* to, T x) {
+  from_compute(to, static_cast<float>(x));
+}
+template <class T>
+void assign(BFloat16* to, T x) {
+  from_compute(to, static_cast<float>(x));
+}
+template <class T>
+void assign(int32_t* to, T x) {
+  *to = static_cast<int32_t>(x);
+}
+template <class T>
+void assign(int64_t* to, T x) {
+  *to = static_cast<int64_t>(x);
+}
+
+// Calls f with a value of the type that a buffer's elements have.
+template <class F>
+auto with_buffer_type(ScalarType type, const F& f) {
+  switch (type) {
     case ScalarType::Int:
-      static_cast<int32_t*>(data)[i] = static_cast<int32_t>(value);
-      return;
+      return f(int32_t{});
     case ScalarType::Long:
-      static_cast<int64_t*>(data)[i] = static_cast<int64_t>(value);
-      return;
+      return f(int64_t{});
     default:
-      STD_TORCH_CHECK(false, "fastquant: a buffer has an unsupported dtype");
+      return with_stored_type(type, f);
   }
 }
 
-// A value as the buffer will hold it.
+// The elements of a small contiguous tensor, floating or integer, as T.
+template <class T>
+std::vector<T> read_values(const Tensor& t) {
+  const int64_t n = t.numel();
+  std::vector<T> values(n);
+  with_buffer_type(t.scalar_type(), [&](auto element) {
+    const auto* data = static_cast<const decltype(element)*>(t.const_data_ptr());
+    for (int64_t i = 0; i < n; ++i) values[i] = static_cast<T>(number(data[i]));
+  });
+  return values;
+}
+
+template <class T>
+void write_values(Tensor& t, const std::vector<T>& values) {
+  with_buffer_type(t.scalar_type(), [&](auto element) {
+    auto* data = static_cast<decltype(element)*>(t.mutable_data_ptr());
+    const int64_t n = static_cast<int64_t>(values.size());
+    for (int64_t i = 0; i < n; ++i) assign(data + i, values[i]);
+  });
+}
+
+// The only element of a tensor.
+template <class T>
+T read_value(const Tensor& t) {
+  return with_buffer_type(t.scalar_type(), [&](auto element) {
+    return static_cast<T>(number(*static_cast<const decltype(element)*>(t.const_data_ptr())));
+  });
+}
+
+template <class T>
+void write_value(Tensor& t, T value) {
+  with_buffer_type(t.scalar_type(), [&](auto element) {
+    assign(static_cast<decltype(element)*>(t.mutable_data_ptr()), value);
+  });
+}
+
+// A value as a buffer of this type will hold it.
 template <class T>
 T rounded_to(ScalarType type, T value) {
-  if (type == ScalarType::Float) return static_cast<T>(static_cast<float>(value));
-  if (type == ScalarType::Half) {
-    Half h;
-    from_compute(&h, static_cast<float>(value));
-    return static_cast<T>(to_compute(h));
-  }
-  if (type == ScalarType::BFloat16) {
-    BFloat16 b;
-    from_compute(&b, static_cast<float>(value));
-    return static_cast<T>(to_compute(b));
-  }
-  return value;
+  return with_stored_type(type, [&](auto element) {
+    assign(&element, value);
+    return static_cast<T>(number(element));
+  });
 }
 
+// A flag of any integer type; anything but zero is on.
 inline bool flag(const Tensor& t) {
   STD_TORCH_CHECK(t.numel() == 1 && t.is_cpu(), "fastquant: a flag must be a CPU tensor of one element");
-  return read_element<int64_t>(t, 0) != 0;
+  const auto* bytes = static_cast<const uint8_t*>(t.const_data_ptr());
+  return std::any_of(bytes, bytes + t.element_size(), [](uint8_t b) { return b != 0; });
 }
 
 // An in-place buffer of `count` elements.

@@ -24,19 +24,44 @@ struct Avx2<float> {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
+  template <class Stored>
+  static void load_pair(const Stored* p, Reg* a, Reg* b) {
+    *a = load(p);
+    *b = load(p + N);
+  }
+  static void load_pair(const BFloat16* p, Reg* a, Reg* b) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    *b = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+  }
   static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
   static void store(Half* p, Reg x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
   static void store(BFloat16* p, Reg x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
-    const __m256i halves = _mm256_srli_epi32(rounded, 16);
+    const __m256i kept = _mm256_blendv_epi8(rounded_bits(x), _mm256_set1_epi32(0x7fc00000), nan);
+    const __m256i halves = _mm256_srli_epi32(kept, 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  template <class Stored>
+  static void store_pair_normal(Stored* p, Reg a, Reg b) {
+    store(p, a);
+    store(p + N, b);
+  }
+  template <class Stored>
+  static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
+    return bits(a) | bits(b) << N;
+  }
+  static void store_pair_normal(BFloat16* p, Reg even, Reg odd) {
+    const __m256i low = _mm256_srli_epi32(rounded_bits(even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(low, rounded_bits(odd), 0xaa));
+  }
+  static uint32_t pair_bits(const BFloat16*, Mask even, Mask odd) {
+    const __m256i lanes = _mm256_blend_epi16(_mm256_castps_si256(even), _mm256_castps_si256(odd), 0xaa);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
   }
   static void store_index(int32_t* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(x));
@@ -48,6 +73,16 @@ struct Avx2<float> {
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static float lowest(Reg x) {
+    __m128 low = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    low = _mm_min_ps(low, _mm_movehl_ps(low, low));
+    return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
+  }
+  static float highest(Reg x) {
+    __m128 high = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    high = _mm_max_ps(high, _mm_movehl_ps(high, high));
+    return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
+  }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }
   static Reg round(Reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg floor(Reg x) { return _mm256_floor_ps(x); }
@@ -66,6 +101,14 @@ struct Avx2<float> {
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lanes));
   }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, m); }
+
+ private:
+  // The upper half of each lane is the bfloat16 nearest to it, ties to even; not for NaN.
+  static __m256i rounded_bits(Reg x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  }
 };
 
 template <>
@@ -78,7 +121,21 @@ struct Avx2<double> {
   static Reg set1(double x) { return _mm256_set1_pd(x); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static Reg load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+  template <class Stored>
+  static void load_pair(const Stored* p, Reg* a, Reg* b) {
+    *a = load(p);
+    *b = load(p + N);
+  }
   static void store(double* p, Reg x) { _mm256_storeu_pd(p, x); }
+  template <class Stored>
+  static void store_pair_normal(Stored* p, Reg a, Reg b) {
+    store(p, a);
+    store(p + N, b);
+  }
+  template <class Stored>
+  static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
+    return bits(a) | bits(b) << N;
+  }
   static void store_index(int32_t* p, Reg x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvttpd_epi32(x));
   }
@@ -89,6 +146,14 @@ struct Avx2<double> {
   static Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static double lowest(Reg x) {
+    const __m128d low = _mm_min_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+    return _mm_cvtsd_f64(_mm_min_sd(low, _mm_unpackhi_pd(low, low)));
+  }
+  static double highest(Reg x) {
+    const __m128d high = _mm_max_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(high, _mm_unpackhi_pd(high, high)));
+  }
   static Reg round(Reg x) { return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   static Mask lt(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_LT_OQ); }

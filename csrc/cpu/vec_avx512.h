@@ -26,17 +26,40 @@ struct Avx512<float> {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
+  template <class Stored>
+  static void load_pair(const Stored* p, Reg* a, Reg* b) {
+    *a = load(p);
+    *b = load(p + N);
+  }
+  static void load_pair(const BFloat16* p, Reg* a, Reg* b) {
+    const __m512i both = _mm512_loadu_si512(p);
+    *a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    *b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+  }
   static void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
   static void store(Half* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
   static void store(BFloat16* p, Reg x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    const __m512i kept = _mm512_mask_mov_epi32(rounded_bits(x), nan, _mm512_set1_epi32(0x7fc00000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  }
+  template <class Stored>
+  static void store_pair_normal(Stored* p, Reg a, Reg b) {
+    store(p, a);
+    store(p + N, b);
+  }
+  template <class Stored>
+  static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
+    return bits(a) | bits(b) << N;
+  }
+  static void store_pair_normal(BFloat16* p, Reg even, Reg odd) {
+    const __m512i low = _mm512_srli_epi32(rounded_bits(even), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded_bits(odd)));
+  }
+  static uint32_t pair_bits(const BFloat16*, Mask even, Mask odd) {
+    return _pdep_u32(even, 0x55555555u) | _pdep_u32(odd, 0xaaaaaaaau);
   }
   static void store_index(int32_t* p, Reg x) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(x)); }
 
@@ -46,6 +69,8 @@ struct Avx512<float> {
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static float lowest(Reg x) { return _mm512_reduce_min_ps(x); }
+  static float highest(Reg x) { return _mm512_reduce_max_ps(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }
   static Reg round(Reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg floor(Reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
@@ -60,6 +85,15 @@ struct Avx512<float> {
   static uint32_t bits(Mask m) { return m; }
   static Mask from_bits(uint32_t bits) { return static_cast<Mask>(bits); }
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_blend_ps(m, no, yes); }
+
+ private:
+  // The upper half of each lane is the bfloat16 nearest to it, ties to even; not for NaN.
+  static __m512i rounded_bits(Reg x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i raised = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(raised, odd, raised, _mm512_set1_epi32(1));
+  }
 };
 
 template <>
@@ -72,7 +106,21 @@ struct Avx512<double> {
   static Reg set1(double x) { return _mm512_set1_pd(x); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
   static Reg load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+  template <class Stored>
+  static void load_pair(const Stored* p, Reg* a, Reg* b) {
+    *a = load(p);
+    *b = load(p + N);
+  }
   static void store(double* p, Reg x) { _mm512_storeu_pd(p, x); }
+  template <class Stored>
+  static void store_pair_normal(Stored* p, Reg a, Reg b) {
+    store(p, a);
+    store(p + N, b);
+  }
+  template <class Stored>
+  static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
+    return bits(a) | bits(b) << N;
+  }
   static void store_index(int32_t* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvttpd_epi32(x));
   }
@@ -83,6 +131,8 @@ struct Avx512<double> {
   static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static double lowest(Reg x) { return _mm512_reduce_min_pd(x); }
+  static double highest(Reg x) { return _mm512_reduce_max_pd(x); }
   static Reg round(Reg x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   static Mask lt(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }

@@ -25,6 +25,11 @@ struct Neon<float> {
   static Reg load(const BFloat16* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
   }
+  template <class Stored>
+  static void load_pair(const Stored* p, Reg* a, Reg* b) {
+    *a = load(p);
+    *b = load(p + N);
+  }
   static void store(float* p, Reg x) { vst1q_f32(p, x); }
   static void store(Half* p, Reg x) {
     vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x)));
@@ -36,6 +41,15 @@ struct Neon<float> {
     const uint32x4_t kept = vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc00000));
     vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(kept, 16));
   }
+  template <class Stored>
+  static void store_pair_normal(Stored* p, Reg a, Reg b) {
+    store(p, a);
+    store(p + N, b);
+  }
+  template <class Stored>
+  static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
+    return bits(a) | bits(b) << N;
+  }
   static void store_index(int32_t* p, Reg x) { vst1q_s32(p, vcvtq_s32_f32(x)); }
 
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
@@ -45,6 +59,8 @@ struct Neon<float> {
   // Not vminq/vmaxq: those return NaN where either argument is one.
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static float lowest(Reg x) { return vminvq_f32(x); }
+  static float highest(Reg x) { return vmaxvq_f32(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return vfmsq_f32(c, a, b); }
   static Reg round(Reg x) { return vrndnq_f32(x); }
   static Reg floor(Reg x) { return vrndmq_f32(x); }
@@ -77,7 +93,21 @@ struct Neon<double> {
   static Reg set1(double x) { return vdupq_n_f64(x); }
   static Reg load(const double* p) { return vld1q_f64(p); }
   static Reg load(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
+  template <class Stored>
+  static void load_pair(const Stored* p, Reg* a, Reg* b) {
+    *a = load(p);
+    *b = load(p + N);
+  }
   static void store(double* p, Reg x) { vst1q_f64(p, x); }
+  template <class Stored>
+  static void store_pair_normal(Stored* p, Reg a, Reg b) {
+    store(p, a);
+    store(p + N, b);
+  }
+  template <class Stored>
+  static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
+    return bits(a) | bits(b) << N;
+  }
   static void store_index(int32_t* p, Reg x) { vst1_s32(p, vmovn_s64(vcvtq_s64_f64(x))); }
 
   static Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }
@@ -86,6 +116,8 @@ struct Neon<double> {
   static Reg div(Reg a, Reg b) { return vdivq_f64(a, b); }
   static Reg min(Reg a, Reg b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+  static double lowest(Reg x) { return vminvq_f64(x); }
+  static double highest(Reg x) { return vmaxvq_f64(x); }
   static Reg round(Reg x) { return vrndnq_f64(x); }
 
   static Mask lt(Reg a, Reg b) { return vcltq_f64(a, b); }

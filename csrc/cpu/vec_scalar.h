@@ -21,9 +21,26 @@ struct Scalar {
   static Reg load(const Stored* p) {
     return static_cast<T>(to_compute(*p));
   }
+  // Two vectors' worth, in whatever order is cheapest.
+  template <class Stored>
+  static void load_pair(const Stored* p, Reg* a, Reg* b) {
+    *a = load(p);
+    *b = load(p + 1);
+  }
   template <class Stored>
   static void store(Stored* p, Reg x) {
     from_compute(p, x);
+  }
+  // Values that are zero or normal numbers, in the order load_pair gave them.
+  template <class Stored>
+  static void store_pair_normal(Stored* p, Reg a, Reg b) {
+    store(p, a);
+    store(p + N, b);
+  }
+  // Bits of both masks in the order of memory, for elements stored as the pointer says.
+  template <class Stored>
+  static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
+    return bits(a) | bits(b) << N;
   }
   // Truncates towards zero.
   static void store_index(int32_t* p, Reg x) { *p = static_cast<int32_t>(x); }
@@ -34,6 +51,8 @@ struct Scalar {
   static Reg div(Reg a, Reg b) { return a / b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static T lowest(Reg x) { return x; }
+  static T highest(Reg x) { return x; }
   // c - a * b, rounded once, for a * b that fits twice the precision of float.
   static float nmadd(float a, float b, float c) {
     return static_cast<float>(static_cast<double>(c) - static_cast<double>(a) * static_cast<double>(b));
