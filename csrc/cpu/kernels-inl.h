@@ -160,8 +160,7 @@ void minmax_columns(const S* x, int64_t rows, int64_t columns, int64_t row_strid
 // does, so that counts are torch's to the last element.
 template <class V, class S, class T>
 void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables) {
-  constexpr int kBlock = 256;
-  int32_t index[kBlock];
+  constexpr int kGroup = 32;
   const int64_t stride = histogram_stride(bins);
   uint32_t* const t0 = counts;
   uint32_t* const t1 = tables == 4 ? counts + stride : counts;
@@ -171,15 +170,16 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
   const auto lo = V::set1(low), hi = V::set1(high), width = V::set1(high - low);
   const auto scale = V::set1(static_cast<T>(bins)), last = V::set1(static_cast<T>(bins - 1));
   const auto outside = V::set1(static_cast<T>(bins));
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    for (int k = 0; k < kBlock; k += V::N) {
-      const auto a = V::load(x + i + k);
+  const auto locate = [&](const S* p, int32_t* index) {
+    for (int k = 0; k < kGroup; k += V::N) {
+      const auto a = V::load(p + k);
       const auto inside = V::both(V::le(lo, a), V::le(a, hi));
       const auto bin = V::min(V::div(V::mul(V::sub(a, lo), scale), width), last);
       V::store_index(index + k, V::select(inside, bin, outside));
     }
-    for (int k = 0; k < kBlock; k += 4) {
+  };
+  const auto count = [&](const int32_t* index) {
+    for (int k = 0; k < kGroup; k += 4) {
       // Two indices a load: loads are what this loop has most of.
       uint64_t pairs[2];
       __builtin_memcpy(pairs, index + k, sizeof pairs);
@@ -188,6 +188,21 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
       ++t2[pairs[1] & 0xffffffffu];
       ++t3[pairs[1] >> 32];
     }
+  };
+
+  // One group is divided while the one before it is counted: the two wait for different
+  // parts of the processor.
+  int32_t index[2][kGroup];
+  int current = 0;
+  int64_t i = 0;
+  if (n >= kGroup) locate(x, index[current]);
+  for (; i + 2 * kGroup <= n; i += kGroup, current ^= 1) {
+    locate(x + i + kGroup, index[current ^ 1]);
+    count(index[current]);
+  }
+  if (n >= kGroup) {
+    count(index[current]);
+    i += kGroup;
   }
   for (; i < n; ++i) {
     const T e = Scalar<T>::load(x + i);
@@ -293,6 +308,7 @@ class BitWriter {
  public:
   explicit BitWriter(uint64_t* words) : words_(words) {}
 
+  // At most 63 bits.
   void push(uint64_t bits, int count) {
     if (words_ == nullptr) return;
     word_ |= bits << fill_;
@@ -301,6 +317,11 @@ class BitWriter {
     *words_++ = word_;
     fill_ -= 64;
     word_ = fill_ == 0 ? 0 : bits >> (count - fill_);
+  }
+
+  void push_word(uint64_t bits) {
+    *words_++ = word_ | bits << fill_;
+    word_ = fill_ == 0 ? 0 : bits >> (64 - fill_);
   }
 
   void flush() {
@@ -348,7 +369,7 @@ template <bool kMask, class V, class S>
 int64_t fake_quantize_run(const S* x, S* y, int64_t begin, int64_t end, const FakeQuantizer<V>& q,
                           BitWriter* writer) {
   constexpr int kPair = 2 * V::N;
-  constexpr int kGroup = kPair < 32 ? 32 : kPair;  // pushed at once
+  constexpr int kGroup = 64;  // pushed at once
   const auto pair = [&](int64_t i) {
     typename V::Reg a, b;
     V::load_pair(x + i, &a, &b);
@@ -361,7 +382,7 @@ int64_t fake_quantize_run(const S* x, S* y, int64_t begin, int64_t end, const Fa
   for (; i + kGroup <= end; i += kGroup) {
     uint64_t bits = 0;
     for (int k = 0; k < kGroup; k += kPair) bits |= static_cast<uint64_t>(pair(i + k)) << k;
-    if (kMask) writer->push(bits, kGroup);
+    if (kMask) writer->push_word(bits);
   }
   for (; i + kPair <= end; i += kPair) {
     const uint64_t bits = pair(i);

@@ -200,6 +200,9 @@ struct HistogramRange {
   double low, high;
 };
 
+// Bytes of a tensor that is better read once.
+constexpr int64_t kUncached = int64_t{1} << 20;
+
 // torch.histc widens an empty range by one on each side.
 template <class T>
 HistogramRange counting_range(double low, double high) {
@@ -230,35 +233,111 @@ void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, st
 }
 
 template <class S>
+bool kernel_counts(const HistogramRange& r, int64_t bins) {
+  return r.low < r.high && arithmetic_fits<Compute<S>>(r, bins);
+}
+
+// Counts one thread's share of a tensor.
+template <class S>
+class Counter {
+ public:
+  Counter(const HistogramRange& range, int64_t bins, int64_t expected)
+      : range_(range), bins_(bins), tables_(expected < kSmall ? 1 : 4), scratch_(histogram_stride(bins) * tables_) {}
+
+  void add(const S* x, int64_t n) {
+    using T = Compute<S>;
+    const auto histogram = kernels_of(S{}).histogram;
+    while (n > 0) {
+      const int64_t length = std::min(n, kCounterMax - counted_);
+      histogram(x, length, static_cast<T>(range_.low), static_cast<T>(range_.high), bins_, scratch_.data(), tables_);
+      x += length;
+      n -= length;
+      counted_ += length;
+      if (counted_ == kCounterMax) drain();
+    }
+  }
+
+  std::vector<int64_t>& totals() {
+    drain();
+    return totals_;
+  }
+
+ private:
+  static constexpr int64_t kSmall = 4096;  // below it, summing four tables costs more than it saves
+  static constexpr int64_t kCounterMax = int64_t{1} << 31;  // elements that cannot overflow a counter
+
+  void drain() {
+    totals_.resize(bins_);
+    const int64_t stride = histogram_stride(bins_);
+    for (int t = 0; t < tables_; ++t) {
+      for (int64_t b = 0; b < bins_; ++b) totals_[b] += scratch_[t * stride + b];
+    }
+    std::fill(scratch_.begin(), scratch_.end(), 0u);
+    counted_ = 0;
+  }
+
+  HistogramRange range_;
+  int64_t bins_;
+  int tables_;
+  std::vector<uint32_t> scratch_;
+  std::vector<int64_t> totals_;
+  int64_t counted_ = 0;
+};
+
+void add_counts(const std::vector<int64_t>& from, std::vector<int64_t>* to) {
+  for (size_t b = 0; b < from.size(); ++b) (*to)[b] += from[b];
+}
+
+template <class S>
 std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, int64_t bins) {
-  using T = Compute<S>;
   std::vector<int64_t> counts(bins, 0);
-  if (!(r.low < r.high) || !arithmetic_fits<T>(r, bins)) {
+  if (!kernel_counts<S>(r, bins)) {
     count_wide(x, n, r, bins, &counts);
     return counts;
   }
-  const auto histogram = kernels_of(S{}).histogram;
-  constexpr int64_t kSmall = 4096;               // below it, summing four tables costs more than it saves
-  constexpr int64_t kCounterMax = int64_t{1} << 31;  // elements that cannot overflow a counter
-  const int64_t stride = histogram_stride(bins);
   const int64_t pieces = piece_count(n);
-  std::vector<std::vector<int64_t>> partial(pieces > 1 ? pieces : 0, std::vector<int64_t>(bins, 0));
+  std::vector<std::vector<int64_t>> partial(pieces);
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
-    std::vector<int64_t>& mine = pieces > 1 ? partial[piece] : counts;
-    for (int64_t i = begin; i < end; i += kCounterMax) {
-      const int64_t length = std::min(kCounterMax, end - i);
-      const int tables = length < kSmall ? 1 : 4;
-      std::vector<uint32_t> scratch(stride * tables, 0);
-      histogram(x + i, length, static_cast<T>(r.low), static_cast<T>(r.high), bins, scratch.data(), tables);
-      for (int t = 0; t < tables; ++t) {
-        for (int64_t b = 0; b < bins; ++b) mine[b] += scratch[t * stride + b];
-      }
-    }
+    Counter<S> counter(r, bins, end - begin);
+    counter.add(x + begin, end - begin);
+    partial[piece].swap(counter.totals());
   });
-  for (const auto& p : partial) {
-    for (int64_t b = 0; b < bins; ++b) counts[b] += p[b];
-  }
+  for (const auto& p : partial) add_counts(p, &counts);
   return counts;
+}
+
+// For tensors that no cache holds: looks for the extremes and counts into `known`, a range
+// that earlier tensors had, block by block, so that memory is read once. True where every
+// element was in that range; otherwise only the extremes are of use.
+template <class S, class T>
+bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, int64_t bins, Extremes<T>* range,
+                            bool* nonfinite, std::vector<int64_t>* counts) {
+  constexpr int64_t kBlock = 8192;  // in the first-level cache when it is counted
+  const auto minmax = kernels_of(S{}).minmax;
+  const int64_t pieces = piece_count(n);
+  std::vector<std::vector<int64_t>> partial(pieces);
+  std::vector<Extremes<T>> extremes(pieces, Extremes<T>(1));
+  std::vector<char> odd(pieces, 0), hit(pieces, 1);
+  for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
+    Counter<S> counter(known, bins, end - begin);
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t length = std::min(kBlock, end - i);
+      T lo, hi;
+      bool block_odd;
+      minmax(x + i, length, &lo, &hi, &block_odd);
+      extremes[piece].fold(0, lo, hi);
+      odd[piece] |= block_odd;
+      hit[piece] &= !block_odd && static_cast<double>(lo) >= known.low && static_cast<double>(hi) <= known.high;
+      if (hit[piece]) counter.add(x + i, length);
+    }
+    partial[piece].swap(counter.totals());
+  });
+  for (int64_t p = 0; p < pieces; ++p) {
+    range->fold(0, extremes[p].low[0], extremes[p].high[0]);
+    *nonfinite |= odd[p] != 0;
+    add_counts(partial[p], counts);
+  }
+  return std::all_of(hit.begin(), hit.end(), [](char h) { return h != 0; });
 }
 
 // Element k of torch.linspace(start, end, count).
@@ -347,10 +426,21 @@ template <class S>
 void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor& min_val, Tensor& max_val,
                           Tensor& nonfinite_count, int64_t upsample_rate, NonFinite policy) {
   using T = Compute<S>;
+  const int64_t bins = histogram.numel();
+  const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
+  const bool first = old.low == std::numeric_limits<double>::infinity() ||
+                     old.high == -std::numeric_limits<double>::infinity();
+  Extremes<T> range(1);
+  bool nonfinite = false, counted = false;
+  std::vector<int64_t> counts(bins, 0);
+  if (!first && d.numel() >= kUncached / static_cast<int64_t>(sizeof(S)) && kernel_counts<S>(old, bins)) {
+    counted = count_into_known_range(x, d.numel(), old, bins, &range, &nonfinite, &counts);
+  } else {
+    nonfinite = extremes(x, d, &range);
+  }
+
   int64_t left_out = 0;
   // Infinities never enter a histogram, whatever the policy; NaN raises where torch's would.
-  Extremes<T> range(1);
-  bool nonfinite = extremes(x, d, &range);
   if (nonfinite) {
     if (policy == NonFinite::propagate) {
       propagate_nan(x, d, &range);
@@ -361,14 +451,10 @@ void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor&
     STD_TORCH_CHECK(policy != NonFinite::raise, "fastquant: x holds ", left_out, " non-finite elements");
   }
   if (range.low[0] <= range.high[0]) {
-    const int64_t bins = histogram.numel();
-    const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
-    const bool first = old.low == std::numeric_limits<double>::infinity() ||
-                       old.high == -std::numeric_limits<double>::infinity();
     const HistogramRange seen = {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])};
     const HistogramRange now =
         first ? seen : HistogramRange{std::min(old.low, seen.low), std::max(old.high, seen.high)};
-    const auto counts = count_bins(x, d.numel(), counting_range<T>(now.low, now.high), bins);
+    if (!counted) counts = count_bins(x, d.numel(), counting_range<T>(now.low, now.high), bins);
     std::vector<double> total = first ? std::vector<double>(bins, 0.0) : read_values<double>(histogram);
     if (!first && (now.low != old.low || now.high != old.high)) {
       total = moved_histogram(total, old, now, upsample_rate, is_double(histogram));

@@ -1,0 +1,276 @@
+// Compares every kernel table that this processor runs with the scalar one, bit for bit,
+// over sizes from nothing to several vectors, alignments, and hostile values. Knows no
+// torch and no Python: it runs under sanitizers, and under emulation for other processors.
+//
+// Buffers are allocated to the element, so that AddressSanitizer sees any step outside.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+
+namespace fastquant {
+namespace {
+
+std::mt19937_64 rng(20240229);
+int64_t compared = 0;
+int64_t failed = 0;
+
+void report(const char* isa, const char* kernel, int64_t n, int64_t offset) {
+  if (++failed <= 20) std::printf("%s: %s differs from scalar at n = %ld, offset %ld\n", isa, kernel, long(n), long(offset));
+}
+
+template <class X>
+bool same_bits(const X* a, const X* b, int64_t n) {
+  return n == 0 || std::memcmp(a, b, sizeof(X) * static_cast<size_t>(n)) == 0;
+}
+
+// Elements at an offset into an allocation that ends with the last one.
+template <class X>
+class Buffer {
+ public:
+  Buffer(int64_t n, int64_t offset) : data_(new X[static_cast<size_t>(n + offset)]()), offset_(offset), size_(n) {}
+  X* get() { return data_.get() + offset_; }
+  const X* get() const { return data_.get() + offset_; }
+  int64_t size() const { return size_; }
+
+ private:
+  std::unique_ptr<X[]> data_;
+  int64_t offset_, size_;
+};
+
+double random_number(bool hostile) {
+  std::normal_distribution<double> normal;
+  if (!hostile || rng() % 4 != 0) return normal(rng);
+  switch (rng() % 8) {
+    case 0: return std::numeric_limits<double>::quiet_NaN();
+    case 1: return std::numeric_limits<double>::infinity();
+    case 2: return -std::numeric_limits<double>::infinity();
+    case 3: return 3e38;
+    case 4: return -3e38;
+    case 5: return 1e-45;
+    case 6: return -0.0;
+    default: return 0.5;  // a tie
+  }
+}
+
+template <class S>
+Buffer<S> random_buffer(int64_t n, int64_t offset, bool hostile) {
+  Buffer<S> b(n, offset);
+  for (int64_t i = 0; i < n; ++i) from_compute(b.get() + i, static_cast<Compute<S>>(random_number(hostile)));
+  return b;
+}
+
+// NaN by NaN; otherwise equal numbers (the sign of a zero depends on the order of lanes).
+template <class T>
+bool same_number(T a, T b) {
+  return a == b || (std::isnan(a) && std::isnan(b));
+}
+
+template <class S, class T>
+void compare_minmax(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
+                    int64_t offset, bool hostile) {
+  const auto x = random_buffer<S>(n, offset, hostile);
+  T low[2], high[2];
+  bool odd[2];
+  k.minmax(x.get(), n, &low[0], &high[0], &odd[0]);
+  ref.minmax(x.get(), n, &low[1], &high[1], &odd[1]);
+  ++compared;
+  if (!same_number(low[0], low[1]) || !same_number(high[0], high[1]) || odd[0] != odd[1]) report(isa, "minmax", n, offset);
+  bool truth = false;
+  for (int64_t i = 0; i < n; ++i) truth |= !std::isfinite(to_compute(x.get()[i]));
+  if (odd[0] != truth) report(isa, "minmax nonfinite", n, offset);
+
+  int64_t count[2];
+  k.minmax_finite(x.get(), n, &low[0], &high[0], &count[0]);
+  ref.minmax_finite(x.get(), n, &low[1], &high[1], &count[1]);
+  if (low[0] != low[1] || high[0] != high[1] || count[0] != count[1]) report(isa, "minmax_finite", n, offset);
+
+  const int64_t columns = 1 + static_cast<int64_t>(rng() % 70);
+  const int64_t rows = n / columns;
+  std::vector<T> lows[2], highs[2];
+  for (int t = 0; t < 2; ++t) {
+    lows[t].assign(columns, std::numeric_limits<T>::infinity());
+    highs[t].assign(columns, -std::numeric_limits<T>::infinity());
+    (t == 0 ? k : ref).minmax_columns(x.get(), rows, columns, columns, lows[t].data(), highs[t].data(), &odd[t]);
+  }
+  if (lows[0] != lows[1] || highs[0] != highs[1] || odd[0] != odd[1]) report(isa, "minmax_columns", n, offset);
+}
+
+template <class S, class T>
+void compare_histogram(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
+                       int64_t offset, bool hostile) {
+  const auto x = random_buffer<S>(n, offset, hostile);
+  const int64_t bins = 1 + static_cast<int64_t>(rng() % 300);
+  const int64_t stride = histogram_stride(bins);
+  std::vector<int64_t> counts[2];
+  for (int t = 0; t < 2; ++t) {
+    const int tables = t == 0 ? 4 : 1;
+    std::vector<uint32_t> scratch(static_cast<size_t>(stride * tables), 0);
+    (t == 0 ? k : ref).histogram(x.get(), n, T(-1.5), T(2), bins, scratch.data(), tables);
+    counts[t].assign(bins, 0);
+    for (int64_t i = 0; i < tables * stride; ++i) {
+      if (i % stride < bins) counts[t][i % stride] += scratch[i];
+    }
+  }
+  ++compared;
+  if (counts[0] != counts[1]) report(isa, "histogram", n, offset);
+  int64_t total = 0, inside = 0;
+  for (int64_t c : counts[0]) total += c;
+  for (int64_t i = 0; i < n; ++i) {
+    const T e = static_cast<T>(to_compute(x.get()[i]));
+    inside += e >= T(-1.5) && e <= T(2);
+  }
+  if (total != inside) report(isa, "histogram total", n, offset);
+}
+
+template <class S, class T>
+void compare_fake_quantize(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
+                           int64_t offset, bool hostile, bool periodic) {
+  const auto x = random_buffer<S>(n, offset, hostile);
+  const int64_t channels = periodic ? 64 + static_cast<int64_t>(rng() % 40) : 1 + static_cast<int64_t>(rng() % 3);
+  const int64_t length = periodic ? channels + kPeriodPadding : channels;
+  std::vector<T> arrays[7];
+  QuantParams<T> p;
+  p.quant_min = 0;
+  p.quant_max = 255;
+  for (int64_t i = 0; i < length; ++i) {
+    const int64_t c = i % channels;
+    const bool fresh = i < channels;
+    const T scale = fresh ? static_cast<T>(0.01 + 0.002 * double(rng() % 20)) : arrays[0][c];
+    const T zero_point = fresh ? static_cast<T>(rng() % 256) : arrays[2][c];
+    const T low = T(0) - zero_point, high = T(255) - zero_point;
+    const T values[7] = {scale, T(1) / scale, zero_point, low, high, low - T(0.5), high + T(0.5)};
+    for (int a = 0; a < 7; ++a) arrays[a].push_back(values[a]);
+  }
+  p.scale = arrays[0].data();
+  p.inverse_scale = arrays[1].data();
+  p.zero_point = arrays[2].data();
+  p.low = arrays[3].data();
+  p.high = arrays[4].data();
+  p.low_edge = arrays[5].data();
+  p.high_edge = arrays[6].data();
+  p.inner = 1 + static_cast<int64_t>(rng() % 150);
+  p.channels = channels;
+  p.period = channels;
+  p.exact = rng() % 4 == 0;
+  p.float_zero_point = p.exact && rng() % 2 == 0;
+  const int64_t begin = n < 64 ? 0 : static_cast<int64_t>(rng() % uint64_t(n / 64 + 1)) * 64;
+  const int64_t words = (n + 63) / 64;
+  for (bool with_mask : {true, false}) {
+    std::vector<uint64_t> mask[2] = {std::vector<uint64_t>(words, 0), std::vector<uint64_t>(words, 0)};
+    Buffer<S> y[2] = {Buffer<S>(n, offset), Buffer<S>(n, offset)};
+    for (int t = 0; t < 2; ++t) {
+      const auto& table = t == 0 ? k : ref;
+      const auto kernel = periodic ? table.fake_quantize_periodic : table.fake_quantize_rows;
+      if (begin < n) kernel(x.get(), y[t].get(), with_mask ? mask[t].data() : nullptr, begin, n, p);
+    }
+    ++compared;
+    if (!same_bits(y[0].get(), y[1].get(), n)) report(isa, "fake_quantize", n, offset);
+    if (mask[0] != mask[1]) report(isa, "fake_quantize mask", n, offset);
+
+    Buffer<S> out[2] = {Buffer<S>(n, offset), Buffer<S>(n, offset)};
+    k.mask_gradient(x.get(), mask[1].data(), out[0].get(), begin < n ? begin : 0, n);
+    ref.mask_gradient(x.get(), mask[1].data(), out[1].get(), begin < n ? begin : 0, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const auto a = to_compute(out[0].get()[i]), b = to_compute(out[1].get()[i]);
+      if (!same_number(a, b) || (!std::isnan(a) && std::signbit(a) != std::signbit(b))) report(isa, "mask_gradient", n, offset);
+    }
+  }
+}
+
+template <class S, class T>
+void compare_learnable(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
+                       int64_t offset) {
+  const auto x = random_buffer<S>(n, offset, false), grad = random_buffer<S>(n, offset, false);
+  Buffer<S> out[2] = {Buffer<S>(n, offset), Buffer<S>(n, offset)};
+  LearnableSums sums[2];
+  for (int t = 0; t < 2; ++t) {
+    sums[t] = (t == 0 ? k : ref).learnable_backward(grad.get(), x.get(), out[t].get(), n, T(0.02), T(3), T(-20), T(20), T(0.5));
+  }
+  ++compared;
+  if (!same_bits(out[0].get(), out[1].get(), n)) report(isa, "learnable gradient", n, offset);
+  const double tolerance = 1e-4 * (1 + std::sqrt(double(n)) * 20);
+  if (std::abs(sums[0].scale - sums[1].scale) > tolerance ||
+      std::abs(sums[0].zero_point - sums[1].zero_point) > tolerance) {
+    report(isa, "learnable sums", n, offset);
+  }
+}
+
+template <class S, class T>
+void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    for (int64_t n : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000}) {
+      const int64_t offset = static_cast<int64_t>(rng() % 5);
+      const bool hostile = rng() % 2 == 0;
+      compare_minmax(isa, k, ref, n, offset, hostile);
+      compare_histogram(isa, k, ref, n, offset, hostile);
+      compare_fake_quantize(isa, k, ref, n, offset, hostile, false);
+      compare_fake_quantize(isa, k, ref, n, offset, hostile, true);
+      compare_learnable(isa, k, ref, n, offset);
+    }
+  }
+}
+
+void compare_search(const Kernels& k, const Kernels& ref, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t bins = 1 + static_cast<int64_t>(rng() % 300);
+    std::vector<float> histogram(bins), scratch(bins);
+    for (float& h : histogram) h = static_cast<float>(rng() % 1000);
+    const int64_t start = static_cast<int64_t>(rng() % uint64_t(bins));
+    const int64_t end = start + static_cast<int64_t>(rng() % uint64_t(bins - start));
+    const double a = k.quantization_error(histogram.data(), bins, 0.01, start, end, 256, scratch.data());
+    const double b = ref.quantization_error(histogram.data(), bins, 0.01, start, end, 256, scratch.data());
+    ++compared;
+    if (!same_bits(&a, &b, 1)) report(k.isa, "quantization_error", bins, 0);
+  }
+}
+
+// Kernels keep no state: several threads at once, for ThreadSanitizer.
+void run_in_threads(const Kernels& k) {
+  std::vector<float> x(100000, 0.25f);
+  std::vector<std::thread> threads;
+  std::vector<float> lows(4), highs(4);
+  for (size_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      bool odd;
+      k.f32.minmax(x.data(), static_cast<int64_t>(x.size()), &lows[t], &highs[t], &odd);
+      std::vector<uint32_t> counts(static_cast<size_t>(4 * histogram_stride(64)), 0);
+      k.f32.histogram(x.data(), static_cast<int64_t>(x.size()), 0.0f, 1.0f, 64, counts.data(), 4);
+    });
+  }
+  for (auto& t : threads) t.join();
+  ++compared;
+  if (lows != std::vector<float>(4, 0.25f)) report(k.isa, "threads", 0, 0);
+}
+
+int run(int rounds) {
+  if (!set_isa("scalar")) return 2;
+  const Kernels& ref = kernels();
+  for (int i = 0; usable_isa(i) != nullptr; ++i) {
+    set_isa(usable_isa(i));
+    const Kernels& k = kernels();
+    compare_type(k.isa, k.f32, ref.f32, rounds);
+    compare_type(k.isa, k.f64, ref.f64, rounds);
+    compare_type(k.isa, k.f16, ref.f16, rounds);
+    compare_type(k.isa, k.bf16, ref.bf16, rounds);
+    compare_search(k, ref, rounds * 20);
+    run_in_threads(k);
+    std::printf("%s: compared with scalar\n", k.isa);
+  }
+  std::printf("%ld comparisons, %ld failed\n", long(compared), long(failed));
+  return failed == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fastquant
+
+int main(int argc, char** argv) { return fastquant::run(argc > 1 ? std::atoi(argv[1]) : 20); }
