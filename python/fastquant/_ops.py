@@ -1,0 +1,272 @@
+"""The door to the native side: loads it, binds its ops, gives them gradients and a fallback.
+
+Every op of `csrc/library.cpp` is here under its own name, bound once. Modules call the ops
+directly, and the two `apply_…` functions where gradients are involved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _reference
+
+MINIMUM_TORCH = (2, 10)
+
+
+def _load_library() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < MINIMUM_TORCH:
+        raise ImportError(
+            f"fastquant needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, found "
+            f"{torch.__version__}: pip install --upgrade torch"
+        )
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"fastquant's native library does not load ({error}). It is built when fastquant is "
+            "installed: run `pip install .` in the source directory, or `pip install -e . "
+            "--no-build-isolation` to work on it."
+        ) from error
+
+
+_load_library()
+
+_Op = Callable[..., Any]
+
+
+def _bind(name: str) -> _Op:
+    op: _Op = getattr(torch.ops.fastquant, name).default
+    return op
+
+
+observe_minmax_ = _bind("observe_minmax_")
+observe_histogram_ = _bind("observe_histogram_")
+observe_qparams_ = _bind("observe_qparams_")
+search_histogram_range = _bind("search_histogram_range")
+choose_qparams = _bind("choose_qparams")
+fake_quantize = _bind("fake_quantize")
+fake_quantize_with_mask = _bind("fake_quantize_with_mask")
+fake_quantize_backward = _bind("fake_quantize_backward")
+fused_observe_fake_quantize = _bind("fused_observe_fake_quantize")
+fused_observe_fake_quantize_with_mask = _bind("fused_observe_fake_quantize_with_mask")
+learnable_fake_quantize = _bind("learnable_fake_quantize")
+learnable_fake_quantize_backward = _bind("learnable_fake_quantize_backward")
+
+# ------------------------------------------------------------------- fallback for any device
+
+# An op that has no autograd of its own leaves gradients on while its kernel runs, so the
+# fallback turns them off itself.
+_fallback: Any = torch.library.Library("fastquant", "IMPL")  # type: ignore[no-untyped-call]
+for _name, _op in _reference.OPS.items():
+    _fallback.impl(_name, torch.no_grad()(_op), "CompositeExplicitAutograd")
+
+# -------------------------------------------------------------------------------- fake kernels
+
+
+def _changes_in_place(*_: Any) -> None:
+    return None
+
+
+def _empty_mask(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel() + 63) // 64 * 8, dtype=torch.uint8)
+
+
+def _empty_like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _empty_with_mask(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _empty_mask(x)
+
+
+def _empty_range(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, dst_nbins: int
+) -> tuple[Tensor, Tensor]:
+    return min_val.new_empty(()), max_val.new_empty(())
+
+
+def _empty_qparams(
+    min_val: Tensor,
+    max_val: Tensor,
+    eps: Tensor,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    zero_point_dtype = (torch.int32, torch.int64, min_val.dtype)[scheme]
+    n = min_val.numel()
+    return min_val.new_empty(n), min_val.new_empty(n, dtype=zero_point_dtype)
+
+
+def _empty_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(zero_point)
+
+
+_FAKE_KERNELS: dict[str, _Op] = {
+    "observe_minmax_": _changes_in_place,
+    "observe_histogram_": _changes_in_place,
+    "observe_qparams_": _changes_in_place,
+    "search_histogram_range": _empty_range,
+    "choose_qparams": _empty_qparams,
+    "fake_quantize": _empty_like_first,
+    "fake_quantize_with_mask": _empty_with_mask,
+    "fake_quantize_backward": _empty_like_first,
+    "fused_observe_fake_quantize": _empty_like_first,
+    "fused_observe_fake_quantize_with_mask": _empty_with_mask,
+    "learnable_fake_quantize": _empty_like_first,
+    "learnable_fake_quantize_backward": _empty_gradients,
+}
+for _name, _op in _FAKE_KERNELS.items():
+    torch.library.register_fake(f"fastquant::{_name}", _op)
+
+# ------------------------------------------------------------------------------------- autograd
+
+
+def _with_strides(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """`grad` in the memory layout of the output whose mask it meets."""
+    if grad.stride() == stride:
+        return grad
+    return grad.new_empty_strided(grad.size(), stride).copy_(grad)
+
+
+class _MaskGradient(torch.autograd.Function):
+    """The straight-through gradient as a function of the gradient, for gradients of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.stride = stride
+        result: Tensor = fake_quantize_backward(_with_strides(grad, stride), mask)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _straight_through(ctx, grad), None, None
+
+
+_mask_gradient: _Op = _MaskGradient.apply
+
+
+def _straight_through(ctx: Any, grad: Tensor) -> Tensor:
+    (mask,) = ctx.saved_tensors
+    # The straight-through estimate: https://arxiv.org/abs/1308.3432
+    result: Tensor
+    if grad.requires_grad and torch.is_grad_enabled():
+        result = _mask_gradient(grad, mask, ctx.stride)
+    else:
+        result = fake_quantize_backward(_with_strides(grad, ctx.stride), mask)
+    return result
+
+
+def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    y, mask = output
+    ctx.save_for_backward(mask)
+    ctx.stride = y.stride()
+
+
+def _fake_quantize_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _straight_through(ctx, grad), *(None,) * 6
+
+
+torch.library.register_autograd(
+    "fastquant::fake_quantize_with_mask", _fake_quantize_gradients, setup_context=_save_mask
+)
+
+
+def _save_learnable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, *ctx.settings = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+
+
+@torch.autograd.function.once_differentiable
+def _learnable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero_point = ctx.saved_tensors
+    gradients = learnable_fake_quantize_backward(grad, x, scale, zero_point, *ctx.settings)
+    return *gradients, *(None,) * 4
+
+
+torch.library.register_autograd(
+    "fastquant::learnable_fake_quantize", _learnable_gradients, setup_context=_save_learnable
+)
+
+
+class _FusedObserveFakeQuantize(torch.autograd.Function):
+    """An op that changes its arguments can have no registered autograd, so this has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
+        y: Tensor
+        y, mask = fused_observe_fake_quantize_with_mask(x, *settings)
+        ctx.save_for_backward(mask)
+        ctx.stride = y.stride()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _straight_through(ctx, grad), *(None,) * 15
+
+
+# ---------------------------------------------------------------- what modules' forwards call
+
+_fused_with_gradient: _Op = _FusedObserveFakeQuantize.apply
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def apply_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    enabled: Tensor | None = None,
+) -> Tensor:
+    """Fake-quantize `x`; the straight-through gradient where one is needed.
+
+    Args as the op `fake_quantize`. Where `enabled` says no on the CPU, `x` itself comes back.
+    """
+    if enabled is not None and not _is_compiling() and x.is_cpu:
+        if not enabled.item():
+            return x
+        enabled = None
+    y: Tensor
+    if x.requires_grad and _is_grad_enabled():
+        y, _ = fake_quantize_with_mask(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)
+    else:
+        y = fake_quantize(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)
+    return y
+
+
+def apply_fused(
+    x: Tensor, observer_enabled: Tensor, fake_quant_enabled: Tensor, *settings: Any
+) -> Tensor:
+    """Observe and fake-quantize `x`; the straight-through gradient where one is needed.
+
+    Args as the op `fused_observe_fake_quantize`, all of them and in its order. Where
+    `fake_quant_enabled` says no on the CPU, `x` itself comes back.
+    """
+    needs_grad = x.requires_grad and _is_grad_enabled()
+    if _is_compiling():
+        if needs_grad:
+            # What a compiler traces is two ops that it understands, in place of a Function.
+            _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
+            observe_qparams_(x, observer_enabled, *settings)
+            return apply_fake_quantize(
+                x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
+            )
+    # A flag that lies on another device is left to the op: to read it would be to wait for it.
+    elif x.is_cpu and not fake_quant_enabled.item():
+        observe_qparams_(x, observer_enabled, *settings)
+        return x
+    op = _fused_with_gradient if needs_grad else fused_observe_fake_quantize
+    y: Tensor = op(x, observer_enabled, fake_quant_enabled, *settings)
+    return y

@@ -1,0 +1,614 @@
+"""Every op in plain, obvious torch ops.
+
+The fallback on devices that have no kernels of their own, and the truth that tests compare
+native kernels with. Nothing here waits for the device, except where `nonfinite` is 1 (raise)
+and in `search_histogram_range`. Signatures are the schemas' (`csrc/library.cpp`); what each op
+means is written in `docs/architecture.md`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE, RAISE, PROPAGATE = 0, 1, 2
+AFFINE, SYMMETRIC, AFFINE_FLOAT_QPARAMS = 0, 1, 2
+
+INF = math.inf
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# From here on fp32 cannot tell neighbouring integers apart.
+_FP32_INTEGERS = 2**24
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """fp64 is computed in fp64, everything narrower in fp32; for buffers as for x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _widest_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _check_input(x: Tensor, ch_axis: int | None, **buffers: Tensor) -> None:
+    _check(x.dtype in _FLOATING, f"x must have a floating dtype, got {x.dtype}")
+    channels = 1
+    if ch_axis is not None:
+        _check(
+            -x.dim() <= ch_axis < x.dim(), f"ch_axis={ch_axis} is out of range for {x.dim()}-d x"
+        )
+        channels = x.shape[ch_axis]
+    for name, buffer in buffers.items():
+        _check(
+            buffer.numel() == channels,
+            f"{name} must have {channels} element(s), got {buffer.numel()}",
+        )
+        _check(buffer.device == x.device, f"{name} must be on {x.device}, got {buffer.device}")
+
+
+def _check_quant_range(quant_min: int, quant_max: int) -> None:
+    _check(quant_min < quant_max, f"quant_min {quant_min} must be less than quant_max {quant_max}")
+
+
+def _check_finite(refused: Tensor) -> None:
+    if bool(refused):
+        raise RuntimeError("x has non-finite elements")
+
+
+def _along_channels(values: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
+    """One value per tensor or channel, in a shape that broadcasts with x."""
+    shape = [1] * x.dim()
+    if ch_axis is not None:
+        shape[ch_axis] = -1
+    return values.reshape(shape)
+
+
+def _rows_of_channels(x: Tensor, ch_axis: int | None) -> Tensor:
+    """x in the dtype it is computed in, one row per tensor or channel. Not for empty x."""
+    values = x.detach().to(_compute_dtype(x))
+    if ch_axis is None:
+        return values.reshape(1, -1)
+    return values.movedim(ch_axis, 0).reshape(x.shape[ch_axis], -1)
+
+
+# ------------------------------------------------------------------------------------- observe
+
+
+def _observed(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    nonfinite: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The new min_val and max_val, how many elements took no part, and whether x is refused."""
+    values = _rows_of_channels(x, ch_axis)
+    finite = values.isfinite()
+    skipped = (~finite).sum()
+    if nonfinite == PROPAGATE:
+        low, high = values.aminmax(dim=1)
+    else:
+        low = torch.where(finite, values, INF).amin(1)
+        high = torch.where(finite, values, -INF).amax(1)
+    nothing = ((low == INF) & (high == -INF)).reshape(min_val.shape)
+    never = (min_val == INF) & (max_val == -INF)
+
+    def updated(
+        buffer: Tensor, current: Tensor, extreme: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        compute = _compute_dtype(buffer)
+        old = buffer.to(compute)
+        new = current.to(buffer.dtype).to(compute).reshape(buffer.shape)
+        if averaging_constant is None:
+            moved = extreme(old, new)
+        else:
+            moved = torch.where(never, new, old + averaging_constant * (new - old))
+        return torch.where(nothing, buffer, moved.to(buffer.dtype))
+
+    new_min = updated(min_val, low, torch.minimum)
+    new_max = updated(max_val, high, torch.maximum)
+
+    zero = torch.zeros_like(skipped)
+    counted = skipped if nonfinite == IGNORE else zero
+    refused = skipped if nonfinite == RAISE else zero
+    return new_min, new_max, counted, refused
+
+
+def observe_minmax_(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    nonfinite: int,
+) -> None:
+    if x.numel() == 0:
+        return
+    _check_input(x, ch_axis, min_val=min_val, max_val=max_val)
+    new_min, new_max, counted, refused = _observed(
+        x, min_val, max_val, ch_axis, averaging_constant, nonfinite
+    )
+    if nonfinite == RAISE:
+        _check_finite(refused)
+    min_val.copy_(new_min)
+    max_val.copy_(new_max)
+    nonfinite_count.add_(counted)
+
+
+def observe_qparams_(
+    x: Tensor,
+    observer_enabled: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    nonfinite_count: Tensor,
+    eps: Tensor,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+    nonfinite: int,
+) -> None:
+    _check_quant_range(quant_min, quant_max)
+    enabled = observer_enabled.reshape(()) != 0
+    if x.numel() == 0:
+        new_min, new_max, counted = min_val, max_val, torch.zeros_like(nonfinite_count)
+    else:
+        _check_input(
+            x, ch_axis, min_val=min_val, max_val=max_val, scale=scale, zero_point=zero_point
+        )
+        new_min, new_max, counted, refused = _observed(
+            x, min_val, max_val, ch_axis, averaging_constant, nonfinite
+        )
+        if nonfinite == RAISE:
+            _check_finite(enabled & (refused > 0))
+    new_scale, new_zero_point = choose_qparams(
+        new_min, new_max, eps, quant_min, quant_max, scheme, symmetric_zero_point
+    )
+    for buffer, new in (
+        (min_val, new_min),
+        (max_val, new_max),
+        (scale, new_scale),
+        (zero_point, new_zero_point),
+    ):
+        buffer.copy_(torch.where(enabled, new.reshape(buffer.shape).to(buffer.dtype), buffer))
+    nonfinite_count.add_(torch.where(enabled, counted, 0))
+
+
+# ----------------------------------------------------------------------------------- histogram
+
+
+def _bin_of(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """Index of the bin of [low, high] that each value falls in, as torch.histc computes it."""
+    low, high = low.to(values.dtype), high.to(values.dtype)
+    point = low == high
+    low, high = torch.where(point, low - 1, low), torch.where(point, high + 1, high)
+    index = (values - low) * bins / (high - low)
+    # Ranges too wide for this arithmetic, and points so far out that one more is no more.
+    wide = _widest_dtype(values.device)
+    values, low, high = (t.to(wide) / 2 for t in (values, low, high))
+    wide_index = (values - low) / (high - low) * bins
+    wide_index = torch.where(low == high, bins // 2, wide_index)
+    fits = ((high - low) * 2 * bins).to(index.dtype).isfinite() & (low < high)
+    index = torch.where(fits, index.to(wide), wide_index)
+    return index.nan_to_num(0.0).clamp(0, bins - 1).to(torch.int64)
+
+
+def _linspace(start: Tensor, end: Tensor, count: int) -> Tensor:
+    """torch.linspace, rounded alike on every device and at every vector length."""
+    k = torch.arange(count, device=start.device, dtype=start.dtype)
+    step = (end - start) / (count - 1)
+    return torch.where(k < count // 2, start + step * k, end - step * (count - 1 - k))
+
+
+def _resampled(
+    histogram: Tensor, rate: int, low: Tensor, high: Tensor, new_low: Tensor, new_high: Tensor
+) -> Tensor:
+    """The histogram of [low, high] in the bins of [new_low, new_high]; all finite.
+
+    Each bin's count is spread evenly over `rate` parts, and a part goes to the bin that its
+    middle falls in (torch.ao's HistogramObserver._upscale_histogram).
+    """
+    bins = histogram.numel()
+    middles = _linspace(low, high, bins * rate + 1)[:-1] + 0.5 * ((high - low) / (bins * rate))
+    edges = _linspace(new_low, new_high, bins + 1)
+    index = torch.bucketize(middles, edges[1:-1], right=True)
+    mass = (histogram / rate).repeat_interleave(rate)
+    return torch.zeros_like(histogram).index_add_(0, index, mass)
+
+
+def observe_histogram_(
+    x: Tensor,
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    upsample_rate: int,
+    nonfinite: int,
+) -> None:
+    _check(histogram.numel() > 0 and upsample_rate > 0, "a histogram needs bins")
+    _check_input(x, None, min_val=min_val, max_val=max_val)
+    if x.numel() == 0:
+        return
+    bins = histogram.numel()
+    wide = _widest_dtype(x.device)
+    values = _rows_of_channels(x, None)[0]
+    finite = values.isfinite()
+    skipped = (~finite).sum()
+    # Infinities never enter a histogram, and NaN raises where torch's would.
+    if nonfinite == RAISE:
+        _check_finite(skipped)
+    elif nonfinite == PROPAGATE:
+        _check_finite(values.isnan().any())
+
+    low, high = min_val.reshape(()).to(wide), max_val.reshape(()).to(wide)
+    first = (low == INF) | (high == -INF)
+    new_low = torch.where(finite, values, INF).amin().to(wide)
+    new_high = torch.where(finite, values, -INF).amax().to(wide)
+    new_low = torch.where(first, new_low, torch.minimum(low, new_low))
+    new_high = torch.where(first, new_high, torch.maximum(high, new_high))
+
+    index = torch.where(finite, _bin_of(values, new_low, new_high, bins), bins)
+    counts = torch.zeros(bins + 1, device=x.device, dtype=torch.int64)
+    counts = counts.index_add_(0, index, torch.ones_like(index))[:bins].to(wide)
+
+    # What was seen before: as it lies; all of it one value; or in bins of another width,
+    # found in the precision that torch would use, and in a wider one where that overflows.
+    old = histogram.to(wide)
+    same = (low == new_low) & (high == new_high)
+    point = _bin_of(low.reshape(1).to(torch.float32), new_low, new_high, bins)
+    at_point = torch.zeros_like(old).index_add_(0, point, old.sum().reshape(1))
+    ranges = (low, high, new_low, new_high)
+    resampled = _resampled(old, upsample_rate, *ranges)
+    if _compute_dtype(histogram) == torch.float32:
+        narrow = [t.to(torch.float32) for t in ranges]
+        fits = ((narrow[3] - narrow[2]) * bins).isfinite()
+        resampled = torch.where(fits, _resampled(old, upsample_rate, *narrow), resampled)
+    kept = torch.where(same, old, torch.where(low == high, at_point, resampled))
+    combined = torch.where(first, 0.0, kept) + counts
+
+    nothing = ~finite.any()
+    histogram.copy_(torch.where(nothing, old, combined))
+    min_val.copy_(torch.where(nothing, low, new_low).reshape(min_val.shape))
+    max_val.copy_(torch.where(nothing, high, new_high).reshape(max_val.shape))
+    if nonfinite == IGNORE:
+        nonfinite_count.add_(skipped)
+
+
+def _quantization_error(
+    histogram: Tensor, bin_width: float, start_bin: int, end_bin: int, levels: int
+) -> float:
+    """Squared error of quantizing the values of [start_bin, end_bin] to `levels` levels.
+
+    Values are taken as spread evenly over their bin; the integral of x² from a to b is
+    (b³ - a³) / 3. The order of operations is torch.ao's, in fp32, for the same answer.
+    """
+    width = bin_width * (end_bin - start_bin + 1) / levels
+    if width == 0.0:
+        return 0.0
+
+    def norm(begin: Tensor | float, end: Tensor | float) -> Tensor:
+        begin, end = (torch.as_tensor(t, dtype=torch.float32) for t in (begin, end))
+        return density * ((end * end * end - begin * begin * begin) / 3)
+
+    def level_of(position: Tensor) -> Tensor:
+        return torch.div(position, width, rounding_mode="floor").clamp(0, levels - 1)
+
+    density = histogram / bin_width
+    begin = (torch.arange(histogram.numel()) - start_bin) * bin_width
+    end = begin + bin_width
+    first, last = level_of(begin), level_of(end)
+    error = norm(begin - (first + 0.5) * width, width / 2)
+    error += (last - first - 1) * norm(-width / 2, width / 2)
+    error += norm(-width / 2, end - (last * width + width / 2))
+    return float(error.sum(dtype=torch.float64))
+
+
+def search_histogram_range(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, dst_nbins: int
+) -> tuple[Tensor, Tensor]:
+    bins = histogram.numel()
+    low, high = float(min_val), float(max_val)
+    counts = histogram.detach().to("cpu", torch.float32)
+    bin_width = high / bins - low / bins
+    # Errors grow with the square of the width, and are only compared with each other: where
+    # fp32 might not hold a width's cube, any other width does.
+    safe = bin_width if 1e-9 < bin_width < 1e7 else 1.0
+
+    total = float(counts.sum(dtype=torch.float64).float())
+    below = counts.cumsum(0, dtype=torch.float64).float()
+    quantiles = torch.tensor(
+        list(itertools.accumulate(itertools.repeat(1e-5, 100_001))), dtype=torch.float64
+    )
+    lefts = torch.searchsorted(below, (quantiles * total).float()).tolist()
+    upper = torch.tensor(
+        list(itertools.accumulate(itertools.repeat(-1e-5, 100_001), initial=1.0))[1:],
+        dtype=torch.float64,
+    )
+    rights = (torch.searchsorted(below, (upper * total).float(), right=True) - 1).tolist()
+
+    start_bin, end_bin, best = 0, bins - 1, INF
+    taken_left = taken_right = 0
+    alpha, beta = 0.0, 1.0
+    while alpha < beta:
+        left = min(max(lefts[taken_left], start_bin), end_bin)
+        right = max(min(rights[taken_right], end_bin), start_bin)
+        next_start, next_end = start_bin, end_bin
+        if left - start_bin > end_bin - right:
+            next_start, alpha, taken_left = left, float(quantiles[taken_left]), taken_left + 1
+        else:
+            next_end, beta, taken_right = right, float(upper[taken_right]), taken_right + 1
+        if (next_start, next_end) == (start_bin, end_bin):
+            continue
+        error = _quantization_error(counts, safe, next_start, next_end, dst_nbins)
+        if error > best:
+            break
+        start_bin, end_bin, best = next_start, next_end, error
+
+    compute = _compute_dtype(min_val)
+    base, top = min_val.reshape(()).to(compute), max_val.reshape(()).to(compute)
+    width = (top - base) / bins
+    width = torch.where(width.isfinite(), width, bin_width)
+    new_max = base + width * (end_bin + 1)
+    new_max = torch.where(new_max.isfinite(), new_max, top)
+    return (base + width * start_bin).to(min_val.dtype), new_max.to(max_val.dtype)
+
+
+# ----------------------------------------------------------------------- quantization parameters
+
+
+def choose_qparams(
+    min_val: Tensor,
+    max_val: Tensor,
+    eps: Tensor,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    _check_quant_range(quant_min, quant_max)
+    _check(min_val.numel() == max_val.numel(), "min_val and max_val must be of one size")
+    compute = _compute_dtype(min_val)
+    low, high = min_val.reshape(-1).to(compute), max_val.reshape(-1).to(compute)
+    smallest = eps.to(compute)
+    unobserved = (low == INF) & (high == -INF)
+    # Divisors are tensors: by a number, some devices multiply with the reciprocal instead.
+    levels = low.new_full((), quant_max - quant_min)
+
+    if scheme == AFFINE_FLOAT_QPARAMS:
+        scale = (high - low) / levels
+        scale = torch.where(scale > smallest, scale, 1.0)
+        zero_point = (-low / scale).to(min_val.dtype)
+    elif scheme == SYMMETRIC:
+        reach = torch.maximum(-low.clamp(max=0), high.clamp(min=0))
+        scale = torch.maximum(reach / low.new_full((), (quant_max - quant_min) / 2), smallest)
+        zero_point = torch.full_like(low, symmetric_zero_point, dtype=torch.int64)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = torch.maximum((high - low) / levels, smallest)
+        steps = torch.round(low / scale).nan_to_num(0.0).to(torch.int64)
+        zero_point = (quant_min - steps).clamp(quant_min, quant_max).to(torch.int32)
+    scale = torch.where(unobserved, 1.0, scale).to(min_val.dtype)
+    return scale, torch.where(unobserved, 0, zero_point)
+
+
+# ------------------------------------------------------------------------------- fake-quantize
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """The reciprocal, in the scale's own precision as torch takes it."""
+    return 1 / scale.to(_compute_dtype(scale))
+
+
+def _fake_quantized(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    enabled: Tensor | None,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+) -> tuple[Tensor, Tensor]:
+    """Fake-quantized x in a fresh tensor, and which of its elements gradients pass through."""
+    _check_input(x, ch_axis, scale=scale, zero_point=zero_point)
+    _check_quant_range(quant_min, quant_max)
+    compute, exact = _compute_dtype(x), _widest_dtype(x.device)
+    float_zero_point = zero_point.dtype.is_floating_point
+    values = x.to(compute)
+    inverse = _along_channels(_inverse(scale).to(compute), x, ch_axis)
+    scale = _along_channels(scale.to(compute), x, ch_axis)
+    zero_point = _along_channels(zero_point.to(compute), x, ch_axis)
+    if float_zero_point:
+        quantized = torch.round(values * inverse + zero_point)
+    else:
+        quantized = torch.round(values * inverse) + zero_point
+    if float_zero_point or max(-quant_min, quant_max) >= _FP32_INTEGERS:
+        quantized, zero_point, scale = (t.to(exact) for t in (quantized, zero_point, scale))
+
+    in_range = (quantized >= quant_min) & (quantized <= quant_max)
+    clamped = torch.where(quantized.isnan(), quant_min, quantized.clamp(quant_min, quant_max))
+    y = torch.empty_like(x).copy_(((clamped - zero_point) * scale).to(compute))
+    if enabled is None:
+        return y, in_range
+    on = enabled.reshape(()) != 0
+    return y.copy_(torch.where(on, y, x)), in_range | ~on
+
+
+def _pack_bits(bits: Tensor, like: Tensor) -> Tensor:
+    """One bit an element in the order of `like`'s memory, in whole little-endian 64-bit words."""
+    n = like.numel()
+    in_memory = torch.empty_like(like, dtype=torch.bool).copy_(bits).as_strided((n,), (1,))
+    padded = torch.zeros(math.ceil(n / 64) * 64, device=like.device, dtype=torch.uint8)
+    padded[:n] = in_memory
+    weights = torch.tensor([1 << i for i in range(8)], device=like.device, dtype=torch.uint8)
+    return (padded.reshape(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def _unpack_bits(mask: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_pack_bits`: zeros and ones in the dtype and layout of `like`."""
+    shifts = torch.arange(8, device=mask.device, dtype=torch.uint8)
+    bits = ((mask[:, None] >> shifts) & 1).reshape(-1)[: like.numel()]
+    unpacked = torch.empty_like(like)
+    unpacked.as_strided((like.numel(),), (1,)).copy_(bits)
+    return unpacked
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    enabled: Tensor | None,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    return _fake_quantized(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)[0]
+
+
+def fake_quantize_with_mask(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    enabled: Tensor | None,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+) -> tuple[Tensor, Tensor]:
+    y, in_range = _fake_quantized(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)
+    return y, _pack_bits(in_range, y)
+
+
+def fake_quantize_backward(grad: Tensor, mask: Tensor) -> Tensor:
+    _check(mask.numel() == 8 * math.ceil(grad.numel() / 64), "mask must have a bit per element")
+    # A product, not a selection: the sign of zero, and NaN, come out as torch's.
+    return grad * _unpack_bits(mask, grad)
+
+
+def fused_observe_fake_quantize_with_mask(
+    x: Tensor,
+    observer_enabled: Tensor,
+    fake_quant_enabled: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    nonfinite_count: Tensor,
+    eps: Tensor,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+    nonfinite: int,
+) -> tuple[Tensor, Tensor]:
+    observe_qparams_(
+        x,
+        observer_enabled,
+        min_val,
+        max_val,
+        scale,
+        zero_point,
+        nonfinite_count,
+        eps,
+        ch_axis,
+        averaging_constant,
+        quant_min,
+        quant_max,
+        scheme,
+        symmetric_zero_point,
+        nonfinite,
+    )
+    return fake_quantize_with_mask(
+        x, scale, zero_point, fake_quant_enabled, ch_axis, quant_min, quant_max
+    )
+
+
+def fused_observe_fake_quantize(*args: Any) -> Tensor:
+    return fused_observe_fake_quantize_with_mask(*args)[0]
+
+
+# -------------------------------------------------------------------- learnable fake-quantize
+
+
+def learnable_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+) -> Tensor:
+    compute = _compute_dtype(x)
+    rounded = zero_point.to(compute).round().clamp(quant_min, quant_max).to(torch.int64)
+    return fake_quantize(x, scale, rounded, None, ch_axis, quant_min, quant_max)
+
+
+def learnable_fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_input(x, ch_axis, scale=scale, zero_point=zero_point)
+    _check_quant_range(quant_min, quant_max)
+    compute, exact = _compute_dtype(x), _widest_dtype(x.device)
+    inverse = _along_channels(_inverse(scale).to(compute), x, ch_axis)
+    s = _along_channels(scale.to(compute), x, ch_axis)
+    z = _along_channels(zero_point.to(compute), x, ch_axis).round().clamp(quant_min, quant_max)
+    values, dy = x.to(compute), grad.to(compute)
+
+    quantized = torch.round(values * inverse) + z
+    in_range = (quantized >= quant_min) & (quantized <= quant_max)
+    outside = torch.where(quantized < quant_min, quant_min - z, quant_max - z)
+    slope = torch.where(in_range, ((quantized - z) * s - values) * inverse, outside)
+    dscale = dy * slope * grad_factor
+    dzero_point = torch.where(in_range, 0.0, dy * -1 * s * grad_factor)
+
+    reduced = [d for d in range(x.dim()) if ch_axis is None or d != ch_axis % x.dim()]
+
+    def total(per_element: Tensor, like: Tensor) -> Tensor:
+        wide = per_element.to(exact)
+        summed = wide.sum(reduced) if reduced else wide
+        return torch.empty_like(like).copy_(summed.reshape(like.shape))
+
+    dx = torch.empty_like(x).copy_(dy * in_range)
+    return dx, total(dscale, scale), total(dzero_point, zero_point)
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    op.__name__: op
+    for op in (
+        observe_minmax_,
+        observe_histogram_,
+        observe_qparams_,
+        search_histogram_range,
+        choose_qparams,
+        fake_quantize,
+        fake_quantize_with_mask,
+        fake_quantize_backward,
+        fused_observe_fake_quantize,
+        fused_observe_fake_quantize_with_mask,
+        learnable_fake_quantize,
+        learnable_fake_quantize_backward,
+    )
+}

@@ -1,0 +1,707 @@
+"""Observe and fake-quantize tensors in a training loop of your own, without modules.
+
+State is plain tensors that you keep: the `…_state` functions make them, functions whose name
+ends in an underscore, and `fused_observe_fake_quantize`, change them in place.
+
+    from fastquant import functional as F
+
+    state = F.fake_quantize_state()
+    for x in batches:
+        y = F.fused_observe_fake_quantize(x, *state)   # differentiable
+        ...
+
+Shared by all functions: `x` is a tensor of fp32, fp64, fp16 or bf16, of any shape and memory
+layout. `ch_axis` is None per tensor, else the axis that has quantization parameters of its own
+for each index; negative axes count from the end. An empty `x` changes no statistic. Arguments
+that do not fit raise TypeError or ValueError before anything is changed. A scale that is not
+positive, or a zero point outside the quantized range, is found where they lie on the CPU; on
+other devices, to look would be to wait for the device at every call.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._qparams import (
+    NONFINITE_CODES,
+    SCHEME_CODES,
+    Nonfinite,
+    channel_error,
+    check_nonfinite,
+    input_error,
+    nonfinite_error,
+    symmetric_zero_point,
+)
+from .utils import calculate_qmin_qmax
+
+__all__ = [
+    "FakeQuantizeState",
+    "HistogramState",
+    "MinMaxState",
+    "choose_qparams",
+    "fake_quantize",
+    "fake_quantize_state",
+    "fused_observe_fake_quantize",
+    "histogram_range",
+    "histogram_state",
+    "learnable_fake_quantize",
+    "minmax_state",
+    "observe_histogram_",
+    "observe_minmax_",
+]
+
+_INF = math.inf
+_EPS = torch.finfo(torch.float32).eps
+
+
+# ---------------------------------------------------------------------------------------- state
+
+
+class MinMaxState(NamedTuple):
+    """The range of what was observed. Tensors of one element, or of one per channel.
+
+    Attributes:
+        min_val: smallest value, +inf where nothing was observed.
+        max_val: largest value, -inf where nothing was observed.
+        nonfinite_count: how many NaN and infinite elements were left out, int64 `[1]`.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    nonfinite_count: Tensor
+
+
+class HistogramState(NamedTuple):
+    """The distribution of what was observed.
+
+    Attributes:
+        histogram: counts in equal bins between min_val and max_val, `[bins]`.
+        min_val: smallest value, 0-dim, +inf where nothing was observed.
+        max_val: largest value, 0-dim, -inf where nothing was observed.
+        nonfinite_count: how many NaN and infinite elements were left out, int64 `[1]`.
+    """
+
+    histogram: Tensor
+    min_val: Tensor
+    max_val: Tensor
+    nonfinite_count: Tensor
+
+
+class FakeQuantizeState(NamedTuple):
+    """A range, and the quantization parameters that follow from it.
+
+    Attributes:
+        min_val: smallest value, +inf where nothing was observed.
+        max_val: largest value, -inf where nothing was observed.
+        scale: step between neighbouring quantized values, in units of x.
+        zero_point: the quantized value of 0.
+        nonfinite_count: how many NaN and infinite elements were left out, int64 `[1]`.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    nonfinite_count: Tensor
+
+
+def _sizes(channels: int | None) -> tuple[int, ...]:
+    if channels is None:
+        return ()
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"channels must be a positive integer or None, got {channels!r}")
+    return (channels,)
+
+
+def _check_floating(name: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {dtype}")
+
+
+def minmax_state(
+    channels: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> MinMaxState:
+    """An empty range for `observe_minmax_`.
+
+    Args:
+        channels: how many indices the channel axis has; None per tensor.
+        dtype: floating dtype of the range.
+        device: where it lies, which must be x's device.
+
+    Raises:
+        TypeError: `dtype` is not floating.
+        ValueError: `channels` is not positive.
+    """
+    _check_floating("minmax_state's dtype", dtype)
+    shape = _sizes(channels)
+    return MinMaxState(
+        torch.full(shape, _INF, dtype=dtype, device=device),
+        torch.full(shape, -_INF, dtype=dtype, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def histogram_state(
+    bins: int = 2048,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> HistogramState:
+    """An empty histogram for `observe_histogram_`.
+
+    Args:
+        bins: number of bins.
+        dtype: floating dtype of the counts and the range.
+        device: where they lie, which must be x's device.
+
+    Raises:
+        TypeError: `dtype` is not floating.
+        ValueError: `bins` is not positive.
+    """
+    if not isinstance(bins, int) or bins < 1:
+        raise ValueError(f"bins must be a positive integer, got {bins!r}")
+    counts = torch.zeros(bins, dtype=dtype, device=device)
+    return HistogramState(counts, *minmax_state(dtype=dtype, device=device))
+
+
+def fake_quantize_state(
+    channels: int | None = None,
+    *,
+    qscheme: torch.qscheme = torch.per_tensor_affine,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> FakeQuantizeState:
+    """An empty range, scale 1 and zero point 0 for `fused_observe_fake_quantize`.
+
+    Args:
+        channels: how many indices the channel axis has; None per tensor.
+        qscheme: as given to `fused_observe_fake_quantize`; zero points are int32, and of `dtype`
+            for torch.per_channel_affine_float_qparams.
+        dtype: floating dtype of range and scale.
+        device: where they lie, which must be x's device.
+
+    Raises:
+        TypeError: `dtype` is not floating.
+        ValueError: `channels` is not positive, or `qscheme` is not a quantization scheme.
+    """
+    zero_point_dtype = dtype if _scheme(qscheme) == 2 else torch.int32
+    min_val, max_val, nonfinite_count = minmax_state(channels, dtype=dtype, device=device)
+    return FakeQuantizeState(
+        min_val,
+        max_val,
+        torch.ones(channels or 1, dtype=dtype, device=device),
+        torch.zeros(channels or 1, dtype=zero_point_dtype, device=device),
+        nonfinite_count,
+    )
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def _scheme(qscheme: torch.qscheme) -> int:
+    if qscheme not in SCHEME_CODES:
+        accepted = ", ".join(map(str, SCHEME_CODES))
+        raise ValueError(f"qscheme must be one of {accepted}, got {qscheme!r}")
+    return SCHEME_CODES[qscheme]
+
+
+def _nonfinite_code(nonfinite: Nonfinite) -> int:
+    check_nonfinite(nonfinite)
+    return NONFINITE_CODES[nonfinite]
+
+
+def _check_quant_range(quant_min: int, quant_max: int) -> None:
+    if not quant_min < quant_max:
+        raise ValueError(f"quant_min must be less than quant_max, got {quant_min} and {quant_max}")
+
+
+def _quant_range(
+    dtype: torch.dtype, quant_min: int | None, quant_max: int | None
+) -> tuple[int, int, bool]:
+    """Both ends of the quantized range, and whether they are other than the dtype's own."""
+    if (quant_min is None) != (quant_max is None):
+        raise ValueError(
+            "quant_min and quant_max go together: give both or neither, "
+            f"got {quant_min} and {quant_max}"
+        )
+    customized = quant_min is not None
+    low, high = calculate_qmin_qmax(quant_min, quant_max, customized, dtype, False)
+    _check_quant_range(low, high)
+    return low, high, customized
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether a look at its values costs no wait."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def _check_scale(scale: Tensor) -> None:
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scale must be a tensor, got {type(scale).__name__}")
+    _check_floating("scale", scale.dtype)
+    if not _readable(scale):
+        return
+    if scale.numel() == 1:
+        bad = not 0 < scale.item() < _INF
+    else:
+        bad = not bool(((scale > 0) & (scale < _INF)).all())
+    if bad:
+        raise ValueError(f"scale must be positive and finite, got {scale.tolist()}")
+
+
+def _check_zero_point(zero_point: Tensor, quant_min: int, quant_max: int) -> None:
+    if not isinstance(zero_point, Tensor):
+        raise TypeError(f"zero_point must be a tensor, got {type(zero_point).__name__}")
+    if zero_point.is_floating_point() or not _readable(zero_point):
+        return
+    if zero_point.numel() == 1:
+        bad = not quant_min <= zero_point.item() <= quant_max
+    else:
+        bad = not bool(((zero_point >= quant_min) & (zero_point <= quant_max)).all())
+    if bad:
+        raise ValueError(
+            f"zero_point must lie between quant_min {quant_min} and quant_max {quant_max}, "
+            f"got {zero_point.tolist()}"
+        )
+
+
+def _per_channel_scheme(qscheme: torch.qscheme, ch_axis: int | None) -> int:
+    code = _scheme(qscheme)
+    per_channel = qscheme not in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+    if per_channel != (ch_axis is not None):
+        raise ValueError(
+            f"{qscheme} needs ch_axis"
+            if per_channel
+            else f"{qscheme} does not go with ch_axis={ch_axis}: give a per_channel qscheme"
+        )
+    return code
+
+
+def _count_or_throwaway(nonfinite_count: Tensor | None, x: Tensor) -> Tensor | None:
+    if nonfinite_count is None and isinstance(x, Tensor):
+        return torch.zeros(1, dtype=torch.int64, device=x.device)
+    return nonfinite_count
+
+
+def _explained(
+    error: Exception,
+    x: object,
+    ch_axis: int | None,
+    buffers: dict[str, Tensor],
+    nonfinite: Nonfinite = "ignore",
+) -> Exception:
+    """Why an op refused its arguments, in words; `error` itself where there is nothing to add."""
+    cause = input_error(x)
+    if cause is not None or not isinstance(x, Tensor):
+        return cause or error
+    for name, buffer in buffers.items():
+        if not isinstance(buffer, Tensor):
+            return TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
+    cause = channel_error(x, ch_axis, dict(buffers))
+    if cause is None and nonfinite != "ignore":
+        cause = nonfinite_error(x, nonfinite)
+    for name, buffer in buffers.items():
+        if cause is None and not buffer.is_contiguous():
+            cause = ValueError(f"{name} must be contiguous, got strides {buffer.stride()}")
+    return cause or error
+
+
+# Python's errors for what is no tensor at all, and the dispatcher's for everything else.
+_REFUSALS = (AttributeError, RuntimeError, TypeError)
+
+
+# --------------------------------------------------------------------------------------- observe
+
+
+def observe_minmax_(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor | None = None,
+    *,
+    ch_axis: int | None = None,
+    averaging_constant: float | None = None,
+    nonfinite: Nonfinite = "ignore",
+) -> None:
+    """Fold the smallest and largest value of `x` into a range, in place.
+
+    The arithmetic is that of torch.ao.quantization's MinMaxObserver and
+    MovingAverageMinMaxObserver, and their per-channel relatives.
+
+    Args:
+        x: what to observe.
+        min_val: floating, one element per tensor or per channel, on x's device.
+        max_val: as `min_val`.
+        nonfinite_count: int64 `[1]`, which grows by the number of elements left out.
+        ch_axis: channel axis; None per tensor.
+        averaging_constant: c of the moving average `min_val + c * (x.min() - min_val)`; None
+            keeps the smallest and largest value ever.
+        nonfinite: what to do about NaN and infinities: "ignore" leaves them out and counts them,
+            "raise" raises ValueError, "propagate" lets them into the range.
+
+    Raises:
+        TypeError: `x` or a buffer is no tensor, or not floating.
+        ValueError: `ch_axis` is out of range; a buffer has not one element per channel, or lies
+            on another device; `x` has non-finite elements under "raise".
+    """
+    code = _nonfinite_code(nonfinite)
+    try:
+        _check_floating("min_val", min_val.dtype)
+        _check_floating("max_val", max_val.dtype)
+        count = _count_or_throwaway(nonfinite_count, x)
+        _ops.observe_minmax_(x, min_val, max_val, count, ch_axis, averaging_constant, code)
+    except _REFUSALS as error:
+        buffers = {"min_val": min_val, "max_val": max_val}
+        raise _explained(error, x, ch_axis, buffers, nonfinite) from None
+
+
+def observe_histogram_(
+    x: Tensor,
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor | None = None,
+    *,
+    upsample_rate: int = 16,
+    nonfinite: Nonfinite = "ignore",
+) -> None:
+    """Count the elements of `x` in a histogram that grows with the range of values, in place.
+
+    What was counted before is spread over the new bins when the range grows, as
+    torch.ao.quantization's HistogramObserver does it.
+
+    Args:
+        x: what to observe.
+        histogram: floating `[bins]`, on x's device.
+        min_val: floating, one element: where the first bin begins.
+        max_val: floating, one element: where the last bin ends.
+        nonfinite_count: int64 `[1]`, which grows by the number of elements left out.
+        upsample_rate: into how many parts an old bin is cut to be spread over new ones.
+        nonfinite: what to do about NaN and infinities: "ignore" leaves them out and counts them,
+            "raise" raises ValueError, "propagate" leaves infinities out and raises for NaN.
+
+    Raises:
+        TypeError: `x` or a buffer is no tensor, or not floating.
+        ValueError: a buffer has the wrong size or lies on another device; `upsample_rate` is not
+            positive; `x` has elements that `nonfinite` refuses.
+    """
+    code = _nonfinite_code(nonfinite)
+    if upsample_rate < 1:
+        raise ValueError(f"upsample_rate must be positive, got {upsample_rate}")
+    try:
+        for name, buffer in (("histogram", histogram), ("min_val", min_val), ("max_val", max_val)):
+            _check_floating(name, buffer.dtype)
+        count = _count_or_throwaway(nonfinite_count, x)
+        _ops.observe_histogram_(x, histogram, min_val, max_val, count, upsample_rate, code)
+    except _REFUSALS as error:
+        if isinstance(x, Tensor) and isinstance(histogram, Tensor) and histogram.numel() == 0:
+            raise ValueError("histogram must have at least one bin") from None
+        buffers = {"min_val": min_val, "max_val": max_val}
+        raise _explained(error, x, None, buffers, nonfinite) from None
+
+
+def histogram_range(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, *, levels: int = 256
+) -> tuple[Tensor, Tensor]:
+    """The range that a histogram's values are best clipped to before they are quantized.
+
+    Searches for the smallest squared error as torch.ao.quantization's HistogramObserver does
+    (after caffe2's NormMinimization::NonlinearQuantizationParamsSearch).
+
+    Args:
+        histogram: counts in equal bins, floating `[bins]`.
+        min_val: floating, one element: where the first bin begins.
+        max_val: floating, one element: where the last bin ends.
+        levels: number of quantized values: `quant_max - quant_min + 1`.
+
+    Returns:
+        Both ends of the range, 0-dim, in min_val's dtype.
+
+    Raises:
+        TypeError: an argument is no tensor, or not floating.
+        ValueError: `levels` is less than 2, or a tensor has the wrong size.
+    """
+    if levels < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
+    named = {"histogram": histogram, "min_val": min_val, "max_val": max_val}
+    for name, buffer in named.items():
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
+        _check_floating(name, buffer.dtype)
+        if name != "histogram" and buffer.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {list(buffer.shape)}")
+    if histogram.numel() == 0:
+        raise ValueError("histogram must have at least one bin")
+    low, high = _ops.search_histogram_range(histogram, min_val, max_val, levels)
+    return low, high
+
+
+def choose_qparams(
+    min_val: Tensor,
+    max_val: Tensor,
+    *,
+    dtype: torch.dtype = torch.quint8,
+    qscheme: torch.qscheme = torch.per_tensor_affine,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    eps: float = _EPS,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for a range, as torch.ao.quantization's observers choose them.
+
+    Affine: `scale = (max - min) / (quant_max - quant_min)` of the range extended to hold 0, and
+    `zero_point = quant_min - round(min / scale)`. Symmetric: `scale = max(-min, max) /
+    ((quant_max - quant_min) / 2)`, and 0 or the middle of an unsigned range. Float qparams:
+    `scale = (max - min) / (quant_max - quant_min)`, `zero_point = -min / scale`.
+
+    Args:
+        min_val: floating; +inf where nothing was observed.
+        max_val: floating, of min_val's size; -inf where nothing was observed.
+        dtype: quantized dtype, which says the range of integers where none is given.
+        qscheme: torch.per_tensor_affine, torch.per_tensor_symmetric, their per-channel relatives
+            or torch.per_channel_affine_float_qparams.
+        quant_min: smallest integer; with `quant_max`, or not at all.
+        quant_max: largest integer.
+        eps: smallest scale.
+
+    Returns:
+        The scale in min_val's dtype, and the zero point: int32 for affine schemes, int64 for
+        symmetric ones, min_val's dtype for float qparams. Both `[min_val.numel()]`; 1 and 0
+        where nothing was observed.
+
+    Raises:
+        TypeError: `min_val` or `max_val` is no tensor, or not floating.
+        ValueError: they differ in size; an empty range of integers; an unknown `qscheme`.
+    """
+    scheme = _scheme(qscheme)
+    low, high, customized = _quant_range(dtype, quant_min, quant_max)
+    for name, buffer in (("min_val", min_val), ("max_val", max_val)):
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
+        _check_floating(name, buffer.dtype)
+    if min_val.numel() != max_val.numel():
+        raise ValueError(
+            f"min_val and max_val must be of one size, got shapes {list(min_val.shape)} and "
+            f"{list(max_val.shape)}"
+        )
+    middle = symmetric_zero_point(dtype, low, high, customized)
+    scale, zero_point = _ops.choose_qparams(
+        min_val, max_val, _smallest_scale(eps, min_val), low, high, scheme, middle
+    )
+    return scale, zero_point
+
+
+def _smallest_scale(eps: float, like: Tensor) -> Tensor:
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    return torch.full((1,), eps, dtype=like.dtype, device=like.device)
+
+
+# --------------------------------------------------------------------------------- fake-quantize
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    *,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+) -> Tensor:
+    """Round `x` to what quantization would make of it: quantize, then dequantize.
+
+    `y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale`; with
+    a floating zero point, `round(x / scale + zero_point)` instead. Values beyond the range,
+    infinities too, come out as its ends, NaN as its lower end. Bit-equal to
+    torch.fake_quantize_per_tensor_affine and torch.fake_quantize_per_channel_affine.
+
+    The gradient is the straight-through estimate (https://arxiv.org/abs/1308.3432): that of y
+    where x was in the range, 0 elsewhere. None flows to scale and zero point; for that, see
+    `learnable_fake_quantize`.
+
+    Args:
+        x: what to fake-quantize.
+        scale: floating, one element per tensor or per channel, on x's device; or a number.
+        zero_point: integer or floating, as many elements; or an integer.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+        ch_axis: channel axis; None per tensor.
+
+    Returns:
+        A new tensor like x.
+
+    Raises:
+        TypeError: `x` is no tensor, or not floating.
+        ValueError: `quant_min >= quant_max`; a scale that is not positive and finite; an integer
+            zero point outside the range; `ch_axis` out of range; not one scale and zero point
+            per channel, or on another device than x.
+    """
+    _check_quant_range(quant_min, quant_max)
+    error = input_error(x)
+    if error is not None:
+        raise error
+    if not isinstance(scale, Tensor):
+        precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale = torch.tensor([float(scale)], dtype=precision, device=x.device)
+    if not isinstance(zero_point, Tensor):
+        if not isinstance(zero_point, int):
+            raise TypeError(f"zero_point must be a tensor or an integer, got {zero_point!r}")
+        zero_point = torch.tensor([zero_point], dtype=torch.int32, device=x.device)
+    _check_scale(scale)
+    _check_zero_point(zero_point, quant_min, quant_max)
+    try:
+        return _ops.apply_fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max)
+    except _REFUSALS as refusal:
+        buffers = {"scale": scale, "zero_point": zero_point}
+        raise _explained(refusal, x, ch_axis, buffers) from None
+
+
+def fused_observe_fake_quantize(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    nonfinite_count: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.quint8,
+    qscheme: torch.qscheme = torch.per_tensor_affine,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    ch_axis: int | None = None,
+    averaging_constant: float | None = 0.01,
+    eps: float = _EPS,
+    observe: bool | Tensor = True,
+    quantize: bool | Tensor = True,
+    nonfinite: Nonfinite = "ignore",
+) -> Tensor:
+    """One step of quantization-aware training: observe `x`, then fake-quantize it.
+
+    The same as `observe_minmax_`, `choose_qparams` and `fake_quantize` one after the other, in
+    one pass through native code. Differentiable with respect to `x` as `fake_quantize` is. The
+    tensors after `x` are a `FakeQuantizeState`, and change in place.
+
+    Args:
+        x: what to observe and fake-quantize.
+        min_val: floating, one element per tensor or per channel, on x's device.
+        max_val: as `min_val`.
+        scale: floating, as many elements.
+        zero_point: integer, floating for float qparams; as many elements.
+        nonfinite_count: int64 `[1]`, which grows by the number of elements left out.
+        dtype: quantized dtype, which says the range of integers where none is given.
+        qscheme: how to choose scale and zero point, see `choose_qparams`; a per-channel one goes
+            with `ch_axis`, a per-tensor one without.
+        quant_min: smallest integer; with `quant_max`, or not at all.
+        quant_max: largest integer.
+        ch_axis: channel axis; None per tensor.
+        averaging_constant: of the moving average, see `observe_minmax_`; None keeps extremes.
+        eps: smallest scale.
+        observe: whether to update range, scale and zero point. A tensor, integer `[1]` on x's
+            device, is not waited for.
+        quantize: whether to fake-quantize, likewise.
+        nonfinite: what to do about NaN and infinities when observing, see `observe_minmax_`.
+
+    Returns:
+        A new tensor like x; not quantizing, `x` or a copy of it.
+
+    Raises:
+        TypeError: `x` or a buffer is no tensor, or of the wrong dtype.
+        ValueError: an empty range of integers; `qscheme` and `ch_axis` do not go together;
+            `ch_axis` out of range; a buffer that has not one element per channel, or lies on
+            another device; `x` has non-finite elements under "raise".
+    """
+    scheme = _per_channel_scheme(qscheme, ch_axis)
+    low, high, customized = _quant_range(dtype, quant_min, quant_max)
+    code = _nonfinite_code(nonfinite)
+    buffers = {"min_val": min_val, "max_val": max_val, "scale": scale, "zero_point": zero_point}
+    try:
+        for name in ("min_val", "max_val", "scale"):
+            _check_floating(name, buffers[name].dtype)
+        return _ops.apply_fused(
+            x,
+            _flag(observe, x),
+            _flag(quantize, x),
+            min_val,
+            max_val,
+            scale,
+            zero_point,
+            _count_or_throwaway(nonfinite_count, x),
+            _smallest_scale(eps, min_val),
+            ch_axis,
+            averaging_constant,
+            low,
+            high,
+            scheme,
+            symmetric_zero_point(dtype, low, high, customized),
+            code,
+        )
+    except _REFUSALS as error:
+        raise _explained(error, x, ch_axis, buffers, nonfinite) from None
+
+
+def _flag(value: bool | Tensor, x: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((1,), int(value), dtype=torch.uint8, device=x.device)
+
+
+def learnable_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    grad_factor: float = 1.0,
+) -> Tensor:
+    """Fake-quantize with a scale and zero point that learn (LSQ).
+
+    Forward as `fake_quantize`, with the zero point rounded and brought into the range.
+    Gradients (https://openreview.net/pdf?id=rkgO66VKDS, LSQ+ for the zero point), where y is the
+    result and g its gradient: x gets g where it was in the range, else 0. Scale gets the sum of
+    `g * (y - x) / scale` in the range, `g * (quant_min - zero_point)` below and
+    `g * (quant_max - zero_point)` above. Zero point gets the sum of `-g * scale` outside. Both
+    are multiplied with `grad_factor`.
+
+    Args:
+        x: what to fake-quantize.
+        scale: floating, one element per tensor or per channel, on x's device.
+        zero_point: floating, as many elements.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+        ch_axis: channel axis; None per tensor.
+        grad_factor: LSQ's g, `1 / sqrt(x.numel() * quant_max)` in the paper.
+
+    Returns:
+        A new tensor like x.
+
+    Raises:
+        TypeError: an argument is no tensor, or not floating.
+        ValueError: `quant_min >= quant_max`; a scale that is not positive and finite; `ch_axis`
+            out of range; not one scale and zero point per channel, or on another device than x.
+    """
+    _check_quant_range(quant_min, quant_max)
+    error = input_error(x)
+    if error is not None:
+        raise error
+    _check_scale(scale)
+    if not isinstance(zero_point, Tensor):
+        raise TypeError(f"zero_point must be a tensor, got {type(zero_point).__name__}")
+    _check_floating("zero_point", zero_point.dtype)
+    try:
+        y: Tensor = _ops.learnable_fake_quantize(
+            x, scale, zero_point, ch_axis, quant_min, quant_max, grad_factor
+        )
+    except _REFUSALS as refusal:
+        buffers = {"scale": scale, "zero_point": zero_point}
+        raise _explained(refusal, x, ch_axis, buffers) from None
+    return y

@@ -1,0 +1,45 @@
+"""Settings that every test runs under."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from fastquant import _C, _ops  # noqa: F401  # _ops registers the ops
+
+settings.register_profile(
+    "fastquant",
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fastquant")
+
+# A warning from torch about its own deprecated parts says nothing about fastquant.
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test set torch's number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def any_isa() -> Iterator[list[str]]:
+    """The instruction sets this processor runs; puts back the one in use."""
+    before = _C.isa()
+    yield _C.isas()
+    _C.set_isa(before)

@@ -1,0 +1,1037 @@
+"""Every op against the reference, against torch's own, and on every instruction set."""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.ao.quantization import observer as torch_observer
+
+from fastquant import _C, _ops, _reference
+from strategies import (
+    FLOATS,
+    LAYOUTS,
+    RANGES,
+    qparams,
+    quant_ranges,
+    random_values,
+    seeds,
+    shapes,
+    streams,
+    tensors,
+    with_axis,
+)
+
+INF = math.inf
+EPS = torch.finfo(torch.float32).eps
+IGNORE, RAISE, PROPAGATE = 0, 1, 2
+AFFINE, SYMMETRIC, FLOAT_QPARAMS = 0, 1, 2
+
+policies = st.sampled_from([IGNORE, RAISE, PROPAGATE])
+averaging = st.sampled_from([None, 0.01, 0.5, 1.0])
+float32 = st.just(torch.float32)
+
+
+# ------------------------------------------------------------------------------- helpers
+
+
+def unobserved(channels: int | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shape = () if channels is None else (channels,)
+    return [
+        torch.full(shape, INF, dtype=dtype),
+        torch.full(shape, -INF, dtype=dtype),
+    ]
+
+
+def counter() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def flag(on: bool, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.tensor([int(on)], dtype=dtype)
+
+
+def eps(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor([EPS], dtype=dtype)
+
+
+def assert_equal(got: Any, expected: Any, message: str = "") -> None:
+    torch.testing.assert_close(
+        got,
+        expected,
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+        check_stride=True,
+        msg=lambda text: f"{message}\n{text}",
+    )
+
+
+def called(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, list[Tensor], bool]:
+    """The results, the arguments as the call left them, and whether it raised."""
+    # What an op may change is contiguous; a copy of anything else might not lie as it does.
+    own = [a.clone() if isinstance(a, Tensor) and a.is_contiguous() else a for a in args]
+    try:
+        results = op(*own)
+    except RuntimeError:
+        return None, [a for a in own if isinstance(a, Tensor)], True
+    return results, [a for a in own if isinstance(a, Tensor)], False
+
+
+def assert_as_reference(name: str, *args: Any) -> None:
+    results, arguments, raised = called(getattr(_ops, name), args)
+    expected_results, expected_arguments, expected_raised = called(_reference.OPS[name], args)
+    assert raised == expected_raised
+    assert_equal(arguments, expected_arguments, f"arguments of {name}")
+    if results is not None:
+        assert_equal(results, expected_results, f"results of {name}")
+
+
+def bits_of(mask: Tensor, numel: int) -> list[int]:
+    words = struct.unpack(f"<{mask.numel() // 8}Q", bytes(mask.tolist()))
+    return [(words[i // 64] >> (i % 64)) & 1 for i in range(numel)]
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Elements of a tensor without gaps, as they lie."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def test_cpu_kernels_are_native() -> None:
+    for name in _reference.OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastquant::{name}", "CPU"), name
+
+
+# ------------------------------------------------------------------------------- min/max
+
+
+@given(
+    st.data(),
+    streams(nonfinite=True),
+    st.sampled_from(FLOATS),
+    averaging,
+    policies,
+)
+def test_observe_minmax_as_reference(
+    data: st.DataObject,
+    stream: list[Tensor],
+    buffer_dtype: torch.dtype,
+    constant: float | None,
+    policy: int,
+) -> None:
+    _, axis, channels = data.draw(with_axis(st.just(stream[0])))
+    shape = None if axis is None and data.draw(st.booleans()) else channels
+    low, high = unobserved(shape, buffer_dtype)
+    count = counter()
+    for x in stream:
+        assert_as_reference("observe_minmax_", x, low, high, count, axis, constant, policy)
+        _, (_, low, high, count), _ = called(
+            _ops.observe_minmax_, (x, low, high, count, axis, constant, policy)
+        )
+
+
+TORCH_MINMAX = {
+    (False, None): torch_observer.MinMaxObserver,
+    (False, 0.01): torch_observer.MovingAverageMinMaxObserver,
+    (True, None): torch_observer.PerChannelMinMaxObserver,
+    (True, 0.01): torch_observer.MovingAveragePerChannelMinMaxObserver,
+}
+
+
+@pytest.mark.parametrize(("per_channel", "constant"), TORCH_MINMAX)
+@given(data=st.data())
+def test_observe_minmax_as_torch_ao(
+    per_channel: bool, constant: float | None, data: st.DataObject
+) -> None:
+    # torch.ao's per-channel observers fail for one dimension.
+    full = shapes(min_dims=2 if per_channel else 0).filter(lambda shape: 0 not in shape)
+    stream = data.draw(streams(float32, full))
+    _, axis, channels = data.draw(with_axis(st.just(stream[0]), per_channel))
+    if per_channel:
+        theirs = TORCH_MINMAX[per_channel, constant](ch_axis=axis)
+    else:
+        theirs = TORCH_MINMAX[per_channel, constant]()
+    low, high = unobserved(channels if per_channel else None)
+    for x in stream:
+        theirs(x)
+        _ops.observe_minmax_(x, low, high, counter(), axis, constant, IGNORE)
+        assert_equal(low, theirs.min_val)
+        assert_equal(high, theirs.max_val)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("axis", [None, 1])
+def test_nonfinite_policies(dtype: torch.dtype, axis: int | None) -> None:
+    x = torch.tensor([[1.0, -2.0], [math.nan, INF], [3.0, -INF]], dtype=dtype)
+    channels = None if axis is None else 2
+
+    low, high, count = *unobserved(channels), counter()
+    _ops.observe_minmax_(x, low, high, count, axis, None, IGNORE)
+    assert low.tolist() == (-2.0 if axis is None else [1.0, -2.0])
+    assert high.tolist() == (3.0 if axis is None else [3.0, -2.0])
+    assert count.item() == 3
+
+    before = [t.clone() for t in (low, high, count)]
+    with pytest.raises(RuntimeError):
+        _ops.observe_minmax_(x, low, high, count, axis, None, RAISE)
+    assert_equal([low, high, count], before)
+
+    low, high, count = *unobserved(channels), counter()
+    _ops.observe_minmax_(x, low, high, count, axis, None, PROPAGATE)
+    assert_equal(low, x.float().amin(axis if axis is None else 0))
+    assert_equal(high, x.float().amax(axis if axis is None else 0))
+    assert count.item() == 0
+
+
+@pytest.mark.parametrize("constant", [None, 0.01])
+def test_what_holds_no_finite_element_changes_no_range(constant: float | None) -> None:
+    low, high, count = torch.tensor([1.0, INF]), torch.tensor([2.0, -INF]), counter()
+    x = torch.tensor([[math.nan, INF, -INF], [math.nan, math.nan, INF]])
+    _ops.observe_minmax_(x, low, high, count, 0, constant, IGNORE)
+    assert low.tolist() == [1.0, INF]
+    assert high.tolist() == [2.0, -INF]
+    assert count.item() == 6
+
+
+# ----------------------------------------------------------------------------- histogram
+
+
+@given(
+    streams(nonfinite=True),
+    st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from([1, 7, 64, 2048]),
+    st.sampled_from([1, 16]),
+    policies,
+)
+def test_observe_histogram_as_reference(
+    stream: list[Tensor], buffer_dtype: torch.dtype, bins: int, rate: int, policy: int
+) -> None:
+    def fresh() -> tuple[Tensor, ...]:
+        return torch.zeros(bins, dtype=buffer_dtype), *unobserved(dtype=buffer_dtype), counter()
+
+    ours, reference = fresh(), fresh()
+    for x in stream:
+        outcomes = []
+        for op, state in (
+            (_ops.observe_histogram_, ours),
+            (_reference.observe_histogram_, reference),
+        ):
+            try:
+                op(x, *state, rate, policy)
+                outcomes.append(True)
+            except RuntimeError:
+                outcomes.append(False)
+        assert outcomes[0] == outcomes[1]
+        assert_equal(ours[1:], reference[1:])
+        # Masses are added up in fp64, in an order of each one's own.
+        tolerance = torch.finfo(buffer_dtype).eps
+        torch.testing.assert_close(ours[0], reference[0], rtol=tolerance, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", RANGES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_first_histogram_is_torch_histc(kind: str, dtype: torch.dtype) -> None:
+    x = random_values((50, 101), dtype, 0, kind)
+    histogram, (low, high) = torch.zeros(2048), unobserved()
+    _ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
+    computed = x if dtype == torch.float64 else x.float()
+    assert_equal(low, computed.min().float())
+    assert_equal(high, computed.max().float())
+    assert_equal(histogram, torch.histc(computed, 2048).float())
+
+
+@given(
+    streams(float32, shapes(min_dims=1).filter(lambda shape: 0 not in shape)),
+    st.sampled_from([128, 2048]),
+)
+def test_histogram_of_a_stream_as_torch_ao(stream: list[Tensor], bins: int) -> None:
+    theirs = torch_observer.HistogramObserver(bins)
+    histogram, (low, high) = torch.zeros(bins), unobserved()
+    elements = 0
+    for x in stream:
+        theirs(x)
+        _ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
+        elements += x.numel()
+        assert_equal(low, theirs.min_val)
+        assert_equal(high, theirs.max_val)
+        # torch.linspace rounds in a way of its own at each vector length, so a part that lies
+        # on a boundary may fall on the other side of it; nothing is lost either way.
+        torch.testing.assert_close(histogram.sum().item(), float(elements), rtol=1e-5, atol=0)
+        difference = (histogram.cumsum(0) - theirs.histogram.cumsum(0)).abs().max()
+        assert difference <= elements * 0.02
+
+
+def test_histogram_of_a_growing_range_keeps_every_count() -> None:
+    histogram, (low, high) = torch.zeros(256, dtype=torch.float64), unobserved(dtype=torch.float64)
+    elements = 0
+    for power in range(-8, 9):
+        x = random_values((1000,), torch.float32, power + 8) * 10.0**power
+        _ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
+        elements += x.numel()
+        torch.testing.assert_close(histogram.sum().item(), float(elements), rtol=1e-12, atol=0)
+
+
+def test_histogram_of_one_value_moves_to_the_value_s_bin() -> None:
+    histogram, (low, high) = torch.zeros(10), unobserved()
+    _ops.observe_histogram_(torch.full((6,), 2.5), histogram, low, high, counter(), 16, IGNORE)
+    assert histogram.sum() == 6
+    _ops.observe_histogram_(torch.tensor([0.0, 10.0]), histogram, low, high, counter(), 16, IGNORE)
+    assert histogram.tolist() == [1, 0, 6, 0, 0, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("value", [3e38, 1e30, 1e-40, 0.0, 16777216.0])
+def test_histogram_of_extreme_ranges(value: float) -> None:
+    histogram, (low, high) = torch.zeros(128), unobserved()
+    x = torch.tensor([-value, value / 2, value])
+    for _ in range(2):
+        _ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
+    _ops.observe_histogram_(torch.full((4,), value), histogram, low, high, counter(), 16, IGNORE)
+    assert histogram.sum() == 10
+    assert low.isfinite()
+    assert high.isfinite()
+
+
+# -------------------------------------------------------------------------------- search
+
+
+def a_histogram(seed: int, bins: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    x = random_values((20000,), torch.float32, seed, kind)
+    histogram, (low, high) = torch.zeros(bins), unobserved()
+    _reference.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
+    return histogram, low, high
+
+
+searches = pytest.mark.parametrize(
+    ("bins", "levels"), [(2048, 256), (2048, 128), (128, 16), (64, 256), (2048, 4)]
+)
+
+
+@searches
+@pytest.mark.parametrize("kind", RANGES)
+def test_search_as_reference(kind: str, bins: int, levels: int) -> None:
+    for seed in range(3):
+        assert_as_reference("search_histogram_range", *a_histogram(seed, bins, kind), levels)
+
+
+@searches
+@pytest.mark.parametrize("kind", RANGES)
+def test_search_as_torch_ao(kind: str, bins: int, levels: int) -> None:
+    theirs = torch_observer.HistogramObserver(bins)
+    theirs.dst_nbins = levels
+    theirs.histogram, theirs.min_val, theirs.max_val = state = a_histogram(7, bins, kind)
+    expected = theirs._non_linear_param_search()
+    assert_equal(_ops.search_histogram_range(*state, levels), expected)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30, 1e-38])
+def test_search_answers_alike_at_any_scale(factor: float) -> None:
+    # torch.ao's errors overflow or vanish here, and its answer is an empty range.
+    histogram, low, high = a_histogram(0, 2048, "outliers")
+    expected = _ops.search_histogram_range(histogram, low, high, 256)
+    found = _ops.search_histogram_range(histogram, low * factor, high * factor, 256)
+    width = float(high - low) / 2048
+    for value, scaled in zip(expected, found, strict=True):
+        assert abs(scaled.item() / factor - value.item()) < 3 * width
+
+
+def test_search_of_the_widest_range() -> None:
+    largest = torch.finfo(torch.float32).max
+    histogram = torch.ones(128)
+    low, high = _ops.search_histogram_range(
+        histogram, torch.tensor(-largest), torch.tensor(largest), 256
+    )
+    assert low.isfinite()
+    assert high.isfinite()
+    assert low < high
+
+
+# ------------------------------------------------------------------------------- qparams
+
+
+def range_of(seed: int, channels: int | None, magnitude: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = () if channels is None else (channels,)
+    ends = torch.randn(2, *shape, generator=generator) * 10.0**magnitude
+    return ends.amin(0), ends.amax(0)
+
+
+channel_counts = st.sampled_from([None, 1, 3, 40])
+
+
+@given(
+    seeds,
+    channel_counts,
+    st.integers(-9, 9),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    quant_ranges(),
+    st.sampled_from([AFFINE, SYMMETRIC, FLOAT_QPARAMS]),
+)
+def test_choose_qparams_as_reference(
+    seed: int,
+    channels: int | None,
+    magnitude: int,
+    dtype: torch.dtype,
+    quant_range: tuple[int, int],
+    scheme: int,
+) -> None:
+    if dtype == torch.float16:
+        magnitude = max(-4, min(magnitude, 3))
+    low, high = (t.to(dtype) for t in range_of(seed, channels, magnitude))
+    if channels is not None and channels > 1:
+        low[0], high[0] = INF, -INF
+    assert_as_reference("choose_qparams", low, high, eps(dtype), *quant_range, scheme, 128)
+
+
+SCHEMES = {
+    torch.per_channel_affine: AFFINE,
+    torch.per_channel_symmetric: SYMMETRIC,
+    torch.per_channel_affine_float_qparams: FLOAT_QPARAMS,
+}
+
+
+@given(
+    seeds,
+    st.integers(-9, 9),
+    quant_ranges(),
+    st.sampled_from(list(SCHEMES)),
+)
+def test_choose_qparams_as_torch_ao(
+    seed: int, magnitude: int, quant_range: tuple[int, int], qscheme: torch.qscheme
+) -> None:
+    dtype = torch.int16 if max(quant_range) <= 32767 else torch.uint16
+    theirs = torch_observer.PerChannelMinMaxObserver(
+        dtype=dtype, qscheme=qscheme, quant_min=quant_range[0], quant_max=quant_range[1]
+    )
+    theirs.min_val, theirs.max_val = low, high = range_of(seed, 5, magnitude)
+    expected = theirs.calculate_qparams()
+    middle = 2**15 if dtype == torch.uint16 else 0
+    got = _ops.choose_qparams(low, high, eps(), *quant_range, SCHEMES[qscheme], middle)
+    assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("quant_range", [(-(2**31), 2**31 - 1), (0, 2**31 - 1)])
+@pytest.mark.parametrize("ends", [(-3.0, 0.0), (0.0, 3.0), (-1.0, 2.0)])
+def test_choose_qparams_of_32_bits_stay_in_range(
+    quant_range: tuple[int, int], ends: tuple[float, float]
+) -> None:
+    # torch.ao rounds through int32 here, which overflows.
+    scale, zero_point = _ops.choose_qparams(
+        torch.tensor(ends[0]), torch.tensor(ends[1]), torch.tensor([1e-30]), *quant_range, AFFINE, 0
+    )
+    low, high = quant_range
+    exact = low - round(ends[0] / ((ends[1] - ends[0]) / (high - low)))
+    assert abs(zero_point.item() - max(low, min(exact, high))) <= 2**9
+    assert scale.item() == pytest.approx((ends[1] - ends[0]) / (high - low))
+
+
+@pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC, FLOAT_QPARAMS])
+def test_choose_qparams_of_nothing_observed(scheme: int) -> None:
+    low, high = torch.tensor([INF, -1.0]), torch.tensor([-INF, 1.0])
+    scale, zero_point = _ops.choose_qparams(low, high, eps(), -128, 127, scheme, 5)
+    assert scale[0] == 1
+    assert zero_point[0] == 0
+    assert scale[1] != 1
+
+
+@pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC])
+def test_choose_qparams_of_nan_stays_in_range(scheme: int) -> None:
+    nan = torch.tensor([math.nan])
+    scale, zero_point = _ops.choose_qparams(nan, nan, eps(), -128, 127, scheme, 0)
+    assert scale.isnan().all()
+    assert -128 <= zero_point.item() <= 127
+
+
+# ------------------------------------------------------------------------- fake-quantize
+
+
+@given(st.data(), quant_ranges(), st.sampled_from([None, False, True]))
+def test_fake_quantize_as_reference(
+    data: st.DataObject, quant_range: tuple[int, int], on: bool | None
+) -> None:
+    x, axis, channels = data.draw(with_axis(tensors(nonfinite=True)))
+    scale, zero_point = data.draw(qparams(channels, *quant_range))
+    enabled = None if on is None else flag(on)
+    args = (x, scale, zero_point, enabled, axis, *quant_range)
+    assert_as_reference("fake_quantize", *args)
+    assert_as_reference("fake_quantize_with_mask", *args)
+    y, mask = _ops.fake_quantize_with_mask(*args)
+    assert y.stride() == torch.empty_like(x).stride()
+    assert_as_reference("fake_quantize_backward", torch.randn_like(y), mask)
+
+
+def torch_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, low: int, high: int
+) -> Tensor:
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis % x.dim(), low, high)
+
+
+@given(
+    st.data(),
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    quant_ranges(),
+)
+def test_fake_quantize_as_torch(
+    data: st.DataObject, dtype: torch.dtype, quant_range: tuple[int, int]
+) -> None:
+    x, axis, channels = data.draw(with_axis(tensors(st.just(dtype))))
+    scale, zero_point = data.draw(qparams(channels, *quant_range, (torch.int32,)))
+    # Beyond int64's range torch's conversion is undefined, see below.
+    bound = min(2.0**60 * scale.min().item(), torch.finfo(dtype).max)
+    x = x.clamp(-bound, bound).requires_grad_()
+    expected = torch_fake_quantize(x, scale, zero_point, axis, *quant_range)
+    grad = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+
+    y = _ops.apply_fake_quantize(x, scale, zero_point, axis, *quant_range)
+    assert_equal(y.detach(), expected.detach())
+    (got,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(got, expected_grad, rtol=0, atol=0)
+    with torch.no_grad():
+        assert_equal(
+            _ops.apply_fake_quantize(x, scale, zero_point, axis, *quant_range), expected.detach()
+        )
+
+
+def test_float_zero_points_as_torch() -> None:
+    # torch's own build may fuse x / scale + zero_point into one rounding, which tips the very
+    # few elements that lie within rounding of a tie.
+    x = random_values((64, 1000), torch.float32, 0) * 3
+    scale, zero_point = torch.rand(64) * 0.1 + 0.01, torch.rand(64) * 200
+    expected = torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, 0, 255)
+    y = _ops.fake_quantize(x, scale, zero_point, None, 0, 0, 255)
+    assert (y != expected).float().mean() < 1e-4
+    assert ((y - expected).abs() <= scale[:, None] * 1.0001).all()
+
+
+def test_fp64_keeps_its_precision() -> None:
+    x = random_values((1000,), torch.float64, 0)
+    scale, zero_point = torch.tensor([1 / 3], dtype=torch.float64), torch.tensor([3])
+    y = _ops.fake_quantize(x, scale, zero_point, None, None, -128, 127)
+    exact = ((x * (1 / scale)).round() + 3).clamp(-128, 127) - 3
+    assert_equal(y, exact * scale)
+    # torch gives a result of fp32 precision.
+    expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point.int(), -128, 127)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("zero_point_dtype", [torch.int32, torch.int64, torch.float32])
+def test_values_beyond_the_range_saturate(
+    dtype: torch.dtype, zero_point_dtype: torch.dtype
+) -> None:
+    # torch.fake_quantize sends +inf, and what overflows int64, to the lower end.
+    x = torch.tensor([INF, 6e4, 1.0, 0.0, -6e4, -INF, math.nan], dtype=dtype)
+    scale, zero_point = torch.tensor([2.0**-60]), torch.tensor([3], dtype=zero_point_dtype)
+    y, mask = _ops.fake_quantize_with_mask(x, scale, zero_point, None, None, -8, 7)
+    steps = y.double() / 2.0**-60 + 3
+    if dtype == torch.float16:  # which cannot hold the steps themselves
+        assert (y == 0).all()
+    else:
+        assert steps.tolist() == [7, 7, 7, 3, -8, -8, -8]
+    assert bits_of(mask, 7) == [0, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("quant_range", [(-(2**31), 2**31 - 1), (-(2**23), 2**23 - 1)])
+def test_wide_quantized_ranges_as_torch(quant_range: tuple[int, int]) -> None:
+    x = random_values((1000,), torch.float32, 0) * 1e3
+    for scale, zero_point in [(1e-6, 0), (1e-3, 7), (0.37, -100000)]:
+        s, z = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
+        expected = torch.fake_quantize_per_tensor_affine(x, s, z, *quant_range)
+        assert_equal(_ops.fake_quantize(x, s, z, None, None, *quant_range), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+def test_mask_lies_as_the_result_does(layout: str, axis: int | None) -> None:
+    x = LAYOUTS[layout](random_values((3, 5, 7, 2), torch.float32, 0), 1)
+    channels = 1 if axis is None else x.shape[axis]
+    scale, zero_point = torch.full((channels,), 0.01), torch.zeros(channels, dtype=torch.int32)
+    y, mask = _ops.fake_quantize_with_mask(x, scale, zero_point, None, axis, -50, 50)
+    assert mask.dtype == torch.uint8
+    assert mask.numel() == 8 * math.ceil(x.numel() / 64)
+    inside = torch.empty_like(y, dtype=torch.bool).copy_(x.abs() / 0.01 < 50.4)
+    assert bits_of(mask, x.numel()) == in_memory_order(inside).int().tolist()
+    assert 0 < sum(bits_of(mask, x.numel())) < x.numel()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_any_layout(layout: str) -> None:
+    x = random_values((2, 3, 4, 5), torch.float32, 0).contiguous(memory_format=torch.channels_last)
+    scale, zero_point = torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32)
+    grad = LAYOUTS[layout](random_values((2, 3, 4, 5), torch.float32, 1), 2)
+    results = []
+    for fake_quantize in (
+        lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -99, 99),
+        lambda x: _ops.apply_fake_quantize(x, scale, zero_point, None, -99, 99),
+    ):
+        leaf = x.clone().requires_grad_()
+        results.append(torch.autograd.grad(fake_quantize(leaf), leaf, grad)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_gradients_of_gradients() -> None:
+    x = random_values((50,), torch.float32, 0)
+    scale, zero_point = torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32)
+    results = []
+    for fake_quantize in (
+        lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -99, 99),
+        lambda x: _ops.apply_fake_quantize(x, scale, zero_point, None, -99, 99),
+    ):
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(fake_quantize(leaf**2).sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad((first**3).sum(), leaf)[0])
+    assert_equal(results[1], results[0])
+    assert results[0].abs().sum() > 0
+
+
+def test_a_flag_that_is_off_gives_x_back() -> None:
+    x = random_values((7,), torch.float32, 0)
+    scale, zero_point = torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32)
+    for dtype in (torch.uint8, torch.int64, torch.int32, torch.bool):
+        off, on = flag(False, dtype), flag(True, dtype)
+        assert _ops.apply_fake_quantize(x, scale, zero_point, None, -8, 7, off) is x
+        assert _ops.apply_fake_quantize(x, scale, zero_point, None, -8, 7, on) is not x
+        y = _ops.fake_quantize(x, scale, zero_point, off, None, -8, 7)
+        assert_equal(y, x)
+        assert y.data_ptr() != x.data_ptr()
+
+
+# ---------------------------------------------------------------------------------- fused
+
+
+@given(
+    st.data(),
+    streams(nonfinite=True),
+    averaging,
+    quant_ranges(),
+    st.sampled_from([AFFINE, SYMMETRIC, FLOAT_QPARAMS]),
+    policies,
+    st.booleans(),
+    st.booleans(),
+)
+def test_fused_as_reference(
+    data: st.DataObject,
+    stream: list[Tensor],
+    constant: float | None,
+    quant_range: tuple[int, int],
+    scheme: int,
+    policy: int,
+    observe: bool,
+    quantize: bool,
+) -> None:
+    _, axis, channels = data.draw(with_axis(st.just(stream[0])))
+    if 0 in stream[0].shape:
+        axis, channels = None, 1
+    zero_point_dtype = torch.float32 if scheme == FLOAT_QPARAMS else torch.int32
+    state = [
+        *unobserved(channels),
+        torch.ones(channels),
+        torch.zeros(channels, dtype=zero_point_dtype),
+        counter(),
+    ]
+    settings = (eps(), axis, constant, *quant_range, scheme, 1, policy)
+    if policy == PROPAGATE:  # what follows from an infinite range is nobody's concern
+        stream = [x.nan_to_num(0.0, 1.0, -1.0) for x in stream]
+    for x in stream:
+        args = (x, flag(observe), flag(quantize), *state, *settings)
+        assert_as_reference("fused_observe_fake_quantize", *args)
+        assert_as_reference("fused_observe_fake_quantize_with_mask", *args)
+        assert_as_reference("observe_qparams_", x, flag(observe), *state, *settings)
+        _, (_, _, _, *state), _ = called(_ops.fused_observe_fake_quantize, args)
+        state = state[:5]
+
+
+def fused_arguments(
+    channels: int | None = None, observe: bool = True, quantize: bool = True
+) -> list[Any]:
+    return [
+        flag(observe),
+        flag(quantize),
+        *unobserved(channels),
+        torch.ones(channels or 1),
+        torch.zeros(channels or 1, dtype=torch.int32),
+        counter(),
+        eps(),
+        None if channels is None else 0,
+        0.1,
+        -128,
+        127,
+        AFFINE,
+        0,
+        IGNORE,
+    ]
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_fused_is_its_three_steps(channels: int | None, quantize: bool, needs_grad: bool) -> None:
+    args = fused_arguments(channels, quantize=quantize)
+    low, high = unobserved(channels)
+    axis = args[8]
+    for seed in range(3):
+        x = random_values((3, 50), torch.float32, seed).requires_grad_(needs_grad)
+        y = _ops.apply_fused(x, *args)
+        _ops.observe_minmax_(x.detach(), low, high, counter(), axis, 0.1, IGNORE)
+        scale, zero_point = _ops.choose_qparams(low, high, eps(), -128, 127, AFFINE, 0)
+        assert_equal(args[2:6], [low, high, scale, zero_point])
+        if not quantize:
+            assert y is x
+            continue
+        expected = _ops.fake_quantize(x.detach(), scale, zero_point, None, axis, -128, 127)
+        assert_equal(y.detach(), expected)
+        assert y.requires_grad == needs_grad
+        if needs_grad:
+            grad = torch.randn_like(y)
+            (got,) = torch.autograd.grad(y, x, grad)
+            steps = _ops.apply_fake_quantize(x, scale, zero_point, axis, -128, 127)
+            assert_equal(got, torch.autograd.grad(steps, x, grad)[0])
+
+
+def test_fused_without_observing_leaves_every_buffer() -> None:
+    args = fused_arguments(observe=False)
+    before = [a.clone() for a in args if isinstance(a, Tensor)]
+    for x in (torch.randn(9), torch.full((3,), math.nan), torch.randn(9, requires_grad=True)):
+        _ops.apply_fused(x, *args)
+    assert_equal([a for a in args if isinstance(a, Tensor)], before)
+
+
+# ------------------------------------------------------------------------------ learnable
+
+
+@given(st.data(), quant_ranges().filter(lambda r: r[1] < 2**14))
+def test_learnable_as_reference(data: st.DataObject, quant_range: tuple[int, int]) -> None:
+    x, axis, channels = data.draw(with_axis(tensors()))
+    scale, zero_point = data.draw(qparams(channels, *quant_range, (torch.float32,)))
+    settings = (axis, *quant_range, 0.25)
+    assert_as_reference("learnable_fake_quantize", x, scale, zero_point, *settings)
+    grad = torch.randn_like(x)
+    args = (grad, x, scale, zero_point, *settings)
+    got = _ops.learnable_fake_quantize_backward(*args)
+    expected = _reference.learnable_fake_quantize_backward(*args)
+    assert_equal(got[0], expected[0])
+    for ours, theirs, bound in zip(got[1:], expected[1:], sum_bounds(*args), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        assert ((ours - theirs).abs() <= 1e-5 * bound).all()
+
+
+def sum_bounds(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    """Sums of the sizes of what the gradients of scale and zero point are sums of."""
+    shape = [1] * x.dim()
+    if axis is not None:
+        shape[axis] = -1
+    s, z = (t.double().reshape(shape) for t in (scale, zero_point))
+    low, high, factor = settings
+    steps = (x.double() / s).abs().clamp(max=2.0 * (high - low)) + z.abs() + high - low
+    dims = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+    sums = []
+    for size in (steps, s.expand(x.shape)):
+        terms = grad.double().abs() * size * factor + 1e-30
+        sums.append((terms.sum(dims) if dims else terms).reshape(-1))
+    return sums[0], sums[1]
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("quant_range", [(-128, 127), (0, 255), (0, 15)])
+def test_learnable_as_torch(axis: int | None, quant_range: tuple[int, int]) -> None:
+    # Where torch's backward pass agrees with its own forward pass: no negative zero point per
+    # tensor (it takes the next integer), and nothing near a tie (it rounds the sum there).
+    low, high = quant_range
+    channels = {None: 1, 0: 4, 1: 500}[axis]
+    scale = torch.rand(channels) * 0.05 + 0.02
+    zero_point = torch.randint(0 if axis is None else low, high + 1, (channels,)).float()
+    steps = torch.randint(2 * low - 50, 2 * high + 50, (4, 500)) + 0.8 * (torch.rand(4, 500) - 0.5)
+    x = steps * scale.reshape((-1, 1) if axis == 0 else (1, -1))
+    grad = random_values(x.shape, torch.float32, 1)
+    results = []
+    for ours in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
+        if ours:
+            y = _ops.learnable_fake_quantize(*leaves, axis, low, high, 0.3)
+        elif axis is None:
+            y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, low, high, 0.3)
+        else:
+            y = torch._fake_quantize_learnable_per_channel_affine(*leaves, axis, low, high, 0.3)
+        results.append((y.detach(), torch.autograd.grad(y, leaves, grad)))
+    (expected, expected_grads), (y, grads) = results
+    assert_equal(y, expected)
+    assert_equal(grads[0], expected_grads[0])
+    torch.testing.assert_close(grads[1:], expected_grads[1:], rtol=1e-4, atol=1e-3)
+
+
+def test_learnable_gradient_belongs_to_the_forward_pass() -> None:
+    # torch rounds a fractional zero point in one way forward and in another backward.
+    scale, zero_point = torch.tensor([0.5]), torch.tensor([-3.7])
+    x = torch.linspace(-4, 4, 33)
+    leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
+    y = _ops.learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
+    dx, dscale, dzero_point = torch.autograd.grad(y.sum(), leaves)
+    quantized = (x / 0.5).round() - 4
+    inside = (quantized >= -8) & (quantized <= 7)
+    assert_equal(dx, inside.float())
+    error = torch.where(inside, (y.detach() - x) / 0.5, (y.detach() / 0.5))
+    torch.testing.assert_close(dscale, error.sum().reshape(1))
+    torch.testing.assert_close(dzero_point, -0.5 * (~inside).sum().reshape(1))
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_learnable_of_an_empty_tensor_has_zero_gradients(axis: int | None) -> None:
+    channels = 1 if axis is None else 3
+    leaves = [
+        torch.empty(0, 3).requires_grad_(),
+        torch.full((channels,), 0.5).requires_grad_(),
+        torch.full((channels,), 1.0).requires_grad_(),
+    ]
+    y = _ops.learnable_fake_quantize(*leaves, axis, 0, 15, 1.0)
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert all((g == 0).all() for g in grads)
+    assert [g.shape for g in grads] == [leaf.shape for leaf in leaves]
+
+
+# ------------------------------------------------------------------ every op, in every setting
+
+
+def samples(
+    dtype: torch.dtype = torch.float32, numel: int = 120, layout: str = "contiguous"
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments for each op, in a few variants."""
+    values = random_values((4, numel // 20, 5), dtype, 0, "outliers")
+    odd_values = values.clone()
+    odd_values.view(-1)[::7] = math.nan
+    x, odd = (LAYOUTS[layout](v, 1) for v in (values, odd_values))
+    for axis in (None, 0, 1, -1):
+        channels = 1 if axis is None else x.shape[axis]
+        scale = torch.linspace(0.01, 0.02, channels)
+        zero_point = torch.arange(channels, dtype=torch.int32) % 7
+        state = [*unobserved(channels), scale.clone(), zero_point.clone(), counter(), eps()]
+        for values in (x, odd):
+            yield "observe_minmax_", (values, *unobserved(channels), counter(), axis, 0.1, IGNORE)
+            settings = (axis, None, -128, 127, AFFINE, 0, IGNORE)
+            yield "observe_qparams_", (values, flag(True), *state, *settings)
+            fused = (values, flag(True), flag(True), *state, *settings)
+            yield "fused_observe_fake_quantize", fused
+            yield "fused_observe_fake_quantize_with_mask", fused
+            for z in (zero_point, zero_point + 0.25):
+                args = (values, scale, z, None, axis, -128, 127)
+                yield "fake_quantize", args
+                yield "fake_quantize_with_mask", args
+        args = (scale, zero_point + 0.4, axis, -128, 127, 0.5)
+        yield "learnable_fake_quantize", (x, *args)
+        yield "learnable_fake_quantize_backward", (torch.cos(x), x, *args)
+    _, mask = _ops.fake_quantize_with_mask(
+        x, torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32), None, None, -128, 127
+    )
+    yield "fake_quantize_backward", (torch.empty_like(x).copy_(x.cos()), mask)
+    histogram, (low, high) = torch.zeros(300), unobserved()
+    yield "observe_histogram_", (odd, histogram, low, high, counter(), 16, IGNORE)
+    _reference.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
+    yield "observe_histogram_", (odd * 3, histogram, low, high, counter(), 16, IGNORE)
+    yield "search_histogram_range", (histogram, low, high, 256)
+    yield "choose_qparams", (torch.randn(9) - 3, torch.randn(9) + 3, eps(), 0, 255, AFFINE, 0)
+
+
+def outcome(name: str, args: tuple[Any, ...]) -> list[Tensor]:
+    results, arguments, raised = called(getattr(_ops, name), args)
+    assert not raised
+    results = () if results is None else results
+    return [*((results,) if isinstance(results, Tensor) else results), *arguments[1:]]
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_same_bytes(name: str, got: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        if name == "learnable_fake_quantize_backward":  # sums in another order
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
+        else:
+            assert ours.stride() == theirs.stride()
+            assert torch.equal(bytes_of(ours), bytes_of(theirs)), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_instruction_set_gives_the_same_bytes(
+    dtype: torch.dtype, layout: str, any_isa: list[str]
+) -> None:
+    assert "scalar" in any_isa
+    for name, args in samples(dtype, 1540, layout):
+        _C.set_isa("scalar")
+        expected = outcome(name, args)
+        for isa in any_isa:
+            _C.set_isa(isa)
+            assert _C.isa() == isa
+            assert_same_bytes(name, outcome(name, args), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.usefixtures("threads")
+def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
+    for name, args in samples(dtype, 200_020):
+        torch.set_num_threads(1)
+        expected = outcome(name, args)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for got, wanted in zip(outcome(name, args), expected, strict=True):
+                assert torch.equal(bytes_of(got), bytes_of(wanted)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_as_reference(dtype: torch.dtype) -> None:
+    for name, args in samples(dtype, 200_020):
+        if name not in ("learnable_fake_quantize_backward", "observe_histogram_"):
+            assert_as_reference(name, *args)
+
+
+def test_set_isa_knows_its_names(any_isa: list[str]) -> None:
+    with pytest.raises(ValueError, match="isas"):
+        _C.set_isa("z80")
+    assert _C.isa() in any_isa
+    assert set(any_isa) <= set(_C.built_isas())
+
+
+@pytest.mark.parametrize("name", sorted(_reference.OPS))
+def test_opcheck(name: str) -> None:
+    chosen = [args for sample, args in samples() if sample == name]
+    chosen += [args for sample, args in samples(layout="permuted") if sample == name][:1]
+    op = getattr(_ops, name)
+    for args in chosen[:: max(1, len(chosen) // 4)]:
+        torch.library.opcheck(op, tuple(a.clone() if isinstance(a, Tensor) else a for a in args))
+
+
+@pytest.mark.parametrize("name", ["fake_quantize_with_mask", "learnable_fake_quantize"])
+def test_opcheck_with_gradients(name: str) -> None:
+    args = next(args for sample, args in samples() if sample == name)
+    leaves = tuple(
+        a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in args
+    )
+    if name == "fake_quantize_with_mask":
+        leaves = (leaves[0], *args[1:])
+    torch.library.opcheck(getattr(_ops, name), leaves)
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    {
+        "an integer tensor": ("x", torch.arange(12).reshape(3, 4)),
+        "no such axis": ("axis", 2),
+        "no such axis from the end": ("axis", -3),
+        "another number of channels": ("x", torch.randn(4, 3)),
+        "min_val of another size": ("low", torch.full((2,), INF)),
+        "max_val of another size": ("high", torch.full((4,), -INF)),
+    }.values(),
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(change: str, values: Any) -> None:
+    given_ = {"x": torch.randn(3, 4), "axis": 0}
+    given_["low"], given_["high"] = unobserved(3)
+    given_[change] = values
+    x, axis, low, high = (given_[k] for k in ("x", "axis", "low", "high"))
+    scale, zero_point = torch.ones(3), torch.zeros(3, dtype=torch.int32)
+    buffers = [low, high, scale, zero_point, count := counter()]
+    before = [b.clone() for b in buffers]
+    settings = (eps(), axis, 0.1, -8, 7, AFFINE, 0, IGNORE)
+    for call in (
+        lambda: _ops.observe_minmax_(x, low, high, count, axis, 0.1, IGNORE),
+        lambda: _ops.observe_qparams_(x, flag(True), *buffers, *settings),
+        lambda: _ops.fused_observe_fake_quantize(x, flag(True), flag(True), *buffers, *settings),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+        assert_equal(buffers, before)
+
+
+@pytest.mark.parametrize("name", ["fake_quantize", "fake_quantize_with_mask"])
+def test_qparams_that_do_not_fit_are_refused(name: str) -> None:
+    op, x = getattr(_ops, name), torch.randn(3, 4)
+    scale, zero_point = torch.ones(3), torch.zeros(3, dtype=torch.int32)
+    for bad in (
+        (x, scale, zero_point, None, 1, -8, 7),
+        (x, scale, zero_point, None, None, -8, 7),
+        (x, scale, zero_point, None, 2, -8, 7),
+        (x, scale[:2], zero_point, None, 0, -8, 7),
+        (x, scale, zero_point[:2], None, 0, -8, 7),
+        (x.long(), scale, zero_point, None, 0, -8, 7),
+    ):
+        with pytest.raises(RuntimeError):
+            op(*bad)
+
+
+# ------------------------------------------------------------------------ autocast, compiling
+
+
+def test_autocast_leaves_the_dtype_alone() -> None:
+    layer = torch.nn.Linear(8, 8)
+    args = fused_arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = _ops.apply_fused(layer(torch.randn(4, 8)), *args)
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    assert args[2] < args[3]
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("quantize", [True, False])
+def test_fused_compiles_to_one_graph(needs_grad: bool, quantize: bool) -> None:
+    def step(x: Tensor, args: list[Any]) -> Tensor:
+        return _ops.apply_fused(x * 2, *args) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager_args, compiled_args = (fused_arguments(3, quantize=quantize) for _ in range(2))
+    for seed in range(2):
+        x = random_values((3, 20), torch.float32, seed).requires_grad_(needs_grad)
+        expected, y = step(x, eager_args), compiled(x, compiled_args)
+        assert_equal(y.detach(), expected.detach())
+        assert_equal(compiled_args, eager_args)
+        assert y.requires_grad == needs_grad
+        if needs_grad:
+            assert_equal(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+
+
+def test_other_ops_compile_to_one_graph() -> None:
+    def step(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        _ops.observe_minmax_(x, low, high, counter(), None, None, IGNORE)
+        new_scale, new_zero_point = _ops.choose_qparams(low, high, eps(), 0, 255, AFFINE, 0)
+        y = _ops.apply_fake_quantize(x, new_scale, new_zero_point, None, 0, 255, flag(True))
+        return y + _ops.learnable_fake_quantize(x, scale, zero_point, None, 0, 15, 1.0)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    outcomes = []
+    for run in (step, compiled):
+        leaves = [random_values((30,), torch.float32, 0), torch.tensor([0.1]), torch.tensor([3.2])]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        low, high = unobserved()
+        y = run(*leaves, low, high)
+        outcomes.append([y.detach(), low, high, *torch.autograd.grad(y.sum(), leaves)])
+    assert_equal(outcomes[1], outcomes[0])
+
+
+def test_no_op_warns() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, args in samples():
+            outcome(name, args)
+        x = torch.randn(9, requires_grad=True)
+        low, high = unobserved()
+        _ops.observe_minmax_(x, low, high, counter(), None, None, IGNORE)
+        assert not low.requires_grad
+        _ops.apply_fused(x, *fused_arguments()).sum().backward()
