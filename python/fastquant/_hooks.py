@@ -1,0 +1,50 @@
+"""Forward hooks: those that feed observers, and how users' own get to another module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ._torch_ao import observer_forward_hook, observer_forward_pre_hook
+
+_OBSERVER_HOOKS = (observer_forward_hook, observer_forward_pre_hook)
+
+
+def copy_forward_pre_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Register on `target` the forward pre-hooks of `source`, observers' hooks aside.
+
+    Order and flags are kept. A target made by copying the source has its hooks already, under
+    the same keys; they are not doubled.
+    """
+    for key, hook in source._forward_pre_hooks.items():
+        if hook not in _OBSERVER_HOOKS and key not in target._forward_pre_hooks:
+            target.register_forward_pre_hook(
+                hook,
+                with_kwargs=key in source._forward_pre_hooks_with_kwargs,
+            )
+
+
+def copy_forward_hooks(source: nn.Module, target: nn.Module) -> None:
+    """The same for the forward hooks, which run after `forward`."""
+    for key, hook in source._forward_hooks.items():
+        if hook not in _OBSERVER_HOOKS and key not in target._forward_hooks:
+            target.register_forward_hook(
+                hook,
+                with_kwargs=key in source._forward_hooks_with_kwargs,
+                always_call=key in source._forward_hooks_always_called,
+            )
+
+
+def add_observer_hook(module: nn.Module, pre_hook: bool) -> None:
+    """Have `module.activation_post_process` called first, on each input or on each output."""
+    if pre_hook:
+        if observer_forward_pre_hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(observer_forward_pre_hook, prepend=True)
+    elif observer_forward_hook not in module._forward_hooks.values():
+        module.register_forward_hook(observer_forward_hook, prepend=True)
+
+
+def remove_observer_hooks(module: nn.Module) -> None:
+    """Undo `add_observer_hook`."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in _OBSERVER_HOOKS]:
+            del hooks[key]

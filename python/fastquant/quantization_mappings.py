@@ -1,0 +1,291 @@
+"""Which module is swapped for which, by kind of quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from ._torch_ao import (
+    DeQuantStub as TorchDeQuantStub,
+)
+from ._torch_ao import (
+    QuantStub as TorchQuantStub,
+)
+from ._torch_ao import (
+    nni,
+    nniq,
+    nniqat,
+    nniqd,
+    nnq,
+    nnqat,
+    nnqatd,
+    nnqd,
+    nnqr,
+    nnquantizable,
+    nnsq,
+    nnsqd,
+)
+from .fake_quantize import (
+    default_fixed_qparams_range_0to1_fake_quant,
+    default_fixed_qparams_range_neg1to1_fake_quant,
+)
+from .stubs import DeQuantStub, QuantStub
+from .utils import QuantizationError
+
+__all__ = [
+    "DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS",
+    "DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS",
+    "DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS",
+    "DEFAULT_MODULE_TO_ACT_POST_PROCESS",
+    "DEFAULT_QAT_MODULE_MAPPINGS",
+    "DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS",
+    "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
+    "DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS",
+    "get_default_compare_output_module_list",
+    "get_default_dynamic_quant_module_mappings",
+    "get_default_dynamic_sparse_quant_module_mappings",
+    "get_default_float_to_quantized_operator_mappings",
+    "get_default_qat_module_mappings",
+    "get_default_qconfig_propagation_list",
+    "get_default_static_quant_module_mappings",
+    "get_default_static_quant_reference_module_mappings",
+    "get_default_static_sparse_quant_module_mappings",
+    "get_dynamic_quant_module_class",
+    "get_embedding_qat_module_mappings",
+    "get_embedding_static_quant_module_mappings",
+    "get_quantized_operator",
+    "get_static_quant_module_class",
+    "no_observer_set",
+]
+
+Mapping = dict[Callable[..., Any], Any]
+
+
+def _same_names(source: Any, target: Any, names: str) -> Mapping:
+    """`source.Name` to `target.Name` for each of the space-separated names."""
+    return {getattr(source, name): getattr(target, name) for name in names.split()}
+
+
+_CONVOLUTIONS = "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d"
+_STUBS: Mapping = {
+    QuantStub: nnq.Quantize,
+    DeQuantStub: nnq.DeQuantize,
+    TorchQuantStub: nnq.Quantize,
+    TorchDeQuantStub: nnq.DeQuantize,
+}
+
+DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
+    **_STUBS,
+    **_same_names(nn, nnqr, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
+    **_same_names(nn, nnqr, "GRUCell LSTMCell RNNCell LSTM"),
+}
+"""Float module to reference module: quantized weights, computation in floating point."""
+
+DEFAULT_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
+    **_STUBS,
+    **_same_names(nn, nnq, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
+    **_same_names(nn, nnq, "BatchNorm2d BatchNorm3d GroupNorm LayerNorm"),
+    **_same_names(nn, nnq, "InstanceNorm1d InstanceNorm2d InstanceNorm3d"),
+    **_same_names(nn, nnq, "Dropout ELU Hardswish LeakyReLU ReLU6 PReLU"),
+    NonDynamicallyQuantizableLinear: nnq.Linear,
+    nnq.FloatFunctional: nnq.QFunctional,
+    **_same_names(nni, nniq, "BNReLU2d BNReLU3d ConvReLU1d ConvReLU2d ConvReLU3d"),
+    **_same_names(nni, nniq, "ConvAdd2d ConvAddReLU2d LinearReLU LinearLeakyReLU LinearTanh"),
+    **_same_names(nnqat, nnq, "Linear Conv2d Conv3d"),
+    **_same_names(nniqat, nniq, "ConvReLU2d ConvReLU3d LinearReLU"),
+    **{
+        getattr(nniqat, f"ConvBn{suffix}"): getattr(target, f"Conv{suffix}")
+        for target, suffixes in ((nnq, "1d 2d 3d"), (nniq, "ReLU1d ReLU2d ReLU3d"))
+        for suffix in suffixes.split()
+    },
+    nniqat.LinearBn1d: nnq.Linear,
+}
+"""Float, fused or QAT module to quantized module."""
+
+DEFAULT_QAT_MODULE_MAPPINGS: Mapping = {
+    **_same_names(nn, nnqat, "Conv2d Conv3d Linear"),
+    NonDynamicallyQuantizableLinear: nnqat.Linear,
+    **_same_names(nni, nniqat, "ConvBn1d ConvBn2d ConvBn3d ConvReLU2d ConvReLU3d"),
+    **_same_names(nni, nniqat, "ConvBnReLU1d ConvBnReLU2d ConvBnReLU3d LinearReLU LinearBn1d"),
+}
+"""Float or fused module to one that fake-quantizes its weight."""
+
+# Dynamic convolutions exist and are left out: their accuracy is poor.
+DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS: Mapping = {
+    **_same_names(nn, nnqd, "Linear LSTM GRU LSTMCell RNNCell GRUCell"),
+    NonDynamicallyQuantizableLinear: nnqd.Linear,
+    nnqatd.Linear: nnqd.Linear,
+    nni.LinearReLU: nniqd.LinearReLU,
+    **_same_names(nn, nnq, "EmbeddingBag Embedding"),
+}
+"""Float module to one with quantized weights that quantizes activations at each call."""
+
+DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = {nn.Linear: nnsq.Linear}
+DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = {nn.Linear: nnsqd.Linear}
+
+DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS: dict[Callable[..., Any] | str, Any] = {
+    getattr(F, name): getattr(torch.ops.quantized, name)
+    for name in ("elu", "hardswish", "instance_norm", "layer_norm", "leaky_relu", "dropout")
+}
+"""Function of `torch.nn.functional` to quantized op."""
+
+DEFAULT_MODULE_TO_ACT_POST_PROCESS: Mapping = {
+    **dict.fromkeys(
+        (nn.Hardsigmoid, nn.Sigmoid, nn.Softmax), default_fixed_qparams_range_0to1_fake_quant
+    ),
+    nn.Tanh: default_fixed_qparams_range_neg1to1_fake_quant,
+}
+"""Module whose output range is known to the fake-quantize that it trains with."""
+
+_INCLUDE_QCONFIG_PROPAGATE_LIST: set[Callable[..., Any]] = {nn.Sequential}
+
+# Targets made from the weight alone, or from nothing: no observed output is needed.
+_MADE_WITHOUT_OBSERVER = {nnq.DeQuantize, nnq.Dropout, nnq.Embedding, nnq.EmbeddingBag}
+MADE_FROM_OBSERVER = {
+    *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values(),
+    *DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS.values(),
+} - _MADE_WITHOUT_OBSERVER
+
+
+def no_observer_set() -> set[Any]:
+    """Modules that get no observer of their own: those inside them are observed."""
+    return {nnquantizable.LSTM, nnquantizable.MultiheadAttention}
+
+
+def get_default_static_quant_module_mappings() -> Mapping:
+    """A copy of the mapping for static quantization."""
+    return dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS)
+
+
+def get_default_static_quant_reference_module_mappings() -> Mapping:
+    """A copy of the mapping for static quantization to reference modules."""
+    return dict(DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS)
+
+
+def get_embedding_static_quant_module_mappings() -> Mapping:
+    """The mapping for static quantization, with embeddings trained by QAT."""
+    return {
+        **DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
+        **_same_names(nnqat, nnq, "EmbeddingBag Embedding"),
+    }
+
+
+def get_default_static_sparse_quant_module_mappings() -> Mapping:
+    """A copy of the mapping for static quantization of sparse weights."""
+    return dict(DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS)
+
+
+def get_default_qat_module_mappings() -> Mapping:
+    """A copy of the mapping for quantization-aware training."""
+    return dict(DEFAULT_QAT_MODULE_MAPPINGS)
+
+
+def get_embedding_qat_module_mappings() -> Mapping:
+    """The mapping for quantization-aware training, with embeddings."""
+    return {
+        **DEFAULT_QAT_MODULE_MAPPINGS,
+        **_same_names(nn, nnqat, "EmbeddingBag Embedding"),
+    }
+
+
+def get_default_dynamic_quant_module_mappings() -> Mapping:
+    """A copy of the mapping for dynamic quantization."""
+    return dict(DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS)
+
+
+def get_default_dynamic_sparse_quant_module_mappings() -> Mapping:
+    """A copy of the mapping for dynamic quantization of sparse weights."""
+    return dict(DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS)
+
+
+def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:
+    """The module types that `prepare` gives observers."""
+    return _keys(_all_mappings()) | _INCLUDE_QCONFIG_PROPAGATE_LIST
+
+
+def get_default_compare_output_module_list() -> set[Callable[..., Any]]:
+    """The module types, float and quantized, whose outputs are worth comparing."""
+    targets = {target for mapping in _all_mappings() for target in mapping.values()}
+    return _keys(_all_mappings()) | targets | _INCLUDE_QCONFIG_PROPAGATE_LIST
+
+
+def _all_mappings() -> tuple[Mapping, ...]:
+    return (
+        DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
+        DEFAULT_QAT_MODULE_MAPPINGS,
+        DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS,
+    )
+
+
+def _keys(mappings: Iterable[Mapping]) -> set[Callable[..., Any]]:
+    return {source for mapping in mappings for source in mapping}
+
+
+def get_default_float_to_quantized_operator_mappings() -> dict[Callable[..., Any] | str, Any]:
+    """A copy of the mapping from functions to quantized ops."""
+    return dict(DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS)
+
+
+def _look_up(key: Any, what: str, default: dict[Any, Any], additional: dict[Any, Any]) -> Any:
+    target = {**default, **additional}.get(key)
+    if target is None:
+        raise QuantizationError(f"{what} {key} has no quantized counterpart")
+    return target
+
+
+def get_static_quant_module_class(
+    float_module_class: Callable[..., Any],
+    additional_static_quant_mapping: Mapping | None = None,
+    is_reference: bool = False,
+) -> Any:
+    """The statically quantized class for a float one; the additional mapping goes first.
+
+    Raises:
+        QuantizationError: there is none.
+    """
+    default = (
+        DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS
+        if is_reference
+        else DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
+    )
+    additional = additional_static_quant_mapping or {}
+    return _look_up(float_module_class, "module class", default, additional)
+
+
+def get_dynamic_quant_module_class(
+    float_module_class: Callable[..., Any],
+    additional_dynamic_quant_mapping: Mapping | None = None,
+) -> Any:
+    """The dynamically quantized class for a float one; the additional mapping goes first.
+
+    Raises:
+        QuantizationError: there is none.
+    """
+    default = DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS
+    additional = additional_dynamic_quant_mapping or {}
+    return _look_up(float_module_class, "module class", default, additional)
+
+
+def get_quantized_operator(float_op: Callable[..., Any] | str) -> Any:
+    """The quantized op for a function of `torch.nn.functional`.
+
+    Raises:
+        QuantizationError: there is none.
+    """
+    return _look_up(float_op, "operator", DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS, {})
+
+
+def _get_special_act_post_process(module: nn.Module) -> Callable[..., Any] | None:
+    """What makes the fake-quantize of a module whose output range is known, None for others."""
+    return DEFAULT_MODULE_TO_ACT_POST_PROCESS.get(type_before_parametrizations(module))
+
+
+def _has_special_act_post_process(module: nn.Module) -> bool:
+    """Whether the module's output range is known, and it is in training."""
+    return module.training and type(module) in DEFAULT_MODULE_TO_ACT_POST_PROCESS
