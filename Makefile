@@ -1,0 +1,90 @@
+# What people type. Everything runs in $(VENV), which is made on first use; delete it to start over.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch that is installed where $(VENV) has none.
+TORCH ?= 2.13.0
+# Compiler warnings are errors: OFF, or ON as in continuous integration.
+WERROR ?= OFF
+# More arguments for pytest, as in make test PYTEST_ARGS="-k histogram".
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
+NATIVE := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+# Built against the torch of $(VENV): with isolation pip would download another one to build with.
+INSTALL = $(BIN)/pip install --quiet --no-build-isolation \
+	--config-settings=cmake.define.FASTQUANT_WERROR=$(WERROR) --editable
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint format audit bench wheel cuda-compile clean
+
+help:
+	@echo "make demo     a small CNN on real data, float to int8, beside torch.ao"
+	@echo "make test     the whole test suite"
+	@echo "make lint     formatting, lint and types; make format mends the formatting"
+	@echo "make audit    stable ABI, symbols of the built library"
+	@echo "make bench    measure against torch.ao"
+	@echo "make wheel    build a wheel into dist/"
+	@echo "make clean    remove what was built; $(VENV) stays"
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
+
+audit: $(VENV)/.dev
+	$(BIN)/python tools/audit.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m fastquant.bench
+
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+# Compiles the CUDA sources where there are some and nvcc is there to do it; needs no GPU.
+cuda-compile: $(VENV)/.installed
+	@if [ ! -d csrc/cuda ]; then echo "cuda-compile: no CUDA sources"; \
+	elif ! command -v nvcc >/dev/null; then echo "cuda-compile: skipped, no nvcc"; \
+	else cmake -S . -B build/cuda -G Ninja -DFASTQUANT_CUDA=ON -DFASTQUANT_WERROR=$(WERROR) \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) && cmake --build build/cuda; fi
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f $(VENV)/.installed $(VENV)/.dev
+
+# --- the environment: each stamp is made anew when what it stands for has changed ---
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "fastquant needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+		{ echo "Installing torch $(TORCH) into $(VENV)"; $(BIN)/pip install torch==$(TORCH); }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	@for cxx in $$CXX c++ g++ clang++; do command -v $$cxx >/dev/null && exit 0; done; \
+		echo "fastquant needs a C++17 compiler and found none (c++, g++, clang++). Install one,"; \
+		echo "on Debian or Ubuntu with: apt install g++, or point CXX at it."; exit 1
+	@echo "Building and installing fastquant into $(VENV)"
+	@$(BIN)/pip install --quiet 'scikit-build-core>=0.10' ninja $$(command -v cmake >/dev/null || echo cmake)
+	@$(INSTALL) '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.installed
+	@$(INSTALL) '.[dev]'
+	@touch $@

@@ -1,0 +1,238 @@
+"""Calibration: run data through a prepared model so that its observers see it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from operator import length_hint
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .observer import _is_activation_post_process
+from .utils import _assert_and_get_unique_device
+
+__all__ = ["Calibration", "calibrate"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one :func:`calibrate` run went through.
+
+    ``batches`` and ``samples`` (the sum of the batches' first dimensions) are counts;
+    ``seconds`` is the wall-clock time, loading of the data included.
+    """
+
+    batches: int
+    samples: int
+    seconds: float
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    batches: int | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Run ``data`` through a prepared ``model``, in eval mode and without gradients.
+
+    Args:
+        model: a model that :func:`fastquant.prepare` or :func:`fastquant.prepare_qat` has
+            given observers; on one device.
+        data: batches: a ``DataLoader`` or any other iterable. Tensors in a batch, also those
+            inside tuples, lists and mappings, are moved to the model's device, and so is
+            anything else with a method ``to(device)``.
+        batches: stop after this many; ``None`` goes through all of ``data``.
+        forward: ``forward(model, batch)`` runs the model on one batch. By default a tensor is
+            passed as ``model(batch)``, a mapping as ``model(**batch)``; of a tuple or list the
+            first element is the input (a target may follow), passed by the same rule or, where
+            it is neither tensor nor mapping, as it is.
+        progress: show a progress bar on stderr.
+
+    Every submodule's training mode is as before afterwards, also after an exception.
+    Ctrl-C takes effect between two batches (a second one at once), so every observer has
+    seen the same batches, and the statistics gathered up to there stay in place.
+    Observers that left out non-finite values are named in one warning.
+
+    Raises:
+        TypeError: an argument, or a batch without ``forward``, of a type that does not fit.
+        ValueError: no observers in ``model``, ``model`` on several devices or on meta,
+            ``batches`` < 1, or no batch in ``data``.
+    """
+    source = _checked_data(data)
+    if batches is not None:
+        if isinstance(batches, bool) or not isinstance(batches, int):
+            raise TypeError(f"batches must be an int or None, got {type(batches).__name__}")
+        if batches < 1:
+            raise ValueError(f"batches must be at least 1, got {batches}")
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
+        )
+    device = _device_of_prepared(model)
+
+    run = forward or _run_batch
+    known = length_hint(data, -1)
+    lengths = [n for n in (batches, known) if n is not None and n >= 0]
+    modes = [(module, module.training) for module in model.modules()]
+    before = _nonfinite_counts(model)
+    start = time.perf_counter()
+    done = samples = 0
+    try:
+        model.eval()
+        # no_grad, not inference_mode: what a model or an observer keeps from its forward must
+        # stay usable in training afterwards.
+        with (
+            torch.no_grad(),
+            tqdm(
+                total=min(lengths, default=None),
+                desc="calibrating",
+                unit="batch",
+                disable=not progress,
+            ) as bar,
+        ):
+            for batch in islice(source, batches):
+                with _interrupt_held_back():
+                    run(model, _to_device(batch, device))
+                    done += 1
+                    samples += _batch_size(batch)
+                    bar.update()
+    finally:
+        for module, training in modes:
+            module.training = training
+    if done == 0:
+        raise ValueError("data is empty: there was no batch to calibrate with")
+    # Reading the counts waits for the device, so the time below is that of finished work.
+    _warn_of_nonfinite(before, _nonfinite_counts(model))
+    return Calibration(done, samples, time.perf_counter() - start)
+
+
+def _checked_data(data: object) -> Iterator[Any]:
+    if isinstance(data, Tensor | Mapping | str | bytes):
+        raise TypeError(
+            f"data must be an iterable of batches, got one {type(data).__name__}; "
+            "for a single batch pass a list: [batch]"
+        )
+    try:
+        return iter(data)  # type: ignore[call-overload,no-any-return]
+    except TypeError:
+        raise TypeError(
+            f"data must be an iterable of batches (a DataLoader, a list of tensors, …), "
+            f"got {type(data).__name__}"
+        ) from None
+
+
+def _device_of_prepared(model: object) -> torch.device | None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not any(_is_activation_post_process(module) for module in model.modules()):
+        raise ValueError(
+            f"model ({type(model).__name__}) has no observers: give it a qconfig and call "
+            "fastquant.prepare or fastquant.prepare_qat first; a converted model cannot be "
+            "calibrated"
+        )
+    device = _assert_and_get_unique_device(model)
+    if device is not None and device.type == "meta":
+        raise ValueError("model is on the meta device, where tensors have no values to observe")
+    return device
+
+
+def _to_device(batch: Any, device: torch.device | None) -> Any:
+    """``batch`` with its tensors on ``device``; containers are rebuilt, the rest is left as is."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if callable(getattr(batch, "to", None)):  # PackedSequence, BatchEncoding, …
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        items = [_to_device(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+def _run_batch(model: nn.Module, batch: Any) -> None:
+    is_sequence = isinstance(batch, tuple | list)
+    if is_sequence and not batch:
+        raise ValueError("data holds an empty tuple or list: the first element is the input")
+    x = batch[0] if is_sequence else batch
+    if isinstance(x, Mapping):
+        model(**x)
+    elif isinstance(x, Tensor) or is_sequence:
+        model(x)
+    else:
+        raise TypeError(
+            "a batch must be a tensor, a tuple or list that begins with the input, or a mapping "
+            f"of keyword arguments, got {type(batch).__name__}; for anything else pass "
+            "forward=lambda model, batch: ..."
+        )
+
+
+def _batch_size(batch: Any) -> int:
+    """The first dimension of the first tensor in ``batch``; 1 where there is none."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, tuple | list) and batch:
+        return _batch_size(batch[0])
+    return 1
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Delays the first Ctrl-C to the end of the block."""
+    previous = signal.getsignal(signal.SIGINT)
+    # Only the main thread gets signals and may set handlers.
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    held: list[Any] = []
+
+    def hold(*signal_and_frame: Any) -> None:
+        signal.signal(signal.SIGINT, previous)
+        held.append(signal_and_frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            previous(*held[0])
+
+
+def _nonfinite_counts(model: nn.Module) -> dict[str, int]:
+    """Layer name → non-finite values that its observers have left out so far."""
+    counts: dict[str, int] = {}
+    for name, buffer in model.named_buffers():
+        *path, leaf = name.split(".")
+        if leaf == "nonfinite_count":
+            while path and path[-1] == "activation_post_process":
+                path.pop()
+            layer = ".".join(path) or "the model itself"
+            counts[layer] = counts.get(layer, 0) + int(buffer)
+    return counts
+
+
+def _warn_of_nonfinite(before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    new = {layer: count - before.get(layer, 0) for layer, count in after.items()}
+    seen = [f"{layer} ({count})" for layer, count in new.items() if count > 0]
+    if seen:
+        warnings.warn(
+            "NaN or infinite values met in calibration were left out of the statistics, by layer: "
+            + ", ".join(seen),
+            stacklevel=3,
+        )

@@ -1,0 +1,99 @@
+"""The examples and the snippets of the README run, and do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao's own
+def test_demo(demo: ModuleType) -> None:
+    rows = demo.run(demo.Settings(epochs=6, qat_epochs=1, rounds=1))
+    first, *quantized = rows
+    assert [row.name for row in quantized] == [
+        "static, histogram",
+        "static, min/max",
+        "dynamic",
+        "QAT",
+    ]
+    assert first.accuracy["fastquant"] > 90
+    for row in quantized:
+        ours, theirs = row.accuracy["fastquant"], row.accuracy["torch.ao"]
+        assert ours > first.accuracy["fastquant"] - 2, row.name
+        assert abs(ours - theirs) < 1, row.name
+        assert row.kilobytes["fastquant"] < 0.6 * first.kilobytes["fastquant"], row.name
+        assert row.kilobytes["fastquant"] == pytest.approx(row.kilobytes["torch.ao"], rel=0.02)
+        assert bool(row.timed) == (row.name != "dynamic")
+
+    lines = demo.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    for line, row in zip(lines[2:], rows, strict=True):
+        assert line.startswith(row.name)
+        assert f"{row.accuracy['fastquant']:.1f}" in line
+
+
+def test_custom_training_loop() -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "custom_training_loop.py", "--steps", "30"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    reached = dict(re.findall(r"^(.+): ([\d.]+) %$", done.stdout, re.MULTILINE))
+    assert list(reached) == [
+        "float",
+        "fake-quantized, not trained",
+        "fake-quantized, trained",
+    ]
+    assert float(reached["fake-quantized, trained"]) > 70
+    assert float(reached["fake-quantized, trained"]) > float(reached["fake-quantized, not trained"])
+
+
+def test_readme_has_snippets() -> None:
+    assert len(SNIPPETS) >= 3
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_readme_snippet(snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    for expected in re.findall(r"print\(.*\)  # (.+)", snippet):
+        assert expected in printed
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_make_targets_in_the_documents_exist(document: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = set(
+        re.findall(r"(?:`|^    )make ([a-z-]+)", (ROOT / document).read_text(), re.MULTILINE)
+    )
+    assert named
+    assert named <= targets

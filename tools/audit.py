@@ -1,0 +1,71 @@
+"""Audits what was built: the stable ABI of the installed extension, the symbols of ISA objects.
+
+Run by `make audit`. Exits 1 and says why where
+
+- the extension uses libtorch other than through the LibTorch Stable ABI, needs a newer torch
+  than the package declares, or goes beyond Python's limited API;
+- an object compiled for one instruction set exports a weak symbol. The linker keeps one of
+  several copies, so code for a newer processor could end up in use on an older one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import fastquant._C
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)))[:2]
+
+
+def audit_abi(library: str) -> list[str]:
+    """Objections to the extension at this path, by torch-abi-audit."""
+    command = [Path(sys.executable).with_name("torch-abi-audit"), "--json", library]
+    report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    (extension,) = report["extensions"]
+    torch_abi, python_abi = extension["torch"], extension["cpython"]
+    needs = torch_abi["min_torch_version"]
+    (declared,) = (r for r in requires("fastquant") or [] if re.match(r"torch\s*>=", r))
+    print(f"{library}: needs torch {needs} (declared: {declared}) and Python's limited API")
+
+    objections = []
+    if not (torch_abi["uses_torch"] and torch_abi["stable"]):
+        objections.append(f"libtorch beyond the stable ABI: {torch_abi['unstable_symbols']}")
+    elif version(needs) > version(declared):
+        objections.append(f"needs torch {needs}, but the package declares {declared}")
+    if not (python_abi["intent"] and python_abi["compliant"]):
+        objections.append(f"Python beyond the limited API: {python_abi['violations']}")
+    return objections
+
+
+def audit_symbols(objects: list[Path]) -> list[str]:
+    """Objections to objects of the kernels: weak symbols in them."""
+    objections = [] if objects else [f"no object files of the kernels under {ROOT / 'build'}"]
+    for path in objects:
+        listing = subprocess.run(
+            ["nm", "--demangle", "--defined-only", path], capture_output=True, check=True, text=True
+        ).stdout
+        weak = [line for line in listing.splitlines() if line.split()[1] in "WVu"]
+        print(f"{path}: {len(weak)} weak symbols")
+        objections += [f"{path.name} exports the weak symbol {line}" for line in weak]
+    return objections
+
+
+def main() -> int:
+    objects = sorted(ROOT.glob("build/*/CMakeFiles/fastquant_kernels.dir/**/kernels_*.o"))
+    objections = audit_abi(fastquant._C.__file__) + audit_symbols(objects)
+    for objection in objections:
+        print(f"audit: {objection}", file=sys.stderr)
+    return 1 if objections else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
