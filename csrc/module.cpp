@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "cpu/dispatch.h"
+#include "fast_calls.h"
 
 namespace {
 
@@ -40,6 +41,18 @@ PyMethodDef methods[] = {
      "built_isas() -> list[str]\n\nInstruction sets that were built, best first."},
     {"set_isa", set_isa, METH_O,
      "set_isa(name)\n\nUse the kernels of this instruction set from now on, in every thread."},
+    {"set_up_fast_calls", fastquant::set_up_fast_calls, METH_VARARGS,
+     "set_up_fast_calls(exchange_api, tensor_types, guards, is_neg)\n\n"
+     "Makes the functions below usable: torch.Tensor's DLPack C exchange API, the exact types that\n"
+     "they take, functions that say by a false result that nothing intercepts ops, and\n"
+     "torch.Tensor.is_neg."},
+    {"observe_minmax", fastquant::as_method(fastquant::observe_minmax_call), METH_FASTCALL,
+     "observe_minmax(...) -> bool\n\nThe op observe_minmax_ without the dispatcher. False, with nothing "
+     "done, where\nonly the op will do."},
+    {"observe_histogram", fastquant::as_method(fastquant::observe_histogram_call), METH_FASTCALL,
+     "observe_histogram(...) -> bool\n\nLikewise for observe_histogram_."},
+    {"observe_qparams", fastquant::as_method(fastquant::observe_qparams_call), METH_FASTCALL,
+     "observe_qparams(...) -> bool\n\nLikewise for observe_qparams_."},
     {nullptr, nullptr, 0, nullptr},
 };
 

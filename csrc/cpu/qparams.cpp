@@ -1,7 +1,5 @@
-// From statistics to quantization parameters: choose_qparams, search_histogram_range.
-#include <tuple>
-
-#include "observe.h"
+// From statistics to quantization parameters.
+#include "statistics.h"
 
 namespace fastquant {
 namespace {
@@ -41,8 +39,8 @@ ScaleAndZeroPoint<B> qparams_of(B low, B high, B eps, const QParamsConfig& c) {
 }
 
 template <class B>
-void choose_into(const Tensor& min_val, const Tensor& max_val, const Tensor& eps, const QParamsConfig& config,
-                 Tensor& scale, Tensor& zero_point) {
+void choose_into(const Array& min_val, const Array& max_val, const Array& eps, const QParamsConfig& config,
+                 const Array& scale, const Array& zero_point) {
   const B smallest = read_value<B>(eps);
   std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
   for (size_t i = 0; i < lows.size(); ++i) {
@@ -52,20 +50,6 @@ void choose_into(const Tensor& min_val, const Tensor& max_val, const Tensor& eps
   }
   write_values(scale, lows);
   write_values(zero_point, highs);
-}
-
-std::tuple<Tensor, Tensor> choose_qparams(const Tensor min_val, const Tensor max_val, const Tensor eps,
-                                          int64_t quant_min, int64_t quant_max, int64_t scheme,
-                                          int64_t symmetric_zero_point) {
-  const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
-  const int64_t count = min_val.numel();
-  Tensor scale = empty_1d(count, min_val.scalar_type());
-  const ScalarType type = config.scheme == Scheme::affine      ? ScalarType::Int
-                          : config.scheme == Scheme::symmetric ? ScalarType::Long
-                                                               : min_val.scalar_type();
-  Tensor zero_point = empty_1d(count, type);
-  choose_qparams_into(min_val, max_val, eps, config, scale, zero_point);
-  return {scale, zero_point};
 }
 
 // The bins that hold the best range: a walk from both ends of the histogram, one quantile
@@ -116,9 +100,9 @@ BinRange search_bins(const std::vector<float>& histogram, double bin_width, doub
 }
 
 template <class B>
-void search_into(const Tensor& histogram, const Tensor& min_val, const Tensor& max_val, int64_t dst_nbins,
-                 Tensor& new_min, Tensor& new_max) {
-  const int64_t bins = histogram.numel();
+void search_into(const Array& histogram, const Array& min_val, const Array& max_val, int64_t levels,
+                 const Array& new_min, const Array& new_max) {
+  const int64_t bins = histogram.numel;
   const std::vector<float> counts = read_values<float>(histogram);
   const double low = read_value<double>(min_val), high = read_value<double>(max_val);
   double width = high / static_cast<double>(bins) - low / static_cast<double>(bins);
@@ -127,7 +111,7 @@ void search_into(const Tensor& histogram, const Tensor& min_val, const Tensor& m
   // Errors grow with the square of the width and the search only compares them: a width
   // whose cube float cannot hold is as good as one.
   const bool safe = width > 1e-9 && width < 1e7;
-  const BinRange best = search_bins(counts, safe ? width : 1.0, static_cast<double>(dst_nbins));
+  const BinRange best = search_bins(counts, safe ? width : 1.0, static_cast<double>(levels));
 
   const B base = static_cast<B>(low);
   const B range = static_cast<B>(high) - base;
@@ -137,41 +121,28 @@ void search_into(const Tensor& histogram, const Tensor& min_val, const Tensor& m
   write_value(new_max, std::isfinite(upper) ? upper : static_cast<B>(high));
 }
 
-std::tuple<Tensor, Tensor> search_histogram_range(const Tensor histogram, const Tensor min_val,
-                                                  const Tensor max_val, int64_t dst_nbins) {
-  check_buffer(histogram, histogram.numel(), "histogram");
-  check_buffer(min_val, 1, "min_val");
-  check_buffer(max_val, 1, "max_val");
-  STD_TORCH_CHECK(histogram.numel() > 0 && dst_nbins > 0, "fastquant: histogram needs bins");
-  Tensor new_min = empty_as(min_val), new_max = empty_as(max_val);
-  if (is_double(min_val)) {
-    search_into<double>(histogram, min_val, max_val, dst_nbins, new_min, new_max);
-  } else {
-    search_into<float>(histogram, min_val, max_val, dst_nbins, new_min, new_max);
-  }
-  return {new_min, new_max};
-}
-
 }  // namespace
 
-void choose_qparams_into(const Tensor& min_val, const Tensor& max_val, const Tensor& eps,
-                         const QParamsConfig& config, Tensor& scale, Tensor& zero_point) {
-  const int64_t count = min_val.numel();
-  check_buffer(min_val, count, "min_val");
-  check_buffer(max_val, count, "max_val");
-  check_buffer(scale, count, "scale");
-  check_buffer(zero_point, count, "zero_point");
-  check_buffer(eps, 1, "eps");
-  if (is_double(min_val)) {
+void choose_qparams(const Array& min_val, const Array& max_val, const Array& eps, const QParamsConfig& config,
+                    const Array& scale, const Array& zero_point) {
+  for (const Array* a : {&max_val, &scale, &zero_point}) check_count(*a, min_val.numel);
+  if (min_val.type == Element::f64) {
     choose_into<double>(min_val, max_val, eps, config, scale, zero_point);
   } else {
     choose_into<float>(min_val, max_val, eps, config, scale, zero_point);
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
-  m.impl("choose_qparams", TORCH_BOX(&choose_qparams));
-  m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range));
+void search_histogram_range(const Array& histogram, const Array& min_val, const Array& max_val, int64_t levels,
+                            const Array& new_min, const Array& new_max) {
+  check_count(min_val, 1);
+  check_count(max_val, 1);
+  check(histogram.numel > 0 && levels > 0, "a histogram needs bins");
+  if (min_val.type == Element::f64) {
+    search_into<double>(histogram, min_val, max_val, levels, new_min, new_max);
+  } else {
+    search_into<float>(histogram, min_val, max_val, levels, new_min, new_max);
+  }
 }
 
 }  // namespace fastquant

@@ -1,4 +1,54 @@
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def built_isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...
+def set_up_fast_calls(
+    exchange_api: object,
+    tensor_types: tuple[type, ...],
+    guards: tuple[Callable[[], Any], ...],
+    is_neg: Callable[[Tensor], bool],
+    /,
+) -> None: ...
+def observe_minmax(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    nonfinite: int,
+    /,
+) -> bool: ...
+def observe_histogram(
+    x: Tensor,
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    upsample_rate: int,
+    nonfinite: int,
+    /,
+) -> bool: ...
+def observe_qparams(
+    x: Tensor,
+    observer_enabled: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    nonfinite_count: Tensor,
+    eps: Tensor,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+    nonfinite: int,
+    /,
+) -> bool: ...

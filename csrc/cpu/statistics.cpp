@@ -1,5 +1,5 @@
-// Min/max and histogram statistics: observe_minmax_, observe_histogram_.
-#include "observe.h"
+// Min/max and histograms.
+#include "statistics.h"
 
 namespace fastquant {
 namespace {
@@ -22,20 +22,6 @@ struct Extremes {
 
 // Rows at least this long are walked one by one; shorter ones as columns.
 constexpr int64_t kShortRow = 512;
-
-// f(channel, begin, end) for each stretch of [begin, end) that lies in one channel.
-template <class F>
-void for_segments(const Dense& d, int64_t begin, int64_t end, const F& f) {
-  int64_t row = begin / d.inner;
-  int64_t channel = row % d.channels;
-  for (int64_t i = begin; i < end;) {
-    const int64_t stop = std::min(end, (row + 1) * d.inner);
-    f(channel, i, stop);
-    i = stop;
-    ++row;
-    channel = channel + 1 == d.channels ? 0 : channel + 1;
-  }
-}
 
 template <class S, class T>
 bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
@@ -83,7 +69,7 @@ bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   minmax_columns(x + rows * columns, 1, (d.outer - rows * repeat) * width, columns, first.low.data(),
                  first.high.data(), &odd);
   // Every column is `inner` neighbours of one channel: rows of the partial results.
-  const Dense columns_as_rows = {d.tensor, repeat, d.channels, d.inner};
+  const Dense columns_as_rows = {d.data, d.type, repeat, d.channels, d.inner};
   for (const auto& p : partial) {
     for_segments(columns_as_rows, 0, columns, [&](int64_t channel, int64_t from, int64_t to) {
       result->fold(channel, *std::min_element(&p.low[from], &p.low[to - 1] + 1),
@@ -150,7 +136,7 @@ Extremes<T> observed_extremes(const S* x, const Dense& d, NonFinite policy, int6
   }
   Extremes<T> finite(d.channels);
   *left_out = finite_extremes(x, d, &finite);
-  STD_TORCH_CHECK(policy != NonFinite::raise, "fastquant: x holds ", *left_out, " non-finite elements");
+  check(policy != NonFinite::raise, "x holds ", *left_out, " non-finite elements");
   return finite;
 }
 
@@ -166,14 +152,13 @@ B greatest(B a, B b) {
 
 // Folds a tensor's extremes into the buffers, in the buffers' precision B.
 template <class B, class T>
-void update_buffers(const Extremes<T>& current, std::optional<double> averaging_constant, Tensor& min_val,
-                    Tensor& max_val) {
-  const ScalarType low_type = min_val.scalar_type(), high_type = max_val.scalar_type();
+void update_buffers(const Extremes<T>& current, std::optional<double> averaging_constant, const Array& min_val,
+                    const Array& max_val) {
   std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
   for (size_t c = 0; c < lows.size(); ++c) {
     if (current.low[c] > current.high[c]) continue;
-    const B low = rounded_to(low_type, static_cast<B>(current.low[c]));
-    const B high = rounded_to(high_type, static_cast<B>(current.high[c]));
+    const B low = rounded_to(min_val.type, static_cast<B>(current.low[c]));
+    const B high = rounded_to(max_val.type, static_cast<B>(current.high[c]));
     if (!averaging_constant.has_value()) {
       lows[c] = least(low, lows[c]);
       highs[c] = greatest(high, highs[c]);
@@ -190,7 +175,7 @@ void update_buffers(const Extremes<T>& current, std::optional<double> averaging_
   write_values(max_val, highs);
 }
 
-void add_nonfinite(Tensor& nonfinite_count, int64_t left_out) {
+void add_nonfinite(const Array& nonfinite_count, int64_t left_out) {
   if (left_out > 0) write_value(nonfinite_count, read_value<int64_t>(nonfinite_count) + left_out);
 }
 
@@ -423,10 +408,11 @@ std::vector<double> moved_histogram(const std::vector<double>& histogram, const 
 }
 
 template <class S>
-void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor& min_val, Tensor& max_val,
-                          Tensor& nonfinite_count, int64_t upsample_rate, NonFinite policy) {
+void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, const Array& min_val,
+                          const Array& max_val, const Array& nonfinite_count, int64_t upsample_rate,
+                          NonFinite policy) {
   using T = Compute<S>;
-  const int64_t bins = histogram.numel();
+  const int64_t bins = histogram.numel;
   const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
   const bool first = old.low == std::numeric_limits<double>::infinity() ||
                      old.high == -std::numeric_limits<double>::infinity();
@@ -444,11 +430,11 @@ void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor&
   if (nonfinite) {
     if (policy == NonFinite::propagate) {
       propagate_nan(x, d, &range);
-      STD_TORCH_CHECK(!std::isnan(range.low[0]), "fastquant: x holds NaN, which has no place in a histogram");
+      check(!std::isnan(range.low[0]), "x holds NaN, which has no place in a histogram");
     }
     range = Extremes<T>(1);
     left_out = finite_extremes(x, d, &range);
-    STD_TORCH_CHECK(policy != NonFinite::raise, "fastquant: x holds ", left_out, " non-finite elements");
+    check(policy != NonFinite::raise, "x holds ", left_out, " non-finite elements");
   }
   if (range.low[0] <= range.high[0]) {
     const HistogramRange seen = {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])};
@@ -457,7 +443,7 @@ void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor&
     if (!counted) counts = count_bins(x, d.numel(), counting_range<T>(now.low, now.high), bins);
     std::vector<double> total = first ? std::vector<double>(bins, 0.0) : read_values<double>(histogram);
     if (!first && (now.low != old.low || now.high != old.high)) {
-      total = moved_histogram(total, old, now, upsample_rate, is_double(histogram));
+      total = moved_histogram(total, old, now, upsample_rate, histogram.type == Element::f64);
     }
     for (int64_t b = 0; b < bins; ++b) total[b] += static_cast<double>(counts[b]);
     write_values(histogram, total);
@@ -467,46 +453,18 @@ void observe_histogram_of(const S* x, const Dense& d, Tensor& histogram, Tensor&
   if (policy == NonFinite::ignore) add_nonfinite(nonfinite_count, left_out);
 }
 
-// -------------------------------------------------------------------------------- ops
-
-void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
-                        int64_t upsample_rate, int64_t nonfinite) {
-  check_buffer(histogram, histogram.numel(), "histogram");
-  check_buffer(min_val, 1, "min_val");
-  check_buffer(max_val, 1, "max_val");
-  check_buffer(nonfinite_count, 1, "nonfinite_count");
-  STD_TORCH_CHECK(histogram.numel() > 0 && upsample_rate > 0, "fastquant: histogram needs bins");
-  const Dense d = dense(x, std::nullopt);
-  with_stored_type(x.scalar_type(), [&](auto stored) {
-    using S = decltype(stored);
-    if (d.numel() == 0) return;
-    observe_histogram_of(static_cast<const S*>(d.tensor.const_data_ptr()), d, histogram, min_val, max_val,
-                         nonfinite_count, upsample_rate, static_cast<NonFinite>(nonfinite));
-  });
-}
-
-void observe_minmax_(const Tensor x, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
-                     std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
-                     int64_t nonfinite) {
-  observe_minmax(x, min_val, max_val, nonfinite_count, ch_axis, averaging_constant, nonfinite);
-}
-
 }  // namespace
 
-void observe_minmax(const Tensor& x, Tensor& min_val, Tensor& max_val, Tensor& nonfinite_count,
-                    std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t nonfinite) {
-  const Dense d = dense(x, ch_axis);
-  with_stored_type(x.scalar_type(), [&](auto stored) {
+void observe_minmax(const Dense& x, const Array& min_val, const Array& max_val, const Array& nonfinite_count,
+                    std::optional<double> averaging_constant, NonFinite policy) {
+  with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
-    if (d.numel() == 0) return;
-    check_buffer(min_val, d.channels, "min_val");
-    check_buffer(max_val, d.channels, "max_val");
-    check_buffer(nonfinite_count, 1, "nonfinite_count");
-    const S* data = static_cast<const S*>(d.tensor.const_data_ptr());
+    if (x.numel() == 0) return;
+    check_count(min_val, x.channels);
+    check_count(max_val, x.channels);
     int64_t left_out;
-    const auto current =
-        observed_extremes<S, Compute<S>>(data, d, static_cast<NonFinite>(nonfinite), &left_out);
-    if (is_double(min_val)) {
+    const auto current = observed_extremes<S, Compute<S>>(static_cast<const S*>(x.data), x, policy, &left_out);
+    if (min_val.type == Element::f64) {
       update_buffers<double>(current, averaging_constant, min_val, max_val);
     } else {
       update_buffers<float>(current, averaging_constant, min_val, max_val);
@@ -515,9 +473,17 @@ void observe_minmax(const Tensor& x, Tensor& min_val, Tensor& max_val, Tensor& n
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
-  m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
-  m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
+void observe_histogram(const Dense& x, const Array& histogram, const Array& min_val, const Array& max_val,
+                       const Array& nonfinite_count, int64_t upsample_rate, NonFinite policy) {
+  check_count(min_val, 1);
+  check_count(max_val, 1);
+  check(histogram.numel > 0 && upsample_rate > 0, "a histogram needs bins");
+  with_stored_type(x.type, [&](auto stored) {
+    using S = decltype(stored);
+    if (x.numel() == 0) return;
+    observe_histogram_of(static_cast<const S*>(x.data), x, histogram, min_val, max_val, nonfinite_count,
+                         upsample_rate, policy);
+  });
 }
 
 }  // namespace fastquant

@@ -1,0 +1,267 @@
+// Memory as the CPU code sees it, free of torch and of Python: what is stored where, small
+// buffers, the layout of big tensors, threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace fastquant {
+
+// A guard of invariants: people's mistakes are explained in Python.
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  message << "fastquant: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// ------------------------------------------------------------------------------ types
+
+enum class Element : uint8_t { f32, f64, f16, bf16, i32, i64, other };
+
+inline const KernelsFor<float, float>& kernels_of(float) { return kernels().f32; }
+inline const KernelsFor<double, double>& kernels_of(double) { return kernels().f64; }
+inline const KernelsFor<Half, float>& kernels_of(Half) { return kernels().f16; }
+inline const KernelsFor<BFloat16, float>& kernels_of(BFloat16) { return kernels().bf16; }
+
+// Calls f with a value of the floating type that elements are stored in.
+template <class F>
+auto with_stored_type(Element type, const F& f) {
+  switch (type) {
+    case Element::f32:
+      return f(float{});
+    case Element::f64:
+      return f(double{});
+    case Element::f16:
+      return f(Half{});
+    case Element::bf16:
+      return f(BFloat16{});
+    default:
+      check(false, "x must be a floating tensor");
+      return f(float{});
+  }
+}
+
+// ------------------------------------------------------------------------------ views
+
+// Somebody's memory, of any strides.
+struct View {
+  const void* data;
+  Element type;
+  int dims;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t numel;
+};
+
+// A small buffer without gaps.
+struct Array {
+  void* data;
+  Element type;
+  int64_t numel;
+  const char* name;
+};
+
+inline void check_count(const Array& a, int64_t count) {
+  check(a.numel == count, a.name, " has ", a.numel, " elements, needs ", count);
+}
+
+inline float number(float x) { return x; }
+inline double number(double x) { return x; }
+inline float number(Half x) { return to_compute(x); }
+inline float number(BFloat16 x) { return to_compute(x); }
+inline int32_t number(int32_t x) { return x; }
+inline int64_t number(int64_t x) { return x; }
+
+template <class T>
+void assign(float* to, T x) {
+  *to = static_cast<float>(x);
+}
+template <class T>
+void assign(double* to, T x) {
+  *to = static_cast<double>(x);
+}
+template <class T>
+void assign(Half* to, T x) {
+  from_compute(to, static_cast<float>(x));
+}
+template <class T>
+void assign(BFloat16* to, T x) {
+  from_compute(to, static_cast<float>(x));
+}
+template <class T>
+void assign(int32_t* to, T x) {
+  *to = static_cast<int32_t>(x);
+}
+template <class T>
+void assign(int64_t* to, T x) {
+  *to = static_cast<int64_t>(x);
+}
+
+// Calls f with a value of the type that a buffer's elements have.
+template <class F>
+auto with_buffer_type(Element type, const F& f) {
+  switch (type) {
+    case Element::i32:
+      return f(int32_t{});
+    case Element::i64:
+      return f(int64_t{});
+    default:
+      return with_stored_type(type, f);
+  }
+}
+
+template <class T>
+std::vector<T> read_values(const Array& a) {
+  std::vector<T> values(a.numel);
+  with_buffer_type(a.type, [&](auto element) {
+    const auto* data = static_cast<const decltype(element)*>(a.data);
+    for (int64_t i = 0; i < a.numel; ++i) values[i] = static_cast<T>(number(data[i]));
+  });
+  return values;
+}
+
+template <class T>
+void write_values(const Array& a, const std::vector<T>& values) {
+  with_buffer_type(a.type, [&](auto element) {
+    auto* data = static_cast<decltype(element)*>(a.data);
+    const int64_t n = static_cast<int64_t>(values.size());
+    for (int64_t i = 0; i < n; ++i) assign(data + i, values[i]);
+  });
+}
+
+// The only element.
+template <class T>
+T read_value(const Array& a) {
+  return with_buffer_type(a.type, [&](auto element) {
+    return static_cast<T>(number(*static_cast<const decltype(element)*>(a.data)));
+  });
+}
+
+template <class T>
+void write_value(const Array& a, T value) {
+  with_buffer_type(a.type, [&](auto element) { assign(static_cast<decltype(element)*>(a.data), value); });
+}
+
+// A value as elements of this type hold it.
+template <class T>
+T rounded_to(Element type, T value) {
+  return with_stored_type(type, [&](auto element) {
+    assign(&element, value);
+    return static_cast<T>(number(element));
+  });
+}
+
+// ----------------------------------------------------------------------------- layout
+
+// Memory without gaps or overlaps, seen as [outer, channels, inner]; per tensor that is
+// one channel.
+struct Dense {
+  const void* data;
+  Element type;
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+
+  int64_t numel() const { return outer * channels * inner; }
+};
+
+constexpr int kMaxDims = 64;
+
+inline bool is_dense(const View& x) {
+  check(x.dims <= kMaxDims, "x has too many dimensions");
+  if (x.numel == 0) return true;
+  int order[kMaxDims];
+  int count = 0;
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int d = x.dims - 1; d >= 0; --d) {
+    if (x.sizes[d] == 1) continue;
+    contiguous = contiguous && x.strides[d] == expected;
+    expected *= x.sizes[d];
+    order[count++] = d;
+  }
+  if (contiguous) return true;
+  std::sort(order, order + count, [&](int a, int b) { return x.strides[a] < x.strides[b]; });
+  expected = 1;
+  for (int k = 0; k < count; ++k) {
+    if (x.strides[order[k]] != expected) return false;
+    expected *= x.sizes[order[k]];
+  }
+  return true;
+}
+
+// The layout of a view that is_dense.
+inline Dense dense(const View& x, std::optional<int64_t> ch_axis) {
+  Dense d = {x.data, x.type, 1, 1, x.numel};
+  if (!ch_axis.has_value()) return d;
+  const int64_t axis = *ch_axis < 0 ? *ch_axis + x.dims : *ch_axis;
+  check(axis >= 0 && axis < x.dims, "ch_axis ", *ch_axis, " is out of range for ", x.dims, " dimensions");
+  d.channels = x.sizes[axis];
+  if (x.numel == 0) {
+    d.inner = 0;
+  } else if (d.channels > 1) {
+    d.inner = x.strides[axis];
+    d.outer = x.numel / (d.channels * d.inner);
+  }
+  return d;
+}
+
+// f(channel, begin, end) for each stretch of [begin, end) that lies in one channel.
+template <class F>
+void for_segments(const Dense& d, int64_t begin, int64_t end, const F& f) {
+  int64_t row = begin / d.inner;
+  int64_t channel = row % d.channels;
+  for (int64_t i = begin; i < end;) {
+    const int64_t stop = std::min(end, (row + 1) * d.inner);
+    f(channel, i, stop);
+    i = stop;
+    ++row;
+    channel = channel + 1 == d.channels ? 0 : channel + 1;
+  }
+}
+
+// ---------------------------------------------------------------------------- threads
+
+// Whoever links this code says which threads there are.
+int64_t thread_count();
+// f(context, i) for i in [0, count), on as many threads.
+void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context);
+
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+// How many pieces to cut n elements into.
+inline int64_t piece_count(int64_t n) { return n < 2 * kGrain ? 1 : std::min<int64_t>(thread_count(), n / kGrain); }
+
+// f(piece, begin, end) for `pieces` pieces of [0, n), each but the last a multiple of unit.
+template <class F>
+void for_pieces(int64_t n, int64_t pieces, int64_t unit, const F& f) {
+  if (pieces <= 1) {
+    f(int64_t{0}, int64_t{0}, n);
+    return;
+  }
+  const int64_t units = (n + unit - 1) / unit;
+  const int64_t size = (units + pieces - 1) / pieces * unit;
+  const auto piece = [&](int64_t p) {
+    const int64_t begin = std::min(p * size, n);
+    f(p, begin, std::min(begin + size, n));
+  };
+  using Piece = decltype(piece);
+  run_parallel(
+      pieces, [](void* context, int64_t p) { (*static_cast<const Piece*>(context))(p); },
+      const_cast<void*>(static_cast<const void*>(&piece)));
+}
+
+}  // namespace fastquant

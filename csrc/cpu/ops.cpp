@@ -1,0 +1,273 @@
+// The ops of library.cpp for CPU tensors: tensors become views, outputs are allocated, and
+// torch's threads are lent.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <tuple>
+
+#include "fake_quantize.h"
+#include "statistics.h"
+
+namespace fastquant {
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(context, i);
+  });
+}
+
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ------------------------------------------------------------------ tensors as memory
+
+Element element(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::Double:
+      return Element::f64;
+    case ScalarType::Half:
+      return Element::f16;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Int:
+      return Element::i32;
+    case ScalarType::Long:
+      return Element::i64;
+    default:
+      return Element::other;
+  }
+}
+
+View view(const Tensor& t) {
+  return {t.const_data_ptr(), element(t.scalar_type()), static_cast<int>(t.dim()),
+          t.sizes().data(),   t.strides().data(),       t.numel()};
+}
+
+Array array(const Tensor& t, const char* name) {
+  check(t.is_cpu(), name, " must be on the CPU as x is");
+  check(t.is_contiguous(), name, " must be contiguous");
+  return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), name};
+}
+
+Array single(const Tensor& t, const char* name) {
+  const Array a = array(t, name);
+  check_count(a, 1);
+  return a;
+}
+
+// x itself where its memory is dense, else a copy laid out as torch.empty_like(x) is.
+Tensor densified(const Tensor& x) { return is_dense(view(x)) ? x : torch::stable::clone(x); }
+
+Tensor empty_as(const Tensor& like) {
+  int32_t dtype, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto sizes = like.sizes(), strides = like.strides();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_1d(int64_t count, ScalarType type) {
+  const int64_t sizes[1] = {count};
+  return torch::stable::empty(IntHeaderOnlyArrayRef(sizes, 1), type);
+}
+
+// A flag of any integer type; anything but zero is on.
+bool flag(const Tensor& t) {
+  check(t.numel() == 1 && t.is_cpu(), "a flag must be a CPU tensor of one element");
+  const auto* bytes = static_cast<const uint8_t*>(t.const_data_ptr());
+  return std::any_of(bytes, bytes + t.element_size(), [](uint8_t b) { return b != 0; });
+}
+
+// ---------------------------------------------------------------------------- observe
+
+void observe_minmax_(const Tensor x, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
+                     std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                     int64_t nonfinite) {
+  const Tensor t = densified(x);
+  observe_minmax(dense(view(t), ch_axis), array(min_val, "min_val"), array(max_val, "max_val"),
+                 single(nonfinite_count, "nonfinite_count"), averaging_constant,
+                 static_cast<NonFinite>(nonfinite));
+}
+
+void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
+                        int64_t upsample_rate, int64_t nonfinite) {
+  const Tensor t = densified(x);
+  observe_histogram(dense(view(t), std::nullopt), array(histogram, "histogram"), array(min_val, "min_val"),
+                    array(max_val, "max_val"), single(nonfinite_count, "nonfinite_count"), upsample_rate,
+                    static_cast<NonFinite>(nonfinite));
+}
+
+void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val, Tensor scale,
+                      Tensor zero_point, Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,
+                      std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max,
+                      int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+  if (!flag(observer_enabled)) return;
+  const Array low = array(min_val, "min_val"), high = array(max_val, "max_val");
+  const Array s = array(scale, "scale"), z = array(zero_point, "zero_point");
+  for (const Array& a : {high, s, z}) check_count(a, low.numel);
+  const Tensor t = densified(x);
+  observe_minmax(dense(view(t), ch_axis), low, high, single(nonfinite_count, "nonfinite_count"),
+                 averaging_constant, static_cast<NonFinite>(nonfinite));
+  choose_qparams(low, high, single(eps, "eps"),
+                 {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point}, s, z);
+}
+
+// ----------------------------------------------------------------- quantization params
+
+std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor min_val, const Tensor max_val, const Tensor eps,
+                                             int64_t quant_min, int64_t quant_max, int64_t scheme,
+                                             int64_t symmetric_zero_point) {
+  const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
+  Tensor scale = empty_1d(min_val.numel(), min_val.scalar_type());
+  const ScalarType type = config.scheme == Scheme::affine      ? ScalarType::Int
+                          : config.scheme == Scheme::symmetric ? ScalarType::Long
+                                                               : min_val.scalar_type();
+  Tensor zero_point = empty_1d(min_val.numel(), type);
+  choose_qparams(array(min_val, "min_val"), array(max_val, "max_val"), single(eps, "eps"), config,
+                 array(scale, "scale"), array(zero_point, "zero_point"));
+  return {scale, zero_point};
+}
+
+std::tuple<Tensor, Tensor> search_histogram_range_op(const Tensor histogram, const Tensor min_val,
+                                                     const Tensor max_val, int64_t dst_nbins) {
+  Tensor new_min = empty_as(min_val), new_max = empty_as(max_val);
+  search_histogram_range(array(histogram, "histogram"), array(min_val, "min_val"), array(max_val, "max_val"),
+                         dst_nbins, array(new_min, "new_min"), array(new_max, "new_max"));
+  return {new_min, new_max};
+}
+
+// ---------------------------------------------------------------------- fake-quantize
+
+Tensor quantize_dense(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                      std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max, uint64_t* mask) {
+  Tensor y = empty_as(x);
+  fake_quantize(dense(view(x), ch_axis), array(scale, "scale"), array(zero_point, "zero_point"), quant_min,
+                quant_max, y.mutable_data_ptr(), mask);
+  return y;
+}
+
+// The same for a dense x and for a flag that has been read.
+Tensor quantize_or_copy(const Tensor& x, const Tensor& scale, const Tensor& zero_point, bool enabled,
+                        std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max) {
+  if (!enabled) return torch::stable::clone(x);
+  return quantize_dense(x, scale, zero_point, ch_axis, quant_min, quant_max, nullptr);
+}
+
+std::tuple<Tensor, Tensor> quantize_or_copy_with_mask(const Tensor& x, const Tensor& scale,
+                                                      const Tensor& zero_point, bool enabled,
+                                                      std::optional<int64_t> ch_axis, int64_t quant_min,
+                                                      int64_t quant_max) {
+  Tensor mask = empty_1d(mask_words(x.numel()) * 8, ScalarType::Byte);
+  auto* words = static_cast<uint64_t*>(mask.mutable_data_ptr());
+  if (!enabled) {
+    fill_mask(words, x.numel());
+    return {torch::stable::clone(x), mask};
+  }
+  Tensor y = quantize_dense(x, scale, zero_point, ch_axis, quant_min, quant_max, words);
+  return {y, mask};
+}
+
+bool enabled_by(const std::optional<Tensor>& enabled) { return !enabled.has_value() || flag(*enabled); }
+
+Tensor fake_quantize_op(const Tensor x, const Tensor scale, const Tensor zero_point,
+                        const std::optional<Tensor> enabled, std::optional<int64_t> ch_axis, int64_t quant_min,
+                        int64_t quant_max) {
+  return quantize_or_copy(densified(x), scale, zero_point, enabled_by(enabled), ch_axis, quant_min, quant_max);
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_with_mask(const Tensor x, const Tensor scale, const Tensor zero_point,
+                                                   const std::optional<Tensor> enabled,
+                                                   std::optional<int64_t> ch_axis, int64_t quant_min,
+                                                   int64_t quant_max) {
+  return quantize_or_copy_with_mask(densified(x), scale, zero_point, enabled_by(enabled), ch_axis, quant_min,
+                                    quant_max);
+}
+
+Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
+  check(is_dense(view(grad)), "grad must have the layout of the output");
+  check(mask.numel() == mask_words(grad.numel()) * 8, "mask is not grad's");
+  Tensor out = empty_as(grad);
+  mask_gradient(dense(view(grad), std::nullopt), static_cast<const uint64_t*>(mask.const_data_ptr()),
+                out.mutable_data_ptr());
+  return out;
+}
+
+Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled,
+                                   Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point,
+                                   Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,
+                                   std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max,
+                                   int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+  const Tensor t = densified(x);
+  observe_qparams_(t, observer_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps, ch_axis,
+                   averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
+  return quantize_or_copy(t, scale, zero_point, flag(fake_quant_enabled), ch_axis, quant_min, quant_max);
+}
+
+std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(
+    const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val,
+    Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,
+    std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max, int64_t scheme,
+    int64_t symmetric_zero_point, int64_t nonfinite) {
+  const Tensor t = densified(x);
+  observe_qparams_(t, observer_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps, ch_axis,
+                   averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
+  return quantize_or_copy_with_mask(t, scale, zero_point, flag(fake_quant_enabled), ch_axis, quant_min, quant_max);
+}
+
+Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor zero_point,
+                               std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max, double) {
+  auto whole = whole_zero_points(array(zero_point, "zero_point"), quant_min, quant_max);
+  const Array zero_points = {whole.data(), Element::i64, static_cast<int64_t>(whole.size()), "zero_point"};
+  const Tensor t = densified(x);
+  Tensor y = empty_as(t);
+  fake_quantize(dense(view(t), ch_axis), array(scale, "scale"), zero_points, quant_min, quant_max,
+                y.mutable_data_ptr(), nullptr);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor grad, const Tensor x,
+                                                                    const Tensor scale, const Tensor zero_point,
+                                                                    std::optional<int64_t> ch_axis,
+                                                                    int64_t quant_min, int64_t quant_max,
+                                                                    double grad_factor) {
+  const Tensor t = densified(x);
+  Tensor aligned = empty_as(t);
+  torch::stable::copy_(aligned, grad);
+  Tensor grad_x = empty_as(t), grad_scale = empty_as(scale), grad_zero_point = empty_as(zero_point);
+  learnable_backward(dense(view(t), ch_axis), aligned.const_data_ptr(), array(scale, "scale"),
+                     array(zero_point, "zero_point"), quant_min, quant_max, grad_factor, grad_x.mutable_data_ptr(),
+                     array(grad_scale, "grad_scale"), array(grad_zero_point, "grad_zero_point"));
+  return {grad_x, grad_scale, grad_zero_point};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
+  m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
+  m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
+  m.impl("observe_qparams_", TORCH_BOX(&observe_qparams_));
+  m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
+  m.impl("choose_qparams", TORCH_BOX(&choose_qparams_op));
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
+  m.impl("fake_quantize_with_mask", TORCH_BOX(&fake_quantize_with_mask));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_observe_fake_quantize));
+  m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_observe_fake_quantize_with_mask));
+  m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize));
+  m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
+}
+
+}  // namespace fastquant

