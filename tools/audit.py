@@ -28,21 +28,21 @@ def version(text: str) -> tuple[int, ...]:
 
 def audit_abi(library: str) -> list[str]:
     """Objections to the extension at this path, by torch-abi-audit."""
-    command = [Path(sys.executable).with_name("torch-abi-audit"), "--json", library]
+    command = [str(Path(sys.executable).with_name("torch-abi-audit")), "--json", library]
     report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
     (extension,) = report["extensions"]
     torch_abi, python_abi = extension["torch"], extension["cpython"]
     needs = torch_abi["min_torch_version"]
     (declared,) = (r for r in requires("fastquant") or [] if re.match(r"torch\s*>=", r))
-    print(f"{library}: needs torch {needs} (declared: {declared}) and Python's limited API")
+    print(f"{library}: needs torch {needs}, declared: {declared}")
 
     objections = []
     if not (torch_abi["uses_torch"] and torch_abi["stable"]):
-        objections.append(f"libtorch beyond the stable ABI: {torch_abi['unstable_symbols']}")
+        objections.append(f"not on the LibTorch stable ABI: {torch_abi['unstable_symbols']}")
     elif version(needs) > version(declared):
         objections.append(f"needs torch {needs}, but the package declares {declared}")
     if not (python_abi["intent"] and python_abi["compliant"]):
-        objections.append(f"Python beyond the limited API: {python_abi['violations']}")
+        objections.append(f"not on Python's limited API: {python_abi['violations']}")
     return objections
 
 
@@ -60,7 +60,7 @@ def audit_symbols(objects: list[Path]) -> list[str]:
 
 
 def main() -> int:
-    objects = sorted(ROOT.glob("build/*/CMakeFiles/fastquant_kernels.dir/**/kernels_*.o"))
+    objects = sorted(ROOT.glob("build/*-abi3-*/CMakeFiles/fastquant_tables.dir/**/kernels_*.o"))
     objections = audit_abi(fastquant._C.__file__) + audit_symbols(objects)
     for objection in objections:
         print(f"audit: {objection}", file=sys.stderr)

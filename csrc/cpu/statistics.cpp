@@ -481,7 +481,8 @@ void observe_histogram(const Dense& x, const Array& histogram, const Array& min_
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
     if (x.numel() == 0) return;
-    observe_histogram_of(static_cast<const S*>(x.data), x, histogram, min_val, max_val, nonfinite_count,
+    const Dense whole = {x.data, x.type, 1, 1, x.numel()};
+    observe_histogram_of(static_cast<const S*>(x.data), whole, histogram, min_val, max_val, nonfinite_count,
                          upsample_rate, policy);
   });
 }
