@@ -1,0 +1,139 @@
+"""What observers, fake-quantizers and functions share: codes of the ops, and errors in words.
+
+The ops check little and say it tersely. Callers let an op fail first and come here to find
+out why, so a call that goes well pays for no checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .utils import QuantizationError
+
+Nonfinite = Literal["ignore", "raise", "propagate"]
+
+NONFINITE_CODES: dict[str, int] = {"ignore": 0, "raise": 1, "propagate": 2}
+
+SCHEME_CODES: dict[torch.qscheme, int] = {
+    torch.per_tensor_affine: 0,
+    torch.per_channel_affine: 0,
+    torch.per_tensor_symmetric: 1,
+    torch.per_channel_symmetric: 1,
+    torch.per_channel_affine_float_qparams: 2,
+}
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+_UINT8 = (torch.quint8, torch.uint8)
+
+
+def symmetric_zero_point(
+    dtype: torch.dtype, quant_min: int, quant_max: int, has_customized_qrange: bool
+) -> int:
+    """Zero point of a symmetric scheme: the middle of an unsigned dtype, 0 of a signed one.
+
+    A customized range of an 8-bit unsigned dtype has its own middle, rounded down. These are
+    the rules of torch.ao.quantization's `UniformQuantizationObserverBase`.
+    """
+    if dtype in _UINT8:
+        return (quant_min + quant_max) // 2 if has_customized_qrange else 128
+    return 2**15 if dtype == torch.uint16 else 0
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    """Raise QuantizationError unless `nonfinite` names a policy."""
+    if nonfinite not in NONFINITE_CODES:
+        raise QuantizationError(
+            f"nonfinite must be one of {', '.join(map(repr, NONFINITE_CODES))}, got {nonfinite!r}"
+        )
+
+
+def input_error(x: object) -> Exception | None:
+    """Why `x` cannot be observed or fake-quantized at all; None where it can."""
+    if not isinstance(x, Tensor):
+        return TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        accepted = ", ".join(map(str, FLOATING))
+        return TypeError(f"x must have a floating dtype ({accepted}), got {x.dtype}")
+    return None
+
+
+def channel_count(x: Tensor, ch_axis: int | None) -> int:
+    """How many quantization parameters `x` has: one, or one per index of axis `ch_axis`.
+
+    Raises:
+        ValueError: `x` has no such axis.
+    """
+    if ch_axis is None:
+        return 1
+    if not -x.dim() <= ch_axis < x.dim():
+        raise ValueError(
+            f"ch_axis={ch_axis} is out of range for x of shape {list(x.shape)}: accepted are "
+            f"{-x.dim()} to {x.dim() - 1}"
+            if x.dim()
+            else f"ch_axis={ch_axis} needs x to have at least one dimension, got a 0-dim tensor"
+        )
+    return x.shape[ch_axis]
+
+
+def channel_error(
+    x: Tensor, ch_axis: int | None, buffers: Mapping[str, Tensor | None]
+) -> Exception | None:
+    """What in `buffers` does not fit `x`: its axis, channel count, or device; None if all fits.
+
+    Args:
+        x: a floating tensor.
+        ch_axis: channel axis, None per tensor.
+        buffers: per name, a tensor that should have one element per tensor or per channel.
+    """
+    try:
+        channels = channel_count(x, ch_axis)
+    except ValueError as error:
+        return error
+    for name, buffer in buffers.items():
+        if buffer is None:
+            return ValueError(f"{name} must be a tensor, got None")
+        if buffer.numel() != channels:
+            wanted = (
+                "one element"
+                if ch_axis is None
+                else f"one element for each of the {channels} channels of x "
+                f"(shape {list(x.shape)}, ch_axis={ch_axis})"
+            )
+            return ValueError(f"{name} must have {wanted}, got shape {list(buffer.shape)}")
+        if buffer.device != x.device:
+            return ValueError(f"{name} must be on x's device, {x.device}, got {buffer.device}")
+    return None
+
+
+def resize_buffer(module: nn.Module, name: str, shape: Sequence[int]) -> Tensor:
+    """Give a buffer of `module` another shape, in place where its storage allows that.
+
+    Storage from `torch.load` does not. What the buffer holds afterwards is undefined.
+    """
+    buffer = module._buffers[name]
+    assert buffer is not None
+    if buffer.shape == tuple(shape):
+        return buffer
+    # An inference tensor could not be updated outside inference mode.
+    with torch.inference_mode(False):
+        if buffer.untyped_storage().resizable():
+            buffer.resize_(shape)
+        else:
+            buffer = module._buffers[name] = buffer.new_empty(shape)
+    return buffer
+
+
+def nonfinite_error(x: Tensor, nonfinite: Nonfinite) -> Exception | None:
+    """Why `x` is refused under this policy; None where every element is finite."""
+    count = x.numel() - int(x.isfinite().sum())
+    if not count:
+        return None
+    return ValueError(
+        f"x has {count} non-finite elements (NaN or infinity) of {x.numel()}, which cannot be "
+        f"observed under nonfinite={nonfinite!r}; nonfinite='ignore' leaves them out"
+    )

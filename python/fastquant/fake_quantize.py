@@ -1,0 +1,788 @@
+"""Fake-quantizers: modules that round tensors to a quantized grid while a model trains.
+
+Every fake-quantizer of `torch.ao.quantization.fake_quantize` under its own name, with its
+constructor, buffers and `state_dict`. With one of the min/max observers, a call is one op:
+it observes, updates scale and zero point, and fake-quantizes, each as far as enabled; the
+flags are read where they lie, on the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import apply_fake_quantize, apply_fused, learnable_fake_quantize
+from ._qparams import (
+    NONFINITE_CODES,
+    Nonfinite,
+    channel_count,
+    channel_error,
+    input_error,
+    nonfinite_error,
+    resize_buffer,
+)
+from .observer import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+    _outside_graphs,
+    _script_type,
+    _with_args,
+    default_fixed_qparams_range_0to1_observer,
+    default_fixed_qparams_range_neg1to1_observer,
+)
+from .utils import QuantizationError, is_per_channel, is_per_tensor
+
+__all__ = [
+    "FakeQuantize",
+    "FakeQuantizeBase",
+    "FixedQParamsFakeQuantize",
+    "FusedMovingAvgObsFakeQuantize",
+    "LearnableFakeQuantize",
+    "default_affine_fixed_qparams_fake_quant",
+    "default_dynamic_fake_quant",
+    "default_embedding_fake_quant",
+    "default_embedding_fake_quant_4bit",
+    "default_fake_quant",
+    "default_fixed_qparams_range_0to1_fake_quant",
+    "default_fixed_qparams_range_neg1to1_fake_quant",
+    "default_fused_act_fake_quant",
+    "default_fused_per_channel_wt_fake_quant",
+    "default_fused_wt_fake_quant",
+    "default_histogram_fake_quant",
+    "default_per_channel_weight_fake_quant",
+    "default_symmetric_fixed_qparams_fake_quant",
+    "default_weight_fake_quant",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
+    "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
+    "fused_wt_fake_quant_range_neg_127_to_127",
+]
+
+_Self = TypeVar("_Self", bound="_LearnableFakeQuantize")
+
+# What these do in one op is all they do. Subclasses may do more, and are called.
+_FUSED_OBSERVERS = frozenset(
+    (
+        MinMaxObserver,
+        MovingAverageMinMaxObserver,
+        PerChannelMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+    )
+)
+
+
+def _is_per_channel(qscheme: torch.qscheme) -> bool:
+    return is_per_channel(qscheme)
+
+
+def _is_per_tensor(qscheme: torch.qscheme) -> bool:
+    return is_per_tensor(qscheme)
+
+
+def _is_symmetric_quant(qscheme: torch.qscheme) -> bool:
+    return qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+
+
+def _is_float_qparams(qscheme: torch.qscheme) -> bool:
+    return qscheme == torch.per_channel_affine_float_qparams
+
+
+def _check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
+    """Raise QuantizationError unless `dtype` can hold [quant_min, quant_max]."""
+    if dtype.is_floating_point:
+        raise QuantizationError(f"quant_min and quant_max need an integer dtype, got {dtype}")
+    limits = torch.iinfo(dtype)
+    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
+        if not limits.min <= value <= limits.max:
+            raise QuantizationError(
+                f"{name} out of bound: {dtype} holds {limits.min} to {limits.max}, got {value}"
+            )
+
+
+class FakeQuantizeBase(ABC, nn.Module):
+    """Base of all fake-quantizers.
+
+    Two buffers of one integer say what a call does, non-zero for on: `observer_enabled` and
+    `fake_quant_enabled`. Set them by the methods below or by hand; they may lie on any device.
+    """
+
+    fake_quant_enabled: Tensor
+    observer_enabled: Tensor
+
+    # NCCL, which replicates buffers in DDP, has no bool.
+    _flag_dtype: ClassVar[torch.dtype] = torch.uint8
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("fake_quant_enabled", "observer_enabled"):
+            self._register_flag(name, True)
+
+    def _register_flag(self, name: str, on: bool) -> None:
+        self.register_buffer(name, torch.tensor([int(on)], dtype=self._flag_dtype))
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def calculate_qparams(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Fake-quantize from now on, or leave tensors as they are."""
+        self.fake_quant_enabled.fill_(int(enabled))
+
+    def disable_fake_quant(self) -> None:
+        """Leave tensors as they are from now on."""
+        self.enable_fake_quant(False)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Observe from now on, or keep scale and zero point as they are."""
+        self.observer_enabled.fill_(int(enabled))
+
+    def disable_observer(self) -> None:
+        """Keep scale and zero point as they are from now on."""
+        self.enable_observer(False)
+
+    with_args = classmethod(_with_args)
+
+
+class FakeQuantize(FakeQuantizeBase):
+    """Observe a tensor, then round it to the quantized grid that its range asks for.
+
+    The output is `(clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) *
+    scale`, in the dtype of `x`; the gradient passes straight through where `x` lies in the
+    grid's range and is zero elsewhere (torch.fake_quantize_per_tensor_affine).
+
+    Args:
+        observer: constructor of the observer.
+        quant_min: smallest quantized value; the observer's own, unless both ends are given.
+        quant_max: largest quantized value; the observer's own, unless both ends are given.
+        is_dynamic: whether this stands for quantization with a range measured at each call.
+        observer_kwargs: further arguments of the observer.
+
+    Buffers: `scale` (float32), `zero_point` (int32; float32 for float qparams), one element
+    per tensor or, from the first tensor on, per channel. Submodule `activation_post_process`:
+    the observer.
+
+    Raises:
+        QuantizationError: a quantized range that is empty or that the dtype does not hold, or
+            an observer that is neither per tensor nor per channel.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    activation_post_process: Any
+
+    # Whether scale and zero point come from the observer as they are.
+    _takes_observers_qparams: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._takes_observers_qparams = cls.calculate_qparams is FakeQuantize.calculate_qparams
+
+    def __init__(
+        self,
+        observer: Callable[..., Any] = MovingAverageMinMaxObserver,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        is_dynamic: bool = False,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if quant_min is not None and quant_max is not None:
+            if quant_min > quant_max:
+                raise QuantizationError(
+                    "quant_min must be less than or equal to quant_max, got "
+                    f"quant_min={quant_min}, quant_max={quant_max}"
+                )
+            # A partial observer may know its dtype.
+            given = getattr(getattr(observer, "p", None), "keywords", {})
+            dtype = given.get("dtype", observer_kwargs.get("dtype", torch.quint8))
+            _check_fits_dtype(quant_min, quant_max, dtype)
+            observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
+        made = observer(**observer_kwargs, is_dynamic=is_dynamic)
+        self.activation_post_process = made
+        self.quant_min = made.quant_min
+        self.quant_max = made.quant_max
+        self.is_dynamic = made.is_dynamic
+        self.dtype = made.dtype
+        self.qscheme = made.qscheme
+        self.ch_axis = getattr(made, "ch_axis", -1)
+        if not (is_per_channel(self.qscheme) or is_per_tensor(self.qscheme)):
+            raise QuantizationError(
+                f"qscheme must be per tensor or per channel, got {self.qscheme}"
+            )
+        self.is_per_channel = is_per_channel(self.qscheme)
+        zero_point_dtype = torch.float32 if _is_float_qparams(self.qscheme) else torch.int32
+        self.register_buffer("scale", torch.tensor([1.0], dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor([0], dtype=zero_point_dtype))
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of what was observed."""
+        qparams: tuple[Tensor, Tensor] = self.activation_post_process.calculate_qparams()
+        return qparams
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe and fake-quantize `x` (floating, any shape and layout), as far as enabled.
+
+        Raises:
+            TypeError: `x` is no tensor or not floating.
+            ValueError: no such channel axis, another number of channels or another device
+                than before, or a non-finite element under `nonfinite="raise"`. Statistics,
+                scale and zero point keep what they had.
+        """
+        observer: Any = self._modules["activation_post_process"]
+        if not (
+            type(observer) in _FUSED_OBSERVERS
+            and self._takes_observers_qparams
+            and not (observer._forward_hooks or observer._forward_pre_hooks)
+        ):
+            return self._forward_in_steps(x)
+        its: dict[str, Any] = observer._buffers
+        own: dict[str, Any] = self._buffers
+        min_val, scale = its["min_val"], own["scale"]
+        if min_val.numel() != scale.numel():
+            return self._forward_first(x)
+        quant_min, quant_max, scheme, symmetric_zero_point = observer._scheme()
+        try:
+            return apply_fused(
+                x,
+                own["observer_enabled"],
+                own["fake_quant_enabled"],
+                min_val,
+                its["max_val"],
+                scale,
+                own["zero_point"],
+                its["nonfinite_count"],
+                its["eps"],
+                self.ch_axis if self.is_per_channel else None,
+                observer.__dict__.get("averaging_constant"),
+                quant_min,
+                quant_max,
+                scheme,
+                symmetric_zero_point,
+                NONFINITE_CODES[observer.nonfinite],
+            )
+        except (AttributeError, RuntimeError, TypeError) as error:
+            refused = {"min_val": min_val, "max_val": its["max_val"]}
+            cause = self._explained(error, x, {**refused, **self._qparam_buffers()})
+            if cause is not None:
+                raise cause from None
+            return x
+
+    def _forward_in_steps(self, x: Tensor) -> Tensor:
+        """The same by way of the observer's own methods, whatever they do."""
+        error = input_error(x)
+        if error is not None:
+            raise error
+        if self.observer_enabled:
+            self.activation_post_process(x.detach())
+            scale, zero_point = self.calculate_qparams()
+            resize_buffer(self, "scale", scale.shape).copy_(scale)
+            resize_buffer(self, "zero_point", zero_point.shape).copy_(zero_point)
+        return self._fake_quantize(x)
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        observer = self.activation_post_process
+        try:
+            return apply_fake_quantize(
+                x,
+                self.scale,
+                self.zero_point,
+                self._axis(),
+                observer.quant_min,
+                observer.quant_max,
+                self.fake_quant_enabled,
+            )
+        except (AttributeError, RuntimeError, TypeError) as error:
+            cause = self._explained(error, x, self._qparam_buffers())
+            if cause is not None:
+                raise cause from None
+            return x
+
+    @_outside_graphs
+    def _forward_first(self, x: Tensor) -> Tensor:
+        """Make room for the channels of the first tensor, then go on; take it back on error."""
+        error = input_error(x)
+        if error is not None:
+            raise error
+        if x.numel() == 0:
+            return x
+        if not self.observer_enabled:
+            return self._fake_quantize(x) if self.fake_quant_enabled else x
+        channels = channel_count(x, self._axis())
+        buffers = (
+            (self.activation_post_process, "min_val", float("inf")),
+            (self.activation_post_process, "max_val", float("-inf")),
+            (self, "scale", 1.0),
+            (self, "zero_point", 0),
+        )
+        before = [getattr(module, name).clone() for module, name, _ in buffers]
+        for module, name, unobserved in buffers:
+            if getattr(module, name).numel() != channels:
+                resize_buffer(module, name, (channels,)).fill_(unobserved)
+        try:
+            return self.forward(x)
+        except Exception:
+            for (module, name, _), old in zip(buffers, before, strict=True):
+                resize_buffer(module, name, old.shape).copy_(old)
+            raise
+
+    def _explained(
+        self, error: Exception, x: Any, buffers: Mapping[str, Tensor | None]
+    ) -> Exception | None:
+        """Why the op refused `x`, in words; None where `x` is empty, and nothing is wrong."""
+        cause = input_error(x)
+        if cause is None and x.numel() == 0:
+            return None
+        cause = cause or channel_error(x, self._axis(), buffers)
+        nonfinite: Nonfinite = getattr(self.activation_post_process, "nonfinite", "ignore")
+        if cause is None and nonfinite != "ignore":
+            cause = nonfinite_error(x, nonfinite)
+        return cause or error
+
+    def _axis(self) -> int | None:
+        return self.ch_axis if self.is_per_channel else None
+
+    def _qparam_buffers(self) -> dict[str, Tensor | None]:
+        return {"scale": self.scale, "zero_point": self.zero_point}
+
+    def extra_repr(self) -> str:
+        observer = self.activation_post_process
+        return (
+            f"fake_quant_enabled={self.fake_quant_enabled}, "
+            f"observer_enabled={self.observer_enabled}, "
+            f"quant_min={observer.quant_min}, quant_max={observer.quant_max}, "
+            f"dtype={self.dtype}, qscheme={self.qscheme}, ch_axis={self.ch_axis}, "
+            f"scale={self.scale}, zero_point={self.zero_point}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("scale", "zero_point"):
+            value = state_dict.get(prefix + name)
+            if value is not None:
+                resize_buffer(self, name, value.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FixedQParamsFakeQuantize(FakeQuantize):
+    """Fake-quantize with a given scale and zero point, per tensor.
+
+    Args:
+        observer: constructor of a :class:`FixedQParamsObserver`.
+
+    Raises:
+        QuantizationError: another observer, or one that is not per tensor.
+    """
+
+    def __init__(self, observer: Callable[..., Any]) -> None:
+        super().__init__(observer=observer)
+        made = self.activation_post_process
+        if not isinstance(made, FixedQParamsObserver):
+            raise QuantizationError(
+                f"{type(self).__name__}'s observer must be a FixedQParamsObserver, "
+                f"got {type(made).__name__}"
+            )
+        if not is_per_tensor(self.qscheme):
+            raise QuantizationError(
+                f"{type(self).__name__} takes per-tensor qschemes only, got {self.qscheme}"
+            )
+        self._observer_ctr = observer
+        self.scale = made.scale
+        self.zero_point = made.zero_point
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The given scale and zero point."""
+        return self.scale, self.zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x` (floating, any shape and layout), where enabled.
+
+        Raises:
+            TypeError: `x` is no tensor or not floating.
+            ValueError: `x` lies on another device than the scale.
+        """
+        return self._fake_quantize(x)
+
+
+class FusedMovingAvgObsFakeQuantize(FakeQuantize):
+    """:class:`FakeQuantize` with a moving-average min/max observer.
+
+    Always one op a call. Scale and zero point are those of `calculate_qparams`, also after a
+    phase that only observed; any `ch_axis` and floating dtype will do.
+
+    Args:
+        observer: constructor of the observer, a moving-average one.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+        observer_kwargs: further arguments of the observer.
+
+    The flags are int64 here, as in torch.ao.
+
+    Raises:
+        QuantizationError: another observer, or a quantized range that the dtype does not hold.
+    """
+
+    _flag_dtype = torch.int64
+
+    def __init__(
+        self,
+        observer: Any = MovingAverageMinMaxObserver,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__(observer, quant_min, quant_max, **observer_kwargs)
+        made = self.activation_post_process
+        if not isinstance(
+            made, (MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver)
+        ):
+            raise QuantizationError(
+                f"{type(self).__name__}'s observer must be a MovingAverageMinMaxObserver or "
+                f"MovingAveragePerChannelMinMaxObserver, got {type(made).__name__}"
+            )
+        self.is_symmetric_quant = _is_symmetric_quant(made.qscheme)
+
+
+class _LearnableFakeQuantize(FakeQuantizeBase):
+    """Fake-quantize with a scale and zero point that are learned by gradient descent.
+
+    Learned Step Size Quantization (Esser et al., https://arxiv.org/abs/1902.08153), as in
+    torch.ao.quantization._learnable_fake_quantize. It starts in static estimation: an
+    observer sets scale and zero point. `enable_param_learning` hands them to the optimizer.
+
+    Args:
+        observer: constructor of the observer.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+        scale: first scale.
+        zero_point: first zero point.
+        channel_len: number of channels; -1 for per tensor.
+        use_grad_scaling: divide the gradients of scale and zero point by
+            `sqrt(x.numel() * quant_max)`.
+        observer_kwargs: further arguments of the observer.
+
+    Parameters: `scale`, `zero_point`, float32 with one element or `channel_len`. Flags as in
+    :class:`FakeQuantizeBase`, with `static_enabled` for the observer, and `learning_enabled`.
+
+    Raises:
+        QuantizationError: a quantized range that is empty or that the dtype does not hold, or
+            a channel_len that is no number of channels.
+    """
+
+    static_enabled: Tensor
+    learning_enabled: Tensor
+    eps: Tensor
+    activation_post_process: Any
+
+    def __init__(
+        self,
+        observer: Callable[..., Any],
+        quant_min: int = 0,
+        quant_max: int = 255,
+        scale: float = 1.0,
+        zero_point: float = 0.0,
+        channel_len: int = -1,
+        use_grad_scaling: bool = False,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if quant_min >= quant_max:
+            raise QuantizationError(
+                "quant_min must be strictly less than quant_max, got "
+                f"quant_min={quant_min}, quant_max={quant_max}"
+            )
+        if channel_len != -1 and not (isinstance(channel_len, int) and channel_len > 0):
+            raise QuantizationError(
+                f"channel_len must be a positive integer, or -1 for per tensor, got {channel_len}"
+            )
+        made = observer(**{**observer_kwargs, "quant_min": quant_min, "quant_max": quant_max})
+        _check_fits_dtype(quant_min, quant_max, made.dtype)
+        count = 1 if channel_len == -1 else channel_len
+        self.scale = nn.Parameter(torch.full((count,), float(scale)))
+        self.zero_point = nn.Parameter(torch.full((count,), float(zero_point)))
+        self.activation_post_process = made
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+        self.use_grad_scaling = use_grad_scaling
+        self.dtype = made.dtype
+        self.qscheme = made.qscheme
+        self.ch_axis = getattr(made, "ch_axis", -1)
+        self.bitwidth = (quant_max - quant_min + 1).bit_length() - 1
+        self._register_flag("static_enabled", True)
+        self._register_flag("learning_enabled", False)
+        self.register_buffer("eps", torch.tensor([torch.finfo(torch.float32).eps]))
+
+    def enable_param_learning(self: _Self) -> _Self:
+        """Learn scale and zero point, observe no more, and fake-quantize."""
+        return self._set_mode(learning=True, fake_quant=True, observer=False)
+
+    def enable_static_estimate(self: _Self) -> _Self:
+        """Take scale and zero point from the observer, and fake-quantize."""
+        return self._set_mode(learning=False, fake_quant=True, observer=True)
+
+    def enable_static_observation(self: _Self) -> _Self:
+        """Take scale and zero point from the observer, and leave tensors as they are."""
+        return self._set_mode(learning=False, fake_quant=False, observer=True)
+
+    def _set_mode(self: _Self, *, learning: bool, fake_quant: bool, observer: bool) -> _Self:
+        self.toggle_qparam_learning(learning)
+        self.toggle_fake_quant(fake_quant)
+        return self.toggle_observer_update(observer)
+
+    def toggle_observer_update(self: _Self, enabled: bool = True) -> _Self:
+        """Whether scale and zero point come from the observer."""
+        self.static_enabled.fill_(int(enabled))
+        return self
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Take scale and zero point from the observer from now on, or no more."""
+        self.toggle_observer_update(enabled)
+
+    def toggle_qparam_learning(self: _Self, enabled: bool = True) -> _Self:
+        """Whether scale and zero point take gradients."""
+        self.learning_enabled.fill_(int(enabled))
+        self.scale.requires_grad_(enabled)
+        self.zero_point.requires_grad_(enabled)
+        return self
+
+    def toggle_fake_quant(self: _Self, enabled: bool = True) -> _Self:
+        """Whether tensors are fake-quantized."""
+        self.fake_quant_enabled.fill_(int(enabled))
+        return self
+
+    def observe_quant_params(self) -> None:
+        """Print scale and zero point."""
+        print(f"{type(self).__name__} Scale: {self.scale.detach()}")
+        print(f"{type(self).__name__} Zero Point: {self.zero_point.detach()}")
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The scale, at least `eps`, and the zero point, rounded into the range, as int64."""
+        scale = self.scale.data.clamp_(min=self.eps)
+        zero_point = self.zero_point.data.round().clamp(self.quant_min, self.quant_max).long()
+        return scale, zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x` (floating, any shape and layout), as far as enabled.
+
+        Raises:
+            TypeError: `x` is no tensor or not floating.
+            ValueError: no such channel axis, or another number of channels than `channel_len`.
+        """
+        ch_axis = self.ch_axis if is_per_channel(self.qscheme) else None
+        error = input_error(x) or channel_error(
+            x, ch_axis, {"scale": self.scale, "zero_point": self.zero_point}
+        )
+        if error is not None:
+            raise error
+        self._update_qparams(x)
+        if not self.fake_quant_enabled:
+            return x
+        # LSQ's g = 1 / sqrt(N * Qp).
+        scaling = (max(x.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
+        y: Tensor = learnable_fake_quantize(
+            x, self.scale, self.zero_point, ch_axis, self.quant_min, self.quant_max, scaling
+        )
+        return y
+
+    def _update_qparams(self, x: Tensor) -> None:
+        # The parameters' `.data` changes, and not they: where the module is called twice in a
+        # step, the first call's graph must stay valid.
+        scale, zero_point = self.scale.data, self.zero_point.data
+        if self.static_enabled:
+            observer = self.activation_post_process
+            observer(x.detach())
+            new_scale, new_zero_point = observer.calculate_qparams()
+            scale.copy_(new_scale)
+            zero_point.copy_(new_zero_point)
+        else:
+            scale.clamp_(min=self.eps)
+        if _is_symmetric_quant(self.qscheme) and self.fake_quant_enabled:
+            zero_point.zero_()
+
+
+LearnableFakeQuantize = _LearnableFakeQuantize
+
+
+# --------------------------------------------------------------------------------------------
+# Switches for model.apply
+
+
+def _is_fake_quant_script_module(mod: object) -> bool:
+    """Whether `mod` is a scripted fake-quantizer."""
+    return _script_type(mod).endswith(
+        (".fake_quantize.FakeQuantize", ".fake_quantize.FusedMovingAvgObsFakeQuantize")
+    )
+
+
+def _is_fake_quant(mod: object) -> bool:
+    # torch.ao's fake-quantizers are virtual subclasses of ours.
+    return isinstance(mod, FakeQuantizeBase) or _is_fake_quant_script_module(mod)
+
+
+def disable_fake_quant(mod: Any) -> None:
+    """`model.apply(disable_fake_quant)`: fake-quantizers leave tensors as they are."""
+    if _is_fake_quant(mod):
+        mod.disable_fake_quant()
+
+
+def enable_fake_quant(mod: Any) -> None:
+    """`model.apply(enable_fake_quant)`: fake-quantizers round tensors."""
+    if _is_fake_quant(mod):
+        mod.enable_fake_quant()
+
+
+def disable_observer(mod: Any) -> None:
+    """`model.apply(disable_observer)`: fake-quantizers keep their scale and zero point."""
+    if _is_fake_quant(mod):
+        mod.disable_observer()
+
+
+def enable_observer(mod: Any) -> None:
+    """`model.apply(enable_observer)`: fake-quantizers follow the range of their tensors."""
+    if _is_fake_quant(mod):
+        mod.enable_observer()
+
+
+# --------------------------------------------------------------------------------------------
+# Defaults
+
+default_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=0,
+    quant_max=255,
+    dtype=torch.quint8,
+    qscheme=torch.per_tensor_affine,
+    reduce_range=True,
+)
+"""Activations."""
+
+default_weight_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_tensor_symmetric,
+    reduce_range=False,
+)
+"""Weights."""
+
+default_dynamic_fake_quant = FakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=0,
+    quant_max=255,
+    is_dynamic=True,
+    dtype=torch.quint8,
+    averaging_constant=1,
+)
+"""Activations of modules that will be quantized dynamically."""
+
+default_fixed_qparams_range_neg1to1_fake_quant = FixedQParamsFakeQuantize.with_args(
+    observer=default_fixed_qparams_range_neg1to1_observer
+)
+"""Outputs known to lie in [-1, 1], as of tanh."""
+
+default_fixed_qparams_range_0to1_fake_quant = FixedQParamsFakeQuantize.with_args(
+    observer=default_fixed_qparams_range_0to1_observer
+)
+"""Outputs known to lie in [0, 1], as of a sigmoid."""
+
+# Older names of the same.
+default_symmetric_fixed_qparams_fake_quant = default_fixed_qparams_range_neg1to1_fake_quant
+default_affine_fixed_qparams_fake_quant = default_fixed_qparams_range_0to1_fake_quant
+
+default_per_channel_weight_fake_quant = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_channel_symmetric,
+    reduce_range=False,
+    ch_axis=0,
+)
+"""Weights, per channel."""
+
+default_embedding_fake_quant = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    qscheme=torch.per_channel_affine_float_qparams,
+    dtype=torch.quint8,
+    quant_min=0,
+    quant_max=255,
+    ch_axis=0,
+    averaging_constant=1,
+)
+"""Embedding weights in 8 bits, with float zero points; memoryless."""
+
+default_embedding_fake_quant_4bit = FakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    qscheme=torch.per_channel_affine_float_qparams,
+    ch_axis=0,
+    dtype=torch.quint4x2,
+    averaging_constant=1,
+)
+"""Embedding weights in 4 bits, with float zero points; memoryless."""
+
+default_histogram_fake_quant = FakeQuantize.with_args(
+    observer=HistogramObserver,
+    quant_min=0,
+    quant_max=255,
+    dtype=torch.quint8,
+    qscheme=torch.per_tensor_affine,
+    reduce_range=True,
+)
+"""Activations, by histogram."""
+
+default_fused_act_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=0,
+    quant_max=255,
+    dtype=torch.quint8,
+)
+"""Activations, in 8 bits."""
+
+default_fused_wt_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_tensor_symmetric,
+)
+"""Weights."""
+
+default_fused_per_channel_wt_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    quant_min=-128,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_channel_symmetric,
+)
+"""Weights, per channel."""
+
+fused_wt_fake_quant_range_neg_127_to_127 = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAverageMinMaxObserver,
+    quant_min=-127,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_tensor_symmetric,
+    eps=2**-12,
+)
+"""Weights without -128."""
+
+fused_per_channel_wt_fake_quant_range_neg_127_to_127 = FusedMovingAvgObsFakeQuantize.with_args(
+    observer=MovingAveragePerChannelMinMaxObserver,
+    quant_min=-127,
+    quant_max=127,
+    dtype=torch.qint8,
+    qscheme=torch.per_channel_symmetric,
+    eps=2**-12,
+)
+"""Weights without -128, per channel."""

@@ -1,0 +1,1143 @@
+"""Observers: modules that watch tensors go by and say how to quantize them.
+
+Every observer of `torch.ao.quantization.observer` under its own name, with its constructor,
+attributes and `state_dict`. A call to one that keeps statistics is one op, which updates the
+observer's buffers where they lie; nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import choose_qparams, observe_histogram_, observe_minmax_, search_histogram_range
+from ._qparams import (
+    NONFINITE_CODES,
+    SCHEME_CODES,
+    Nonfinite,
+    channel_count,
+    channel_error,
+    check_nonfinite,
+    input_error,
+    nonfinite_error,
+    resize_buffer,
+    symmetric_zero_point,
+)
+from ._torch_ao import (
+    AffineQuantizedObserverBase,
+    Granularity,
+    MappingType,
+    PerAxis,
+    PerBlock,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerToken,
+    TorchAODType,
+    ZeroPointDomain,
+    get_block_size,
+)
+from .utils import (
+    QuantizationError,
+    calculate_qmin_qmax,
+    is_per_channel,
+    is_per_tensor,
+    validate_qmin_qmax,
+)
+
+__all__ = [
+    "AffineQuantizedObserverBase",
+    "FixedQParamsObserver",
+    "Granularity",
+    "HistogramObserver",
+    "MappingType",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
+    "NoopObserver",
+    "ObserverBase",
+    "PerAxis",
+    "PerBlock",
+    "PerChannelMinMaxObserver",
+    "PerGroup",
+    "PerRow",
+    "PerTensor",
+    "PerToken",
+    "PlaceholderObserver",
+    "RecordingObserver",
+    "ReuseInputObserver",
+    "TorchAODType",
+    "UniformQuantizationObserverBase",
+    "ZeroPointDomain",
+    "default_affine_fixed_qparams_observer",
+    "default_debug_observer",
+    "default_dynamic_quant_observer",
+    "default_fixed_qparams_range_0to1_observer",
+    "default_fixed_qparams_range_neg1to1_observer",
+    "default_float_qparams_observer",
+    "default_float_qparams_observer_4bit",
+    "default_histogram_observer",
+    "default_observer",
+    "default_per_channel_weight_observer",
+    "default_placeholder_observer",
+    "default_reuse_input_observer",
+    "default_symmetric_fixed_qparams_observer",
+    "default_weight_observer",
+    "get_block_size",
+    "get_observer_state_dict",
+    "load_observer_state_dict",
+    "per_channel_weight_observer_range_neg_127_to_127",
+    "weight_observer_range_neg_127_to_127",
+]
+
+_EPS = torch.finfo(torch.float32).eps
+_INF = float("inf")
+_UNOBSERVED = (("min_val", _INF), ("max_val", -_INF))
+
+_DTYPES = (
+    torch.qint8,
+    torch.quint8,
+    torch.quint4x2,
+    torch.qint32,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.float8_e5m2,
+    torch.float8_e4m3fn,
+    torch.uint16,
+)
+
+
+# --------------------------------------------------------------------------------------------
+# Constructors with some arguments given
+
+
+class _PartialWrapper:
+    """A constructor with some arguments given: `p`, and `callable_args` evaluated at each call."""
+
+    def __init__(self, p: Callable[..., Any]) -> None:
+        self.p = p
+        self.callable_args: dict[str, Callable[[], Any]] = {}
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        computed = {name: f() for name, f in self.callable_args.items() if name not in keywords}
+        return self.p(*args, **keywords, **computed)
+
+    def __repr__(self) -> str:
+        return f"{self.p!r}{self.callable_args!r}"
+
+    def with_args(self, **kwargs: Any) -> _PartialWrapper:
+        return _with_args(self, **kwargs)
+
+    def with_callable_args(self, **kwargs: Callable[[], Any]) -> _PartialWrapper:
+        result = _PartialWrapper(self.p)
+        result.callable_args = {**self.callable_args, **kwargs}
+        return result
+
+
+def _with_args(cls_or_self: Callable[..., Any], /, **kwargs: Any) -> _PartialWrapper:
+    """A constructor like `cls_or_self` with `kwargs` given; a later call may override them."""
+    return _PartialWrapper(partial(cls_or_self, **kwargs))
+
+
+def _with_callable_args(
+    cls_or_self: Callable[..., Any], /, **kwargs: Callable[[], Any]
+) -> _PartialWrapper:
+    """A constructor like `cls_or_self` whose `kwargs` are called for values when it is."""
+    return _PartialWrapper(partial(cls_or_self)).with_callable_args(**kwargs)
+
+
+# --------------------------------------------------------------------------------------------
+# Bases
+
+
+class ObserverBase(ABC, nn.Module):
+    """Base of all observers.
+
+    `forward(x)` updates statistics and returns `x`; `calculate_qparams()` turns them into
+    scale and zero point.
+
+    Args:
+        dtype: quantized dtype that the observed tensor is to get.
+        is_dynamic: whether the range is to be measured anew at each call of the final model.
+    """
+
+    dtype: torch.dtype
+    is_dynamic: bool
+
+    def __init__(self, dtype: torch.dtype, is_dynamic: bool = False) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.is_dynamic = is_dynamic
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def calculate_qparams(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    with_args = classmethod(_with_args)
+    with_callable_args = classmethod(_with_callable_args)
+
+
+def _factory(factory_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    checked: dict[str, Any] = nn.factory_kwargs(factory_kwargs)  # type: ignore[no-untyped-call]
+    return checked
+
+
+class UniformQuantizationObserverBase(ObserverBase):
+    """Base of the observers that choose the scale and zero point of a uniform grid.
+
+    Args:
+        dtype: quantized dtype: qint8, quint8, quint4x2, qint32, int8, uint8, int16, int32,
+            uint16, float8_e5m2 or float8_e4m3fn.
+        qscheme: per tensor or per channel, affine or symmetric; or per channel, affine with
+            float zero points.
+        reduce_range: leave out one bit of an 8-bit dtype, for kernels that may overflow.
+        quant_min: smallest quantized value; the dtype's, unless both ends are given.
+        quant_max: largest quantized value; the dtype's, unless both ends are given.
+        factory_kwargs: `device` and `dtype` (floating) of the buffers.
+        eps: smallest scale.
+        is_dynamic: whether the range is to be measured anew at each call of the final model.
+
+    Raises:
+        QuantizationError: a dtype, qscheme or quantized range that is not supported.
+    """
+
+    # Versions of the state: 2 made eps a buffer; 3 made the unobserved range of
+    # HistogramObserver 0-dim and renamed the per-channel min_vals, max_vals.
+    _version = 3
+
+    eps: Tensor
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if qscheme not in SCHEME_CODES:
+            raise QuantizationError(
+                f"qscheme must be one of {', '.join(map(str, SCHEME_CODES))}, got {qscheme}"
+            )
+        if dtype not in _DTYPES:
+            raise QuantizationError(
+                f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}"
+            )
+        super().__init__(dtype=dtype, is_dynamic=is_dynamic, **kwargs)
+        self.qscheme = qscheme
+        self.reduce_range = reduce_range
+        self.register_buffer("eps", torch.tensor([eps], **_factory(factory_kwargs)))
+        self.has_customized_qrange = quant_min is not None and quant_max is not None
+        if quant_min is not None and quant_max is not None:
+            self._validate_qmin_qmax(quant_min, quant_max)
+        self.quant_min, self.quant_max = calculate_qmin_qmax(
+            quant_min, quant_max, self.has_customized_qrange, dtype, reduce_range
+        )
+
+    def _validate_qmin_qmax(self, quant_min: int, quant_max: int) -> None:
+        validate_qmin_qmax(quant_min, quant_max)
+
+    def _scheme(self) -> tuple[int, int, int, int]:
+        """What the ops need: quant_min, quant_max, code of the scheme, symmetric zero point.
+
+        Worked out at each call, since code out there changes these attributes as it goes.
+        """
+        quant_min, quant_max = self.quant_min, self.quant_max
+        scheme = SCHEME_CODES[self.qscheme]
+        if scheme != 1:
+            return quant_min, quant_max, scheme, 0
+        middle = symmetric_zero_point(self.dtype, quant_min, quant_max, self.has_customized_qrange)
+        return quant_min, quant_max, scheme, middle
+
+    def _calculate_qparams(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a range, both 1-D with one element per tensor or channel.
+
+        Args:
+            min_val: smallest value seen, 0-dim or `[channels]`.
+            max_val: largest value seen, like `min_val`.
+
+        Returns:
+            The scale in the range's dtype; the zero point as int64 (symmetric), int32 (affine)
+            or in the scale's dtype (float qparams). ([1.0], [0]) and a warning where nothing
+            was observed.
+
+        Raises:
+            QuantizationError: a range that is no range: min above max, NaN or infinite.
+        """
+        if not _is_observed(min_val, max_val):
+            device = min_val.device
+            return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
+        scale, zero_point = choose_qparams(min_val, max_val, self.eps, *self._scheme())
+        return scale, zero_point
+
+    def reset_min_max_vals(self) -> None:
+        """Forget what was observed."""
+        raise NotImplementedError(f"{type(self).__name__} has no range to reset")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        if local_metadata.get("version", 1) < 2:
+            # A state without eps was written when this was the only one.
+            state_dict.setdefault(prefix + "eps", torch.tensor([_EPS]))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+_ObserverBase = UniformQuantizationObserverBase
+
+
+def _is_observed(min_val: Tensor, max_val: Tensor) -> bool:
+    """Whether there is a range to quantize; warns where nothing, or not all, was observed.
+
+    Raises:
+        QuantizationError: a minimum above its maximum, NaN or infinity.
+    """
+    # Two moving averages of one value may round past each other.
+    slack = max_val.abs() * (4 * torch.finfo(max_val.dtype).eps)
+    valid = (min_val <= max_val + slack) & (min_val > -_INF) & (max_val < _INF)
+    if valid.numel() and bool(valid.all()):
+        return True
+    unobserved = (min_val == _INF) & (max_val == -_INF)
+    wrong = ~(valid | unobserved)
+    if bool(wrong.any()):
+        raise QuantizationError(
+            "cannot quantize a range that is not finite or has its minimum above its maximum: "
+            f"min_val={min_val[wrong].tolist()}, max_val={max_val[wrong].tolist()}"
+            + (f" at channels {wrong.nonzero().flatten().tolist()}" if wrong.dim() else "")
+        )
+    if bool(unobserved.all()):
+        warnings.warn(
+            "must run observer before calling calculate_qparams. Returning default values.",
+            stacklevel=4,
+        )
+        return False
+    warnings.warn(
+        f"channels {unobserved.nonzero().flatten().tolist()} never had a finite value; "
+        "they get a default scale",
+        stacklevel=4,
+    )
+    return True
+
+
+class _RangeObserver(UniformQuantizationObserverBase):
+    """Keeps a range: buffers `min_val` and `max_val`, +inf and -inf where nothing was observed.
+
+    Per tensor they are 0-dim. Per channel they are `[channels]`, and `[0]` until the first
+    tensor comes. A third buffer, `nonfinite_count` (int64 `[1]`, not saved), counts the
+    elements that were left out under `nonfinite="ignore"`.
+    """
+
+    _per_channel: ClassVar[bool] = False
+
+    min_val: Tensor
+    max_val: Tensor
+    nonfinite_count: Tensor
+
+    def __init__(
+        self,
+        *,
+        qscheme: torch.qscheme,
+        is_dynamic: bool,
+        factory_kwargs: dict[str, Any] | None = None,
+        nonfinite: Nonfinite = "ignore",
+        **kwargs: Any,
+    ) -> None:
+        cls = type(self).__name__
+        fits, granularity = (
+            (is_per_channel, "per-channel") if self._per_channel else (is_per_tensor, "per-tensor")
+        )
+        if not fits(qscheme):
+            raise NotImplementedError(f"{cls} takes {granularity} qschemes only, got {qscheme}")
+        if is_dynamic and not self._measures_anew():
+            raise NotImplementedError(f"{cls} cannot be dynamic: it remembers earlier tensors")
+        check_nonfinite(nonfinite)
+        super().__init__(
+            qscheme=qscheme, is_dynamic=is_dynamic, factory_kwargs=factory_kwargs, **kwargs
+        )
+        self.nonfinite: Nonfinite = nonfinite
+        factory = _factory(factory_kwargs)
+        shape = (0,) if self._per_channel else ()
+        for name, unobserved in _UNOBSERVED:
+            self.register_buffer(name, torch.full(shape, unobserved, **factory))
+        count = torch.zeros(1, dtype=torch.int64, device=factory.get("device"))
+        self.register_buffer("nonfinite_count", count, persistent=False)
+
+    def _measures_anew(self) -> bool:
+        """Whether the range is that of the last tensor alone, as dynamic quantization needs."""
+        return True
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the range; see :meth:`_calculate_qparams`."""
+        return self._calculate_qparams(self.min_val, self.max_val)
+
+    def reset_min_max_vals(self) -> None:
+        """Forget what was observed."""
+        shape = (0,) if self._per_channel else self.min_val.shape
+        for name, unobserved in _UNOBSERVED:
+            resize_buffer(self, name, shape).fill_(unobserved)
+        self.nonfinite_count.zero_()
+
+    def extra_repr(self) -> str:
+        return f"min_val={self.min_val}, max_val={self.max_val}"
+
+    def _explained(self, error: Exception, x: Any) -> Exception | None:
+        """Why the op refused `x`, in words; None where `x` is empty, and nothing is wrong."""
+        cause = input_error(x)
+        if cause is None and x.numel() == 0:
+            return None
+        cause = cause or channel_error(
+            x,
+            self.__dict__.get("ch_axis"),
+            {name: self._buffers[name] for name, _ in _UNOBSERVED},
+        )
+        if cause is None and self.nonfinite != "ignore":
+            cause = nonfinite_error(x, self.nonfinite)
+        return cause or error
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+    ) -> None:
+        for name, unobserved in _UNOBSERVED:
+            key, old_key = prefix + name, prefix + name + "s"
+            if old_key in state_dict:
+                state_dict.setdefault(key, state_dict.pop(old_key))
+            value = state_dict.get(key)
+            if value is None:
+                continue
+            if self._per_channel:
+                resize_buffer(self, name, value.shape)
+            elif value.shape == (0,):
+                state_dict[key] = value.new_full((), unobserved)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+# --------------------------------------------------------------------------------------------
+# Min/max
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
+
+
+def _outside_graphs(first_forward: _Forward) -> _Forward:
+    """Keep the first call of a per-channel module, which resizes buffers, out of graphs."""
+    return torch.compiler.disable(  # type: ignore[no-any-return, no-untyped-call]
+        first_forward,
+        reason="the first tensor of a per-channel observer sets the size of its buffers; "
+        "run the module once before you compile it with fullgraph=True",
+    )
+
+
+class _MinMax(_RangeObserver):
+    """The smallest and largest value, running or as moving averages, per tensor or per channel.
+
+    Which of these it is, instances say: by an attribute `ch_axis` they are per channel, by an
+    attribute `averaging_constant` moving averages.
+    """
+
+    def __init__(
+        self, *, dtype: torch.dtype, qscheme: torch.qscheme, reduce_range: bool, **kwargs: Any
+    ) -> None:
+        if reduce_range and dtype == torch.quint8 and SCHEME_CODES.get(qscheme) == 1:
+            raise NotImplementedError("reduce_range does not go with a symmetric quint8 range")
+        super().__init__(dtype=dtype, qscheme=qscheme, reduce_range=reduce_range, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the range with `x` (floating, any shape and layout); returns `x` itself.
+
+        Raises:
+            TypeError: `x` is no tensor or not floating.
+            ValueError: no such channel axis, another number of channels or another device
+                than before, or a non-finite element under `nonfinite="raise"`. The range
+                keeps what it had.
+        """
+        attributes, buffers = self.__dict__, self._buffers
+        ch_axis = attributes.get("ch_axis")
+        min_val = buffers["min_val"]
+        if ch_axis is not None and min_val.numel() == 0:  # type: ignore[union-attr]
+            return self._forward_first(x)
+        try:
+            observe_minmax_(
+                x,
+                min_val,
+                buffers["max_val"],
+                buffers["nonfinite_count"],
+                ch_axis,
+                attributes.get("averaging_constant"),
+                NONFINITE_CODES[self.nonfinite],
+            )
+        except (RuntimeError, TypeError) as error:
+            cause = self._explained(error, x)
+            if cause is not None:
+                raise cause from None
+        return x
+
+    @_outside_graphs
+    def _forward_first(self, x: Tensor) -> Tensor:
+        """Make room for the channels of the first tensor, then go on; take it back on error."""
+        error = input_error(x)
+        if error is not None:
+            raise error
+        if x.numel() == 0:
+            return x
+        channels = channel_count(x, self.__dict__["ch_axis"])
+        for name, unobserved in _UNOBSERVED:
+            resize_buffer(self, name, (channels,)).fill_(unobserved)
+        try:
+            return self.forward(x)
+        except Exception:
+            for name, _ in _UNOBSERVED:
+                resize_buffer(self, name, (0,))
+            raise
+
+
+class MinMaxObserver(_MinMax):
+    """The smallest and largest value of all tensors seen.
+
+    With `lo = min(min_val, 0)`, `hi = max(max_val, 0)` and `n = quant_max - quant_min`, an
+    affine scheme has `scale = (hi - lo) / n` and `zero_point = quant_min - round(lo / scale)`;
+    a symmetric one `scale = max(-lo, hi) / (n / 2)` and its zero point mid-range. The scale is
+    at least `eps`. Formulas of torch.ao.quantization.observer.MinMaxObserver.
+
+    Args:
+        nonfinite: what to do with NaN and infinities: "ignore" leaves them out and counts them
+            in the buffer `nonfinite_count`; "raise" refuses the tensor; "propagate" lets them
+            into the range as torch.ao does.
+
+    The other arguments are those of :class:`UniformQuantizationObserverBase`. The range is
+    per tensor: buffers `min_val` and `max_val` are 0-dim.
+
+    Raises:
+        NotImplementedError: a per-channel qscheme, or `reduce_range` of a symmetric quint8.
+        QuantizationError: a dtype, quantized range or policy that is not supported.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        *,
+        nonfinite: Nonfinite = "ignore",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            factory_kwargs=factory_kwargs,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            nonfinite=nonfinite,
+            **kwargs,
+        )
+
+
+class MovingAverageMinMaxObserver(MinMaxObserver):
+    """Moving averages of each tensor's smallest and largest value.
+
+    The first tensor sets the range; each later one moves it by
+    `min_val += averaging_constant * (min(x) - min_val)`, and `max_val` likewise.
+
+    Args:
+        averaging_constant: weight of the newest tensor; 1 keeps no memory.
+
+    The other arguments are those of :class:`MinMaxObserver`; `is_dynamic` needs an
+    `averaging_constant` of 1.
+
+    Raises:
+        NotImplementedError: a per-channel qscheme, `reduce_range` of a symmetric quint8, or a
+            dynamic observer with a memory.
+        QuantizationError: a dtype, quantized range or policy that is not supported.
+    """
+
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.averaging_constant = averaging_constant
+        super().__init__(
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            **kwargs,
+        )
+
+    def _measures_anew(self) -> bool:
+        return self.averaging_constant == 1
+
+
+class PerChannelMinMaxObserver(_MinMax):
+    """The smallest and largest value of each channel.
+
+    Formulas as in :class:`MinMaxObserver`, for each channel by itself. With float qparams,
+    `scale = (max_val - min_val) / n` (1 where that is at most `eps`) and
+    `zero_point = -min_val / scale`.
+
+    Args:
+        ch_axis: axis of the channels; negative counts from the end.
+
+    The other arguments are those of :class:`MinMaxObserver`. Buffers `min_val` and `max_val`
+    are `[channels]`, and `[0]` before the first tensor.
+
+    Raises:
+        NotImplementedError: a per-tensor qscheme, `reduce_range` of a symmetric quint8, or
+            `is_dynamic`.
+        QuantizationError: a dtype, quantized range or policy that is not supported.
+    """
+
+    _per_channel = True
+
+    def __init__(
+        self,
+        ch_axis: int = 0,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_channel_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        *,
+        nonfinite: Nonfinite = "ignore",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            factory_kwargs=factory_kwargs,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            nonfinite=nonfinite,
+            **kwargs,
+        )
+        self.ch_axis = ch_axis
+
+    def _measures_anew(self) -> bool:
+        return False
+
+
+class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
+    """Moving averages of the smallest and largest value of each channel.
+
+    As :class:`MovingAverageMinMaxObserver`, for each channel by itself.
+
+    Args:
+        averaging_constant: weight of the newest tensor; 1 keeps no memory.
+        ch_axis: axis of the channels; negative counts from the end.
+
+    The other arguments, and what is raised, are those of :class:`PerChannelMinMaxObserver`.
+    """
+
+    def __init__(
+        self,
+        averaging_constant: float = 0.01,
+        ch_axis: int = 0,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_channel_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            ch_axis=ch_axis,
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            **kwargs,
+        )
+        self.averaging_constant = averaging_constant
+
+
+# --------------------------------------------------------------------------------------------
+# Histogram
+
+
+class HistogramObserver(_RangeObserver):
+    """A histogram of all values seen, for a range that clips outliers where that pays.
+
+    The histogram spans the smallest to the largest value; when a tensor goes beyond, the
+    counts so far are resampled onto the new span. `calculate_qparams` searches the span for
+    the clipping range of least expected squared quantization error: the non-linear search of
+    Caffe2's norm minimization, as in torch.ao.quantization.observer.HistogramObserver.
+
+    Args:
+        bins: number of bins.
+        search_levels: how many quantized values the search reckons with: "dtype", as many as
+            the dtype has (as torch.ao does, also where `quant_min`, `quant_max` or
+            `reduce_range` leave fewer); "range", `quant_max - quant_min + 1`.
+        nonfinite: as in :class:`MinMaxObserver`.
+
+    The other arguments are those of :class:`UniformQuantizationObserverBase`. Buffers:
+    `histogram` (`[bins]`), `min_val` and `max_val` (0-dim).
+
+    Raises:
+        NotImplementedError: a per-channel qscheme, or `is_dynamic`.
+        QuantizationError: a dtype, quantized range or policy that is not supported.
+    """
+
+    histogram: Tensor
+
+    def __init__(
+        self,
+        bins: int = 2048,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        *,
+        nonfinite: Nonfinite = "ignore",
+        search_levels: Literal["dtype", "range"] = "dtype",
+        **kwargs: Any,
+    ) -> None:
+        if bins < 1:
+            raise QuantizationError(f"bins must be at least 1, got {bins}")
+        if search_levels not in ("dtype", "range"):
+            raise QuantizationError(
+                f"search_levels must be 'dtype' or 'range', got {search_levels!r}"
+            )
+        super().__init__(
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            factory_kwargs=factory_kwargs,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            nonfinite=nonfinite,
+            **kwargs,
+        )
+        self.bins = bins
+        self.register_buffer("histogram", torch.zeros(bins, **_factory(factory_kwargs)))
+        # As torch.ao registers them: the order in which state_dict lists them.
+        for name, _ in _UNOBSERVED:
+            self._buffers[name] = self._buffers.pop(name)
+        if search_levels == "range":
+            self.dst_nbins = self.quant_max - self.quant_min + 1
+        elif dtype.is_floating_point:
+            raise QuantizationError(f"HistogramObserver takes integer dtypes only, got {dtype}")
+        else:
+            self.dst_nbins = 2 ** torch.iinfo(dtype).bits
+        # Each bin counts as this many when a histogram is resampled onto a wider span.
+        self.upsample_rate = 16
+
+    def _measures_anew(self) -> bool:
+        return False
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Count the elements of `x_orig` (floating, any shape and layout); returns it itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor or not floating.
+            ValueError: it lies on another device, or has a non-finite element under
+                `nonfinite="raise"`. The histogram keeps what it had.
+        """
+        buffers = self._buffers
+        try:
+            observe_histogram_(
+                x_orig,
+                buffers["histogram"],
+                buffers["min_val"],
+                buffers["max_val"],
+                buffers["nonfinite_count"],
+                self.upsample_rate,
+                NONFINITE_CODES[self.nonfinite],
+            )
+        except (RuntimeError, TypeError) as error:
+            cause = self._explained(error, x_orig)
+            if cause is not None:
+                raise cause from None
+        return x_orig
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the best clipping range; see :meth:`_calculate_qparams`.
+
+        Raises:
+            QuantizationError: the histogram does not have `bins` bins, or the span is no range.
+        """
+        if not _is_observed(self.min_val, self.max_val):
+            device = self.min_val.device
+            return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
+        if self.bins != len(self.histogram):
+            raise QuantizationError(
+                f"histogram must have bins={self.bins} elements, got {len(self.histogram)}"
+            )
+        return self._calculate_qparams(*self._non_linear_param_search())
+
+    def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
+        """The clipping range (min, max) of least expected squared quantization error."""
+        new_min, new_max = search_histogram_range(
+            self.histogram, self.min_val, self.max_val, self.dst_nbins
+        )
+        return new_min, new_max
+
+    def reset_histogram(self, x: Tensor, min_val: Tensor, max_val: Tensor) -> None:
+        """Start anew: `x` counted over the span from `min_val` to `max_val` (one element each)."""
+        if min_val.numel() != 1 or max_val.numel() != 1:
+            raise QuantizationError(
+                "min_val and max_val must have one element, got shapes "
+                f"{list(min_val.shape)} and {list(max_val.shape)}"
+            )
+        low, high = float(min_val), float(max_val)
+        counts = torch.histc(x.detach().to(self.histogram.dtype), self.bins, min=low, max=high)
+        self.min_val.fill_(low)
+        self.max_val.fill_(high)
+        self.histogram.copy_(counts)
+
+    def reset_min_max_vals(self) -> None:
+        """Forget what was observed."""
+        super().reset_min_max_vals()
+        self.histogram.zero_()
+
+
+# --------------------------------------------------------------------------------------------
+# Observers that keep no range
+
+
+class FixedQParamsObserver(ObserverBase):
+    """Observes nothing: the scale and zero point are given.
+
+    Args:
+        scale: the scale; buffer `scale`, float32 `[1]`.
+        zero_point: the zero point; buffer `zero_point`, int32 `[1]`.
+        dtype: quantized dtype.
+        qscheme: quantization scheme, per tensor.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+
+    Raises:
+        NotImplementedError: `is_dynamic`.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        scale: float,
+        zero_point: int,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_tensor_affine,
+        quant_min: int = 0,
+        quant_max: int = 255,
+        is_dynamic: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if is_dynamic:
+            raise NotImplementedError("FixedQParamsObserver cannot be dynamic")
+        super().__init__(dtype=dtype, is_dynamic=is_dynamic, **kwargs)
+        self.qscheme = qscheme
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+        self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.zero_point
+
+
+class _UnobservingObserver(ObserverBase):
+    """Stands where an observer is expected and has no range to quantize by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(
+            f"{type(self).__name__} observes no range: it has no scale and zero point to calculate"
+        )
+
+
+class PlaceholderObserver(_UnobservingObserver):
+    """Observes nothing; carries a configuration to the module that will be quantized.
+
+    For dtypes without a range (float16) and for dynamic quantization.
+
+    Args:
+        dtype: quantized dtype.
+        custom_op_name: name of the op this is for, where that op needs no observer.
+        compute_dtype: deprecated spelling of `is_dynamic`.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+        qscheme: quantization scheme; per tensor, affine by default.
+        eps: smallest scale.
+        is_dynamic: whether the range is to be measured anew at each call of the final model.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        custom_op_name: str = "",
+        compute_dtype: torch.dtype | None = None,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        qscheme: torch.qscheme | None = None,
+        eps: float | None = None,
+        is_dynamic: bool = False,
+    ) -> None:
+        if compute_dtype is not None:
+            warnings.warn("compute_dtype is deprecated: give is_dynamic=True", stacklevel=2)
+        super().__init__(dtype=dtype, is_dynamic=is_dynamic or compute_dtype is not None)
+        self.qscheme = torch.per_tensor_affine if qscheme is None else qscheme
+        self.quant_min = quant_min
+        self.quant_max = quant_max
+        self.eps = _EPS if eps is None else eps
+        self.custom_op = custom_op_name
+
+    def extra_repr(self) -> str:
+        return f"dtype={self.dtype}, is_dynamic={self.is_dynamic}"
+
+
+class RecordingObserver(_UnobservingObserver):
+    """Keeps a copy of every tensor it sees, in `tensor_val`; for debugging.
+
+    Args:
+        dtype: quantized dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.quint8) -> None:
+        super().__init__(dtype=dtype)
+        self.tensor_val: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Detached: a record must not keep the graphs of all steps alive.
+        self.tensor_val.append(x.detach().clone())
+        return x
+
+    def get_tensor_value(self) -> list[Tensor]:
+        """The recorded tensors, oldest first."""
+        return self.tensor_val
+
+
+class NoopObserver(_UnobservingObserver):
+    """Observes nothing; carries a dtype to the module that will be quantized.
+
+    Args:
+        dtype: quantized dtype.
+        custom_op_name: name of the op this is for, where that op needs no observer.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float16, custom_op_name: str = "") -> None:
+        super().__init__(dtype=dtype)
+        self.custom_op = custom_op_name
+
+
+class ReuseInputObserver(_UnobservingObserver):
+    """Marks an op whose output is to share its input's observer, as a reshape's; FX only."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.quint8)
+
+
+# --------------------------------------------------------------------------------------------
+# Which modules observe, and their state
+
+
+def _script_type(mod: object) -> str:
+    """The dotted name of a scripted module's type; empty for other modules."""
+    if not isinstance(mod, torch.jit.ScriptModule):
+        return ""
+    return re.sub(r"\.___torch_mangle_\d+", "", mod._c.qualified_name)
+
+
+def _is_observer_script_module(mod: object, obs_type_name: str) -> bool:
+    """Whether `mod` is a scripted observer of this (dotted) type."""
+    return obs_type_name in _script_type(mod)
+
+
+def _is_activation_post_process(module: object) -> bool:
+    """Whether `module` is an observer or fake-quantizer, fastquant's or torch.ao's."""
+    from .fake_quantize import FakeQuantizeBase
+
+    # torch.ao's observers and fake-quantizers are virtual subclasses of ours.
+    return isinstance(
+        module, (ObserverBase, FakeQuantizeBase, AffineQuantizedObserverBase)
+    ) or _is_observer_script_module(module, "quantization.observer")
+
+
+def _is_per_channel_script_obs_instance(module: object) -> bool:
+    """Whether `module` is a scripted per-channel min/max observer."""
+    return any(
+        _is_observer_script_module(module, f"quantization.observer.{name}")
+        for name in ("PerChannelMinMaxObserver", "MovingAveragePerChannelMinMaxObserver")
+    )
+
+
+def _names_observer(mod: nn.Module) -> str:
+    """What is in the name of every entry of `mod.state_dict()` that belongs to an observer."""
+    scripted = isinstance(mod, torch.jit.ScriptModule)
+    return "observer" if scripted else "activation_post_process"
+
+
+def get_observer_state_dict(mod: nn.Module) -> OrderedDict[str, Any]:
+    """The entries of `mod.state_dict()` that belong to observers."""
+    part = _names_observer(mod)
+    state = mod.state_dict()
+    result = OrderedDict((key, value) for key, value in state.items() if part in key)
+    result._metadata = state._metadata  # type: ignore[attr-defined]
+    return result
+
+
+def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> None:
+    """Load what :func:`get_observer_state_dict` returned into the observers of `mod`.
+
+    Observers of which `obs_dict` has no entry keep their state; `obs_dict` is not changed.
+
+    Raises:
+        RuntimeError: some entries of an observer are missing, or do not fit it.
+    """
+    state = dict(obs_dict)
+    metadata = getattr(obs_dict, "_metadata", {})
+    missing: list[str] = []
+    errors: list[str] = []
+    for name, module in mod.named_modules():
+        prefix = f"{name}." if name else ""
+        if not (
+            _is_activation_post_process(module) and any(key.startswith(prefix) for key in state)
+        ):
+            continue
+        scripted = _is_per_channel_script_obs_instance(module)
+        load = module._load_from_state_dict_script if scripted else module._load_from_state_dict
+        cast(Any, load)(state, prefix, metadata.get(name, {}), True, missing, [], errors)
+    part = _names_observer(mod)
+    missing = sorted({key for key in missing if part in key})
+    if missing:
+        errors.append(f"missing keys: {', '.join(missing)}")
+    if errors:
+        raise RuntimeError("cannot load the state of the observers: " + "; ".join(errors))
+
+
+# --------------------------------------------------------------------------------------------
+# Defaults
+
+default_observer = MinMaxObserver.with_args(quant_min=0, quant_max=127)
+"""Activations in 7 bits, min/max; for static quantization while debugging."""
+
+default_placeholder_observer = PlaceholderObserver
+"""For quantization to float16."""
+
+default_debug_observer = RecordingObserver
+"""Keeps every tensor."""
+
+default_weight_observer = MinMaxObserver.with_args(
+    dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
+)
+"""Weights in int8, symmetric."""
+
+weight_observer_range_neg_127_to_127 = MinMaxObserver.with_args(
+    dtype=torch.qint8,
+    qscheme=torch.per_tensor_symmetric,
+    quant_min=-127,
+    quant_max=127,
+    eps=2**-12,
+)
+"""Weights in int8, symmetric, without -128."""
+
+default_histogram_observer = HistogramObserver.with_args(quant_min=0, quant_max=127)
+"""Activations in 7 bits, by histogram; for static quantization."""
+
+default_per_channel_weight_observer = PerChannelMinMaxObserver.with_args(
+    dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+)
+"""Weights in int8, symmetric, per channel."""
+
+per_channel_weight_observer_range_neg_127_to_127 = PerChannelMinMaxObserver.with_args(
+    dtype=torch.qint8,
+    qscheme=torch.per_channel_symmetric,
+    quant_min=-127,
+    quant_max=127,
+    eps=2**-12,
+)
+"""Weights in int8, symmetric, per channel, without -128."""
+
+default_dynamic_quant_observer = PlaceholderObserver.with_args(
+    dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True
+)
+"""Activations of dynamically quantized modules."""
+
+default_float_qparams_observer = PerChannelMinMaxObserver.with_args(
+    dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams, ch_axis=0
+)
+"""Embedding weights in 8 bits, with float zero points."""
+
+default_float_qparams_observer_4bit = PerChannelMinMaxObserver.with_args(
+    dtype=torch.quint4x2, qscheme=torch.per_channel_affine_float_qparams, ch_axis=0
+)
+"""Embedding weights in 4 bits, with float zero points."""
+
+default_fixed_qparams_range_neg1to1_observer = FixedQParamsObserver.with_args(
+    scale=2.0 / 256.0, zero_point=128, dtype=torch.quint8, quant_min=0, quant_max=255
+)
+"""Outputs known to lie in [-1, 1], as of tanh."""
+
+default_fixed_qparams_range_0to1_observer = FixedQParamsObserver.with_args(
+    scale=1.0 / 256.0, zero_point=0, dtype=torch.quint8, quant_min=0, quant_max=255
+)
+"""Outputs known to lie in [0, 1], as of a sigmoid."""
+
+# Older names of the same.
+default_symmetric_fixed_qparams_observer = default_fixed_qparams_range_neg1to1_observer
+default_affine_fixed_qparams_observer = default_fixed_qparams_range_0to1_observer
+
+default_reuse_input_observer = ReuseInputObserver
+"""For ops like reshape, whose output has the input's values."""

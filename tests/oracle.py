@@ -1,0 +1,135 @@
+"""For tests that run fastquant's observers and fake-quantizers beside torch.ao's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from strategies import LAYOUTS, RANGES, random_values, seeds
+
+PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
+PER_CHANNEL = (
+    torch.per_channel_affine,
+    torch.per_channel_symmetric,
+    torch.per_channel_affine_float_qparams,
+)
+DTYPES = (
+    torch.qint8,
+    torch.quint8,
+    torch.quint4x2,
+    torch.qint32,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.uint16,
+    torch.float8_e5m2,
+    torch.float8_e4m3fn,
+)
+QUANT_RANGES = ((None, None), (0, 127), (-127, 127), (-8, 7), (0, 15), (-100, 27))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch.ao's warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@st.composite
+def observed(
+    draw: st.DrawFn,
+    *,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+    ch_axis: int | None = None,
+    max_size: int = 4,
+) -> list[Tensor]:
+    """What an observer sees: tensors of different shape, layout and range, of as many channels."""
+    channels = draw(st.integers(1, 7))
+    tensors = []
+    for _ in range(draw(st.integers(1, max_size))):
+        min_size = 0 if ch_axis is None else 2
+        shape = draw(st.lists(st.integers(1, 7), min_size=min_size, max_size=4))
+        if ch_axis is not None:
+            shape[ch_axis] = channels
+        seed = draw(seeds)
+        kind = draw(st.sampled_from(tuple(RANGES)))
+        x = random_values(shape, draw(st.sampled_from(dtypes)), seed, kind)
+        tensors.append(LAYOUTS[draw(st.sampled_from(tuple(LAYOUTS)))](x, seed))
+    return tensors
+
+
+@st.composite
+def configs(draw: st.DrawFn, qschemes: tuple[torch.qscheme, ...]) -> dict[str, Any]:
+    """Arguments that the range observers have in common; not every combination is legal."""
+    quant_min, quant_max = draw(st.sampled_from(QUANT_RANGES))
+    return {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "qscheme": draw(st.sampled_from(qschemes)),
+        "reduce_range": draw(st.booleans()),
+        "quant_min": quant_min,
+        "quant_max": quant_max,
+        "eps": draw(st.sampled_from((torch.finfo(torch.float32).eps, 2**-12))),
+    }
+
+
+def make_both(ours: Callable[..., Any], theirs: Callable[..., Any], **config: Any) -> Any:
+    """(ours, torch.ao's), or None where both refuse the configuration."""
+    with quiet():
+        try:
+            expected = theirs(**config)
+        except Exception:
+            expected = None
+    try:
+        actual = ours(**config)
+    except (ValueError, NotImplementedError):
+        assert expected is None, f"torch.ao accepts {config}"
+        return None
+    assert expected is not None, f"torch.ao refuses {config}"
+    return actual, expected
+
+
+def rounded_past(theirs: Any) -> bool:
+    """Whether torch.ao's moving averages of one value have rounded past each other.
+
+    Its `calculate_qparams` raises then.
+    """
+    return "Moving" in type(theirs).__name__ and bool((theirs.min_val > theirs.max_val).any())
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Same dtype, shape and values, bit for bit up to the sign of zero."""
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
+    """The same state_dict: names, their order, and tensors."""
+    mine, theirs = actual.state_dict(), expected.state_dict()
+    assert list(mine) == list(theirs)
+    for name, value in theirs.items():
+        assert_same(mine[name], value, name)
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """Every buffer and parameter, also those that are not saved."""
+    return {
+        name: t.detach().clone()
+        for tensors in (module.named_parameters(), module.named_buffers())
+        for name, t in tensors
+    }
+
+
+def assert_unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
+    after = snapshot(module)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert_same(after[name], value, name)

@@ -1,0 +1,369 @@
+"""The state of observers and fake-quantizers: saved, loaded, copied and moved, as torch.ao's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.quantization.fake_quantize as torch_fake_quantize
+import torch.ao.quantization.observer as torch_observer
+from torch import Tensor, nn
+
+from fastquant import fake_quantize, observer
+from fastquant.observer import get_observer_state_dict, load_observer_state_dict
+from oracle import assert_same, assert_same_state, assert_unchanged, quiet, snapshot
+
+OBSERVERS = (
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "PerChannelMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
+    "HistogramObserver",
+    "default_fixed_qparams_range_0to1_observer",
+    "weight_observer_range_neg_127_to_127",
+    "per_channel_weight_observer_range_neg_127_to_127",
+)
+FAKE_QUANTS = tuple(n for n in torch_fake_quantize.__all__ if n.startswith(("default", "fused")))
+NAMES = (*OBSERVERS, *FAKE_QUANTS, "learnable")
+
+
+def ours(name: str) -> Any:
+    if name == "learnable":
+        return fake_quantize.LearnableFakeQuantize(observer.MovingAverageMinMaxObserver)
+    return getattr(fake_quantize if name in FAKE_QUANTS else observer, name)()
+
+
+def theirs(name: str) -> Any:
+    with quiet():
+        if name == "learnable":
+            from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+
+            return _LearnableFakeQuantize(torch_observer.MovingAverageMinMaxObserver)
+        module = torch_fake_quantize if name in FAKE_QUANTS else torch_observer
+        return getattr(module, name)()
+
+
+def calibrate(module: nn.Module, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with quiet():
+        for i in range(2):
+            module(torch.randn(5, 4, generator=generator) * (i + 1) + 0.5)
+    return module
+
+
+def saved(module: nn.Module) -> Any:
+    """The state as a checkpoint file gives it back."""
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def assert_goes_on_like(actual: nn.Module, expected: nn.Module) -> None:
+    """Same state now, and after more tensors."""
+    assert_same_state(actual, expected)
+    for seed in (7, 8):
+        calibrate(actual, seed)
+        calibrate(expected, seed)
+    assert_same_state(actual, expected)
+
+
+both_ways = pytest.mark.parametrize(
+    ("source", "target"), [(ours, theirs), (theirs, ours), (ours, ours)], ids=("out", "in", "own")
+)
+
+
+# ---------------------------------------------------------------------------------- state_dict
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("onto_calibrated", [False, True])
+@both_ways
+def test_checkpoints_load_both_ways(
+    source: Callable[[str], Any],
+    target: Callable[[str], Any],
+    name: str,
+    calibrated: bool,
+    onto_calibrated: bool,
+) -> None:
+    written, read = source(name), target(name)
+    if calibrated:
+        calibrate(written)
+    if onto_calibrated:
+        calibrate(read, seed=1)
+    read.load_state_dict(saved(written), strict=True)
+    assert_same_state(read, written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_module_goes_on_where_the_saved_one_was(name: str) -> None:
+    written = calibrate(ours(name))
+    read = ours(name)
+    read.load_state_dict(saved(written), strict=True)
+    assert_goes_on_like(read, written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_that_read_torchs_checkpoint_goes_on_as_torchs(name: str) -> None:
+    if "fused" in name:
+        pytest.skip("torch's fused op has qparams of its own")
+    written = calibrate(theirs(name))
+    read = ours(name)
+    read.load_state_dict(saved(written), strict=True)
+    assert_goes_on_like(read, written)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_lists_what_torchs_lists(name: str) -> None:
+    for prepare in (lambda module: module, calibrate):
+        mine, expected = prepare(ours(name)).state_dict(), prepare(theirs(name)).state_dict()
+        assert list(mine) == list(expected)
+        for key, value in expected.items():
+            assert (mine[key].shape, mine[key].dtype) == (value.shape, value.dtype)
+        assert {k: v["version"] for k, v in mine._metadata.items()} == {
+            k: v["version"] for k, v in expected._metadata.items()
+        }
+
+
+def test_the_count_of_non_finite_values_is_not_saved() -> None:
+    module = observer.MinMaxObserver()
+    module(torch.tensor([1.0, float("nan")]))
+    assert int(module.nonfinite_count) == 1
+    assert "nonfinite_count" not in module.state_dict()
+
+
+@pytest.mark.parametrize("name", ["PerChannelMinMaxObserver", "MinMaxObserver"])
+def test_what_is_missing_or_unexpected_is_reported(name: str) -> None:
+    state = calibrate(ours(name)).state_dict()
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"extra"'):
+        ours(name).load_state_dict({**state, "extra": torch.ones(1)})
+    del state["max_val"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"max_val"'):
+        ours(name).load_state_dict(state)
+
+
+def test_a_histogram_of_another_size_does_not_load() -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for histogram"):
+        observer.HistogramObserver(bins=8).load_state_dict(
+            observer.HistogramObserver(bins=16).state_dict()
+        )
+
+
+# ------------------------------------------------------------------------------- older versions
+
+
+def with_version(state: dict[str, Tensor], version: int | None) -> OrderedDict[str, Tensor]:
+    """The state as that version of the class would have written it."""
+    old = OrderedDict(state)
+    metadata: Any = OrderedDict({"": {} if version is None else {"version": version}})
+    old._metadata = metadata  # type: ignore[attr-defined]
+    return old
+
+
+@pytest.mark.parametrize("name", OBSERVERS[:5])
+@pytest.mark.parametrize("version", [None, 1])
+def test_states_without_eps_load(name: str, version: int | None) -> None:
+    written = calibrate(ours(name))
+    state = written.state_dict()
+    del state["eps"]
+    if "PerChannel" in name and version == 1:
+        for end in ("min", "max"):
+            state[f"{end}_vals"] = state.pop(f"{end}_val")
+    read = ours(name)
+    read.load_state_dict(with_version(state, version))
+    assert_goes_on_like(read, written)
+
+
+@pytest.mark.parametrize("name", OBSERVERS[2:4])
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_per_channel_states_by_their_old_names_load(name: str, version: int | None) -> None:
+    written = calibrate(ours(name))
+    state = written.state_dict()
+    old = {(f"{key}s" if key.endswith("_val") else key): value for key, value in state.items()}
+    assert "min_vals" in old
+    read = ours(name)
+    read.load_state_dict(with_version(old, version))
+    assert_goes_on_like(read, written)
+
+
+@pytest.mark.parametrize("name", ["HistogramObserver", "MinMaxObserver"])
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_unobserved_ranges_of_old_states_load(name: str, version: int | None) -> None:
+    state = ours(name).state_dict()
+    for key in ("min_val", "max_val"):
+        state[key] = torch.tensor([])
+    read = calibrate(ours(name))
+    read.load_state_dict(with_version(state, version))
+    assert_same(read.min_val, torch.tensor(float("inf")))
+    assert_same(read.max_val, torch.tensor(float("-inf")))
+
+
+def test_old_histograms_load_as_in_torch() -> None:
+    state = calibrate(ours("HistogramObserver")).state_dict()
+    mine, expected = ours("HistogramObserver"), theirs("HistogramObserver")
+    for module in (mine, expected):
+        module.load_state_dict(with_version(state, 2))
+    assert_same_state(mine, expected)
+
+
+def test_reading_changes_no_checkpoint() -> None:
+    state = with_version(calibrate(ours("PerChannelMinMaxObserver")).state_dict(), 1)
+    state["min_vals"] = state.pop("min_val")
+    before = dict(state)
+    ours("PerChannelMinMaxObserver").load_state_dict(state)
+    assert state == before
+
+
+# -------------------------------------------------------------------- copies, pickles, dtypes
+
+
+def pickled(module: Any) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved_whole(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved_whole])
+def test_a_duplicate_is_whole_and_its_own(
+    name: str, calibrated: bool, duplicate: Callable[[Any], Any]
+) -> None:
+    original = ours(name)
+    if calibrated:
+        calibrate(original)
+    before = snapshot(original)
+    copied = duplicate(original)
+    assert_unchanged(copied, before)
+    calibrate(copied, seed=3)
+    assert_unchanged(original, before)
+    assert_goes_on_like(duplicate(original), original)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_modules_convert_to_other_dtypes(name: str, dtype: torch.dtype, when: str) -> None:
+    module = ours(name)
+    if when == "before":
+        module.to(dtype)
+    calibrate(module)
+    module.to(dtype)
+    reference = calibrate(ours(name))
+    tolerance = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    for key, value in module.state_dict().items():
+        expected = reference.state_dict()[key]
+        if expected.is_floating_point():
+            assert value.dtype == dtype
+            # A value near the edge of a bin may go next door: compare the total count.
+            total = Tensor.sum if key.endswith("histogram") else Tensor.clone
+            torch.testing.assert_close(
+                total(value.float()), total(expected), rtol=tolerance, atol=tolerance
+            )
+        elif not key.endswith("zero_point"):
+            assert_same(value, expected, key)
+    x = torch.randn(5, 4).to(dtype)
+    with quiet():
+        assert module(x).dtype == dtype
+    with quiet():
+        scale, _ = module.calculate_qparams()
+    assert bool((scale > 0).all())
+
+
+def test_fixed_qparams_stay_shared_in_a_copy() -> None:
+    copied = copy.deepcopy(ours("default_fixed_qparams_range_0to1_fake_quant"))
+    assert copied.scale is copied.activation_post_process.scale
+
+
+# ------------------------------------------------------------------- states of observers alone
+
+
+class Model(nn.Module):
+    """Two layers with an observer and a fake-quantizer each, as prepare leaves them."""
+
+    def __init__(self, library: Callable[[str], Any]) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.first.activation_post_process = library("HistogramObserver")
+        self.second = nn.Linear(4, 4)
+        self.second.activation_post_process = library("default_fake_quant")
+        self.second.weight_fake_quant = library("default_per_channel_weight_fake_quant")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first.activation_post_process(self.first(x))
+        self.second.weight_fake_quant(self.second.weight)
+        return self.second.activation_post_process(self.second(x))
+
+
+@both_ways
+def test_observer_states_move_between_models(
+    source: Callable[[str], Any], target: Callable[[str], Any]
+) -> None:
+    written, read = calibrate(Model(source)), Model(target)
+    linear = read.first.weight.detach().clone()
+    state = get_observer_state_dict(written)
+    expected = torch_observer.get_observer_state_dict(written)
+    assert state.keys() == expected.keys()
+    assert state._metadata == expected._metadata  # type: ignore[attr-defined]
+    before = dict(state)
+    load_observer_state_dict(read, state)
+    assert dict(state) == before
+    for name in ("first", "second"):
+        assert_same_state(
+            getattr(read, name).activation_post_process,
+            getattr(written, name).activation_post_process,
+        )
+    assert_same(read.first.weight, linear)
+
+
+def test_torchs_functions_take_our_observers() -> None:
+    written, read = calibrate(Model(ours)), Model(ours)
+    with quiet():
+        torch_observer.load_observer_state_dict(
+            read, torch_observer.get_observer_state_dict(written)
+        )
+    assert_same_state(read.second.activation_post_process, written.second.activation_post_process)
+
+
+def test_an_eps_of_ones_own_survives() -> None:
+    """torch.ao's load_observer_state_dict puts the default in its place."""
+
+    def model() -> nn.Sequential:
+        result = nn.Sequential(nn.Linear(4, 4))
+        result[0].activation_post_process = observer.MinMaxObserver(eps=2**-12)
+        return result
+
+    written, read = model(), model()
+    load_observer_state_dict(read, get_observer_state_dict(written))
+    assert float(read[0].activation_post_process.eps) == 2**-12  # type: ignore[union-attr, arg-type]
+
+
+def test_an_observers_state_must_be_whole_and_fit() -> None:
+    state = get_observer_state_dict(calibrate(Model(ours)))
+    partial = OrderedDict(state)
+    del partial["first.activation_post_process.histogram"]
+    with pytest.raises(RuntimeError, match=r"missing.*first\.activation_post_process\.histogram"):
+        load_observer_state_dict(Model(ours), partial)
+    wrong = OrderedDict(state)
+    wrong["first.activation_post_process.histogram"] = torch.ones(3)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_observer_state_dict(Model(ours), wrong)
+
+
+def test_observers_without_an_entry_keep_their_state() -> None:
+    read = calibrate(Model(ours))
+    before = snapshot(read)
+    load_observer_state_dict(read, OrderedDict())
+    assert_unchanged(read, before)
