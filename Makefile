@@ -5,34 +5,51 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 # Compiler warnings are errors: OFF, or ON as in continuous integration.
 WERROR ?= OFF
+# Sanitizers that the kernels' own test is built with, as in make native-test SANITIZE=address,undefined.
+SANITIZE ?=
 # More arguments for pytest, as in make test PYTEST_ARGS="-k histogram".
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
-NATIVE := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+NATIVE = $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp)
 # Built against the torch of $(VENV): with isolation pip would download another one to build with.
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation \
 	--config-settings=cmake.define.FASTQUANT_WERROR=$(WERROR) --editable
 
+# For builds without pip; cmake and ninja may have come with it.
+export PATH := $(abspath $(BIN)):$(PATH)
+CMAKE_OPTIONS = -S . -G Ninja -DFASTQUANT_WERROR=$(WERROR) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
+
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format audit bench wheel cuda-compile clean
+.PHONY: help demo test native-test lint format audit bench bench-table wheel cuda-compile clean
 
 help:
-	@echo "make demo     a small CNN on real data, float to int8, beside torch.ao"
-	@echo "make test     the whole test suite"
-	@echo "make lint     formatting, lint and types; make format mends the formatting"
-	@echo "make audit    stable ABI, symbols of the built library"
-	@echo "make bench    measure against torch.ao"
-	@echo "make wheel    build a wheel into dist/"
-	@echo "make clean    remove what was built; $(VENV) stays"
+	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
+	@echo "make test         the whole test suite"
+	@echo "make native-test  the kernels alone, without torch and Python"
+	@echo "make lint         formatting, lint and types; make format mends the formatting"
+	@echo "make audit        stable ABI, symbols of the built library"
+	@echo "make bench        measure against torch.ao; make bench-table updates the README"
+	@echo "make wheel        build a wheel into dist/"
+	@echo "make clean        remove what was built; $(VENV) stays"
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
+# One thread for each of two processes: more of them would wait for each other. Tests of threading
+# ask for their own.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+native-test: $(VENV)/.installed
+	cmake -B $(NATIVE_BUILD) $(CMAKE_OPTIONS) \
+		-DFASTQUANT_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		$(if $(SANITIZE),-DCMAKE_CXX_FLAGS="-fsanitize=$(SANITIZE) -fno-sanitize-recover=all")
+	cmake --build $(NATIVE_BUILD) --target kernels_test statistics_test
+	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -49,7 +66,10 @@ audit: $(VENV)/.dev
 	$(BIN)/python tools/audit.py
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m fastquant.bench
+	$(BIN)/python benchmarks/run_all.py
+
+bench-table: $(VENV)/.installed
+	$(BIN)/python benchmarks/readme_table.py
 
 wheel: $(VENV)/.installed
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
@@ -59,8 +79,7 @@ wheel: $(VENV)/.installed
 cuda-compile: $(VENV)/.installed
 	@if [ ! -d csrc/cuda ]; then echo "cuda-compile: no CUDA sources"; \
 	elif ! command -v nvcc >/dev/null; then echo "cuda-compile: skipped, no nvcc"; \
-	else cmake -S . -B build/cuda -G Ninja -DFASTQUANT_CUDA=ON -DFASTQUANT_WERROR=$(WERROR) \
-		-DPython_EXECUTABLE=$(abspath $(BIN)/python) && cmake --build build/cuda; fi
+	else cmake -B build/cuda $(CMAKE_OPTIONS) -DFASTQUANT_CUDA=ON && cmake --build build/cuda; fi
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -37,9 +37,9 @@ TOLERANCE = 1.0  # points of accuracy that static and QAT int8 may lose against 
 class Settings:
     """How long to train and how often to time."""
 
-    epochs: int = 30
-    qat_epochs: int = 6
-    rounds: int = 15
+    epochs: int = 20
+    qat_epochs: int = 4
+    rounds: int = 9
     batch: int = 64
 
 

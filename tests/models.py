@@ -1,4 +1,4 @@
-"""Small models that exercise every path of prepare and convert, and a loader for torchvision's.
+"""Small models that exercise every path of prepare and convert, and torchvision's.
 
 Each builder takes the namespace that stubs come from, `fastquant` or `torch.ao.quantization`.
 """
@@ -6,7 +6,8 @@ Each builder takes the namespace that stubs come from, `fastquant` or `torch.ao.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,56 @@ import torch
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+
+@contextmanager
+def oracle() -> Iterator[None]:
+    """Around calls of torch.ao: what it says about itself is not what is tested."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def tree(model: nn.Module) -> dict[str, str]:
+    """The class of each submodule, by its path."""
+    return {path: type(module).__name__ for path, module in model.named_modules()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_quantized:
+        per_channel = value.qscheme() in (
+            torch.per_channel_affine,
+            torch.per_channel_affine_float_qparams,
+        )
+        qparams = (
+            (value.q_per_channel_scales(), value.q_per_channel_zero_points())
+            if per_channel
+            else (torch.tensor(value.q_scale()), torch.tensor(value.q_zero_point()))
+        )
+        return (value.dequantize(), *qparams)
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(item) for item in value)
+    # Packed weights show nothing; outputs must tell.
+    return str(value) if isinstance(value, torch.ScriptObject) else value
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Assert that two states, outputs or parts of them are equal in every bit."""
+    a, b = _plain(a), _plain(b)
+    if isinstance(a, Tensor):
+        assert isinstance(b, Tensor), where
+        assert a.dtype == b.dtype, where
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m: where + m)
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}{key}: ")
+    elif isinstance(a, tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}] ")
+    else:
+        assert a == b, where
 
 
 class Stubbed(nn.Module):
@@ -196,6 +247,8 @@ class Case:
     has_reference: bool = True
     # Transposed convolutions take no per-channel weights.
     per_tensor_only: bool = False
+    # It has a batch norm without quantized counterpart, so it must be fused away.
+    must_fuse: bool = False
     fusable: tuple[list[str], ...] = field(default=())
 
     def inputs(self, seed: int) -> tuple[Tensor, ...]:
@@ -229,6 +282,7 @@ STATIC_CASES = {
     ),
     "linear_bn": Case(
         lambda ns: Stubbed(ns, nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))),
+        must_fuse=True,
         fusable=(["body.0", "body.1"],),
     ),
     "bn_relu": Case(
@@ -241,6 +295,7 @@ STATIC_CASES = {
     "conv1d": Case(
         lambda ns: Stubbed(ns, nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU())),
         (2, 3, 9),
+        must_fuse=True,
         fusable=(["body.0", "body.1", "body.2"],),
     ),
     "conv3d": Case(
@@ -256,6 +311,9 @@ STATIC_CASES = {
         fusable=(["body.0", "body.1"],),
     ),
     "nested": Case(lambda ns: Stubbed(ns, Nested())),
+    "parametrized": Case(
+        lambda ns: Stubbed(ns, _parametrized()), trains=False, has_reference=False
+    ),
     "activations": Case(lambda ns: Stubbed(ns, _activations()), has_reference=False),
     "norms": Case(lambda ns: Stubbed(ns, Norms()), (2, 3, 5, 5), trains=False, has_reference=False),
     "wrapped": Case(lambda ns: nn.Sequential(ns.QuantWrapper(nn.Linear(6, 4)), nn.ReLU())),

@@ -97,3 +97,9 @@ def test_make_targets_in_the_documents_exist(document: str) -> None:
     )
     assert named
     assert named <= targets
+
+
+def test_modules_run_in_the_readme_exist() -> None:
+    named = re.findall(r"python -m ([\w.]+)", README)
+    assert named
+    assert all(importlib.util.find_spec(module) for module in named)

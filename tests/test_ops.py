@@ -310,19 +310,26 @@ def a_histogram(seed: int, bins: int, kind: str) -> tuple[Tensor, Tensor, Tensor
 
 
 searches = pytest.mark.parametrize(
-    ("bins", "levels"), [(2048, 256), (2048, 128), (128, 16), (64, 256), (2048, 4)]
+    ("bins", "levels"), [(2048, 256), (2048, 128), (128, 16), (64, 256), (500, 4)]
 )
+spread = pytest.mark.parametrize("kind", sorted(RANGES.keys() - {"constant", "zero"}))
 
 
 @searches
-@pytest.mark.parametrize("kind", RANGES)
+@spread
 def test_search_as_reference(kind: str, bins: int, levels: int) -> None:
-    for seed in range(3):
-        assert_as_reference("search_histogram_range", *a_histogram(seed, bins, kind), levels)
+    assert_as_reference("search_histogram_range", *a_histogram(bins, bins, kind), levels)
+
+
+@pytest.mark.parametrize("kind", ["constant", "zero"])
+def test_search_for_one_value_finds_it(kind: str) -> None:
+    histogram, low, high = a_histogram(0, 64, kind)
+    assert_as_reference("search_histogram_range", histogram, low, high, 16)
+    assert_equal(_ops.search_histogram_range(histogram, low, high, 16), (low, high))
 
 
 @searches
-@pytest.mark.parametrize("kind", RANGES)
+@spread
 def test_search_as_torch_ao(kind: str, bins: int, levels: int) -> None:
     theirs = torch_observer.HistogramObserver(bins)
     theirs.dst_nbins = levels
@@ -492,10 +499,13 @@ def test_fake_quantize_as_torch(
     grad = torch.randn_like(expected)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
 
-    y = _ops.apply_fake_quantize(x, scale, zero_point, axis, *quant_range)
-    assert_equal(y.detach(), expected.detach())
-    (got,) = torch.autograd.grad(y, x, grad)
-    torch.testing.assert_close(got, expected_grad, rtol=0, atol=0)
+    for y in (
+        _ops.apply_fake_quantize(x, scale, zero_point, axis, *quant_range),
+        _ops.fake_quantize_with_mask(x, scale, zero_point, None, axis, *quant_range)[0],
+    ):
+        assert_equal(y.detach(), expected.detach())
+        (got,) = torch.autograd.grad(y, x, grad)
+        torch.testing.assert_close(got, expected_grad, rtol=0, atol=0)
     with torch.no_grad():
         assert_equal(
             _ops.apply_fake_quantize(x, scale, zero_point, axis, *quant_range), expected.detach()
@@ -756,20 +766,24 @@ def test_learnable_as_torch(axis: int | None, quant_range: tuple[int, int]) -> N
     steps = torch.randint(2 * low - 50, 2 * high + 50, (4, 500)) + 0.8 * (torch.rand(4, 500) - 0.5)
     x = steps * scale.reshape((-1, 1) if axis == 0 else (1, -1))
     grad = random_values(x.shape, torch.float32, 1)
+    if axis is None:
+        theirs, where = torch._fake_quantize_learnable_per_tensor_affine, ()
+    else:
+        theirs, where = torch._fake_quantize_learnable_per_channel_affine, (axis,)
     results = []
-    for ours in (False, True):
+    for op, axes in (
+        (theirs, where),
+        (_ops.learnable_fake_quantize, (axis,)),
+        (_ops.apply_learnable_fake_quantize, (axis,)),
+    ):
         leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
-        if ours:
-            y = _ops.learnable_fake_quantize(*leaves, axis, low, high, 0.3)
-        elif axis is None:
-            y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, low, high, 0.3)
-        else:
-            y = torch._fake_quantize_learnable_per_channel_affine(*leaves, axis, low, high, 0.3)
+        y = op(*leaves, *axes, low, high, 0.3)
         results.append((y.detach(), torch.autograd.grad(y, leaves, grad)))
-    (expected, expected_grads), (y, grads) = results
-    assert_equal(y, expected)
-    assert_equal(grads[0], expected_grads[0])
-    torch.testing.assert_close(grads[1:], expected_grads[1:], rtol=1e-4, atol=1e-3)
+    expected, expected_grads = results[0]
+    for y, grads in results[1:]:
+        assert_equal(y, expected)
+        assert_equal(grads[0], expected_grads[0])
+        torch.testing.assert_close(grads[1:], expected_grads[1:], rtol=1e-4, atol=1e-3)
 
 
 def test_learnable_gradient_belongs_to_the_forward_pass() -> None:
@@ -777,7 +791,7 @@ def test_learnable_gradient_belongs_to_the_forward_pass() -> None:
     scale, zero_point = torch.tensor([0.5]), torch.tensor([-3.7])
     x = torch.linspace(-4, 4, 33)
     leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
-    y = _ops.learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
+    y = _ops.apply_learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
     dx, dscale, dzero_point = torch.autograd.grad(y.sum(), leaves)
     quantized = (x / 0.5).round() - 4
     inside = (quantized >= -8) & (quantized <= 7)
@@ -785,6 +799,15 @@ def test_learnable_gradient_belongs_to_the_forward_pass() -> None:
     error = torch.where(inside, (y.detach() - x) / 0.5, (y.detach() / 0.5))
     torch.testing.assert_close(dscale, error.sum().reshape(1))
     torch.testing.assert_close(dzero_point, -0.5 * (~inside).sum().reshape(1))
+
+
+def test_learnable_has_no_second_derivative() -> None:
+    leaves = [torch.randn(9), torch.tensor([0.1]), torch.tensor([0.0])]
+    leaves = [t.requires_grad_() for t in leaves]
+    y = _ops.apply_learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
+    (first,) = torch.autograd.grad((y**2).sum(), leaves[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("axis", [None, 1])
@@ -878,10 +901,10 @@ def test_every_instruction_set_gives_the_same_bytes(
             assert_same_bytes(name, outcome(name, args), expected)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("threads")
 def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
-    for name, args in samples(dtype, 200_020):
+    for name, args in samples(dtype, 140_020):
         torch.set_num_threads(1)
         expected = outcome(name, args)
         for threads in (2, 3):
@@ -890,9 +913,8 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
                 assert torch.equal(bytes_of(got), bytes_of(wanted)), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_tensors_as_reference(dtype: torch.dtype) -> None:
-    for name, args in samples(dtype, 200_020):
+def test_large_tensors_as_reference() -> None:
+    for name, args in samples(torch.float32, 140_020):
         if name not in ("learnable_fake_quantize_backward", "observe_histogram_"):
             assert_as_reference(name, *args)
 
@@ -1012,7 +1034,7 @@ def test_other_ops_compile_to_one_graph() -> None:
         _ops.observe_minmax_(x, low, high, counter(), None, None, IGNORE)
         new_scale, new_zero_point = _ops.choose_qparams(low, high, eps(), 0, 255, AFFINE, 0)
         y = _ops.apply_fake_quantize(x, new_scale, new_zero_point, None, 0, 255, flag(True))
-        return y + _ops.learnable_fake_quantize(x, scale, zero_point, None, 0, 15, 1.0)
+        return y + _ops.apply_learnable_fake_quantize(x, scale, zero_point, None, 0, 15, 1.0)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     outcomes = []

@@ -6,6 +6,7 @@ directly, and the two `apply_…` functions where gradients are involved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,19 @@ for _name, _op in _reference.OPS.items():
 # -------------------------------------------------------------------------------- fake kernels
 
 
+def _on_one_device(kernel: _Op) -> _Op:
+    """A fake kernel also runs where only some tensors are on the meta device: refuse that."""
+
+    @functools.wraps(kernel)
+    def fake(*args: Any) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
+        return kernel(*args)
+
+    return fake
+
+
 def _changes_in_place(*_: Any) -> None:
     return None
 
@@ -125,16 +139,12 @@ _FAKE_KERNELS: dict[str, _Op] = {
     "learnable_fake_quantize_backward": _empty_gradients,
 }
 for _name, _op in _FAKE_KERNELS.items():
-    torch.library.register_fake(f"fastquant::{_name}", _op)
+    torch.library.register_fake(f"fastquant::{_name}", _on_one_device(_op))
 
 # ------------------------------------------------------------------------------------- autograd
 
-
-def _with_strides(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """`grad` in the memory layout of the output whose mask it meets."""
-    if grad.stride() == stride:
-        return grad
-    return grad.new_empty_strided(grad.size(), stride).copy_(grad)
+# Each gradient is here twice. Registered with the op, compilers can trace it; but that way
+# through the dispatcher costs an eager call some 25 µs more than a Function of one's own.
 
 
 class _MaskGradient(torch.autograd.Function):
@@ -144,8 +154,7 @@ class _MaskGradient(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.stride = stride
-        result: Tensor = fake_quantize_backward(_with_strides(grad, stride), mask)
-        return result
+        return _masked(grad, mask, stride)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -155,14 +164,19 @@ class _MaskGradient(torch.autograd.Function):
 _mask_gradient: _Op = _MaskGradient.apply
 
 
+def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
+    # The mask has its bits in the order of the output's memory.
+    if grad.stride() != stride:
+        grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
+    result: Tensor = fake_quantize_backward(grad, mask)
+    return result
+
+
 def _straight_through(ctx: Any, grad: Tensor) -> Tensor:
+    """The straight-through estimate, https://arxiv.org/abs/1308.3432."""
     (mask,) = ctx.saved_tensors
-    # The straight-through estimate: https://arxiv.org/abs/1308.3432
-    result: Tensor
-    if grad.requires_grad and torch.is_grad_enabled():
-        result = _mask_gradient(grad, mask, ctx.stride)
-    else:
-        result = fake_quantize_backward(_with_strides(grad, ctx.stride), mask)
+    gradient = _mask_gradient if grad.requires_grad and torch.is_grad_enabled() else _masked
+    result: Tensor = gradient(grad, mask, ctx.stride)
     return result
 
 
@@ -174,11 +188,6 @@ def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 def _fake_quantize_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return _straight_through(ctx, grad), *(None,) * 6
-
-
-torch.library.register_autograd(
-    "fastquant::fake_quantize_with_mask", _fake_quantize_gradients, setup_context=_save_mask
-)
 
 
 def _save_learnable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -194,29 +203,54 @@ def _learnable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
+    "fastquant::fake_quantize_with_mask", _fake_quantize_gradients, setup_context=_save_mask
+)
+torch.library.register_autograd(
     "fastquant::learnable_fake_quantize", _learnable_gradients, setup_context=_save_learnable
 )
 
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
-class _FusedObserveFakeQuantize(torch.autograd.Function):
-    """An op that changes its arguments can have no registered autograd, so this has."""
+
+class _StraightThrough(torch.autograd.Function):
+    """What an op that returns a result and its mask makes of x, with the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
-        y: Tensor
-        y, mask = fused_observe_fake_quantize_with_mask(x, *settings)
+    def forward(ctx: Any, op: _Op, x: Tensor, *settings: Any) -> Tensor:
+        with _below_autograd():
+            y, mask = op(x, *settings)
         ctx.save_for_backward(mask)
         ctx.stride = y.stride()
-        return y
+        ctx.others = (None,) * len(settings)
+        result: Tensor = y
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _straight_through(ctx, grad), *(None,) * 15
+        return None, _straight_through(ctx, grad), *ctx.others
 
+
+class _Learnable(torch.autograd.Function):
+    """The op `learnable_fake_quantize` with the gradients of x, scale and zero point."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with _below_autograd():
+            y: Tensor = learnable_fake_quantize(*inputs)
+        _save_learnable(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor | None, ...] = _learnable_gradients(ctx, *grads)
+        return gradients
+
+
+_with_straight_through: _Op = _StraightThrough.apply
+_learnable_with_gradients: _Op = _Learnable.apply
 
 # ---------------------------------------------------------------- what modules' forwards call
 
-_fused_with_gradient: _Op = _FusedObserveFakeQuantize.apply
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -234,15 +268,20 @@ def apply_fake_quantize(
 
     Args as the op `fake_quantize`. Where `enabled` says no on the CPU, `x` itself comes back.
     """
-    if enabled is not None and not _is_compiling() and x.is_cpu:
+    compiling = _is_compiling()
+    # A flag that lies on another device is left to the op: to read it would be to wait for it.
+    if enabled is not None and not compiling and x.is_cpu:
         if not enabled.item():
             return x
         enabled = None
+    settings = (scale, zero_point, enabled, ch_axis, quant_min, quant_max)
     y: Tensor
-    if x.requires_grad and _is_grad_enabled():
-        y, _ = fake_quantize_with_mask(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)
+    if not (x.requires_grad and _is_grad_enabled()):
+        y = fake_quantize(x, *settings)
+    elif compiling:
+        y, _ = fake_quantize_with_mask(x, *settings)
     else:
-        y = fake_quantize(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)
+        y = _with_straight_through(fake_quantize_with_mask, x, *settings)
     return y
 
 
@@ -254,19 +293,36 @@ def apply_fused(
     Args as the op `fused_observe_fake_quantize`, all of them and in its order. Where
     `fake_quant_enabled` says no on the CPU, `x` itself comes back.
     """
-    needs_grad = x.requires_grad and _is_grad_enabled()
-    if _is_compiling():
-        if needs_grad:
-            # What a compiler traces is two ops that it understands, in place of a Function.
-            _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
-            observe_qparams_(x, observer_enabled, *settings)
-            return apply_fake_quantize(
-                x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
-            )
-    # A flag that lies on another device is left to the op: to read it would be to wait for it.
-    elif x.is_cpu and not fake_quant_enabled.item():
+    compiling = _is_compiling()
+    if not compiling and x.is_cpu and not fake_quant_enabled.item():
         observe_qparams_(x, observer_enabled, *settings)
         return x
-    op = _fused_with_gradient if needs_grad else fused_observe_fake_quantize
-    y: Tensor = op(x, observer_enabled, fake_quant_enabled, *settings)
+    y: Tensor
+    if not (x.requires_grad and _is_grad_enabled()):
+        y = fused_observe_fake_quantize(x, observer_enabled, fake_quant_enabled, *settings)
+    elif compiling:
+        # An op that changes its arguments can have no registered gradient.
+        observe_qparams_(x, observer_enabled, *settings)
+        _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
+        y = apply_fake_quantize(
+            x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
+        )
+    else:
+        op = fused_observe_fake_quantize_with_mask
+        y = _with_straight_through(op, x, observer_enabled, fake_quant_enabled, *settings)
+    return y
+
+
+def apply_learnable_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+) -> Tensor:
+    """Fake-quantize `x` with a scale and zero point that have gradients; args as the op's."""
+    op = learnable_fake_quantize if _is_compiling() else _learnable_with_gradients
+    y: Tensor = op(x, scale, zero_point, ch_axis, quant_min, quant_max, grad_factor)
     return y

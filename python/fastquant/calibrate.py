@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ._model_checks import _listing
 from .observer import _is_activation_post_process
 from .utils import _assert_and_get_unique_device
 
@@ -69,7 +70,6 @@ def calibrate(
         ValueError: no observers in ``model``, ``model`` on several devices or on meta,
             ``batches`` < 1, or no batch in ``data``.
     """
-    source = _checked_data(data)
     if batches is not None:
         if isinstance(batches, bool) or not isinstance(batches, int):
             raise TypeError(f"batches must be an int or None, got {type(batches).__name__}")
@@ -80,6 +80,7 @@ def calibrate(
             f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
         )
     device = _device_of_prepared(model)
+    source = _checked_data(data)
 
     run = forward or _run_batch
     known = length_hint(data, -1)
@@ -233,6 +234,6 @@ def _warn_of_nonfinite(before: Mapping[str, int], after: Mapping[str, int]) -> N
     if seen:
         warnings.warn(
             "NaN or infinite values met in calibration were left out of the statistics, by layer: "
-            + ", ".join(seen),
+            + _listing(seen),
             stacklevel=3,
         )

@@ -698,10 +698,9 @@ def learnable_fake_quantize(
         raise TypeError(f"zero_point must be a tensor, got {type(zero_point).__name__}")
     _check_floating("zero_point", zero_point.dtype)
     try:
-        y: Tensor = _ops.learnable_fake_quantize(
+        return _ops.apply_learnable_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, grad_factor
         )
     except _REFUSALS as refusal:
         buffers = {"scale": scale, "zero_point": zero_point}
         raise _explained(refusal, x, ch_axis, buffers) from None
-    return y

@@ -486,7 +486,7 @@ def _convert(
         module = copy.deepcopy(module)
     custom = _observed_to_quantized(convert_custom_config_dict)
     with _torch_ao.quiet():
-        _swap_children(module, "", mapping, custom, use_precomputed_fake_quant)
+        _swap_children(module, "", mapping, custom, use_precomputed_fake_quant, {})
     return module
 
 
@@ -504,18 +504,28 @@ def _observed_to_quantized(config: Mapping[str, Any] | None) -> Classes:
 
 
 def _swap_children(
-    module: nn.Module, path: str, mapping: Classes, custom: Classes, use_precomputed: bool
+    module: nn.Module,
+    path: str,
+    mapping: Classes,
+    custom: Classes,
+    use_precomputed: bool,
+    swapped: dict[nn.Module, nn.Module],
 ) -> None:
-    for name, child in list(module.named_children()):
-        child_path = f"{path}.{name}" if path else name
-        if not is_swapped_whole(child, custom):
-            _swap_children(child, child_path, mapping, custom, use_precomputed)
-        try:
-            module._modules[name] = _swap(child, mapping, custom, use_precomputed)
-        except QuantizationError:
-            raise
-        except AssertionError as error:
-            raise QuantizationError(f"cannot convert {child_path}: {error}") from error
+    """Swap what is below `module`; a module that is there twice stays one module."""
+    for name, child in list(module._modules.items()):
+        if child is None:
+            continue
+        if child not in swapped:
+            child_path = f"{path}.{name}" if path else name
+            if not is_swapped_whole(child, custom):
+                _swap_children(child, child_path, mapping, custom, use_precomputed, swapped)
+            try:
+                swapped[child] = _swap(child, mapping, custom, use_precomputed)
+            except QuantizationError:
+                raise
+            except AssertionError as error:
+                raise QuantizationError(f"cannot convert {child_path}: {error}") from error
+        module._modules[name] = swapped[child]
 
 
 def swap_module(
@@ -675,8 +685,13 @@ def quantize_dynamic(
     if not inplace:
         model = copy.deepcopy(model)
     model.eval()
-    propagate_qconfig_(model, qconfig_spec)
-    return convert(model, mapping, inplace=True)
+    with _torch_ao.quiet():
+        propagate_qconfig_(model, qconfig_spec)
+    warn_of_root(model, mapping, "quantize_dynamic")
+    check_prepared(model, mapping, _observed_to_quantized(None))
+    _convert(model, mapping, inplace=True)
+    _remove_qconfig(model)
+    return model
 
 
 def default_eval_fn(model: nn.Module, calib_data: Iterable[tuple[Any, Any]]) -> None:

@@ -1,0 +1,107 @@
+"""What do calibration, QAT and convert cost on whole models, beside the float model?
+
+torchvision's quantizable MobileNetV2 and ResNet-18, batch 8 at 224 x 224, the x86 qconfigs.
+Needs torchvision; `pip install --no-deps torchvision` is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.ao.quantization as torch_ao
+from torch import nn
+
+import fastquant
+from fastquant import bench
+from harness import OURS, THEIRS, Case, Suite, Target, at_least, at_most, main, normal, timed
+
+BATCH = (8, 3, 224, 224)
+# Each call takes long, and torch.ao's longer.
+MOST_ROUNDS = 7
+
+# Time beyond the float model's, as a fraction of it.
+TARGETS: dict[str, dict[str, Target | None]] = {
+    "mobilenet_v2": {"calibrate": at_most(0.30), "qat": at_most(0.25)},
+    "resnet18": {"calibrate": at_most(0.06), "qat": None},
+}
+WHAT = {"calibrate": "calibration forward", "qat": "QAT step"}
+
+
+def overheads(suite: Suite, name: str, mode: str, model: nn.Module) -> None:
+    """Prepared against float, fastquant's and torch.ao's, and the observers' share."""
+    rounds = min(suite.rounds, MOST_ROUNDS)
+    report = bench.run(model, normal(*BATCH), mode=mode, rounds=rounds, progress=False)
+    if not report.same_ranges:
+        raise SystemExit(f"{name}: {report.torch_ao_error or report.differences}")
+    add = suite.add_seconds
+    work, batch, seconds = f"{name}: {WHAT[mode]}", str(list(BATCH)), report.seconds
+    target = TARGETS[name][mode]
+    add(f"{work} over float", batch, seconds, lambda t: t[OURS] / t["float"] - 1, "more", target)
+    add(f"{work}, torch.ao's", batch, seconds, lambda t: t[THEIRS] / t["float"] - 1, "more")
+    total = {
+        side: [math.fsum(layer.seconds[side].median for layer in report.layers)]
+        for side in (OURS, THEIRS)
+    }
+    add(f"{work}, its observers alone", batch, total, lambda t: t[THEIRS] / t[OURS], "x")
+
+
+def qat_modules(suite: Suite, name: str, model: nn.Module) -> None:
+    """What the QAT step costs beyond float with all fake-quantizers off: torch's own modules."""
+    prepared: Any = bench.fused(model, "qat")
+    prepared.qconfig = fastquant.get_default_qat_qconfig("x86")
+    fastquant.prepare_qat(prepared, inplace=True)
+    prepared.apply(fastquant.disable_fake_quant)
+    prepared.apply(fastquant.disable_observer)
+    cases = {
+        key: Case(bench.Step(module.train(), normal(*BATCH), "qat"))
+        for key, module in (("float", model), (OURS, prepared))
+    }
+    seconds = timed(cases, min(suite.rounds, MOST_ROUNDS))
+    suite.add_seconds(
+        f"{name}: QAT step, fake-quantizers off",
+        str(list(BATCH)),
+        seconds,
+        lambda t: t[OURS] / t["float"] - 1,
+        "more",
+    )
+
+
+def convert(suite: Suite, name: str, model: nn.Module) -> None:
+    cases = {}
+    for side, ns in ((OURS, fastquant), (THEIRS, torch_ao)):
+        prepared = bench.fused(model.eval(), "calibrate")
+        prepared.qconfig = ns.get_default_qconfig("x86")
+        ns.prepare(prepared, inplace=True)
+        with torch.no_grad():
+            prepared(normal(1, *BATCH[1:]))
+        cases[side] = Case(converting(ns, prepared))
+    suite.add_seconds(
+        f"{name}: convert",
+        "x86 qconfig",
+        timed(cases, min(suite.rounds, MOST_ROUNDS)),
+        lambda t: t[THEIRS] / t[OURS],
+        "x",
+        at_least(3),
+    )
+
+
+def converting(ns: Any, prepared: nn.Module) -> Any:
+    return lambda: ns.convert(prepared)
+
+
+def measure(suite: Suite) -> None:
+    for name in TARGETS:
+        try:
+            model = bench.torchvision_model(name)
+        except ImportError as error:
+            raise SystemExit(f"models.py: {error}") from None
+        for mode in WHAT:
+            overheads(suite, name, mode, model)
+        qat_modules(suite, name, model)
+        convert(suite, name, model)
+
+
+if __name__ == "__main__":
+    main(measure)

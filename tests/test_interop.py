@@ -1,0 +1,382 @@
+"""fastquant and torch.ao.quantization in one program: mixed, patched, in FX graph mode."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.quantization as tq
+import torch.ao.quantization.quantize_fx as quantize_fx
+import torch.quantization
+from models import (
+    STATIC_CASES,
+    ConvNet,
+    Stubbed,
+    assert_same,
+    oracle,
+    torchvision_model,
+    tree,
+)
+from torch import Tensor, nn
+
+import fastquant as fq
+
+SHARED_CLASSES = [
+    name
+    for name in dir(fq)
+    if isinstance(getattr(fq, name), type)
+    and issubclass(getattr(fq, name), (fq.ObserverBase, fq.FakeQuantizeBase))
+    and hasattr(tq, name)
+]
+
+
+# ------------------------------------------------------------------------------- classes and hooks
+
+
+def test_classes_count_as_each_others_subclasses() -> None:
+    assert len(SHARED_CLASSES) > 10
+    for a, b in itertools.product(SHARED_CLASSES, SHARED_CLASSES):
+        expected = issubclass(getattr(tq, a), getattr(tq, b))
+        assert issubclass(getattr(fq, a), getattr(tq, b)) == expected, (a, b)
+        assert issubclass(getattr(tq, a), getattr(fq, b)) == expected, (a, b)
+
+
+@pytest.mark.parametrize("ns", [fq, tq])
+def test_a_users_observer_counts_on_both_sides(ns: ModuleType) -> None:
+    class Mine(ns.ObserverBase):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+        def calculate_qparams(self, **kwargs: Any) -> Any:
+            return torch.tensor([1.0]), torch.tensor([0])
+
+    mine = Mine(torch.quint8)
+    for other in (fq, tq):
+        assert isinstance(mine, other.ObserverBase)
+        assert not isinstance(mine, (other.MinMaxObserver, other.FakeQuantizeBase))
+
+
+def test_torchs_fake_quantizes_are_switched_like_ours() -> None:
+    for ns in (fq, tq):
+        model = nn.Sequential(ns.default_fused_act_fake_quant(), ns.default_fused_wt_fake_quant())
+        model.apply(fq.disable_observer)
+        model.apply(fq.disable_fake_quant)
+        assert not any(m.observer_enabled or m.fake_quant_enabled for m in model)
+        model.apply(tq.enable_observer)
+        model.apply(tq.enable_fake_quant)
+        assert all(m.observer_enabled and m.fake_quant_enabled for m in model)
+
+
+# ------------------------------------------------------------------------------------ mixed flows
+
+
+@pytest.mark.parametrize("name", ["conv_net", "residual", "lstm", "attention", "wrapped"])
+def test_any_mix_of_namespaces_gives_the_same_model(name: str) -> None:
+    case = STATIC_CASES[name]
+
+    def run(prepare: ModuleType, convert: ModuleType, config: ModuleType, stubs: ModuleType) -> Any:
+        model = case.make(stubs)
+        model.qconfig = config.default_per_channel_qconfig
+        with oracle():
+            model = prepare.prepare(model)
+            model(*case.inputs(0))
+            model = convert.convert(model)
+        return tree(model), model(*case.inputs(9))
+
+    expected_tree, expected = run(tq, tq, tq, tq)
+    for mix in itertools.product((tq, fq), repeat=4):
+        found_tree, found = run(*mix)
+        assert found_tree == expected_tree, mix
+        assert_same(found, expected, str([ns.__name__ for ns in mix]))
+
+
+@pytest.mark.parametrize("config", [tq, fq])
+def test_any_mix_of_namespaces_trains_the_same_model(config: ModuleType) -> None:
+    case = STATIC_CASES["conv_net"]
+
+    def run(prepare: ModuleType, convert: ModuleType, config: ModuleType) -> Tensor:
+        model = case.make(tq).train()
+        model.qconfig = config.get_default_qat_qconfig("x86", 0)
+        with oracle():
+            model = prepare.prepare_qat(model)
+            model(*case.inputs(0)).sum().backward()
+            assert model.body.conv1.weight.grad.abs().sum() > 0
+            model = convert.convert(model.eval())
+        return model(*case.inputs(9))
+
+    expected = run(tq, tq, tq)
+    for prepare, convert in itertools.product((tq, fq), repeat=2):
+        assert_same(run(prepare, convert, config), expected)
+
+
+def test_torchs_observers_stay_torchs() -> None:
+    model = Stubbed(tq, ConvNet()).eval()
+    model.qconfig = tq.default_qconfig
+    model = fq.prepare(model)
+    assert type(model.body.conv1.activation_post_process) is tq.MinMaxObserver
+    assert type(model.body.conv1.qconfig) is fq.QConfig
+
+
+@pytest.mark.parametrize("name", ["prepare", "convert"])
+def test_uncalibrated_torch_observers_are_named_too(name: str) -> None:
+    model = Stubbed(tq, nn.Linear(2, 2)).eval()
+    model.qconfig = tq.default_qconfig
+    with oracle():
+        model = (tq if name == "convert" else fq).prepare(model)
+    with pytest.warns(UserWarning, match="have seen no data: quant, body"):
+        fq.convert(model)
+
+
+def test_stubs_work_in_either_world() -> None:
+    for name in ("QuantStub", "DeQuantStub", "QuantWrapper"):
+        assert issubclass(getattr(fq, name), getattr(tq, name))
+    stub = fq.QuantStub(fq.default_qconfig)
+    assert stub.qconfig is fq.default_qconfig
+    assert not hasattr(fq.DeQuantStub(), "qconfig")
+    x = torch.randn(3)
+    assert stub(x) is x
+    linear = nn.Linear(3, 3).eval()
+    linear.qconfig = fq.default_qconfig
+    wrapper = fq.QuantWrapper(linear)
+    assert not wrapper.training
+    assert wrapper.quant.qconfig is wrapper.dequant.qconfig is fq.default_qconfig
+    assert_same(wrapper(x), linear(x))
+    # torch's compiler of scripts knows wrappers by their class.
+    assert_same(torch.jit.script(fq.QuantWrapper(nn.Linear(3, 3).eval()))(x).shape, x.shape)
+
+
+# ----------------------------------------------------------------------------------- torchvision
+
+
+def torchvision_flow(ns: ModuleType, name: str, qat: bool) -> tuple[nn.Module, Tensor]:
+    model = torchvision_model(name).train(qat)
+    model.fuse_model(is_qat=qat)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    if qat:
+        model.qconfig = ns.get_default_qat_qconfig("fbgemm", 0)
+        model = ns.prepare_qat(model, inplace=True)
+    else:
+        model.qconfig = ns.get_default_qconfig("fbgemm")
+        model = ns.prepare(model, inplace=True)
+    with torch.no_grad():
+        model(x)
+    model = ns.convert(model.eval(), inplace=True)
+    return model, model(x)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("qat", [False, True])
+def test_torchvisions_models_come_out_as_torchs(name: str, qat: bool) -> None:
+    with oracle():
+        their_model, theirs = torchvision_flow(tq, name, qat)
+    our_model, ours = torchvision_flow(fq, name, qat)
+    assert tree(our_model) == tree(their_model)
+    assert torch.equal(ours, theirs)
+    # Fused in a float model, or not at all.
+    assert ours.abs().sum() > 0
+
+
+def test_a_patch_reaches_code_that_cannot_be_edited() -> None:
+    torchvision_model("resnet18")
+    utils: Any = pytest.importorskip("torchvision.models.quantization.utils")
+    outputs = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        model = Stubbed(tq, ConvNet()).eval()
+        model.fuse_model = lambda: None
+        x = torch.randn(2, 3, 8, 8)
+        handle = fq.patch_torch_ao() if patched else None
+        with oracle():
+            utils.quantize_model(model, "fbgemm")
+        if handle is not None:
+            handle.undo()
+        outputs.append(model(x))
+    assert_same(outputs[1], outputs[0])
+
+
+# ------------------------------------------------------------------------------------- patching
+
+
+def globals_of_torch() -> dict[tuple[str, str], int]:
+    """Identities of all that the modules of torch.ao.quantization hold."""
+    return {
+        (module.__name__, name): id(value)
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith(("torch.ao.quantization", "torch.quantization"))
+        for name, value in list(vars(module).items())
+    }
+
+
+def test_a_patch_swaps_implementations_everywhere_and_takes_them_back() -> None:
+    before = globals_of_torch()
+    handle = fq.patch_torch_ao()
+    try:
+        for name in (
+            *SHARED_CLASSES,
+            "prepare",
+            "convert",
+            "quantize",
+            "quantize_dynamic",
+            "prepare_qat",
+            "fuse_modules",
+            "QConfig",
+            "default_qconfig",
+            "get_default_qconfig",
+            "default_weight_fake_quant",
+            "get_default_qat_module_mappings",
+            "propagate_qconfig_",
+        ):
+            assert getattr(tq, name) is getattr(fq, name), name
+        for module in ("torch.ao.quantization.observer", "torch.quantization.observer"):
+            assert sys.modules[module].MinMaxObserver is fq.MinMaxObserver
+        assert sys.modules["torch.ao.quantization.quantize"].convert is fq.convert
+        assert quantize_fx.propagate_qconfig_ is fq.propagate_qconfig_ if hasattr(
+            quantize_fx, "propagate_qconfig_"
+        ) else True
+        learnable = sys.modules["torch.ao.quantization._learnable_fake_quantize"]
+        assert learnable._LearnableFakeQuantize is fq.LearnableFakeQuantize
+        # Stubs stay, so that what is built under a patch outlives it.
+        assert tq.QuantStub is not fq.QuantStub
+        assert handle.active
+    finally:
+        handle.undo()
+    assert not handle.active
+    assert {key: before[key] for key in globals_of_torch() if key in before} == before
+    handle.undo()  # a second time changes nothing
+    assert globals_of_torch()[("torch.ao.quantization", "prepare")] == id(tq.prepare)
+
+
+def test_patches_nest_and_survive_exceptions() -> None:
+    before = globals_of_torch()
+    outer = fq.patch_torch_ao()
+    with pytest.raises(ZeroDivisionError), fq.patch_torch_ao():
+        assert tq.prepare is fq.prepare
+        raise ZeroDivisionError
+    assert tq.prepare is fq.prepare
+    inner = fq.patch_torch_ao()
+    outer.undo()  # in any order
+    assert tq.prepare is fq.prepare
+    inner.undo()
+    assert tq.prepare is not fq.prepare
+    assert {key: before[key] for key in globals_of_torch() if key in before} == before
+
+
+def test_a_patch_leaves_what_others_have_set_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine() -> None:
+        return None
+
+    monkeypatch.setattr(tq, "default_eval_fn", tq.default_eval_fn)  # put back at the end
+    with fq.patch_torch_ao():
+        assert tq.default_eval_fn is fq.default_eval_fn
+        tq.default_eval_fn = mine
+    assert tq.default_eval_fn is mine
+
+
+def test_modules_imported_under_a_patch_get_torchs_names_back() -> None:
+    script = """
+import sys, fastquant as fq
+before = set(sys.modules)
+with fq.patch_torch_ao():
+    import torch.quantization, torch.ao.quantization._correct_bias
+    assert torch.quantization.prepare is fq.prepare
+assert torch.quantization.prepare is torch.ao.quantization.prepare is not fq.prepare
+for name, module in list(sys.modules.items()):
+    if name.startswith(("torch.ao.quantization", "torch.quantization")):
+        for attribute, value in vars(module).items():
+            source = getattr(value, "__module__", None) or ""
+            assert not str(source).startswith("fastquant"), (name, attribute, value)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", ["lstm", "attention", "conv_net"])
+def test_patched_code_gives_torchs_models(name: str) -> None:
+    case = STATIC_CASES[name]
+
+    def run() -> tuple[nn.Module, Tensor]:
+        model = case.make(tq)
+        model.qconfig = tq.get_default_qconfig("qnnpack")
+        model = tq.prepare(model)
+        model(*case.inputs(0))
+        model = tq.convert(model)
+        return model, model(*case.inputs(9))
+
+    with oracle():
+        _, expected = run()
+    with fq.patch_torch_ao():
+        model, found = run()
+    assert_same(found, expected)
+    # What was made under the patch works without it.
+    assert_same(model(*case.inputs(9)), expected)
+
+
+def test_a_model_prepared_under_a_patch_is_converted_without_it() -> None:
+    case = STATIC_CASES["conv_net"]
+    with fq.patch_torch_ao():
+        model = case.make(tq)
+        model.qconfig = tq.default_qconfig
+        model = tq.prepare(model)
+    model(*case.inputs(0))
+    with oracle():
+        by_torch = tq.convert(model)
+    assert_same(by_torch(*case.inputs(9)), fq.convert(model)(*case.inputs(9)))
+
+
+# --------------------------------------------------------------------------------- FX graph mode
+
+
+class Graph(nn.Module):
+    """What eager mode cannot do: functions, and a sigmoid with fixed parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ConvNet()
+        self.sigmoid = nn.Sigmoid()
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sigmoid(self.net(x)).reshape(-1, 5)
+        return torch.cat([self.fc(x) + x, x], 1)
+
+
+def graph_flow(ns: ModuleType, qat: bool) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    model = Graph().train(qat)
+    x = torch.randn(2, 3, 8, 8)
+    if qat:
+        mapping = ns.get_default_qat_qconfig_mapping("x86", 0)
+        model = quantize_fx.prepare_qat_fx(model, mapping, (x,))
+    else:
+        model = quantize_fx.prepare_fx(model, ns.get_default_qconfig_mapping("x86"), (x,))
+    model(x)
+    return model, quantize_fx.convert_fx(model.eval())(x)
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_fx_graph_mode_takes_our_observers(qat: bool) -> None:
+    with oracle():
+        their_model, theirs = graph_flow(tq, qat)
+        our_model, ours = graph_flow(fq, qat)
+    assert str(our_model.graph) == str(their_model.graph)
+    assert_same(ours, theirs)
+    kinds = {type(m) for m in our_model.modules() if isinstance(m, tq.ObserverBase)}
+    assert kinds
+    assert all(kind.__module__.startswith("fastquant") for kind in kinds)
+
+
+def test_fx_graph_mode_works_under_a_patch() -> None:
+    with oracle():
+        _, expected = graph_flow(tq, False)
+        with fq.patch_torch_ao():
+            _, ours_by_name = graph_flow(tq, False)
+            _, ours = graph_flow(fq, False)
+    assert_same(ours_by_name, expected)
+    assert_same(ours, expected)
