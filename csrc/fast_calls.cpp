@@ -170,12 +170,11 @@ PyObject* set_up_fast_calls(PyObject*, PyObject* args) {
                         &is_neg_function)) {
     return nullptr;
   }
-  const auto* api =
-      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (api == nullptr) return nullptr;
   if (api->major != 1 || api->dltensor_from_py_object_no_sync == nullptr) {
-    return PyErr_Format(PyExc_RuntimeError, "DLPack exchange API %u.%u is none that fastquant knows", api->major,
-                        api->minor);
+    return PyErr_Format(PyExc_RuntimeError, "DLPack exchange API %u.%u is none that fastquant knows",
+                        api->major, api->minor);
   }
   Py_INCREF(types);
   Py_INCREF(guard_functions);

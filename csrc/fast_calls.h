@@ -13,7 +13,9 @@ namespace fastquant {
 using FastCall = PyObject* (*)(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
 // How Python's method table wants a FastCall.
-inline PyCFunction as_method(FastCall f) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)); }
+inline PyCFunction as_method(FastCall f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
 
 PyObject* set_up_fast_calls(PyObject* self, PyObject* args);
 PyObject* observe_minmax_call(PyObject* self, PyObject* const* args, Py_ssize_t count);

@@ -253,11 +253,13 @@ def run(settings: Settings) -> list[Row]:
 
 
 def main() -> int:
-    warnings.filterwarnings("ignore", module=r"torch\.")  # torch.ao's deprecations
+    # What torch.ao says of itself at each call, in its own name and in that of its caller.
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
     info = fastquant.build_info()
     print(
         f"fastquant {info['version']} ({info['isa']} kernels), torch {info['torch']} "
-        f"({torch.backends.quantized.engine} engine), {info['threads']} threads",
+        f"({torch.backends.quantized.engine} engine), threads: {info['threads']}",
         flush=True,
     )
     start = time.perf_counter()

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.ao.quantization import observer as torch_observer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastquant import _C, _ops, _reference
 from strategies import (
@@ -917,6 +918,26 @@ def test_large_tensors_as_reference() -> None:
     for name, args in samples(torch.float32, 140_020):
         if name not in ("learnable_fake_quantize_backward", "observe_histogram_"):
             assert_as_reference(name, *args)
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuses what would wait for a device: a look at a value, a size that depends on one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "item"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_fallback_never_waits_for_the_device() -> None:
+    for name, args in samples():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"fastquant::{name}", "CompositeExplicitAutograd"
+        )
+        if name != "search_histogram_range":
+            with NeverWaits():
+                _, _, raised = called(_reference.OPS[name], args)
+            assert not raised
 
 
 def test_set_isa_knows_its_names(any_isa: list[str]) -> None:

@@ -243,7 +243,9 @@ void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* cont
 constexpr int64_t kGrain = 32768;
 
 // How many pieces to cut n elements into.
-inline int64_t piece_count(int64_t n) { return n < 2 * kGrain ? 1 : std::min<int64_t>(thread_count(), n / kGrain); }
+inline int64_t piece_count(int64_t n) {
+  return n < 2 * kGrain ? 1 : std::min<int64_t>(thread_count(), n / kGrain);
+}
 
 // f(piece, begin, end) for `pieces` pieces of [0, n), each but the last a multiple of unit.
 template <class F>

@@ -7,6 +7,13 @@ namespace {
 // Rows at least this long have their parameters broadcast; shorter ones repeat a pattern.
 constexpr int64_t kShortRow = 32;
 
+// Taken in the scale's own precision, as torch does.
+template <class T>
+T reciprocal(T scale, Element type) {
+  return type == Element::f64 ? static_cast<T>(1.0 / static_cast<double>(scale))
+                              : static_cast<T>(1.0f / static_cast<float>(scale));
+}
+
 // Owns the arrays that QuantParams points to.
 template <class T>
 class ParamArrays {
@@ -22,9 +29,7 @@ class ParamArrays {
     scale_ = read_values<T>(scale);
     zero_point_ = read_values<T>(zero_point);
     for (size_t c = 0; c < scale_.size(); ++c) {
-      // The reciprocal is taken in the scale's own precision, as torch does.
-      inverse_scale_.push_back(scale.type == Element::f64 ? static_cast<T>(1.0 / static_cast<double>(scale_[c]))
-                                                : static_cast<T>(1.0f / static_cast<float>(scale_[c])));
+      inverse_scale_.push_back(reciprocal(scale_[c], scale.type));
       low_.push_back(static_cast<T>(quant_min) - zero_point_[c]);
       high_.push_back(static_cast<T>(quant_max) - zero_point_[c]);
       // Half a step outside still rounds into the range if the bound is even.
@@ -101,6 +106,7 @@ void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, 
                    int64_t quant_max, void* y, uint64_t* mask) {
   check_count(scale, x.channels);
   check_count(zero_point, x.channels);
+  if (x.numel() == 0) return;
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
     using T = Compute<S>;
@@ -109,7 +115,8 @@ void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, 
     const auto kernel = params.periodic() ? table.fake_quantize_periodic : table.fake_quantize_rows;
     const int64_t n = x.numel();
     for_pieces(n, piece_count(n), kMaskWord, [&](int64_t, int64_t begin, int64_t end) {
-      if (begin < end) kernel(static_cast<const S*>(x.data), static_cast<S*>(y), mask, begin, end, params.get());
+      if (begin < end)
+        kernel(static_cast<const S*>(x.data), static_cast<S*>(y), mask, begin, end, params.get());
     });
   });
 }
@@ -159,10 +166,11 @@ void learnable_backward(const Dense& x, const void* grad, const Array& scale, co
     for_pieces(count, pieces, 1, [&](int64_t, int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const Stretch& s = stretches[i];
+        const T scale_here = static_cast<T>(scales[s.channel]);
         sums[i] = kernels_of(S{}).learnable_backward(
-            g + s.begin, from + s.begin, to + s.begin, s.end - s.begin, static_cast<T>(scales[s.channel]),
-            static_cast<T>(zero_points[s.channel]), static_cast<T>(quant_min), static_cast<T>(quant_max),
-            static_cast<T>(grad_factor));
+            g + s.begin, from + s.begin, to + s.begin, s.end - s.begin, scale_here,
+            reciprocal(scale_here, scale.type), static_cast<T>(zero_points[s.channel]),
+            static_cast<T>(quant_min), static_cast<T>(quant_max), static_cast<T>(grad_factor));
       }
     });
   });

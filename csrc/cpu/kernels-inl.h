@@ -399,13 +399,18 @@ void fake_quantize_one(const S* x, S* y, const FakeQuantizer<Scalar<T>>& q, BitW
   if (kMask) writer->push(q.inside(t), 1);
 }
 
-// Integers as int64, the product in double, as torch does.
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// Integers as int64, the product in double, as torch does; and like torch's build, a float
+// zero point is added without rounding in between.
 template <class S, class T>
 void fake_quantize_exact(const S* x, S* y, T scale, T inverse_scale, T zero_point, const QuantParams<T>& p,
                          BitWriter* writer) {
   using One = Scalar<T>;
-  const T t = One::load(x) * inverse_scale;
-  const T rounded = p.float_zero_point ? One::round(t + zero_point) : One::round(t) + zero_point;
+  const T a = One::load(x);
+  const T rounded = p.float_zero_point ? One::round(multiply_add(a, inverse_scale, zero_point))
+                                       : One::round(a * inverse_scale) + zero_point;
   constexpr int64_t kHuge = int64_t{1} << 62;
   const T huge = static_cast<T>(kHuge);
   int64_t q = rounded > -huge ? (rounded < huge ? static_cast<int64_t>(rounded) : kHuge) : -kHuge;
@@ -508,9 +513,10 @@ void mask_gradient(const S* grad, const uint64_t* mask, S* out, int64_t begin, i
 // outside and nothing inside.
 template <class V, class S, class T>
 int64_t learnable_backward_run(const S* grad, const S* x, S* grad_x, int64_t begin, int64_t n, T scale,
-                               T zero_point, T quant_min, T quant_max, T grad_factor, LearnableSums* sums) {
+                               T inverse_scale, T zero_point, T quant_min, T quant_max, T grad_factor,
+                               LearnableSums* sums) {
   constexpr int64_t kBlock = 1024;  // short enough for sums in T
-  const auto zero = V::set1(T{0}), s = V::set1(scale), inv = V::set1(T{1} / scale), z = V::set1(zero_point);
+  const auto zero = V::set1(T{0}), s = V::set1(scale), inv = V::set1(inverse_scale), z = V::set1(zero_point);
   const auto low = V::set1(quant_min), high = V::set1(quant_max), factor = V::set1(grad_factor);
   const auto below = V::set1(quant_min - zero_point), above = V::set1(quant_max - zero_point);
   const auto outside_zero_point = V::set1(-scale);
@@ -541,13 +547,13 @@ int64_t learnable_backward_run(const S* grad, const S* x, S* grad_x, int64_t beg
 }
 
 template <class V, class S, class T>
-LearnableSums learnable_backward(const S* grad, const S* x, S* grad_x, int64_t n, T scale, T zero_point,
-                                 T quant_min, T quant_max, T grad_factor) {
+LearnableSums learnable_backward(const S* grad, const S* x, S* grad_x, int64_t n, T scale, T inverse_scale,
+                                 T zero_point, T quant_min, T quant_max, T grad_factor) {
   LearnableSums sums = {0, 0};
-  const int64_t rest = learnable_backward_run<V>(grad, x, grad_x, 0, n, scale, zero_point, quant_min, quant_max,
-                                                 grad_factor, &sums);
-  learnable_backward_run<Scalar<T>>(grad, x, grad_x, rest, n, scale, zero_point, quant_min, quant_max,
-                                    grad_factor, &sums);
+  const int64_t rest = learnable_backward_run<V>(grad, x, grad_x, 0, n, scale, inverse_scale, zero_point,
+                                                 quant_min, quant_max, grad_factor, &sums);
+  learnable_backward_run<Scalar<T>>(grad, x, grad_x, rest, n, scale, inverse_scale, zero_point, quant_min,
+                                    quant_max, grad_factor, &sums);
   return sums;
 }
 
@@ -557,14 +563,9 @@ template <class V, class S>
 constexpr KernelsFor<S, typename V::Element> kernels_for() {
   using T = typename V::Element;
   return {
-      minmax<V, S, T>,
-      minmax_finite<V, S, T>,
-      minmax_columns<V, S, T>,
-      histogram<V, S, T>,
-      fake_quantize_rows<V, S, T>,
-      fake_quantize_periodic<V, S, T>,
-      mask_gradient<V, S, T>,
-      learnable_backward<V, S, T>,
+      minmax<V, S, T>,        minmax_finite<V, S, T>,      minmax_columns<V, S, T>,
+      histogram<V, S, T>,     fake_quantize_rows<V, S, T>, fake_quantize_periodic<V, S, T>,
+      mask_gradient<V, S, T>, learnable_backward<V, S, T>,
   };
 }
 

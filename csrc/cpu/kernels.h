@@ -85,8 +85,8 @@ struct KernelsFor {
   void (*mask_gradient)(const S* grad, const uint64_t* mask, S* out, int64_t begin, int64_t end);
 
   // Gradients of learnable fake-quantize for n elements of one channel.
-  LearnableSums (*learnable_backward)(const S* grad, const S* x, S* grad_x, int64_t n, T scale, T zero_point,
-                                      T quant_min, T quant_max, T grad_factor);
+  LearnableSums (*learnable_backward)(const S* grad, const S* x, S* grad_x, int64_t n, T scale, T inverse_scale,
+                                      T zero_point, T quant_min, T quant_max, T grad_factor);
 };
 
 struct Kernels {

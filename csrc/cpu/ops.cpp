@@ -102,27 +102,29 @@ void observe_minmax_(const Tensor x, Tensor min_val, Tensor max_val, Tensor nonf
                  static_cast<NonFinite>(nonfinite));
 }
 
-void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
-                        int64_t upsample_rate, int64_t nonfinite) {
+void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val,
+                        Tensor nonfinite_count, int64_t upsample_rate, int64_t nonfinite) {
   const Tensor t = densified(x);
   observe_histogram(dense(view(t), std::nullopt), array(histogram, "histogram"), array(min_val, "min_val"),
                     array(max_val, "max_val"), single(nonfinite_count, "nonfinite_count"), upsample_rate,
                     static_cast<NonFinite>(nonfinite));
 }
 
-void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val, Tensor scale,
-                      Tensor zero_point, Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,
-                      std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max,
-                      int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val,
+                      Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+                      std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                      int64_t quant_min, int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point,
+                      int64_t nonfinite) {
   if (!flag(observer_enabled)) return;
   const Array low = array(min_val, "min_val"), high = array(max_val, "max_val");
   const Array s = array(scale, "scale"), z = array(zero_point, "zero_point");
   for (const Array& a : {high, s, z}) check_count(a, low.numel);
+  const Array smallest = single(eps, "eps");
   const Tensor t = densified(x);
   observe_minmax(dense(view(t), ch_axis), low, high, single(nonfinite_count, "nonfinite_count"),
                  averaging_constant, static_cast<NonFinite>(nonfinite));
-  choose_qparams(low, high, single(eps, "eps"),
-                 {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point}, s, z);
+  choose_qparams(low, high, smallest, {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
+                 s, z);
 }
 
 // ----------------------------------------------------------------- quantization params
@@ -205,11 +207,12 @@ Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
   return out;
 }
 
-Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled,
-                                   Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point,
-                                   Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,
-                                   std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max,
-                                   int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled,
+                                   const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val,
+                                   Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+                                   std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                                   int64_t quant_min, int64_t quant_max, int64_t scheme,
+                                   int64_t symmetric_zero_point, int64_t nonfinite) {
   const Tensor t = densified(x);
   observe_qparams_(t, observer_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps, ch_axis,
                    averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
@@ -217,14 +220,15 @@ Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled
 }
 
 std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(
-    const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val,
-    Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,
-    std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max, int64_t scheme,
-    int64_t symmetric_zero_point, int64_t nonfinite) {
+    const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
+    Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+    std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t quant_min,
+    int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
   const Tensor t = densified(x);
   observe_qparams_(t, observer_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps, ch_axis,
                    averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
-  return quantize_or_copy_with_mask(t, scale, zero_point, flag(fake_quant_enabled), ch_axis, quant_min, quant_max);
+  return quantize_or_copy_with_mask(t, scale, zero_point, flag(fake_quant_enabled), ch_axis, quant_min,
+                                    quant_max);
 }
 
 Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor zero_point,
@@ -248,8 +252,9 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
   torch::stable::copy_(aligned, grad);
   Tensor grad_x = empty_as(t), grad_scale = empty_as(scale), grad_zero_point = empty_as(zero_point);
   learnable_backward(dense(view(t), ch_axis), aligned.const_data_ptr(), array(scale, "scale"),
-                     array(zero_point, "zero_point"), quant_min, quant_max, grad_factor, grad_x.mutable_data_ptr(),
-                     array(grad_scale, "grad_scale"), array(grad_zero_point, "grad_zero_point"));
+                     array(zero_point, "zero_point"), quant_min, quant_max, grad_factor,
+                     grad_x.mutable_data_ptr(), array(grad_scale, "grad_scale"),
+                     array(grad_zero_point, "grad_zero_point"));
   return {grad_x, grad_scale, grad_zero_point};
 }
 

@@ -12,44 +12,55 @@ bool observed(B low, B high) {
 template <class B>
 struct ScaleAndZeroPoint {
   B scale;
-  B zero_point;
+  double zero_point;  // of any quantized dtype, 32 bits wide too
 };
+
+// (high - low) / levels, also where high - low is beyond the largest number.
+template <class B>
+B step(B low, B high, B levels) {
+  const B span = high - low;
+  return std::isinf(span) ? high / levels - low / levels : span / levels;
+}
 
 // The formulas, and their order of rounding, are those of torch.ao's
 // UniformQuantizationObserverBase._calculate_qparams.
 template <class B>
 ScaleAndZeroPoint<B> qparams_of(B low, B high, B eps, const QParamsConfig& c) {
-  if (!observed(low, high)) return {B{1}, B{0}};
+  if (!observed(low, high)) return {B{1}, 0};
   const B levels = static_cast<B>(c.quant_max - c.quant_min);
   if (c.scheme == Scheme::float_qparams) {
-    B scale = (high - low) / levels;
+    B scale = step(low, high, levels);
     if (!(scale > eps)) scale = B{1};
-    return {scale, -low / scale};
+    return {scale, static_cast<double>(-low / scale)};
   }
   const B negative = std::min(low, B{0}), positive = std::max(high, B{0});
   if (c.scheme == Scheme::symmetric) {
-    const B scale = std::max(-negative, positive) / static_cast<B>(static_cast<double>(c.quant_max - c.quant_min) / 2);
-    return {std::max(scale, eps), static_cast<B>(c.symmetric_zero_point)};
+    const B scale =
+        std::max(-negative, positive) / static_cast<B>(static_cast<double>(c.quant_max - c.quant_min) / 2);
+    return {std::max(scale, eps), static_cast<double>(c.symmetric_zero_point)};
   }
-  const B scale = std::max((positive - negative) / levels, eps);
+  const B scale = std::max(step(negative, positive, levels), eps);
   const double offset = std::nearbyint(static_cast<double>(negative / scale));
-  const double zero_point = static_cast<double>(c.quant_min) - offset;
-  return {scale, static_cast<B>(std::min(std::max(zero_point, static_cast<double>(c.quant_min)),
-                                         static_cast<double>(c.quant_max)))};
+  const double lowest = static_cast<double>(c.quant_min), highest = static_cast<double>(c.quant_max);
+  const double zero_point = std::isnan(offset) ? lowest : lowest - offset;
+  return {scale, std::min(std::max(zero_point, lowest), highest)};
 }
 
 template <class B>
 void choose_into(const Array& min_val, const Array& max_val, const Array& eps, const QParamsConfig& config,
                  const Array& scale, const Array& zero_point) {
   const B smallest = read_value<B>(eps);
-  std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
+  std::vector<B> lows = read_values<B>(min_val);
+  const std::vector<B> highs = read_values<B>(max_val);
+  std::vector<double> zero_points;
+  zero_points.reserve(lows.size());
   for (size_t i = 0; i < lows.size(); ++i) {
     const auto q = qparams_of<B>(lows[i], highs[i], smallest, config);
     lows[i] = q.scale;
-    highs[i] = q.zero_point;
+    zero_points.push_back(q.zero_point);
   }
   write_values(scale, lows);
-  write_values(zero_point, highs);
+  write_values(zero_point, zero_points);
 }
 
 // The bins that hold the best range: a walk from both ends of the histogram, one quantile
@@ -108,10 +119,11 @@ void search_into(const Array& histogram, const Array& min_val, const Array& max_
   double width = high / static_cast<double>(bins) - low / static_cast<double>(bins);
   const double span = high - low;
   if (std::isfinite(span)) width = span / static_cast<double>(bins);
-  // Errors grow with the square of the width and the search only compares them: a width
-  // whose cube float cannot hold is as good as one.
-  const bool safe = width > 1e-9 && width < 1e7;
-  const BinRange best = search_bins(counts, safe ? width : 1.0, static_cast<double>(levels));
+  // The search only compares errors. A power of two changes none of their digits and keeps
+  // their cubes within what float holds, whatever the range.
+  int exponent = 0;
+  const double scaled_width = std::frexp(width, &exponent);
+  const BinRange best = search_bins(counts, scaled_width, static_cast<double>(levels));
 
   const B base = static_cast<B>(low);
   const B range = static_cast<B>(high) - base;

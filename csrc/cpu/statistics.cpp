@@ -10,7 +10,8 @@ namespace {
 template <class T>
 struct Extremes {
   explicit Extremes(int64_t channels)
-      : low(channels, std::numeric_limits<T>::infinity()), high(channels, -std::numeric_limits<T>::infinity()) {}
+      : low(channels, std::numeric_limits<T>::infinity()),
+        high(channels, -std::numeric_limits<T>::infinity()) {}
 
   void fold(int64_t channel, T lo, T hi) {
     low[channel] = std::min(low[channel], lo);
@@ -162,7 +163,8 @@ void update_buffers(const Extremes<T>& current, std::optional<double> averaging_
     if (!averaging_constant.has_value()) {
       lows[c] = least(low, lows[c]);
       highs[c] = greatest(high, highs[c]);
-    } else if (lows[c] == std::numeric_limits<B>::infinity() && highs[c] == -std::numeric_limits<B>::infinity()) {
+    } else if (lows[c] == std::numeric_limits<B>::infinity() &&
+               highs[c] == -std::numeric_limits<B>::infinity()) {
       lows[c] = low;
       highs[c] = high;
     } else {
@@ -227,14 +229,18 @@ template <class S>
 class Counter {
  public:
   Counter(const HistogramRange& range, int64_t bins, int64_t expected)
-      : range_(range), bins_(bins), tables_(expected < kSmall ? 1 : 4), scratch_(histogram_stride(bins) * tables_) {}
+      : range_(range),
+        bins_(bins),
+        tables_(expected < kSmall ? 1 : 4),
+        scratch_(histogram_stride(bins) * tables_) {}
 
   void add(const S* x, int64_t n) {
     using T = Compute<S>;
     const auto histogram = kernels_of(S{}).histogram;
     while (n > 0) {
       const int64_t length = std::min(n, kCounterMax - counted_);
-      histogram(x, length, static_cast<T>(range_.low), static_cast<T>(range_.high), bins_, scratch_.data(), tables_);
+      histogram(x, length, static_cast<T>(range_.low), static_cast<T>(range_.high), bins_, scratch_.data(),
+                tables_);
       x += length;
       n -= length;
       counted_ += length;
@@ -295,8 +301,8 @@ std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, 
 // that earlier tensors had, block by block, so that memory is read once. True where every
 // element was in that range; otherwise only the extremes are of use.
 template <class S, class T>
-bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, int64_t bins, Extremes<T>* range,
-                            bool* nonfinite, std::vector<int64_t>* counts) {
+bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, int64_t bins,
+                            Extremes<T>* range, bool* nonfinite, std::vector<int64_t>* counts) {
   constexpr int64_t kBlock = 8192;  // in the first-level cache when it is counted
   const auto minmax = kernels_of(S{}).minmax;
   const int64_t pieces = piece_count(n);

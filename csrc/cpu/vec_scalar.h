@@ -58,13 +58,15 @@ struct Scalar {
     return static_cast<float>(static_cast<double>(c) - static_cast<double>(a) * static_cast<double>(b));
   }
 
-  // To nearest, ties to even. Adding and taking away 1.5 * 2^(digits) leaves an integer;
-  // nearbyint is a library call on a baseline processor.
+  // To nearest, ties to even: from 2^digits on every number is whole, so adding and taking
+  // away as much rounds. nearbyint is a library call on a baseline processor.
   static float round(float x) {
-    return x < 0x1p22f && x > -0x1p22f ? (x + 0x1.8p23f) - 0x1.8p23f : x;
+    const float magnitude = __builtin_fabsf(x);
+    return magnitude < 0x1p23f ? __builtin_copysignf((magnitude + 0x1p23f) - 0x1p23f, x) : x;
   }
   static double round(double x) {
-    return x < 0x1p51 && x > -0x1p51 ? (x + 0x1.8p52) - 0x1.8p52 : x;
+    const double magnitude = __builtin_fabs(x);
+    return magnitude < 0x1p52 ? __builtin_copysign((magnitude + 0x1p52) - 0x1p52, x) : x;
   }
   static Reg floor(Reg x) {
     const Reg nearest = round(x);

@@ -14,6 +14,7 @@ from ._version import __version__
 def _cuda() -> dict[str, Any]:
     """Whether CUDA kernels were built, whether they are loaded, and the reason if not."""
     built = importlib.util.find_spec("fastquant._cuda") is not None
+    why: str | None
     if not built:
         why = "this build of fastquant has no CUDA kernels; CUDA tensors take the torch-op fallback"
     elif torch.version.cuda is None:

@@ -7,6 +7,7 @@ directly, and the two `apply_…` functions where gradients are involved.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def _load_library() -> None:
             f"{torch.__version__}: pip install --upgrade torch"
         )
     try:
-        from . import _C  # noqa: F401
+        importlib.import_module("fastquant._C")
     except ImportError as error:
         raise ImportError(
             f"fastquant's native library does not load ({error}). It is built when fastquant is "
@@ -36,6 +37,8 @@ def _load_library() -> None:
 
 
 _load_library()
+
+from . import _C  # noqa: E402  (its absence is explained above)
 
 _Op = Callable[..., Any]
 
@@ -255,6 +258,46 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 
+def _set_up_fast_calls() -> bool:
+    """Let `_C` reach tensors without the dispatcher, where torch has what that takes (2.13)."""
+    try:
+        _C.set_up_fast_calls(
+            torch.Tensor.__dlpack_c_exchange_api__,
+            (Tensor, torch.nn.Parameter),
+            # What intercepts ops has to see them: modes (fake tensors, export), the transforms
+            # of torch.func, torch.jit.trace.
+            (
+                torch._C._len_torch_dispatch_stack,
+                torch._C._functorch.peek_interpreter_stack,
+                torch._C._is_tracing,
+            ),
+            Tensor.is_neg,
+        )
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def _fast_or_op(fast: _Op, op: _Op) -> _Op:
+    """`op`, by way of `fast` where that will do: it says False, with nothing done, where not."""
+    if not fast_calls:
+        return op
+
+    def call(*args: Any) -> None:
+        if _is_compiling() or not fast(*args):
+            op(*args)
+
+    return call
+
+
+# Whether observing a plain CPU tensor goes round the dispatcher: 0.9 µs in place of 2.8.
+fast_calls = _set_up_fast_calls()
+
+observe_minmax = _fast_or_op(_C.observe_minmax, observe_minmax_)
+observe_histogram = _fast_or_op(_C.observe_histogram, observe_histogram_)
+observe_qparams = _fast_or_op(_C.observe_qparams, observe_qparams_)
+
+
 def apply_fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -293,23 +336,23 @@ def apply_fused(
     Args as the op `fused_observe_fake_quantize`, all of them and in its order. Where
     `fake_quant_enabled` says no on the CPU, `x` itself comes back.
     """
-    compiling = _is_compiling()
-    if not compiling and x.is_cpu and not fake_quant_enabled.item():
-        observe_qparams_(x, observer_enabled, *settings)
-        return x
-    y: Tensor
-    if not (x.requires_grad and _is_grad_enabled()):
-        y = fused_observe_fake_quantize(x, observer_enabled, fake_quant_enabled, *settings)
-    elif compiling:
-        # An op that changes its arguments can have no registered gradient.
-        observe_qparams_(x, observer_enabled, *settings)
+    needs_grad = x.requires_grad and _is_grad_enabled()
+    # Two calls in place of one: where the first goes round the dispatcher that is quicker, and
+    # while compiling it is a must, since an op that changes its arguments can have no gradient.
+    if (x.is_cpu and fast_calls) or (needs_grad and _is_compiling()):
+        observe_qparams(x, observer_enabled, *settings)
         _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
-        y = apply_fake_quantize(
+        return apply_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
         )
-    else:
+    if x.is_cpu and not _is_compiling() and not fake_quant_enabled.item():
+        observe_qparams_(x, observer_enabled, *settings)
+        return x
+    if needs_grad:
         op = fused_observe_fake_quantize_with_mask
-        y = _with_straight_through(op, x, observer_enabled, fake_quant_enabled, *settings)
+        y: Tensor = _with_straight_through(op, x, observer_enabled, fake_quant_enabled, *settings)
+    else:
+        y = fused_observe_fake_quantize(x, observer_enabled, fake_quant_enabled, *settings)
     return y
 
 

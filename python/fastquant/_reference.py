@@ -454,7 +454,7 @@ def _pack_bits(bits: Tensor, like: Tensor) -> Tensor:
     in_memory = torch.empty_like(like, dtype=torch.bool).copy_(bits).as_strided((n,), (1,))
     padded = torch.zeros(math.ceil(n / 64) * 64, device=like.device, dtype=torch.uint8)
     padded[:n] = in_memory
-    weights = torch.tensor([1 << i for i in range(8)], device=like.device, dtype=torch.uint8)
+    weights = 2 ** torch.arange(8, device=like.device, dtype=torch.uint8)
     return (padded.reshape(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 

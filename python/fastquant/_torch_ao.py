@@ -128,9 +128,7 @@ def quiet() -> Iterator[None]:
 
 # --- counterparts -----------------------------------------------------------------------------
 
-# fastquant's modules and torch.ao.quantization's that hold the same names. Stubs and utils are
-# not here: a model built under a patch must stay convertible once the patch is undone, and
-# utils are helpers, no implementations that a user picks.
+# fastquant's modules and torch.ao.quantization's that hold the same names.
 _TWINS = {
     "": ("",),
     "observer": ("observer",),
@@ -142,6 +140,8 @@ _TWINS = {
     "fuse_modules": ("fuse_modules",),
     "fuser_method_mappings": ("fuser_method_mappings",),
 }
+# What these hold are markers and helpers, no implementations that a user picks.
+_SHARED_MODULES = ("fastquant.stubs", "fastquant.utils", "fastquant.quant_type")
 _PATCHED_PACKAGES = ("torch.ao.quantization", "torch.quantization")
 
 
@@ -156,14 +156,22 @@ def _twins() -> Iterator[tuple[str, Any, Any]]:
         for theirs_module in (_module("torch.ao.quantization", name) for name in theirs_names):
             for name, ours in vars(ours_module).items():
                 theirs = vars(theirs_module).get(name)
-                if ours is not theirs and _is_implementation(ours) and _is_implementation(theirs):
+                if (
+                    not name.startswith("__")
+                    and ours is not theirs
+                    and _is_implementation(ours)
+                    and _is_implementation(theirs)
+                ):
                     yield name, ours, theirs
 
 
 def _is_implementation(value: Any) -> bool:
     """Whether a module's global is code or configuration of fastquant's or torch.ao's own."""
     if isinstance(value, (type, types.FunctionType)):
-        return value.__module__.startswith(("fastquant", "torch.ao.quantization"))
+        return (
+            value.__module__.startswith(("fastquant", "torch.ao.quantization"))
+            and value.__module__ not in _SHARED_MODULES
+        )
     return isinstance(value, (dict, set)) or type(value).__name__ in ("QConfig", "_PartialWrapper")
 
 
@@ -209,6 +217,7 @@ class _Swap:
         self._handles = 0
         self._swapped: list[tuple[types.ModuleType, str, Any, Any]] = []
         self._replacements: list[tuple[Any, Any]] = []
+        self._seen: set[types.ModuleType] = set()
 
     @property
     def active(self) -> bool:
@@ -232,6 +241,7 @@ class _Swap:
         self._replacements = [(theirs, ours) for _, ours, theirs in _twins()]
         new = {id(theirs): (theirs, ours) for theirs, ours in self._replacements}
         for module, name, value in _globals():
+            self._seen.add(module)
             if id(value) in new:
                 ours = new[id(value)][1]
                 self._swapped.append((module, name, value, ours))
@@ -245,10 +255,11 @@ class _Swap:
         # Modules imported while the patch was on took our names with them.
         old = {id(ours): theirs for theirs, ours in self._replacements}
         for module, name, value in _globals():
-            if id(value) in old:
+            if module not in self._seen and id(value) in old:
                 setattr(module, name, old[id(value)])
         self._swapped.clear()
         self._replacements.clear()
+        self._seen.clear()
 
 
 def _globals() -> Iterator[tuple[types.ModuleType, str, Any]]:

@@ -41,6 +41,7 @@ from tqdm import tqdm
 from . import _torch_ao, qconfig
 from ._timing import Case, Summary, machine, measure, readable_time, threads_set_to
 from .fake_quantize import disable_fake_quant, enable_fake_quant
+from .fuse_modules import fuse_modules, fuse_modules_qat
 from .observer import _is_activation_post_process
 from .quantize import prepare, prepare_qat
 from .stubs import DeQuantStub, QuantStub
@@ -102,8 +103,7 @@ class _SmallCNN(nn.Module):
         return result
 
     def fuse_model(self, is_qat: bool = False) -> None:
-        original = _torch_ao.original()
-        fuse = original.fuse_modules_qat if is_qat else original.fuse_modules
+        fuse = fuse_modules_qat if is_qat else fuse_modules
         for block in self.features:
             fuse(block, ["0", "1", "2"], inplace=True)
 
@@ -596,6 +596,7 @@ def run(
 
     Raises:
         BenchError: the model does not run on the input, or gets no observers.
+        RuntimeError: torch.ao.quantization is patched, which leaves nothing to compare with.
         ValueError: a mode, qconfig, number of threads or of rounds that is none.
     """
     for argument, value, known in (("mode", mode, MODES), ("qconfig", qconfig, QCONFIGS)):
@@ -629,6 +630,7 @@ def _run(
     rounds: int,
     progress: bool,
 ) -> Report:
+    sides = _sides()
     with tqdm(total=None, desc="float model", unit="step", disable=not progress) as bar:
         model = copy.deepcopy(model).train(mode == "qat")
         base = _attempt("the model's fuse_model fails", partial(fused, model, mode))
@@ -638,7 +640,7 @@ def _run(
 
         torch_ao_error = None
         ranges: dict[str, Ranges] = {}
-        for side in _sides():
+        for side in sides:
             bar.set_description(f"first step, {side.name}")
             try:
                 prepared = _attempt(

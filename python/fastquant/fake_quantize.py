@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._ops import apply_fake_quantize, apply_fused, learnable_fake_quantize
+from ._ops import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
 from ._qparams import (
     NONFINITE_CODES,
     Nonfinite,
@@ -589,7 +589,7 @@ class _LearnableFakeQuantize(FakeQuantizeBase):
             return x
         # LSQ's g = 1 / sqrt(N * Qp).
         scaling = (max(x.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
-        y: Tensor = learnable_fake_quantize(
+        y: Tensor = apply_learnable_fake_quantize(
             x, self.scale, self.zero_point, ch_axis, self.quant_min, self.quant_max, scaling
         )
         return y

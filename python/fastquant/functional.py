@@ -357,7 +357,7 @@ def observe_minmax_(
         _check_floating("min_val", min_val.dtype)
         _check_floating("max_val", max_val.dtype)
         count = _count_or_throwaway(nonfinite_count, x)
-        _ops.observe_minmax_(x, min_val, max_val, count, ch_axis, averaging_constant, code)
+        _ops.observe_minmax(x, min_val, max_val, count, ch_axis, averaging_constant, code)
     except _REFUSALS as error:
         buffers = {"min_val": min_val, "max_val": max_val}
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
@@ -400,7 +400,7 @@ def observe_histogram_(
         for name, buffer in (("histogram", histogram), ("min_val", min_val), ("max_val", max_val)):
             _check_floating(name, buffer.dtype)
         count = _count_or_throwaway(nonfinite_count, x)
-        _ops.observe_histogram_(x, histogram, min_val, max_val, count, upsample_rate, code)
+        _ops.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, code)
     except _REFUSALS as error:
         if isinstance(x, Tensor) and isinstance(histogram, Tensor) and histogram.numel() == 0:
             raise ValueError("histogram must have at least one bin") from None

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from ._ops import choose_qparams, observe_histogram_, observe_minmax_, search_histogram_range
+from ._ops import choose_qparams, observe_histogram, observe_minmax, search_histogram_range
 from ._qparams import (
     NONFINITE_CODES,
     SCHEME_CODES,
@@ -479,7 +479,7 @@ class _MinMax(_RangeObserver):
         if ch_axis is not None and min_val.numel() == 0:  # type: ignore[union-attr]
             return self._forward_first(x)
         try:
-            observe_minmax_(
+            observe_minmax(
                 x,
                 min_val,
                 buffers["max_val"],
@@ -791,7 +791,7 @@ class HistogramObserver(_RangeObserver):
         """
         buffers = self._buffers
         try:
-            observe_histogram_(
+            observe_histogram(
                 x_orig,
                 buffers["histogram"],
                 buffers["min_val"],

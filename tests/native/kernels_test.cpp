@@ -3,6 +3,8 @@
 // torch and no Python: it runs under sanitizers, and under emulation for other processors.
 //
 // Buffers are allocated to the element, so that AddressSanitizer sees any step outside.
+#include "cpu/kernels.h"
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,7 +17,6 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/kernels.h"
 
 namespace fastquant {
 namespace {
@@ -25,7 +26,8 @@ int64_t compared = 0;
 int64_t failed = 0;
 
 void report(const char* isa, const char* kernel, int64_t n, int64_t offset) {
-  if (++failed <= 20) std::printf("%s: %s differs from scalar at n = %ld, offset %ld\n", isa, kernel, long(n), long(offset));
+  if (++failed <= 20)
+    std::printf("%s: %s differs from scalar at n = %ld, offset %ld\n", isa, kernel, long(n), long(offset));
 }
 
 template <class X>
@@ -37,7 +39,8 @@ bool same_bits(const X* a, const X* b, int64_t n) {
 template <class X>
 class Buffer {
  public:
-  Buffer(int64_t n, int64_t offset) : data_(new X[static_cast<size_t>(n + offset)]()), offset_(offset), size_(n) {}
+  Buffer(int64_t n, int64_t offset)
+      : data_(new X[static_cast<size_t>(n + offset)]()), offset_(offset), size_(n) {}
   X* get() { return data_.get() + offset_; }
   const X* get() const { return data_.get() + offset_; }
   int64_t size() const { return size_; }
@@ -51,14 +54,22 @@ double random_number(bool hostile) {
   std::normal_distribution<double> normal;
   if (!hostile || rng() % 4 != 0) return normal(rng);
   switch (rng() % 8) {
-    case 0: return std::numeric_limits<double>::quiet_NaN();
-    case 1: return std::numeric_limits<double>::infinity();
-    case 2: return -std::numeric_limits<double>::infinity();
-    case 3: return 3e38;
-    case 4: return -3e38;
-    case 5: return 1e-45;
-    case 6: return -0.0;
-    default: return 0.5;  // a tie
+    case 0:
+      return std::numeric_limits<double>::quiet_NaN();
+    case 1:
+      return std::numeric_limits<double>::infinity();
+    case 2:
+      return -std::numeric_limits<double>::infinity();
+    case 3:
+      return 3e38;
+    case 4:
+      return -3e38;
+    case 5:
+      return 1e-45;
+    case 6:
+      return -0.0;
+    default:
+      return 0.5;  // a tie
   }
 }
 
@@ -84,7 +95,8 @@ void compare_minmax(const char* isa, const KernelsFor<S, T>& k, const KernelsFor
   k.minmax(x.get(), n, &low[0], &high[0], &odd[0]);
   ref.minmax(x.get(), n, &low[1], &high[1], &odd[1]);
   ++compared;
-  if (!same_number(low[0], low[1]) || !same_number(high[0], high[1]) || odd[0] != odd[1]) report(isa, "minmax", n, offset);
+  if (!same_number(low[0], low[1]) || !same_number(high[0], high[1]) || odd[0] != odd[1])
+    report(isa, "minmax", n, offset);
   bool truth = false;
   for (int64_t i = 0; i < n; ++i) truth |= !std::isfinite(to_compute(x.get()[i]));
   if (odd[0] != truth) report(isa, "minmax nonfinite", n, offset);
@@ -100,7 +112,8 @@ void compare_minmax(const char* isa, const KernelsFor<S, T>& k, const KernelsFor
   for (int t = 0; t < 2; ++t) {
     lows[t].assign(columns, std::numeric_limits<T>::infinity());
     highs[t].assign(columns, -std::numeric_limits<T>::infinity());
-    (t == 0 ? k : ref).minmax_columns(x.get(), rows, columns, columns, lows[t].data(), highs[t].data(), &odd[t]);
+    (t == 0 ? k : ref)
+        .minmax_columns(x.get(), rows, columns, columns, lows[t].data(), highs[t].data(), &odd[t]);
   }
   if (lows[0] != lows[1] || highs[0] != highs[1] || odd[0] != odd[1]) report(isa, "minmax_columns", n, offset);
 }
@@ -136,7 +149,8 @@ template <class S, class T>
 void compare_fake_quantize(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
                            int64_t offset, bool hostile, bool periodic) {
   const auto x = random_buffer<S>(n, offset, hostile);
-  const int64_t channels = periodic ? 64 + static_cast<int64_t>(rng() % 40) : 1 + static_cast<int64_t>(rng() % 3);
+  const int64_t channels =
+      periodic ? 64 + static_cast<int64_t>(rng() % 40) : 1 + static_cast<int64_t>(rng() % 3);
   const int64_t length = periodic ? channels + kPeriodPadding : channels;
   std::vector<T> arrays[7];
   QuantParams<T> p;
@@ -182,7 +196,8 @@ void compare_fake_quantize(const char* isa, const KernelsFor<S, T>& k, const Ker
     ref.mask_gradient(x.get(), mask[1].data(), out[1].get(), begin < n ? begin : 0, n);
     for (int64_t i = 0; i < n; ++i) {
       const auto a = to_compute(out[0].get()[i]), b = to_compute(out[1].get()[i]);
-      if (!same_number(a, b) || (!std::isnan(a) && std::signbit(a) != std::signbit(b))) report(isa, "mask_gradient", n, offset);
+      if (!same_number(a, b) || (!std::isnan(a) && std::signbit(a) != std::signbit(b)))
+        report(isa, "mask_gradient", n, offset);
     }
   }
 }
@@ -194,7 +209,9 @@ void compare_learnable(const char* isa, const KernelsFor<S, T>& k, const Kernels
   Buffer<S> out[2] = {Buffer<S>(n, offset), Buffer<S>(n, offset)};
   LearnableSums sums[2];
   for (int t = 0; t < 2; ++t) {
-    sums[t] = (t == 0 ? k : ref).learnable_backward(grad.get(), x.get(), out[t].get(), n, T(0.02), T(3), T(-20), T(20), T(0.5));
+    sums[t] = (t == 0 ? k : ref)
+                  .learnable_backward(grad.get(), x.get(), out[t].get(), n, T(0.02), T(50), T(3), T(-20), T(20),
+                                      T(0.5));
   }
   ++compared;
   if (!same_bits(out[0].get(), out[1].get(), n)) report(isa, "learnable gradient", n, offset);

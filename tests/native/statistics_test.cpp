@@ -1,5 +1,7 @@
 // Observing and fake-quantizing over whole tensors, on threads, against loops that anyone can
 // read. Like kernels_test it knows no torch: for sanitizers, and for other processors.
+#include "cpu/statistics.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,7 +10,6 @@
 #include <vector>
 
 #include "cpu/fake_quantize.h"
-#include "cpu/statistics.h"
 
 namespace fastquant {
 
@@ -37,9 +38,15 @@ void expect(bool holds, const char* what) {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-Array array(std::vector<float>& v, const char* name) { return {v.data(), Element::f32, int64_t(v.size()), name}; }
-Array array(std::vector<int32_t>& v, const char* name) { return {v.data(), Element::i32, int64_t(v.size()), name}; }
-Array array(std::vector<int64_t>& v, const char* name) { return {v.data(), Element::i64, int64_t(v.size()), name}; }
+Array array(std::vector<float>& v, const char* name) {
+  return {v.data(), Element::f32, int64_t(v.size()), name};
+}
+Array array(std::vector<int32_t>& v, const char* name) {
+  return {v.data(), Element::i32, int64_t(v.size()), name};
+}
+Array array(std::vector<int64_t>& v, const char* name) {
+  return {v.data(), Element::i64, int64_t(v.size()), name};
+}
 
 int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[rng() % choices.size()]; }
 
@@ -50,11 +57,14 @@ struct Tensor {
 
 Tensor random_tensor(bool hostile) {
   std::normal_distribution<float> normal;
-  const int64_t outer = pick({1, 1, 2, 5, 40}), channels = pick({1, 3, 16, 65}), inner = pick({1, 2, 9, 49, 600, 9000});
+  const int64_t outer = pick({1, 1, 2, 5, 40}), channels = pick({1, 3, 16, 65}),
+                inner = pick({1, 2, 9, 49, 600, 9000});
   Tensor t;
-  for (int64_t i = 0; i < std::min<int64_t>(outer * channels * inner, 400000); ++i) t.data.push_back(normal(rng));
+  for (int64_t i = 0; i < std::min<int64_t>(outer * channels * inner, 400000); ++i)
+    t.data.push_back(normal(rng));
   const bool whole = int64_t(t.data.size()) == outer * channels * inner;
-  t.dense = {t.data.data(), Element::f32, whole ? outer : 1, whole ? channels : 1, whole ? inner : int64_t(t.data.size())};
+  t.dense = {t.data.data(), Element::f32, whole ? outer : 1, whole ? channels : 1,
+             whole ? inner : int64_t(t.data.size())};
   if (hostile) {
     for (int k = 0; k < 5; ++k) t.data[rng() % t.data.size()] = k % 2 ? NAN : (k % 3 ? kInf : -kInf);
   }
@@ -80,7 +90,8 @@ void test_minmax() {
     true_low[c] = std::min(true_low[c], e);
     true_high[c] = std::max(true_high[c], e);
   }
-  observe_minmax(d, array(low, "low"), array(high, "high"), array(count, "count"), std::nullopt, NonFinite::ignore);
+  observe_minmax(d, array(low, "low"), array(high, "high"), array(count, "count"), std::nullopt,
+                 NonFinite::ignore);
   expect(low == true_low && high == true_high && count[0] == odd, "minmax ignoring non-finite values");
 
   bool raised = false;
