@@ -19,6 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Import this where models are small: threads cost them more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @contextmanager
 def oracle() -> Iterator[None]:
     """Around calls of torch.ao: what it says about itself is not what is tested."""
@@ -317,14 +326,14 @@ STATIC_CASES = {
     "activations": Case(lambda ns: Stubbed(ns, _activations()), has_reference=False),
     "norms": Case(lambda ns: Stubbed(ns, Norms()), (2, 3, 5, 5), trains=False, has_reference=False),
     "wrapped": Case(lambda ns: nn.Sequential(ns.QuantWrapper(nn.Linear(6, 4)), nn.ReLU())),
-    "lstm": Case(lambda ns: Recurrent(ns), (3, 2, 6), has_reference=False),
+    "lstm": Case(Recurrent, (3, 2, 6), has_reference=False),
     "lstm_deep": Case(
         lambda ns: Recurrent(ns, num_layers=2, bidirectional=True, batch_first=True),
         (3, 2, 6),
         trains=False,
         has_reference=False,
     ),
-    "attention": Case(lambda ns: Attention(ns), (3, 2, 8), trains=False, has_reference=False),
+    "attention": Case(Attention, (3, 2, 8), trains=False, has_reference=False),
 }
 
 

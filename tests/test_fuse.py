@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.ao.nn.intrinsic as nni
 import torch.ao.quantization as tq
-from models import ConvNet, assert_same, tree
 from torch import nn
 
 import fastquant as fq
@@ -21,6 +20,7 @@ from fastquant.fuser_method_mappings import (
     _sequential_wrapper2,
 )
 from fastquant.utils import MatchAllNode
+from models import ConvNet, assert_same, tree
 
 LAYERS: dict[type, Callable[[], nn.Module]] = {
     nn.Conv1d: lambda: nn.Conv1d(3, 4, 2),

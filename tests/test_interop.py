@@ -13,18 +13,19 @@ import torch
 import torch.ao.quantization as tq
 import torch.ao.quantization.quantize_fx as quantize_fx
 import torch.quantization
+from torch import Tensor, nn
+
+import fastquant as fq
 from models import (
     STATIC_CASES,
     ConvNet,
     Stubbed,
     assert_same,
+    one_thread,  # noqa: F401  # a fixture
     oracle,
     torchvision_model,
     tree,
 )
-from torch import Tensor, nn
-
-import fastquant as fq
 
 SHARED_CLASSES = [
     name
@@ -75,7 +76,7 @@ def test_torchs_fake_quantizes_are_switched_like_ours() -> None:
 # ------------------------------------------------------------------------------------ mixed flows
 
 
-@pytest.mark.parametrize("name", ["conv_net", "residual", "lstm", "attention", "wrapped"])
+@pytest.mark.parametrize("name", ["residual", "lstm", "attention"])
 def test_any_mix_of_namespaces_gives_the_same_model(name: str) -> None:
     case = STATIC_CASES[name]
 
@@ -122,12 +123,12 @@ def test_torchs_observers_stay_torchs() -> None:
     assert type(model.body.conv1.qconfig) is fq.QConfig
 
 
-@pytest.mark.parametrize("name", ["prepare", "convert"])
-def test_uncalibrated_torch_observers_are_named_too(name: str) -> None:
+@pytest.mark.parametrize("ns", [fq, tq])
+def test_uncalibrated_torch_observers_are_named_too(ns: ModuleType) -> None:
     model = Stubbed(tq, nn.Linear(2, 2)).eval()
     model.qconfig = tq.default_qconfig
     with oracle():
-        model = (tq if name == "convert" else fq).prepare(model)
+        model = ns.prepare(model)
     with pytest.warns(UserWarning, match="have seen no data: quant, body"):
         fq.convert(model)
 
@@ -147,16 +148,24 @@ def test_stubs_work_in_either_world() -> None:
     assert wrapper.quant.qconfig is wrapper.dequant.qconfig is fq.default_qconfig
     assert_same(wrapper(x), linear(x))
     # torch's compiler of scripts knows wrappers by their class.
-    assert_same(torch.jit.script(fq.QuantWrapper(nn.Linear(3, 3).eval()))(x).shape, x.shape)
+    with oracle():
+        scripted = torch.jit.script(fq.QuantWrapper(nn.Linear(3, 3).eval()))
+    assert scripted(x).shape == x.shape
 
 
 # ----------------------------------------------------------------------------------- torchvision
 
 
 def torchvision_flow(ns: ModuleType, name: str, qat: bool) -> tuple[nn.Module, Tensor]:
-    model = torchvision_model(name).train(qat)
-    model.fuse_model(is_qat=qat)
+    model = torchvision_model(name).train()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for module in model.modules():
+        # Statistics of this batch, without which activations die out in untrained layers.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model(x)
+    model.train(qat).fuse_model(is_qat=qat)
     if qat:
         model.qconfig = ns.get_default_qat_qconfig("fbgemm", 0)
         model = ns.prepare_qat(model, inplace=True)
@@ -169,16 +178,16 @@ def torchvision_flow(ns: ModuleType, name: str, qat: bool) -> tuple[nn.Module, T
     return model, model(x)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-@pytest.mark.parametrize("qat", [False, True])
+@pytest.mark.parametrize(
+    ("name", "qat"), [("resnet18", False), ("mobilenet_v2", False), ("resnet18", True)]
+)
 def test_torchvisions_models_come_out_as_torchs(name: str, qat: bool) -> None:
     with oracle():
         their_model, theirs = torchvision_flow(tq, name, qat)
     our_model, ours = torchvision_flow(fq, name, qat)
     assert tree(our_model) == tree(their_model)
     assert torch.equal(ours, theirs)
-    # Fused in a float model, or not at all.
-    assert ours.abs().sum() > 0
+    assert len(ours.unique()) > 20
 
 
 def test_a_patch_reaches_code_that_cannot_be_edited() -> None:
@@ -235,13 +244,13 @@ def test_a_patch_swaps_implementations_everywhere_and_takes_them_back() -> None:
         for module in ("torch.ao.quantization.observer", "torch.quantization.observer"):
             assert sys.modules[module].MinMaxObserver is fq.MinMaxObserver
         assert sys.modules["torch.ao.quantization.quantize"].convert is fq.convert
-        assert quantize_fx.propagate_qconfig_ is fq.propagate_qconfig_ if hasattr(
-            quantize_fx, "propagate_qconfig_"
-        ) else True
+        assert sys.modules["torch.ao.quantization.fx.prepare"].PlaceholderObserver is (
+            fq.PlaceholderObserver
+        )
         learnable = sys.modules["torch.ao.quantization._learnable_fake_quantize"]
         assert learnable._LearnableFakeQuantize is fq.LearnableFakeQuantize
-        # Stubs stay, so that what is built under a patch outlives it.
         assert tq.QuantStub is not fq.QuantStub
+        assert tq.QuantType is not fq.QuantType
         assert handle.active
     finally:
         handle.undo()
@@ -255,8 +264,7 @@ def test_patches_nest_and_survive_exceptions() -> None:
     before = globals_of_torch()
     outer = fq.patch_torch_ao()
     with pytest.raises(ZeroDivisionError), fq.patch_torch_ao():
-        assert tq.prepare is fq.prepare
-        raise ZeroDivisionError
+        _ = 1 // (tq.prepare is not fq.prepare)
     assert tq.prepare is fq.prepare
     inner = fq.patch_torch_ao()
     outer.undo()  # in any order

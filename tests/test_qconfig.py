@@ -15,7 +15,6 @@ import torch.ao.quantization as tq
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from models import assert_same, oracle
 from torch import nn
 
 import fastquant as fq
@@ -32,6 +31,7 @@ from fastquant.quantization_mappings import (
     _get_special_act_post_process,
     _has_special_act_post_process,
 )
+from models import assert_same, oracle
 
 NAMED = [name for name in tq.qconfig.__all__ if isinstance(getattr(tq.qconfig, name), tq.QConfig)]
 BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn")
@@ -157,6 +157,7 @@ def variants(ns: Any) -> list[Any]:
         ns.QConfig(ns.MinMaxObserver, None),
         ns.QConfig(ns.MinMaxObserver.with_args(quant_min=0, quant_max=127), ns.MinMaxObserver),
         ns.QConfig(ns.MinMaxObserver.with_args(quant_min=0, quant_max=63), ns.MinMaxObserver),
+        ns.QConfig(ns.MinMaxObserver.with_args(quant_min=0), ns.MinMaxObserver),
         ns.QConfig(ns.FakeQuantize.with_args(observer=moving), ns.MinMaxObserver),
         ns.QConfig(
             ns.FakeQuantize.with_args(observer=moving.with_args(averaging_constant=0.5)),
@@ -510,7 +511,11 @@ def test_small_helpers_do_what_torchs_do() -> None:
     assert utils._get_path_of_module(model, nn.ReLU()) is None
     assert utils._parent_name("a.b.c") == ("a.b", "c")
     assert utils._parent_name("a") == ("", "a")
-    for qscheme in (torch.per_tensor_affine, torch.per_channel_symmetric, torch.per_tensor_symmetric):
+    for qscheme in (
+        torch.per_tensor_affine,
+        torch.per_channel_symmetric,
+        torch.per_tensor_symmetric,
+    ):
         assert utils.is_per_tensor(qscheme) == tq.utils.is_per_tensor(qscheme)
         assert utils.is_per_channel(qscheme) == tq.utils.is_per_channel(qscheme)
     mapping = {fq.QuantType.STATIC: {nn.Linear: nnq.Linear}}

@@ -19,6 +19,17 @@ import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
 import torch.ao.quantization as tq
+from torch import Tensor, nn
+
+import fastquant as fq
+from fastquant.quantize import (
+    _add_observer_,
+    _get_observer_dict,
+    _observer_forward_hook,
+    _observer_forward_pre_hook,
+    _register_activation_post_process_hook,
+    _remove_qconfig,
+)
 from models import (
     STATIC_CASES,
     Case,
@@ -30,19 +41,9 @@ from models import (
     Stubbed,
     Zoo,
     assert_same,
+    one_thread,  # noqa: F401  # a fixture
     oracle,
     tree,
-)
-from torch import Tensor, nn
-
-import fastquant as fq
-from fastquant.quantize import (
-    _add_observer_,
-    _get_observer_dict,
-    _observer_forward_hook,
-    _observer_forward_pre_hook,
-    _register_activation_post_process_hook,
-    _remove_qconfig,
 )
 
 QConfigOf = Callable[[ModuleType], Any]
@@ -551,10 +552,22 @@ def test_one_module_under_two_names_stays_one_module() -> None:
     model(torch.randn(3, 4))
 
 
-@pytest.mark.parametrize("name", ["conv_net", "lstm", "attention"])
-def test_prepared_models_can_be_copied_pickled_and_saved(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "qat"),
+    [
+        ("conv_net", False),
+        ("conv_net", True),
+        ("lstm", False),
+        ("lstm", True),
+        ("attention", False),
+    ],
+)
+def test_prepared_models_can_be_copied_pickled_and_saved(name: str, qat: bool) -> None:
     case = STATIC_CASES[name]
-    model = prepared(fq, case, STATIC_QCONFIGS["minmax"])
+    if qat:
+        model = trained(fq, case, QAT_QCONFIGS["x86"], fuse=bool(case.fusable))
+    else:
+        model = prepared(fq, case, STATIC_QCONFIGS["minmax"])
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -606,8 +619,9 @@ def test_a_users_own_module_is_observed_and_quantized_its_own_way() -> None:
     config = fq.get_default_custom_config_dict()
     config["float_to_observed_custom_module_class"][FloatDouble] = ObservedDouble
     config["observed_to_quantized_custom_module_class"][ObservedDouble] = QuantizedDouble
-    assert FloatDouble not in (
-        fq.get_default_custom_config_dict()["float_to_observed_custom_module_class"]
+    assert (
+        FloatDouble
+        not in (fq.get_default_custom_config_dict()["float_to_observed_custom_module_class"])
     )
     calls: list[str] = []
     model = Stubbed(fq, FloatDouble()).eval()
@@ -798,7 +812,7 @@ def test_uncalibrated_layers_are_named_in_one_warning() -> None:
     model = Stubbed(fq, ConvNet()).eval()
     model.qconfig = fq.get_default_qconfig()
     model = fq.prepare(model)
-    with pytest.warns(UserWarning) as record:
+    with pytest.warns(UserWarning, match="have seen no data") as record:
         fq.convert(model)
     messages = [str(warning.message) for warning in record]
     assert len(messages) == 1
@@ -850,7 +864,7 @@ def test_fusing_for_training_and_preparing_for_calibration_is_warned_of() -> Non
 @pytest.mark.parametrize(
     "call",
     [
-        lambda model: fq.quantize_dynamic(model),
+        fq.quantize_dynamic,
         lambda model: fq.prepare_qat(model.train()),
         lambda model: fq.convert(fq.prepare(model.eval())),
     ],
@@ -881,6 +895,30 @@ def test_models_on_several_devices_are_refused_by_name() -> None:
     mapping = fq.get_default_dynamic_quant_module_mappings()
     with pytest.raises(ValueError, match=r"on one device, got cpu, cuda:0"):
         fq.swap_module(model[1], mapping, {})
+
+
+class Follower(nn.Module):
+    """A quantized module that notes where it is moved."""
+
+    moved_to = None
+
+    @classmethod
+    def from_float(cls, module: nn.Module) -> Follower:
+        return cls()
+
+    def to(self, device: torch.device) -> Follower:  # type: ignore[override]
+        self.moved_to = device
+        return self
+
+
+def test_a_swapped_module_goes_where_the_old_one_was() -> None:
+    linear = nn.Linear(2, 2)
+    linear.qconfig = fq.default_qconfig
+    swapped = fq.swap_module(linear, {nn.Linear: Follower}, {})
+    assert swapped.moved_to == torch.device("cpu")
+    linear.weight, linear.bias = OnCuda(torch.zeros(2, 2)), OnCuda(torch.zeros(2))
+    swapped = fq.swap_module(linear, {nn.Linear: Follower}, {})
+    assert swapped.moved_to == torch.device("cuda:0")
 
 
 @pytest.mark.cuda
@@ -929,6 +967,7 @@ def test_pieces_of_prepare_work_by_themselves() -> None:
 def test_nothing_is_said_about_what_users_did_not_do() -> None:
     # In a process of its own: torch says some of it once per process.
     script = """
+from fastquant import *
 import torch, torch.nn as nn, fastquant as fq
 import torch.ao.quantization as tq
 
@@ -956,7 +995,7 @@ fq.convert(model.eval())(torch.randn(2, 3, 4, 4))
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
     )
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 def test_fused_training_modules_are_the_expected_ones() -> None:

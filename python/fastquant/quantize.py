@@ -225,7 +225,7 @@ def _insert_observer(
     module: nn.Module, device: torch.device | None, factory: Callable[[], nn.Module] | None = None
 ) -> None:
     """Attach an observer and its hook, unless there is no config or nothing to observe."""
-    if not has_qconfig(module):
+    if not has_qconfig(module) or isinstance(module, _torch_ao.DeQuantStub):
         return
     qconfig: Any = module.qconfig
     observer = _make_observer(factory or qconfig.activation, device)
