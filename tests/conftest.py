@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fastquant import _C, _ops  # noqa: F401  # _ops registers the ops
+from fastquant._torch_ao import conv_bn_base, nniqat
 
 settings.register_profile(
     "fastquant",
@@ -43,3 +44,10 @@ def any_isa() -> Iterator[list[str]]:
     before = _C.isa()
     yield _C.isas()
     _C.set_isa(before)
+
+
+@pytest.fixture
+def torchs_batch_norm_folding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """QAT modules with torch.ao's own arithmetic, for comparisons that want every bit."""
+    for cls, name in ((conv_bn_base, "_forward_approximate"), (nniqat.LinearBn1d, "forward")):
+        monkeypatch.setattr(cls, name, getattr(cls, name).__wrapped__)

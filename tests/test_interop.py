@@ -178,6 +178,7 @@ def torchvision_flow(ns: ModuleType, name: str, qat: bool) -> tuple[nn.Module, T
     return model, model(x)
 
 
+@pytest.mark.usefixtures("torchs_batch_norm_folding")
 @pytest.mark.parametrize(
     ("name", "qat"), [("resnet18", False), ("mobilenet_v2", False), ("resnet18", True)]
 )

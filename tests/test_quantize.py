@@ -158,6 +158,7 @@ def test_static_quantization_matches_torch(case: Case, qconfig: str, fuse: bool)
     assert_same(our_int8(*x), their_int8(*x))
 
 
+@pytest.mark.usefixtures("torchs_batch_norm_folding")
 @pytest.mark.parametrize(("case", "qconfig", "fuse"), combinations(static=False))
 def test_qat_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
     with oracle():
@@ -1004,3 +1005,21 @@ def test_fused_training_modules_are_the_expected_ones() -> None:
     assert type(model.body.conv1) is nniqat.ConvBnReLU2d
     assert type(model.body.conv2) is nniqat.ConvBn2d
     assert type(model.body.fc) is nnqat.Linear
+
+
+def test_a_fused_module_is_observed_once_with_torchs_qparams() -> None:
+    counts = {}
+    for ns in (tq, fq):
+        with oracle():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+            model.qconfig = ns.QConfig(ns.HistogramObserver, ns.default_weight_observer)
+            model = ns.prepare(ns.fuse_modules(model, ["0", "1"]))
+            x = torch.randn(4, 3, 8, 8)
+            model(x)
+            model(2 * x)
+        observer = model[0].activation_post_process
+        counts[ns] = (observer.histogram.clone(), observer.calculate_qparams())
+    (theirs, their_qparams), (ours, our_qparams) = counts[tq], counts[fq]
+    assert torch.equal(2 * ours, theirs)
+    assert_same(our_qparams, their_qparams)

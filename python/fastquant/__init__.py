@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from . import (
+    _qat_modules,  # noqa: F401  (it teaches torch.ao's QAT modules)
     _torch_ao,
     fake_quantize,
     functional,

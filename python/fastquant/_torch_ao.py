@@ -30,6 +30,7 @@ import torch.ao.nn.quantized.reference as nnqr
 import torch.ao.nn.sparse.quantized as nnsq
 import torch.ao.nn.sparse.quantized.dynamic as nnsqd
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule as FusedModule
+from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as conv_bn_base
 from torch.ao.quantization import observer as _observer
 from torch.ao.quantization import quantization_mappings as _mappings
 from torch.ao.quantization.observer import (
@@ -79,6 +80,7 @@ __all__ = [
     "TorchAODType",
     "ZeroPointDomain",
     "adopt",
+    "conv_bn_base",
     "get_block_size",
     "nni",
     "nniq",

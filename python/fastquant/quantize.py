@@ -29,7 +29,12 @@ from ._model_checks import (
     warn_of_uncalibrated,
 )
 from ._torch_ao import nnq, nnquantizable
-from .observer import _is_activation_post_process
+from .observer import (
+    HistogramObserver,
+    MinMaxObserver,
+    PerChannelMinMaxObserver,
+    _is_activation_post_process,
+)
 from .qconfig import (
     _activation_is_memoryless,
     _add_module_to_qconfig_obs_ctr,
@@ -231,7 +236,21 @@ def _insert_observer(
     observer = _make_observer(factory or qconfig.activation, device)
     module.add_module("activation_post_process", observer)
     memoryless = _activation_is_memoryless(qconfig) if factory else _is_memoryless(observer)
-    _register_activation_post_process_hook(module, pre_hook=memoryless)
+    if memoryless or not _runs_as_last_child(module, observer):
+        _register_activation_post_process_hook(module, pre_hook=memoryless)
+
+
+def _runs_as_last_child(module: nn.Module, observer: nn.Module) -> bool:
+    """Whether the observer needs no hook: a Sequential calls it after its other children.
+
+    With a hook too it would observe every output twice, as torch.ao's do. To extremes and
+    histograms that makes no difference but the time; moving averages would move more slowly.
+    """
+    return type(module).forward is nn.Sequential.forward and type(observer) in (
+        MinMaxObserver,
+        PerChannelMinMaxObserver,
+        HistogramObserver,
+    )
 
 
 def _add_observer_(
