@@ -1,5 +1,5 @@
-// Memory as the CPU code sees it, free of torch and of Python: what is stored where, small
-// buffers, the layout of big tensors, threads.
+// How the CPU code goes about memory: small buffers, stretches of big tensors, threads. Free of
+// torch and of Python.
 #pragma once
 
 #include <algorithm>
@@ -7,28 +7,17 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
+#include <type_traits>
 #include <vector>
 
+#include "../memory.h"
+#include "../range_math.h"
 #include "dispatch.h"
 #include "kernels.h"
 
 namespace fastquant {
 
-// A guard of invariants: people's mistakes are explained in Python.
-template <class... Parts>
-void check(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream message;
-  message << "fastquant: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
 // ------------------------------------------------------------------------------ types
-
-enum class Element : uint8_t { f32, f64, f16, bf16, i32, i64, other };
 
 inline const KernelsFor<float, float>& kernels_of(float) { return kernels().f32; }
 inline const KernelsFor<double, double>& kernels_of(double) { return kernels().f64; }
@@ -53,29 +42,7 @@ auto with_stored_type(Element type, const F& f) {
   }
 }
 
-// ------------------------------------------------------------------------------ views
-
-// Somebody's memory, of any strides.
-struct View {
-  const void* data;
-  Element type;
-  int dims;
-  const int64_t* sizes;
-  const int64_t* strides;
-  int64_t numel;
-};
-
-// A small buffer without gaps.
-struct Array {
-  void* data;
-  Element type;
-  int64_t numel;
-  const char* name;
-};
-
-inline void check_count(const Array& a, int64_t count) {
-  check(a.numel == count, a.name, " has ", a.numel, " elements, needs ", count);
-}
+// ---------------------------------------------------------------------------- buffers
 
 inline float number(float x) { return x; }
 inline double number(double x) { return x; }
@@ -100,13 +67,13 @@ template <class T>
 void assign(BFloat16* to, T x) {
   from_compute(to, static_cast<float>(x));
 }
-template <class T>
-void assign(int32_t* to, T x) {
-  *to = static_cast<int32_t>(x);
-}
-template <class T>
-void assign(int64_t* to, T x) {
-  *to = static_cast<int64_t>(x);
+template <class Integer, class T>
+void assign(Integer* to, T x) {
+  if constexpr (std::is_floating_point_v<T>) {
+    *to = saturated<Integer>(x);
+  } else {
+    *to = static_cast<Integer>(x);
+  }
 }
 
 // Calls f with a value of the type that a buffer's elements have.
@@ -164,59 +131,6 @@ T rounded_to(Element type, T value) {
 }
 
 // ----------------------------------------------------------------------------- layout
-
-// Memory without gaps or overlaps, seen as [outer, channels, inner]; per tensor that is
-// one channel.
-struct Dense {
-  const void* data;
-  Element type;
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-
-  int64_t numel() const { return outer * channels * inner; }
-};
-
-constexpr int kMaxDims = 64;
-
-inline bool is_dense(const View& x) {
-  check(x.dims <= kMaxDims, "x has too many dimensions");
-  if (x.numel == 0) return true;
-  int order[kMaxDims];
-  int count = 0;
-  int64_t expected = 1;
-  bool contiguous = true;
-  for (int d = x.dims - 1; d >= 0; --d) {
-    if (x.sizes[d] == 1) continue;
-    contiguous = contiguous && x.strides[d] == expected;
-    expected *= x.sizes[d];
-    order[count++] = d;
-  }
-  if (contiguous) return true;
-  std::sort(order, order + count, [&](int a, int b) { return x.strides[a] < x.strides[b]; });
-  expected = 1;
-  for (int k = 0; k < count; ++k) {
-    if (x.strides[order[k]] != expected) return false;
-    expected *= x.sizes[order[k]];
-  }
-  return true;
-}
-
-// The layout of a view that is_dense.
-inline Dense dense(const View& x, std::optional<int64_t> ch_axis) {
-  Dense d = {x.data, x.type, 1, 1, x.numel};
-  if (!ch_axis.has_value()) return d;
-  const int64_t axis = *ch_axis < 0 ? *ch_axis + x.dims : *ch_axis;
-  check(axis >= 0 && axis < x.dims, "ch_axis ", *ch_axis, " is out of range for ", x.dims, " dimensions");
-  d.channels = x.sizes[axis];
-  if (x.numel == 0) {
-    d.inner = 0;
-  } else if (d.channels > 1) {
-    d.inner = x.strides[axis];
-    d.outer = x.numel / (d.channels * d.inner);
-  }
-  return d;
-}
 
 // f(channel, begin, end) for each stretch of [begin, end) that lies in one channel.
 template <class F>

@@ -1,18 +1,14 @@
 // Fake-quantize over memory.
 #include "fake_quantize.h"
 
+#include "../channel_params.h"
+#include "../range_math.h"
+
 namespace fastquant {
 namespace {
 
 // Rows at least this long have their parameters broadcast; shorter ones repeat a pattern.
 constexpr int64_t kShortRow = 32;
-
-// Taken in the scale's own precision, as torch does.
-template <class T>
-T reciprocal(T scale, Element type) {
-  return type == Element::f64 ? static_cast<T>(1.0 / static_cast<double>(scale))
-                              : static_cast<T>(1.0f / static_cast<float>(scale));
-}
 
 // Owns the arrays that QuantParams points to.
 template <class T>
@@ -25,18 +21,18 @@ class ParamArrays {
     params_.channels = d.channels;
     params_.inner = std::max<int64_t>(d.inner, 1);
     params_.float_zero_point = zero_point.type != Element::i32 && zero_point.type != Element::i64;
-    params_.exact = params_.float_zero_point;
+    params_.exact = false;
     scale_ = read_values<T>(scale);
     zero_point_ = read_values<T>(zero_point);
     for (size_t c = 0; c < scale_.size(); ++c) {
-      inverse_scale_.push_back(reciprocal(scale_[c], scale.type));
-      low_.push_back(static_cast<T>(quant_min) - zero_point_[c]);
-      high_.push_back(static_cast<T>(quant_max) - zero_point_[c]);
-      // Half a step outside still rounds into the range if the bound is even.
-      low_edge_.push_back(edge(low_[c], -1));
-      high_edge_.push_back(edge(high_[c], 1));
-      const bool fits = std::abs(low_[c]) <= fast_bound<T>() && std::abs(high_[c]) <= fast_bound<T>();
-      params_.exact |= !fits || !std::isnormal(scale_[c]);
+      const auto p = channel_params<T>(scale_[c], scale.type == Element::f64, zero_point_[c],
+                                       params_.float_zero_point, quant_min, quant_max);
+      inverse_scale_.push_back(p.inverse_scale);
+      low_.push_back(p.low);
+      high_.push_back(p.high);
+      low_edge_.push_back(p.low_edge);
+      high_edge_.push_back(p.high_edge);
+      params_.exact |= p.exact;
     }
     params_.period = 0;
     if (periodic_) {
@@ -60,12 +56,6 @@ class ParamArrays {
   bool periodic() const { return periodic_; }
 
  private:
-  // The furthest value on that side of a whole bound that rounds to it, ties to even.
-  static T edge(T bound, int side) {
-    const T half = bound + static_cast<T>(0.5) * static_cast<T>(side);
-    return std::fmod(bound, T{2}) == T{0} ? half : std::nextafter(half, bound);
-  }
-
   // One value a channel becomes one value an element, over and over.
   void repeat(std::vector<T>* values, const Dense& d) const {
     std::vector<T> repeated;
@@ -139,9 +129,7 @@ void mask_gradient(const Dense& grad, const uint64_t* mask, void* out) {
 std::vector<int64_t> whole_zero_points(const Array& zero_point, int64_t quant_min, int64_t quant_max) {
   std::vector<int64_t> whole;
   for (double z : read_values<double>(zero_point)) {
-    const double clamped =
-        std::min(std::max(std::nearbyint(z), static_cast<double>(quant_min)), static_cast<double>(quant_max));
-    whole.push_back(static_cast<int64_t>(clamped));
+    whole.push_back(static_cast<int64_t>(whole_zero_point(z, quant_min, quant_max)));
   }
   return whole;
 }
@@ -169,7 +157,7 @@ void learnable_backward(const Dense& x, const void* grad, const Array& scale, co
         const T scale_here = static_cast<T>(scales[s.channel]);
         sums[i] = kernels_of(S{}).learnable_backward(
             g + s.begin, from + s.begin, to + s.begin, s.end - s.begin, scale_here,
-            reciprocal(scale_here, scale.type), static_cast<T>(zero_points[s.channel]),
+            reciprocal(scale_here, scale.type == Element::f64), static_cast<T>(zero_points[s.channel]),
             static_cast<T>(quant_min), static_cast<T>(quant_max), static_cast<T>(grad_factor));
       }
     });

@@ -6,21 +6,12 @@
 // another file might bring this file's instructions to a processor that lacks them.
 #pragma once
 
+#include "../formulas.h"
 #include "kernels.h"
 #include "vec_scalar.h"
 
 namespace fastquant {
 namespace {
-
-template <class T>
-constexpr T infinity() {
-  return static_cast<T>(__builtin_inf());
-}
-
-template <class T>
-constexpr T largest() {
-  return sizeof(T) == sizeof(float) ? static_cast<T>(0x1.fffffep127) : static_cast<T>(__DBL_MAX__);
-}
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -156,8 +147,6 @@ void minmax_columns(const S* x, int64_t rows, int64_t columns, int64_t row_strid
 
 // -------------------------------------------------------------------------- histogram
 
-// The bin is (x - low) * bins / (high - low), rounded after each operation as torch.histc
-// does, so that counts are torch's to the last element.
 template <class V, class S, class T>
 void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables) {
   constexpr int kGroup = 32;
@@ -167,15 +156,12 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
   uint32_t* const t2 = tables == 4 ? counts + 2 * stride : counts;
   uint32_t* const t3 = tables == 4 ? counts + 3 * stride : counts;
 
-  const auto lo = V::set1(low), hi = V::set1(high), width = V::set1(high - low);
-  const auto scale = V::set1(static_cast<T>(bins)), last = V::set1(static_cast<T>(bins - 1));
+  const auto formula = BinFormula<V>::of(low, high, bins);
   const auto outside = V::set1(static_cast<T>(bins));
   const auto locate = [&](const S* p, int32_t* index) {
     for (int k = 0; k < kGroup; k += V::N) {
       const auto a = V::load(p + k);
-      const auto inside = V::both(V::le(lo, a), V::le(a, hi));
-      const auto bin = V::min(V::div(V::mul(V::sub(a, lo), scale), width), last);
-      V::store_index(index + k, V::select(inside, bin, outside));
+      V::store_index(index + k, V::select(formula.inside(a), formula.bin(a), outside));
     }
   };
   const auto count = [&](const int32_t* index) {
@@ -204,18 +190,16 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
     count(index[current]);
     i += kGroup;
   }
+  const auto one = BinFormula<Scalar<T>>::of(low, high, bins);
   for (; i < n; ++i) {
     const T e = Scalar<T>::load(x + i);
-    if (!(low <= e && e <= high)) continue;
-    const T bin = Scalar<T>::min((e - low) * static_cast<T>(bins) / (high - low), static_cast<T>(bins - 1));
-    ++t0[static_cast<int32_t>(bin)];
+    if (one.inside(e)) ++t0[static_cast<int32_t>(one.bin(e))];
   }
 }
 
-// A double for 16 lanes: the same sum, in the same order, on every instruction set.
 template <class D>
 double sum_of_floats(const float* x, int64_t n) {
-  constexpr int kLanes = 16;
+  constexpr int kLanes = kErrorLanes;
   constexpr int kRegs = kLanes / D::N;
   typename D::Reg sums[kRegs];
   for (int r = 0; r < kRegs; ++r) sums[r] = D::set1(0.0);
@@ -231,54 +215,18 @@ double sum_of_floats(const float* x, int64_t n) {
   return total;
 }
 
-// floor(a / b), exact: the quotient rounded, then put right by the sign of the remainder.
+// The errors of the bins [begin, end), as far as whole vectors go; start_bin is the first
+// quantized one.
 template <class V>
-typename V::Reg floor_divide(typename V::Reg a, typename V::Reg b, typename V::Reg zero, typename V::Reg one) {
-  const auto quotient = V::floor(V::div(a, b));
-  const auto remainder = V::nmadd(quotient, b, a);
-  const auto lower = V::select(V::lt(remainder, zero), V::sub(quotient, one), quotient);
-  return V::select(V::le(b, remainder), V::add(quotient, one), lower);
-}
-
-struct ErrorTerms {
-  float bin_width, dst_width, half_width, inner_error, levels_less_one;
-  int64_t start_bin;
-};
-
-inline float cube(float x) { return x * x * x; }
-
-// The error of each bin, in the order and precision of torch.ao's
-// HistogramObserver._compute_quantization_error. Values are taken as spread evenly over
-// their bin; the integral of x² from a to b is (b³ - a³) / 3.
-template <class V>
-int64_t error_of_bins(const float* hist, int64_t begin, int64_t end, const ErrorTerms& e, float* out) {
-  const auto zero = V::set1(0.0f), one = V::set1(1.0f), half = V::set1(0.5f), three = V::set1(3.0f);
-  const auto width = V::set1(e.bin_width), dst = V::set1(e.dst_width), half_dst = V::set1(e.half_width);
-  const auto last = V::set1(e.levels_less_one), inner = V::set1(e.inner_error);
-  const auto half_cubed = V::set1(cube(e.half_width));
-  const auto negative_half_cubed = V::set1(cube(-e.half_width));
+int64_t errors_of_bins(const float* hist, int64_t begin, int64_t end, int64_t start_bin,
+                       const BinError<V>& error, float* out) {
   float steps[V::N];
   for (int k = 0; k < V::N; ++k) steps[k] = static_cast<float>(k);
   const auto lane = V::load(steps);
   int64_t i = begin;
   for (; i + V::N <= end; i += V::N) {
-    const auto index = V::add(V::set1(static_cast<float>(i - e.start_bin)), lane);
-    const auto from = V::mul(index, width);
-    const auto to = V::add(from, width);
-    const auto dst_from = V::min(V::max(floor_divide<V>(from, dst, zero, one), zero), last);
-    const auto dst_to = V::min(V::max(floor_divide<V>(to, dst, zero, one), zero), last);
-    const auto density = V::div(V::load(hist + i), width);
-
-    const auto a = V::sub(from, V::mul(V::add(dst_from, half), dst));
-    const auto first = V::mul(density, V::div(V::sub(half_cubed, V::mul(V::mul(a, a), a)), three));
-
-    const auto between = V::sub(V::sub(dst_to, dst_from), one);
-    const auto middle = V::mul(between, V::mul(density, inner));
-
-    const auto b = V::sub(to, V::add(V::mul(dst_to, dst), half_dst));
-    const auto final = V::mul(density, V::div(V::sub(V::mul(V::mul(b, b), b), negative_half_cubed), three));
-
-    V::store(out + i, V::add(V::add(first, middle), final));
+    const auto index = V::add(V::set1(static_cast<float>(i - start_bin)), lane);
+    V::store(out + i, error(index, V::load(hist + i)));
   }
   return i;
 }
@@ -288,15 +236,10 @@ double quantization_error(const float* hist, int64_t bins, double bin_width, int
                           double levels, float* scratch) {
   const double dst_width = bin_width * static_cast<double>(end_bin - start_bin + 1) / levels;
   if (dst_width == 0.0) return 0.0;
-  ErrorTerms e;
-  e.bin_width = static_cast<float>(bin_width);
-  e.dst_width = static_cast<float>(dst_width);
-  e.half_width = static_cast<float>(dst_width / 2);
-  e.inner_error = (cube(e.half_width) - cube(-e.half_width)) / 3.0f;
-  e.levels_less_one = static_cast<float>(levels - 1);
-  e.start_bin = start_bin;
-  const int64_t rest = error_of_bins<V>(hist, 0, bins, e, scratch);
-  error_of_bins<Scalar<float>>(hist, rest, bins, e, scratch);
+  const auto error = BinError<V>::of(bin_width, dst_width, levels);
+  const auto one_error = BinError<Scalar<float>>::of(bin_width, dst_width, levels);
+  const int64_t rest = errors_of_bins(hist, 0, bins, start_bin, error, scratch);
+  errors_of_bins(hist, rest, bins, start_bin, one_error, scratch);
   return sum_of_floats<D>(scratch, bins);
 }
 
@@ -334,35 +277,17 @@ class BitWriter {
   int fill_ = 0;
 };
 
-template <class V>
-struct FakeQuantizer {
-  typename V::Reg scale, inverse_scale, low, high, low_edge, high_edge;
+template <class V, class T>
+FakeQuantizer<V> quantizer_at(const QuantParams<T>& p, int64_t i) {
+  return {V::load(p.scale + i), V::load(p.inverse_scale + i), V::load(p.low + i),
+          V::load(p.high + i),  V::load(p.low_edge + i),      V::load(p.high_edge + i)};
+}
 
-  template <class T>
-  static FakeQuantizer at(const QuantParams<T>& p, int64_t i) {
-    return {V::load(p.scale + i), V::load(p.inverse_scale + i), V::load(p.low + i),
-            V::load(p.high + i),  V::load(p.low_edge + i),      V::load(p.high_edge + i)};
-  }
-
-  template <class T>
-  static FakeQuantizer of_channel(const QuantParams<T>& p, int64_t c) {
-    return {V::set1(p.scale[c]), V::set1(p.inverse_scale[c]), V::set1(p.low[c]),
-            V::set1(p.high[c]),  V::set1(p.low_edge[c]),      V::set1(p.high_edge[c])};
-  }
-
-  // x / scale.
-  typename V::Reg steps(typename V::Reg x) const { return V::mul(x, inverse_scale); }
-
-  // NaN gives quant_min. Clamping before rounding is the same, low and high being whole,
-  // and makes room for rounding by an addition, whose zero is never negative.
-  typename V::Reg value(typename V::Reg t) const {
-    const auto magic = V::set1(fast_bound<typename V::Element>() * 3);
-    const auto clamped = V::min(V::max(t, low), high);
-    return V::mul(V::sub(V::add(clamped, magic), magic), scale);
-  }
-
-  typename V::Mask inside(typename V::Reg t) const { return V::both(V::le(low_edge, t), V::le(t, high_edge)); }
-};
+template <class V, class T>
+FakeQuantizer<V> quantizer_of_channel(const QuantParams<T>& p, int64_t c) {
+  return {V::set1(p.scale[c]), V::set1(p.inverse_scale[c]), V::set1(p.low[c]),
+          V::set1(p.high[c]),  V::set1(p.low_edge[c]),      V::set1(p.high_edge[c])};
+}
 
 // Elements [begin, end) with one quantizer.
 template <bool kMask, class V, class S>
@@ -399,26 +324,15 @@ void fake_quantize_one(const S* x, S* y, const FakeQuantizer<Scalar<T>>& q, BitW
   if (kMask) writer->push(q.inside(t), 1);
 }
 
-inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
-
-// Integers as int64, the product in double, as torch does; and like torch's build, a float
-// zero point is added without rounding in between.
+// With the parameters at i.
 template <class S, class T>
-void fake_quantize_exact(const S* x, S* y, T scale, T inverse_scale, T zero_point, const QuantParams<T>& p,
-                         BitWriter* writer) {
+void fake_quantize_exact(const S* x, S* y, const QuantParams<T>& p, int64_t i, BitWriter* writer) {
   using One = Scalar<T>;
-  const T a = One::load(x);
-  const T rounded = p.float_zero_point ? One::round(multiply_add(a, inverse_scale, zero_point))
-                                       : One::round(a * inverse_scale) + zero_point;
-  constexpr int64_t kHuge = int64_t{1} << 62;
-  const T huge = static_cast<T>(kHuge);
-  int64_t q = rounded > -huge ? (rounded < huge ? static_cast<int64_t>(rounded) : kHuge) : -kHuge;
-  writer->push(q >= p.quant_min && q <= p.quant_max, 1);
-  q = q < p.quant_min ? p.quant_min : q;
-  q = q > p.quant_max ? p.quant_max : q;
-  const double value = (static_cast<double>(q) - static_cast<double>(zero_point)) * static_cast<double>(scale);
-  One::store(y, static_cast<T>(value));
+  const ExactQuantizer<One> q = {p.scale[i],  p.inverse_scale[i], p.zero_point[i],
+                                 p.quant_min, p.quant_max,        p.float_zero_point};
+  bool inside;
+  One::store(y, q.value(One::load(x), &inside));
+  writer->push(inside, 1);
 }
 
 template <bool kMask, class V, class S, class T>
@@ -429,14 +343,11 @@ void fake_quantize_rows_masked(const S* x, S* y, int64_t begin, int64_t end, con
   for (int64_t i = begin; i < end;) {
     const int64_t stop = smaller(end, (row + 1) * p.inner);
     if (!p.exact) {
-      i = fake_quantize_run<kMask>(x, y, i, stop, FakeQuantizer<V>::of_channel(p, channel), writer);
-      const auto one = FakeQuantizer<Scalar<T>>::of_channel(p, channel);
+      i = fake_quantize_run<kMask>(x, y, i, stop, quantizer_of_channel<V>(p, channel), writer);
+      const auto one = quantizer_of_channel<Scalar<T>>(p, channel);
       for (; i < stop; ++i) fake_quantize_one<kMask, T>(x + i, y + i, one, writer);
     }
-    for (; i < stop; ++i) {
-      fake_quantize_exact(x + i, y + i, p.scale[channel], p.inverse_scale[channel], p.zero_point[channel], p,
-                          writer);
-    }
+    for (; i < stop; ++i) fake_quantize_exact(x + i, y + i, p, channel, writer);
     ++row;
     channel = channel + 1 == p.channels ? 0 : channel + 1;
   }
@@ -453,17 +364,17 @@ void fake_quantize_periodic_masked(const S* x, S* y, int64_t begin, int64_t end,
   int64_t i = begin;
   if (!p.exact) {
     for (; i + V::N <= end; i += V::N, advance(V::N)) {
-      const auto q = FakeQuantizer<V>::at(p, phase);
+      const auto q = quantizer_at<V>(p, phase);
       const auto t = q.steps(V::load(x + i));
       V::store(y + i, q.value(t));
       if (kMask) writer->push(V::bits(q.inside(t)), V::N);
     }
     for (; i < end; ++i, advance(1)) {
-      fake_quantize_one<kMask, T>(x + i, y + i, FakeQuantizer<Scalar<T>>::at(p, phase), writer);
+      fake_quantize_one<kMask, T>(x + i, y + i, quantizer_at<Scalar<T>>(p, phase), writer);
     }
   }
   for (; i < end; ++i, advance(1)) {
-    fake_quantize_exact(x + i, y + i, p.scale[phase], p.inverse_scale[phase], p.zero_point[phase], p, writer);
+    fake_quantize_exact(x + i, y + i, p, phase, writer);
   }
 }
 
@@ -508,33 +419,22 @@ void mask_gradient(const S* grad, const uint64_t* mask, S* out, int64_t begin, i
   }
 }
 
-// LSQ, https://openreview.net/pdf?id=rkgO66VKDS: inside the range the scale's gradient is
-// (x̂ - x) / scale, outside it is the bound less the zero point; the zero point's is -scale
-// outside and nothing inside.
 template <class V, class S, class T>
 int64_t learnable_backward_run(const S* grad, const S* x, S* grad_x, int64_t begin, int64_t n, T scale,
                                T inverse_scale, T zero_point, T quant_min, T quant_max, T grad_factor,
                                LearnableSums* sums) {
   constexpr int64_t kBlock = 1024;  // short enough for sums in T
-  const auto zero = V::set1(T{0}), s = V::set1(scale), inv = V::set1(inverse_scale), z = V::set1(zero_point);
-  const auto low = V::set1(quant_min), high = V::set1(quant_max), factor = V::set1(grad_factor);
-  const auto below = V::set1(quant_min - zero_point), above = V::set1(quant_max - zero_point);
-  const auto outside_zero_point = V::set1(-scale);
+  const auto gradients =
+      LearnableGradients<V>::of(scale, inverse_scale, zero_point, quant_min, quant_max, grad_factor);
   int64_t i = begin;
   while (i + V::N <= n) {
-    auto scale_sum = zero, zero_point_sum = zero;
+    auto scale_sum = V::set1(T{0}), zero_point_sum = scale_sum;
     const int64_t stop = smaller(n, i + kBlock);
     for (; i + V::N <= stop; i += V::N) {
-      const auto g = V::load(grad + i), a = V::load(x + i);
-      const auto q = V::add(V::round(V::mul(a, inv)), z);
-      const auto small = V::lt(q, low);
-      const auto inside = V::both(V::le(low, q), V::le(q, high));
-      V::store(grad_x + i, V::select(inside, g, V::mul(g, zero)));
-      const auto error = V::mul(V::sub(V::mul(V::sub(q, z), s), a), inv);
-      const auto slope = V::select(inside, error, V::select(small, below, above));
-      scale_sum = V::add(scale_sum, V::mul(V::mul(g, slope), factor));
-      const auto shift = V::select(inside, zero, outside_zero_point);
-      zero_point_sum = V::add(zero_point_sum, V::mul(V::mul(g, shift), factor));
+      const auto terms = gradients(V::load(grad + i), V::load(x + i));
+      V::store(grad_x + i, terms.x);
+      scale_sum = V::add(scale_sum, terms.scale);
+      zero_point_sum = V::add(zero_point_sum, terms.zero_point);
     }
     T lanes[V::N];
     V::store(lanes, scale_sum);

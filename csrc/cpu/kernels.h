@@ -5,16 +5,12 @@
 
 #include <cstdint>
 
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace fastquant {
 
-// Quantization parameters ready for the inner loop. T is the type of the arithmetic.
-//
-// With r = round(x / scale), quantizing clamps r to [low, high], where low = quant_min -
-// zero_point and high = quant_max - zero_point: the zero point cancels out. x / scale
-// rounds into that range where low_edge <= x / scale <= high_edge, half a step outside and
-// ties to even taken into account.
+// What FakeQuantizer or ExactQuantizer (formulas.h) are made of, one array each. T is the type
+// of the arithmetic.
 //
 // Rows: memory is a sequence of rows of `inner` elements, and row r belongs to channel
 // r % channels. Periodic: element i has the parameters at i % period; each array then
@@ -35,18 +31,9 @@ struct QuantParams {
   int64_t period;    // periodic
   int64_t quant_min;
   int64_t quant_max;
-  // round(x / scale + zero_point) instead of round(x / scale) + zero_point.
   bool float_zero_point;
-  // Integers in double and one element at a time: float zero points, integers that T
-  // cannot tell apart, scales that are no normal number.
-  bool exact;
+  bool exact;  // ExactQuantizer
 };
-
-// Largest |low|, |high| of the fast path: rounding by adding 1.5 * 2^digits is exact there.
-template <class T>
-constexpr T fast_bound() {
-  return sizeof(T) == sizeof(float) ? T(4194304) : T(2251799813685248);
-}
 
 // The gradients of a learnable scale and zero point, summed over some elements.
 struct LearnableSums {

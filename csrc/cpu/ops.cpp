@@ -1,12 +1,10 @@
 // The ops of library.cpp for CPU tensors: tensors become views, outputs are allocated, and
 // torch's threads are lent.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <tuple>
 
+#include "../tensors.h"
 #include "fake_quantize.h"
 #include "statistics.h"
 
@@ -22,35 +20,7 @@ void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* cont
 
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // ------------------------------------------------------------------ tensors as memory
-
-Element element(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::Double:
-      return Element::f64;
-    case ScalarType::Half:
-      return Element::f16;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Int:
-      return Element::i32;
-    case ScalarType::Long:
-      return Element::i64;
-    default:
-      return Element::other;
-  }
-}
-
-View view(const Tensor& t) {
-  return {t.const_data_ptr(), element(t.scalar_type()), static_cast<int>(t.dim()),
-          t.sizes().data(),   t.strides().data(),       t.numel()};
-}
 
 Array array(const Tensor& t, const char* name) {
   check(t.is_cpu(), name, " must be on the CPU as x is");
@@ -62,26 +32,6 @@ Array single(const Tensor& t, const char* name) {
   const Array a = array(t, name);
   check_count(a, 1);
   return a;
-}
-
-// x itself where its memory is dense, else a copy laid out as torch.empty_like(x) is.
-Tensor densified(const Tensor& x) { return is_dense(view(x)) ? x : torch::stable::clone(x); }
-
-Tensor empty_as(const Tensor& like) {
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto sizes = like.sizes(), strides = like.strides();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, device_type, device_index, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty_1d(int64_t count, ScalarType type) {
-  const int64_t sizes[1] = {count};
-  return torch::stable::empty(IntHeaderOnlyArrayRef(sizes, 1), type);
 }
 
 // A flag of any integer type; anything but zero is on.
@@ -133,11 +83,11 @@ std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor min_val, const Tensor 
                                              int64_t quant_min, int64_t quant_max, int64_t scheme,
                                              int64_t symmetric_zero_point) {
   const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
-  Tensor scale = empty_1d(min_val.numel(), min_val.scalar_type());
+  Tensor scale = empty_1d(min_val.numel(), min_val.scalar_type(), min_val);
   const ScalarType type = config.scheme == Scheme::affine      ? ScalarType::Int
                           : config.scheme == Scheme::symmetric ? ScalarType::Long
                                                                : min_val.scalar_type();
-  Tensor zero_point = empty_1d(min_val.numel(), type);
+  Tensor zero_point = empty_1d(min_val.numel(), type, min_val);
   choose_qparams(array(min_val, "min_val"), array(max_val, "max_val"), single(eps, "eps"), config,
                  array(scale, "scale"), array(zero_point, "zero_point"));
   return {scale, zero_point};
@@ -172,7 +122,7 @@ std::tuple<Tensor, Tensor> quantize_or_copy_with_mask(const Tensor& x, const Ten
                                                       const Tensor& zero_point, bool enabled,
                                                       std::optional<int64_t> ch_axis, int64_t quant_min,
                                                       int64_t quant_max) {
-  Tensor mask = empty_1d(mask_words(x.numel()) * 8, ScalarType::Byte);
+  Tensor mask = empty_1d(mask_words(x.numel()) * 8, ScalarType::Byte, x);
   auto* words = static_cast<uint64_t*>(mask.mutable_data_ptr());
   if (!enabled) {
     fill_mask(words, x.numel());

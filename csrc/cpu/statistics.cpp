@@ -1,6 +1,10 @@
 // Min/max and histograms.
 #include "statistics.h"
 
+#include <numeric>
+
+#include "../histogram_math.h"
+
 namespace fastquant {
 namespace {
 
@@ -141,37 +145,19 @@ Extremes<T> observed_extremes(const S* x, const Dense& d, NonFinite policy, int6
   return finite;
 }
 
-template <class B>
-B least(B a, B b) {
-  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<B>::quiet_NaN() : std::min(a, b);
-}
-
-template <class B>
-B greatest(B a, B b) {
-  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<B>::quiet_NaN() : std::max(a, b);
-}
-
 // Folds a tensor's extremes into the buffers, in the buffers' precision B.
 template <class B, class T>
 void update_buffers(const Extremes<T>& current, std::optional<double> averaging_constant, const Array& min_val,
                     const Array& max_val) {
+  const B constant = static_cast<B>(averaging_constant.value_or(0.0));
   std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
   for (size_t c = 0; c < lows.size(); ++c) {
     if (current.low[c] > current.high[c]) continue;
     const B low = rounded_to(min_val.type, static_cast<B>(current.low[c]));
     const B high = rounded_to(max_val.type, static_cast<B>(current.high[c]));
-    if (!averaging_constant.has_value()) {
-      lows[c] = least(low, lows[c]);
-      highs[c] = greatest(high, highs[c]);
-    } else if (lows[c] == std::numeric_limits<B>::infinity() &&
-               highs[c] == -std::numeric_limits<B>::infinity()) {
-      lows[c] = low;
-      highs[c] = high;
-    } else {
-      const B constant = static_cast<B>(*averaging_constant);
-      lows[c] = lows[c] + constant * (low - lows[c]);
-      highs[c] = highs[c] + constant * (high - highs[c]);
-    }
+    const auto moved = folded<B>({lows[c], highs[c]}, {low, high}, averaging_constant.has_value(), constant);
+    lows[c] = moved.low;
+    highs[c] = moved.high;
   }
   write_values(min_val, lows);
   write_values(max_val, highs);
@@ -183,45 +169,15 @@ void add_nonfinite(const Array& nonfinite_count, int64_t left_out) {
 
 // -------------------------------------------------------------------------- histogram
 
-struct HistogramRange {
-  double low, high;
-};
-
 // Bytes of a tensor that is better read once.
 constexpr int64_t kUncached = int64_t{1} << 20;
 
-// torch.histc widens an empty range by one on each side.
-template <class T>
-HistogramRange counting_range(double low, double high) {
-  T lo = static_cast<T>(low), hi = static_cast<T>(high);
-  if (lo == hi) {
-    lo = lo - T{1};
-    hi = hi + T{1};
-  }
-  return {static_cast<double>(lo), static_cast<double>(hi)};
-}
-
-template <class T>
-bool arithmetic_fits(const HistogramRange& r, int64_t bins) {
-  const T span = (static_cast<T>(r.high) - static_cast<T>(r.low)) * static_cast<T>(bins);
-  return std::isfinite(span);
-}
-
-// Ranges too wide for the arithmetic of x's type, and those that no widening opens.
 template <class S>
 void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, std::vector<int64_t>* counts) {
-  const double half_span = r.high / 2 - r.low / 2;
   for (int64_t i = 0; i < n; ++i) {
-    const double e = static_cast<double>(to_compute(x[i]));
-    if (!(r.low <= e && e <= r.high)) continue;
-    const double position = half_span > 0 ? (e / 2 - r.low / 2) / half_span : 0.5;
-    ++(*counts)[std::min(static_cast<int64_t>(position * static_cast<double>(bins)), bins - 1)];
+    const int64_t bin = wide_bin(static_cast<double>(to_compute(x[i])), r, bins);
+    if (bin >= 0) ++(*counts)[bin];
   }
-}
-
-template <class S>
-bool kernel_counts(const HistogramRange& r, int64_t bins) {
-  return r.low < r.high && arithmetic_fits<Compute<S>>(r, bins);
 }
 
 // Counts one thread's share of a tensor.
@@ -282,7 +238,7 @@ void add_counts(const std::vector<int64_t>& from, std::vector<int64_t>* to) {
 template <class S>
 std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, int64_t bins) {
   std::vector<int64_t> counts(bins, 0);
-  if (!kernel_counts<S>(r, bins)) {
+  if (!bin_formula_fits<Compute<S>>(r, bins)) {
     count_wide(x, n, r, bins, &counts);
     return counts;
   }
@@ -331,66 +287,16 @@ bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, 
   return std::all_of(hit.begin(), hit.end(), [](char h) { return h != 0; });
 }
 
-// Element k of torch.linspace(start, end, count).
-template <class B>
-B linspace(B start, B end, int64_t count, int64_t k) {
-  const B step = (end - start) / static_cast<B>(count - 1);
-  return k < count / 2 ? start + step * static_cast<B>(k) : end - step * static_cast<B>(count - k - 1);
-}
-
-// The old histogram on the new range: each bin is cut into upsample_rate parts, and each
-// part goes whole to the new bin that holds its middle. Memory: nothing but the result.
 template <class B>
 std::vector<double> resample(const std::vector<double>& histogram, const HistogramRange& from,
                              const HistogramRange& to, int64_t upsample_rate) {
   const int64_t bins = static_cast<int64_t>(histogram.size());
-  const int64_t parts = bins * upsample_rate;
-  const B from_low = static_cast<B>(from.low), from_high = static_cast<B>(from.high);
-  const B part_width = (from_high - from_low) / static_cast<B>(parts);
-  const B half_part = static_cast<B>(0.5) * part_width;
-  const auto middle = [&](int64_t k) { return linspace(from_low, from_high, parts + 1, k) + half_part; };
-
-  std::vector<double> result(bins, 0.0);
-  int64_t first = 0;  // the first part of the new bin
+  const Resampling<B> resampling(from, to, bins, upsample_rate);
+  std::vector<double> result(bins);
+  int64_t first = 0;
   for (int64_t bin = 0; bin < bins; ++bin) {
-    int64_t last = parts;
-    if (bin + 1 < bins) {
-      const B edge = linspace(static_cast<B>(to.low), static_cast<B>(to.high), bins + 1, bin + 1);
-      // Where the edge should fall, and from there the few steps that rounding may ask for;
-      // by halves where the estimate is no use.
-      const B guess = (edge - from_low) / part_width;
-      last = guess > 0 && guess < static_cast<B>(parts) ? static_cast<int64_t>(guess) : (guess > 0 ? parts : 0);
-      last = std::max(last, first);
-      for (int steps = 0;; ++steps) {
-        if (steps == 8) {
-          int64_t low = first, high = parts;
-          while (low < high) {
-            const int64_t mid = low + (high - low) / 2;
-            if (middle(mid) < edge) {
-              low = mid + 1;
-            } else {
-              high = mid;
-            }
-          }
-          last = low;
-          break;
-        }
-        if (last > first && middle(last - 1) >= edge) {
-          --last;
-        } else if (last < parts && middle(last) < edge) {
-          ++last;
-        } else {
-          break;
-        }
-      }
-    }
-    for (int64_t part = first; part < last;) {
-      const int64_t old_bin = part / upsample_rate;
-      const int64_t stop = std::min(last, (old_bin + 1) * upsample_rate);
-      const double weight = histogram[old_bin] / static_cast<double>(upsample_rate);
-      result[bin] += weight * static_cast<double>(stop - part);
-      part = stop;
-    }
+    const int64_t last = resampling.parts_before(bin + 1);
+    result[bin] = resampling.sum(first, last, [&](int64_t old) { return histogram[old]; });
     first = last;
   }
   return result;
@@ -400,17 +306,13 @@ std::vector<double> moved_histogram(const std::vector<double>& histogram, const 
                                     const HistogramRange& to, int64_t upsample_rate, bool in_double) {
   const int64_t bins = static_cast<int64_t>(histogram.size());
   if (from.low == from.high) {
-    // Everything seen so far was one value.
-    const float value = static_cast<float>(from.low);
-    const auto where = count_bins(&value, 1, counting_range<double>(to.low, to.high), bins);
-    double total = 0;
-    for (double count : histogram) total += count;
-    std::vector<double> result(bins);
-    for (int64_t b = 0; b < bins; ++b) result[b] = total * static_cast<double>(where[b]);
+    std::vector<double> result(bins, 0.0);
+    const int64_t bin = bin_of_point(from.low, to, bins);
+    if (bin >= 0) result[bin] = std::accumulate(histogram.begin(), histogram.end(), 0.0);
     return result;
   }
-  return in_double || !arithmetic_fits<float>(to, bins) ? resample<double>(histogram, from, to, upsample_rate)
-                                                        : resample<float>(histogram, from, to, upsample_rate);
+  return resamples_in_double(in_double, to, bins) ? resample<double>(histogram, from, to, upsample_rate)
+                                                  : resample<float>(histogram, from, to, upsample_rate);
 }
 
 template <class S>
@@ -420,12 +322,11 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   using T = Compute<S>;
   const int64_t bins = histogram.numel;
   const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
-  const bool first = old.low == std::numeric_limits<double>::infinity() ||
-                     old.high == -std::numeric_limits<double>::infinity();
+  const bool first = is_unused(old);
   Extremes<T> range(1);
   bool nonfinite = false, counted = false;
   std::vector<int64_t> counts(bins, 0);
-  if (!first && d.numel() >= kUncached / static_cast<int64_t>(sizeof(S)) && kernel_counts<S>(old, bins)) {
+  if (!first && d.numel() >= kUncached / static_cast<int64_t>(sizeof(S)) && bin_formula_fits<T>(old, bins)) {
     counted = count_into_known_range(x, d.numel(), old, bins, &range, &nonfinite, &counts);
   } else {
     nonfinite = extremes(x, d, &range);
@@ -443,10 +344,9 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
     check(policy != NonFinite::raise, "x holds ", left_out, " non-finite elements");
   }
   if (range.low[0] <= range.high[0]) {
-    const HistogramRange seen = {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])};
     const HistogramRange now =
-        first ? seen : HistogramRange{std::min(old.low, seen.low), std::max(old.high, seen.high)};
-    if (!counted) counts = count_bins(x, d.numel(), counting_range<T>(now.low, now.high), bins);
+        widened(old, {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])});
+    if (!counted) counts = count_bins(x, d.numel(), counting_range<T>(now), bins);
     std::vector<double> total = first ? std::vector<double>(bins, 0.0) : read_values<double>(histogram);
     if (!first && (now.low != old.low || now.high != old.high)) {
       total = moved_histogram(total, old, now, upsample_rate, histogram.type == Element::f64);

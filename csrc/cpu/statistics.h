@@ -1,21 +1,10 @@
 // Statistics of a tensor, kept in small buffers, and quantization parameters from them.
 #pragma once
 
+#include "../range_math.h"
 #include "arrays.h"
 
 namespace fastquant {
-
-// What observing does with NaN and infinities.
-enum class NonFinite : int64_t { ignore = 0, raise = 1, propagate = 2 };
-
-enum class Scheme : int64_t { affine = 0, symmetric = 1, float_qparams = 2 };
-
-struct QParamsConfig {
-  int64_t quant_min;
-  int64_t quant_max;
-  Scheme scheme;
-  int64_t symmetric_zero_point;
-};
 
 // Whatever throws does so before any buffer has changed.
 void observe_minmax(const Dense& x, const Array& min_val, const Array& max_val, const Array& nonfinite_count,

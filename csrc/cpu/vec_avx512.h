@@ -2,7 +2,7 @@
 
 #include <immintrin.h>
 
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace fastquant {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <arm_neon.h>
 
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace fastquant {
 namespace {

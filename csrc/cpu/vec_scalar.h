@@ -4,7 +4,7 @@
 // either is a NaN, so `acc = min(x, acc)` leaves NaN out.
 #pragma once
 
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace fastquant {
 namespace {
@@ -57,6 +57,10 @@ struct Scalar {
   static float nmadd(float a, float b, float c) {
     return static_cast<float>(static_cast<double>(c) - static_cast<double>(a) * static_cast<double>(b));
   }
+
+  // a * b + c, rounded once.
+  static float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static double madd(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
   // To nearest, ties to even: from 2^digits on every number is whole, so adding and taking
   // away as much rounds. nearbyint is a library call on a baseline processor.

@@ -1,0 +1,242 @@
+// Histograms: the range of the bins, the bin of a value, counts moved to other bins, and the
+// search for the range that quantizes best.
+#pragma once
+
+#include "range_math.h"
+
+namespace fastquant {
+namespace {
+
+FASTQUANT_HD inline bool is_finite(double x) { return x - x == 0; }
+
+using HistogramRange = Range<double>;
+
+// The range of a histogram that has seen a tensor's; `first` where it had seen nothing.
+FASTQUANT_HD inline bool is_unused(const HistogramRange& r) {
+  return r.low == infinity<double>() || r.high == -infinity<double>();
+}
+
+FASTQUANT_HD inline HistogramRange widened(const HistogramRange& old, const HistogramRange& seen) {
+  if (is_unused(old)) return seen;
+  return {least(old.low, seen.low), greatest(old.high, seen.high)};
+}
+
+// torch.histc widens an empty range by one on each side.
+template <class T>
+FASTQUANT_HD HistogramRange counting_range(const HistogramRange& r) {
+  const T low = static_cast<T>(r.low), high = static_cast<T>(r.high);
+  if (low != high) return {static_cast<double>(low), static_cast<double>(high)};
+  return {static_cast<double>(low - T{1}), static_cast<double>(high + T{1})};
+}
+
+template <class T>
+FASTQUANT_HD bool arithmetic_fits(const HistogramRange& r, int64_t bins) {
+  return is_finite(
+      static_cast<double>((static_cast<T>(r.high) - static_cast<T>(r.low)) * static_cast<T>(bins)));
+}
+
+// Whether BinFormula will do for values of type T.
+template <class T>
+FASTQUANT_HD bool bin_formula_fits(const HistogramRange& r, int64_t bins) {
+  return r.low < r.high && arithmetic_fits<T>(r, bins);
+}
+
+// The bin of a value, or -1, where it will not do: ranges too wide for the arithmetic of T, and
+// those that no widening opens.
+FASTQUANT_HD inline int64_t wide_bin(double x, const HistogramRange& r, int64_t bins) {
+  if (!(r.low <= x && x <= r.high)) return -1;
+  const double half_span = r.high / 2 - r.low / 2;
+  const double position = half_span > 0 ? (x / 2 - r.low / 2) / half_span : 0.5;
+  const int64_t bin = static_cast<int64_t>(position * static_cast<double>(bins));
+  return bin < bins ? bin : bins - 1;
+}
+
+// torch.linspace(start, end, count), and never descending where rounding would make it.
+template <class B>
+struct Linspace {
+  B start, end, step, before_half;
+  int64_t count;
+
+  FASTQUANT_HD Linspace(B from, B to, int64_t n)
+      : start(from), end(to), step((to - from) / static_cast<B>(n - 1)), count(n) {
+    before_half = start + step * static_cast<B>(count / 2 - 1);
+  }
+
+  FASTQUANT_HD B operator[](int64_t k) const {
+    if (k < count / 2) return start + step * static_cast<B>(k);
+    const B value = end - step * static_cast<B>(count - k - 1);
+    return value < before_half ? before_half : value;
+  }
+};
+
+// A histogram on a wider range: each bin is cut into `rate` parts, and each part goes whole to
+// the new bin that holds its middle. B is the precision in which torch finds the middles.
+template <class B>
+class Resampling {
+ public:
+  FASTQUANT_HD Resampling(const HistogramRange& from, const HistogramRange& to, int64_t bins, int64_t rate)
+      : bins_(bins),
+        rate_(rate),
+        low_(static_cast<B>(from.low)),
+        part_width_((static_cast<B>(from.high) - low_) / static_cast<B>(bins * rate)),
+        starts_(low_, static_cast<B>(from.high), bins * rate + 1),
+        edges_(static_cast<B>(to.low), static_cast<B>(to.high), bins + 1) {}
+
+  // How many parts go to new bins before this one.
+  FASTQUANT_HD int64_t parts_before(int64_t bin) const {
+    const int64_t parts = bins_ * rate_;
+    if (bin <= 0) return 0;
+    if (bin >= bins_) return parts;
+    const B edge = edges_[bin];
+    // Where the edge should fall, and from there the few steps that rounding may ask for; by
+    // halves where the estimate is no use.
+    const B guess = (edge - low_) / part_width_;
+    int64_t count = guess > 0 ? (guess < static_cast<B>(parts) ? static_cast<int64_t>(guess) : parts) : 0;
+    for (int steps = 0; steps < 8; ++steps) {
+      if (count > 0 && middle(count - 1) >= edge) {
+        --count;
+      } else if (count < parts && middle(count) < edge) {
+        ++count;
+      } else {
+        return count;
+      }
+    }
+    int64_t least_count = 0, most = parts;
+    while (least_count < most) {
+      const int64_t half = least_count + (most - least_count) / 2;
+      if (middle(half) < edge) {
+        least_count = half + 1;
+      } else {
+        most = half;
+      }
+    }
+    return least_count;
+  }
+
+  // The counts of the parts [first, last), of which old(bin) gives those of a whole bin.
+  template <class Old>
+  FASTQUANT_HD double sum(int64_t first, int64_t last, const Old& old) const {
+    double total = 0;
+    for (int64_t part = first; part < last;) {
+      const int64_t bin = part / rate_;
+      const int64_t stop = (bin + 1) * rate_ < last ? (bin + 1) * rate_ : last;
+      total += old(bin) / static_cast<double>(rate_) * static_cast<double>(stop - part);
+      part = stop;
+    }
+    return total;
+  }
+
+ private:
+  FASTQUANT_HD B middle(int64_t part) const { return starts_[part] + static_cast<B>(0.5) * part_width_; }
+
+  int64_t bins_, rate_;
+  B low_, part_width_;
+  Linspace<B> starts_, edges_;
+};
+
+// Whether middles are found in double: for a histogram in double, and where fp32 is too narrow.
+FASTQUANT_HD inline bool resamples_in_double(bool double_histogram, const HistogramRange& to, int64_t bins) {
+  return double_histogram || !arithmetic_fits<float>(to, bins);
+}
+
+// The new bin of all counts of a histogram that had seen only one value.
+FASTQUANT_HD inline int64_t bin_of_point(double value, const HistogramRange& to, int64_t bins) {
+  using T = float;
+  const T x = static_cast<T>(value);
+  const HistogramRange r = counting_range<double>(to);
+  if (!bin_formula_fits<T>(r, bins)) return wide_bin(static_cast<double>(x), r, bins);
+  const T low = static_cast<T>(r.low), high = static_cast<T>(r.high);
+  if (!(low <= x && x <= high)) return -1;
+  const T bin = (x - low) * static_cast<T>(bins) / (high - low);
+  return bin < static_cast<T>(bins - 1) ? static_cast<int64_t>(bin) : bins - 1;
+}
+
+// ----------------------------------------------------------------------------- search
+
+// A walk from both ends of a histogram to the bins that hold the best range: one quantile step
+// at a time, until the quantization error grows. The walk, and the precision of each
+// comparison, are those of torch.ao's HistogramObserver._non_linear_param_search (after
+// caffe2's NormMinimization::NonlinearQuantizationParamsSearch).
+class RangeWalk {
+ public:
+  // cumulative: the counts up to and with each bin.
+  FASTQUANT_HD RangeWalk(const float* cumulative, int64_t bins)
+      : cumulative_(cumulative), total_(static_cast<double>(cumulative[bins - 1])), end_(bins - 1) {
+    next_start_ = start_;
+    next_end_ = end_;
+  }
+
+  // Goes on to the next range worth a look, next_start() to next_end(); false at the end.
+  FASTQUANT_HD bool next() {
+    constexpr double kStep = 1e-5;
+    while (alpha_ < beta_) {
+      const double next_alpha = alpha_ + kStep, next_beta = beta_ - kStep;
+      const float lower = static_cast<float>(next_alpha * total_),
+                  upper = static_cast<float>(next_beta * total_);
+      int64_t left = start_, right = end_;
+      while (left < end_ && cumulative_[left] < lower) ++left;
+      while (right > start_ && cumulative_[right] > upper) --right;
+      next_start_ = start_;
+      next_end_ = end_;
+      if (left - start_ > end_ - right) {
+        next_start_ = left;
+        alpha_ = next_alpha;
+      } else {
+        next_end_ = right;
+        beta_ = next_beta;
+      }
+      if (next_start_ != start_ || next_end_ != end_) return true;
+    }
+    return false;
+  }
+
+  // Takes that range for its error; false, and the walk is over, where the error has grown.
+  FASTQUANT_HD bool take(double error) {
+    if (error > smallest_error_) return false;
+    smallest_error_ = error;
+    start_ = next_start_;
+    end_ = next_end_;
+    return true;
+  }
+
+  FASTQUANT_HD int64_t next_start() const { return next_start_; }
+  FASTQUANT_HD int64_t next_end() const { return next_end_; }
+  // The best range so far.
+  FASTQUANT_HD int64_t start() const { return start_; }
+  FASTQUANT_HD int64_t end() const { return end_; }
+
+ private:
+  const float* cumulative_;
+  double total_;
+  double alpha_ = 0, beta_ = 1;
+  double smallest_error_ = infinity<double>();
+  int64_t start_ = 0, end_;
+  int64_t next_start_, next_end_;
+};
+
+FASTQUANT_HD inline double width_of_bins(const HistogramRange& r, int64_t bins) {
+  const double span = r.high - r.low, count = static_cast<double>(bins);
+  return is_finite(span) ? span / count : r.high / count - r.low / count;
+}
+
+// The search only compares errors. A power of two changes none of their digits and keeps their
+// cubes within what float holds, whatever the range.
+FASTQUANT_HD inline double width_for_search(const HistogramRange& r, int64_t bins) {
+  int exponent = 0;
+  return frexp(width_of_bins(r, bins), &exponent);
+}
+
+// The range of the bins [start, end] of a histogram, in the precision of its buffers.
+template <class B>
+FASTQUANT_HD Range<B> range_of_bins(const HistogramRange& r, int64_t bins, int64_t start, int64_t end) {
+  const B base = static_cast<B>(r.low);
+  const B span = static_cast<B>(r.high) - base;
+  const B width = is_finite(static_cast<double>(span)) ? span / static_cast<B>(bins)
+                                                       : static_cast<B>(width_of_bins(r, bins));
+  const B upper = base + width * static_cast<B>(end + 1);
+  return {base + width * static_cast<B>(start),
+          is_finite(static_cast<double>(upper)) ? upper : static_cast<B>(r.high)};
+}
+
+}  // namespace
+}  // namespace fastquant

@@ -1,0 +1,102 @@
+// Memory as native code sees it, free of torch and of Python: what is stored where, and the
+// layout of big tensors.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "numbers.h"
+
+namespace fastquant {
+
+// A guard of invariants: people's mistakes are explained in Python.
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  message << "fastquant: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+enum class Element : uint8_t { f32, f64, f16, bf16, i32, i64, other };
+
+// Somebody's memory, of any strides.
+struct View {
+  const void* data;
+  Element type;
+  int dims;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t numel;
+};
+
+// A small buffer without gaps.
+struct Array {
+  void* data;
+  Element type;
+  int64_t numel;
+  const char* name;
+};
+
+inline void check_count(const Array& a, int64_t count) {
+  check(a.numel == count, a.name, " has ", a.numel, " elements, needs ", count);
+}
+
+// Memory without gaps or overlaps, seen as [outer, channels, inner]; per tensor that is
+// one channel.
+struct Dense {
+  const void* data;
+  Element type;
+  int64_t outer;
+  int64_t channels;
+  int64_t inner;
+
+  int64_t numel() const { return outer * channels * inner; }
+};
+
+constexpr int kMaxDims = 64;
+
+inline bool is_dense(const View& x) {
+  check(x.dims <= kMaxDims, "x has too many dimensions");
+  if (x.numel == 0) return true;
+  int order[kMaxDims];
+  int count = 0;
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int d = x.dims - 1; d >= 0; --d) {
+    if (x.sizes[d] == 1) continue;
+    contiguous = contiguous && x.strides[d] == expected;
+    expected *= x.sizes[d];
+    order[count++] = d;
+  }
+  if (contiguous) return true;
+  std::sort(order, order + count, [&](int a, int b) { return x.strides[a] < x.strides[b]; });
+  expected = 1;
+  for (int k = 0; k < count; ++k) {
+    if (x.strides[order[k]] != expected) return false;
+    expected *= x.sizes[order[k]];
+  }
+  return true;
+}
+
+// The layout of a view that is_dense.
+inline Dense dense(const View& x, std::optional<int64_t> ch_axis) {
+  Dense d = {x.data, x.type, 1, 1, x.numel};
+  if (!ch_axis.has_value()) return d;
+  const int64_t axis = *ch_axis < 0 ? *ch_axis + x.dims : *ch_axis;
+  check(axis >= 0 && axis < x.dims, "ch_axis ", *ch_axis, " is out of range for ", x.dims, " dimensions");
+  d.channels = x.sizes[axis];
+  if (x.numel == 0) {
+    d.inner = 0;
+  } else if (d.channels > 1) {
+    d.inner = x.strides[axis];
+    d.outer = x.numel / (d.channels * d.inner);
+  }
+  return d;
+}
+
+}  // namespace fastquant

@@ -1,0 +1,111 @@
+// The element types tensors are stored in, and the type each is computed in.
+#pragma once
+
+#include <cstdint>
+
+// Functions that kernels on a GPU call too.
+#ifdef __CUDACC__
+#define FASTQUANT_HD __host__ __device__
+#else
+#define FASTQUANT_HD
+#endif
+
+namespace fastquant {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class Stored>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+// fp64 is computed in fp64; everything narrower in fp32.
+template <class Stored>
+using Compute = typename ComputeType<Stored>::type;
+
+// Declared `static` so that every file keeps its own copy: an inline function that the
+// linker merges could carry one instruction set's code into another's table.
+FASTQUANT_HD static inline float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FASTQUANT_HD static inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FASTQUANT_HD static inline float to_compute(float x) { return x; }
+
+FASTQUANT_HD static inline double to_compute(double x) { return x; }
+
+FASTQUANT_HD static inline float to_compute(BFloat16 x) {
+  return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
+}
+
+FASTQUANT_HD static inline float to_compute(Half x) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x0400u) return bits_to_float(sign | ((magnitude << 13) + 0x38000000u));
+  // Zero or subnormal: a multiple of 2^-24.
+  const float value = static_cast<float>(magnitude) * 0x1p-24f;
+  return bits_to_float(sign | float_to_bits(value));
+#endif
+}
+
+FASTQUANT_HD static inline void from_compute(float* to, float x) { *to = x; }
+
+FASTQUANT_HD static inline void from_compute(double* to, double x) { *to = x; }
+
+// Both narrowing conversions round to nearest, ties to even, and keep NaN a NaN.
+FASTQUANT_HD static inline void from_compute(BFloat16* to, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
+  const uint32_t bits = float_to_bits(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to->bits = nan ? static_cast<uint16_t>(0x7fc0u)
+                 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+
+FASTQUANT_HD static inline void from_compute(Half* to, float x) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
+#else
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // from 65520 on the nearest half is infinity
+    half = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  } else {
+    // Adding 0.5 leaves the subnormal's bits, rounded by the adder, at the bottom.
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+}  // namespace fastquant

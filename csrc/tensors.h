@@ -1,0 +1,68 @@
+// Tensors as memory: views of them, and new ones.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "memory.h"
+
+namespace fastquant {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Element element(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::Double:
+      return Element::f64;
+    case ScalarType::Half:
+      return Element::f16;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Int:
+      return Element::i32;
+    case ScalarType::Long:
+      return Element::i64;
+    default:
+      return Element::other;
+  }
+}
+
+inline View view(const Tensor& t) {
+  return {t.const_data_ptr(), element(t.scalar_type()), static_cast<int>(t.dim()),
+          t.sizes().data(),   t.strides().data(),       t.numel()};
+}
+
+// x itself where its memory is dense, else a copy laid out as torch.empty_like(x) is.
+inline Tensor densified(const Tensor& x) { return is_dense(view(x)) ? x : torch::stable::clone(x); }
+
+// Uninitialized, on the device of another tensor.
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                            const Tensor& like) {
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_as(const Tensor& like) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const auto sizes = like.sizes(), strides = like.strides();
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, like);
+}
+
+inline Tensor empty_1d(int64_t count, ScalarType type, const Tensor& like) {
+  const int64_t stride = 1;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  return empty_strided(1, &count, &stride, dtype, like);
+}
+
+}  // namespace fastquant
