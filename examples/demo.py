@@ -256,6 +256,9 @@ def main() -> int:
     # What torch.ao says of itself at each call, in its own name and in that of its caller.
     warnings.filterwarnings("ignore", module=r"torch\.")
     warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
+    # The tensors are small: a second thread would spend its time waiting, most of all where
+    # other programs want the processor too, and the times would say little.
+    torch.set_num_threads(1)
     info = fastquant.build_info()
     print(
         f"fastquant {info['version']} ({info['isa']} kernels), torch {info['torch']} "
