@@ -50,14 +50,40 @@ bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
   return std::any_of(nonfinite.begin(), nonfinite.end(), [](char odd) { return odd != 0; });
 }
 
+// Folds extremes of the columns of [repeat, channels, inner] into those of the channels.
+template <class T>
+void fold_columns(const Extremes<T>& columns, int64_t repeat, const Dense& d, Extremes<T>* result) {
+  const auto& kernels = kernels_of(T{});
+  const int64_t width = d.channels * d.inner;
+  bool odd;
+  if (repeat > 1) {
+    Extremes<T> once(width), unused(width);
+    kernels.minmax_columns(columns.low.data(), repeat, width, width, once.low.data(), unused.high.data(), &odd);
+    kernels.minmax_columns(columns.high.data(), repeat, width, width, unused.low.data(), once.high.data(), &odd);
+    fold_columns(once, 1, d, result);
+    return;
+  }
+  for (int64_t c = 0; c < d.channels; ++c) {
+    T low = columns.low[c], high = columns.high[c], other;
+    if (d.inner > 1) {
+      kernels.minmax(&columns.low[c * d.inner], d.inner, &low, &other, &odd);
+      kernels.minmax(&columns.high[c * d.inner], d.inner, &other, &high, &odd);
+    }
+    result->fold(c, low, high);
+  }
+}
+
 // Short rows: every position of [channels, inner] is a column of its own, and where those
 // are few, several outer steps are laid side by side to fill the vectors.
 template <class S, class T>
 bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax_columns = kernels_of(S{}).minmax_columns;
-  constexpr int64_t kWidth = 512;
+  constexpr int64_t kWidth = 512, kVector = 16;
   const int64_t width = d.channels * d.inner;
-  const int64_t repeat = std::max<int64_t>(1, std::min(d.outer, kWidth / width));
+  // As often as makes whole vectors of the columns, or a multiple of that.
+  const int64_t whole = kVector / std::gcd(kVector, width);
+  int64_t repeat = std::min(d.outer, std::max<int64_t>(1, kWidth / width));
+  if (repeat > whole) repeat -= repeat % whole;
   const int64_t columns = width * repeat;
   const int64_t rows = d.outer / repeat;
   const int64_t pieces = std::min(piece_count(d.numel()), std::max<int64_t>(rows, 1));
@@ -73,14 +99,7 @@ bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   auto& first = partial[0];
   minmax_columns(x + rows * columns, 1, (d.outer - rows * repeat) * width, columns, first.low.data(),
                  first.high.data(), &odd);
-  // Every column is `inner` neighbours of one channel: rows of the partial results.
-  const Dense columns_as_rows = {d.data, d.type, repeat, d.channels, d.inner};
-  for (const auto& p : partial) {
-    for_segments(columns_as_rows, 0, columns, [&](int64_t channel, int64_t from, int64_t to) {
-      result->fold(channel, *std::min_element(&p.low[from], &p.low[to - 1] + 1),
-                   *std::max_element(&p.high[from], &p.high[to - 1] + 1));
-    });
-  }
+  for (const auto& p : partial) fold_columns(p, repeat, d, result);
   return odd || std::any_of(nonfinite.begin(), nonfinite.end(), [](char o) { return o != 0; });
 }
 
