@@ -13,7 +13,6 @@ import math
 import os
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +24,14 @@ import torch
 from torch import Tensor
 
 from fastquant._timing import Case as Case
-from fastquant._timing import Summary, measure, threads_set_to
+from fastquant._timing import Rounds as Rounds
+from fastquant._timing import Summary, threads_set_to
 from fastquant._timing import machine as machine
 from fastquant._timing import readable_time as readable_time
+from fastquant._timing import time_rounds as time_rounds
 
 OURS, THEIRS = "fastquant", "torch.ao"
 FORMAT = 1
-DISTURBED = 0.25
 ROOT = Path(__file__).resolve().parent.parent
 
 # An activation of a convolutional network.
@@ -99,36 +99,6 @@ _UNITS: dict[str, Callable[[float], str]] = {
 Value = Callable[[dict[str, float]], float]
 
 
-def timed(cases: Mapping[str, Case | Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds for each round of interleaved cases."""
-    whole = {name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()}
-    return measure(whole, rounds)
-
-
-class Others:
-    """How many processors were busy with other work, from now on; None where nobody tells."""
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float] | None:
-        """Seconds by the clock, and processor seconds spent outside this process."""
-        try:
-            fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-        except OSError:
-            return None
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy - time.process_time()
-
-    def cores(self) -> float | None:
-        end = self._now()
-        if self._start is None or end is None:
-            return None
-        return max(0.0, (end[1] - self._start[1]) / (end[0] - self._start[0]))
-
-
 @dataclass
 class Suite:
     """The rows of one benchmark, printed as they come."""
@@ -157,21 +127,23 @@ class Suite:
             unit: of the value, one of those the table knows.
             target: what the value is to be.
         """
-        others = Others()
-        seconds = timed(cases, self.rounds)
-        self.add_seconds(work, input, seconds, value, unit, target, others.cores())
+        whole = {
+            name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()
+        }
+        timed = time_rounds(whole, self.rounds)
+        self.add_rounds(work, input, timed, value, unit, target)
 
-    def add_seconds(
+    def add_rounds(
         self,
         work: str,
         input: str,
-        seconds: dict[str, list[float]],
+        timed: Rounds,
         value: Value,
         unit: str,
         target: Target | None = None,
-        others: float | None = None,
     ) -> None:
         """Add a row of what was timed elsewhere, one number for each round."""
+        seconds = timed.seconds
         values = [
             value(dict(zip(seconds, numbers, strict=True)))
             for numbers in zip(*seconds.values(), strict=True)
@@ -180,13 +152,14 @@ class Suite:
             name: {**vars(Summary.of(numbers)), "best": min(numbers)}
             for name, numbers in seconds.items()
         }
-        self._append(work, input, times, Summary.of(values), unit, target, len(values), others)
+        kept = (len(values), timed.undisturbed)
+        self._append(work, input, times, Summary.of(values), unit, target, kept)
 
     def add_value(
         self, work: str, input: str, value: float, unit: str, target: Target | None = None
     ) -> None:
         """Add a row whose value is no time."""
-        self._append(work, input, {}, Summary.of([value]), unit, target, 1)
+        self._append(work, input, {}, Summary.of([value]), unit, target, (1, 1))
 
     def compare(
         self,
@@ -211,21 +184,20 @@ class Suite:
         value: Summary,
         unit: str,
         target: Target | None,
-        rounds: int,
-        others: float | None = None,
+        rounds: tuple[int, int],
     ) -> None:
         row = {
             "benchmark": self.name,
             "work": work,
             "input": input,
             "threads": self.threads,
-            "rounds": rounds,
+            "rounds": rounds[0],
+            "undisturbed": rounds[1],
             "seconds": times,
             "value": vars(value),
             "unit": unit,
             "target": None if target is None else vars(target),
             "met": None if target is None else target.is_met(value.median),
-            "others": others,
         }
         self.rows.append(row)
         print(_line(row), flush=True)
@@ -278,11 +250,10 @@ def targets_of(rows: Sequence[dict[str, Any]]) -> str:
     missed = [row for row in with_target if not row["met"]]
     lines = [f"{len(with_target) - len(missed)} of {len(with_target)} targets met"]
     lines += [_line(row) for row in missed]
-    disturbed = sum((row["others"] or 0) > DISTURBED for row in rows)
+    disturbed = sum(2 * row["undisturbed"] < row["rounds"] for row in rows)
     if disturbed:
         lines.append(
-            f"{disturbed} of {len(rows)} rows were measured while other processes kept more than "
-            f"{DISTURBED} of a processor busy"
+            f"in {disturbed} of {len(rows)} rows, other processes disturbed most of the rounds"
         )
     return "\n".join(lines)
 

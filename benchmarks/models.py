@@ -15,7 +15,19 @@ from torch import nn
 
 import fastquant
 from fastquant import bench
-from harness import OURS, THEIRS, Case, Suite, Target, at_least, at_most, main, normal, timed
+from harness import (
+    OURS,
+    THEIRS,
+    Case,
+    Rounds,
+    Suite,
+    Target,
+    at_least,
+    at_most,
+    main,
+    normal,
+    time_rounds,
+)
 
 BATCH = (8, 3, 224, 224)
 # Each call takes long, and torch.ao's longer.
@@ -34,21 +46,21 @@ def overheads(suite: Suite, name: str, mode: str, model: nn.Module) -> None:
     rounds = min(suite.rounds, MOST_ROUNDS)
     report = bench.run(model, normal(*BATCH), mode=mode, rounds=rounds, progress=False)
     if not report.same_ranges:
-        raise SystemExit(f"{name}: {report.torch_ao_error or report.differences}")
-    add = suite.add_seconds
-    work, batch, seconds = f"{name}: {WHAT[mode]}", str(list(BATCH)), report.seconds
-    target = TARGETS[name][mode]
-    add(f"{work} over float", batch, seconds, lambda t: t[OURS] / t["float"] - 1, "more", target)
-    add(f"{work}, torch.ao's", batch, seconds, lambda t: t[THEIRS] / t["float"] - 1, "more")
+        raise SystemExit(report.table())
+    add = suite.add_rounds
+    work, batch, target = f"{name}: {WHAT[mode]}", str(list(BATCH)), TARGETS[name][mode]
+    whole = Rounds(report.seconds, report.undisturbed)
+    add(f"{work} over float", batch, whole, lambda t: t[OURS] / t["float"] - 1, "more", target)
+    add(f"{work}, torch.ao's", batch, whole, lambda t: t[THEIRS] / t["float"] - 1, "more")
     total = {
         side: [math.fsum(layer.seconds[side].median for layer in report.layers)]
         for side in (OURS, THEIRS)
     }
-    add(f"{work}, its observers alone", batch, total, lambda t: t[THEIRS] / t[OURS], "x")
+    add(f"{work}, its observers alone", batch, Rounds(total, 1), lambda t: t[THEIRS] / t[OURS], "x")
 
 
 def qat_modules(suite: Suite, name: str, model: nn.Module) -> None:
-    """What the QAT step costs beyond float with all fake-quantizers off: torch's own modules."""
+    """What the QAT step costs beyond float with all fake-quantizers off: the modules alone."""
     prepared: Any = bench.fused(model, "qat")
     prepared.qconfig = fastquant.get_default_qat_qconfig("x86")
     fastquant.prepare_qat(prepared, inplace=True)
@@ -58,11 +70,10 @@ def qat_modules(suite: Suite, name: str, model: nn.Module) -> None:
         key: Case(bench.Step(module.train(), normal(*BATCH), "qat"))
         for key, module in (("float", model), (OURS, prepared))
     }
-    seconds = timed(cases, min(suite.rounds, MOST_ROUNDS))
-    suite.add_seconds(
+    suite.add_rounds(
         f"{name}: QAT step, fake-quantizers off",
         str(list(BATCH)),
-        seconds,
+        time_rounds(cases, min(suite.rounds, MOST_ROUNDS)),
         lambda t: t[OURS] / t["float"] - 1,
         "more",
     )
@@ -77,10 +88,10 @@ def convert(suite: Suite, name: str, model: nn.Module) -> None:
         with torch.no_grad():
             prepared(normal(1, *BATCH[1:]))
         cases[side] = Case(converting(ns, prepared))
-    suite.add_seconds(
+    suite.add_rounds(
         f"{name}: convert",
         "x86 qconfig",
-        timed(cases, min(suite.rounds, MOST_ROUNDS)),
+        time_rounds(cases, min(suite.rounds, MOST_ROUNDS)),
         lambda t: t[THEIRS] / t[OURS],
         "x",
         at_least(3),

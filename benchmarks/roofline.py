@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastquant
-from fake_quant import forward, modules
+from fake_quant import forward, forward_backward, modules
 from harness import OURS, Suite, at_most, describe, main, normal
 from observers import observe
 
@@ -60,6 +60,24 @@ def fused(suite: Suite, x: Tensor) -> None:
         )
 
 
+def with_backward(suite: Suite, x: Tensor) -> None:
+    """Beside the least that autograd does for one read and one write each way."""
+    leaf, gradient = x.detach().clone().requires_grad_(), torch.ones_like(x)
+    for work, make in modules(fastquant).items():
+        if work.endswith("axis 0"):
+            continue
+        suite.add(
+            f"{work}: fwd + bwd against x * 2",
+            describe(x),
+            {
+                OURS: forward_backward(make(), x),
+                "x * 2": lambda: torch.autograd.grad(leaf * 2, leaf, gradient),
+            },
+            lambda t: t[OURS] / t["x * 2"],
+            "of limit",
+        )
+
+
 def histogram(suite: Suite, x: Tensor, what: str) -> None:
     suite.add(
         f"HistogramObserver, {what}",
@@ -80,6 +98,7 @@ def measure(suite: Suite) -> None:
         reading(suite, channels_last, 1)
         fused(suite, x)
         fused(suite, channels_last)
+        with_backward(suite, x)
         histogram(suite, x, "normal")
         histogram(suite, x.relu(), "after ReLU")
 

@@ -102,10 +102,10 @@ def assert_qparams_are_calculated(module: Any) -> None:
 @given(data=st.data())
 @settings(max_examples=100)
 def test_fake_quantize_is_torchs(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(OBSERVERS))
+    name = data.draw(st.sampled_from(OBSERVERS[:4]))  # the histogram's runs with the defaults
     per_channel = "PerChannel" in name
     config = data.draw(configs(PER_CHANNEL if per_channel else PER_TENSOR))
-    # torch compares 32-bit values with the ends of their range in floats that cannot tell.
+    # torch computes 32-bit values in floats, which cannot tell neighbours apart; we in doubles.
     assume(config["dtype"] not in (torch.qint32, torch.int32))
     if per_channel:
         config["ch_axis"] = data.draw(st.integers(0, 1))
@@ -126,8 +126,7 @@ def test_fake_quantize_is_torchs(data: st.DataObject) -> None:
             run(ours, x)
             return
         assert_runs_same(ours, theirs, x)
-        if name != "HistogramObserver":  # whose counts may differ by torch's rounding
-            assert_same_state(ours, theirs)
+        assert_same_state(ours, theirs)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

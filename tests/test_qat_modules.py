@@ -100,9 +100,7 @@ def test_torchs_own_fake_quantize_keeps_torchs_method(
     for folded in (True, False):
         if not folded:
             cls = next(c for c in type(qat(module)).__mro__ if "_forward_approximate" in vars(c))
-            monkeypatch.setattr(
-                cls, "_forward_approximate", cls._forward_approximate.__wrapped__
-            )
+            monkeypatch.setattr(cls, "_forward_approximate", cls._forward_approximate.__wrapped__)
         with oracle():
             model = nn.Sequential(copy.deepcopy(module)).train()
             model.qconfig = tq.get_default_qat_qconfig("x86")

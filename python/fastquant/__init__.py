@@ -14,6 +14,7 @@ from typing import TypeAlias
 from . import (
     _qat_modules,  # noqa: F401  (it teaches torch.ao's QAT modules)
     _torch_ao,
+    distributed,
     fake_quantize,
     functional,
     fuser_method_mappings,
@@ -35,6 +36,7 @@ from .fake_quantize import *
 from .fuse_modules import *
 from .fuse_modules import __all__ as _fuse_modules_names
 from .fuser_method_mappings import *
+from .merging import merge
 from .observer import *
 from .qconfig import *
 from .qconfig_mapping import *
@@ -57,7 +59,9 @@ __all__ = [
     "build_info",
     "calibrate",
     "default_eval_fn",
+    "distributed",
     "functional",
+    "merge",
     "patch_torch_ao",
     *fake_quantize.__all__,
     *_fuse_modules_names,

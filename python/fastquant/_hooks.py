@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import Any, cast
+
+import torch
 from torch import nn
 
+from ._compiling import when_compiling
 from ._torch_ao import observer_forward_hook, observer_forward_pre_hook
 
 _OBSERVER_HOOKS = (observer_forward_hook, observer_forward_pre_hook)
+
+
+def _observe_output(self: Any, input: Any, output: Any) -> Any:
+    return self.activation_post_process(output)
+
+
+def _observe_input(self: Any, input: Any) -> Any:
+    return self.activation_post_process(input[0])
+
+
+@when_compiling
+def _show_dynamo_the_hooks() -> None:
+    """torch.compile does not look into functions of torch.ao; in their place it takes these."""
+    for hook, same in zip(_OBSERVER_HOOKS, (_observe_output, _observe_input), strict=True):
+        # Refused where this module is imported a second time: they are known by then.
+        with suppress(ValueError):
+            cast(Any, torch.compiler.substitute_in_graph)(hook)(same)
 
 
 def copy_forward_pre_hooks(source: nn.Module, target: nn.Module) -> None:

@@ -158,3 +158,27 @@ def _is_uncalibrated(module: nn.Module) -> bool:
     if not isinstance(low, Tensor) or not isinstance(high, Tensor):
         return False
     return low.numel() == 0 or bool((low > high).all())
+
+
+def nonfinite_counts(model: nn.Module) -> dict[str, int]:
+    """Layer name → non-finite values that its observers have left out so far."""
+    counts: dict[str, int] = {}
+    for name, buffer in model.named_buffers():
+        *path, leaf = name.split(".")
+        if leaf == "nonfinite_count":
+            while path and path[-1] == "activation_post_process":
+                path.pop()
+            layer = ".".join(path) or "the model itself"
+            counts[layer] = counts.get(layer, 0) + int(buffer)
+    return counts
+
+
+def warn_of_nonfinite(model: nn.Module) -> None:
+    """Warn once of all layers whose observers have left out NaN or infinities."""
+    names = [f"{layer} ({count})" for layer, count in nonfinite_counts(model).items() if count]
+    if names:
+        warnings.warn(
+            "convert: the observers of these layers met NaN or infinite values, which were left "
+            f"out of the statistics: {_listing(names)}",
+            stacklevel=3,
+        )

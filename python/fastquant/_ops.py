@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _reference
 
@@ -37,6 +40,29 @@ def _load_library() -> None:
 
 
 _load_library()
+
+
+def _load_cuda_library() -> str | None:
+    """Load the kernels for CUDA tensors, where they were built and torch has CUDA.
+
+    Returns why they do not load, if so.
+    """
+    library = importlib.util.find_spec("fastquant._cuda")
+    if torch.version.cuda is None or library is None or library.origin is None:
+        return None
+    try:
+        torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        reason = str(error.__cause__ or error)
+        warnings.warn(
+            f"fastquant's CUDA kernels do not load; CUDA tensors take slower ones: {reason}",
+            stacklevel=2,
+        )
+        return reason
+    return None
+
+
+cuda_load_error = _load_cuda_library()
 
 from . import _C  # noqa: E402  (its absence is explained above)
 
@@ -154,10 +180,13 @@ class _MaskGradient(torch.autograd.Function):
     """The straight-through gradient as a function of the gradient, for gradients of gradients."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.stride = stride
+    def forward(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
         return _masked(grad, mask, stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mask, ctx.stride = inputs
+        ctx.save_for_backward(mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -249,6 +278,44 @@ class _Learnable(torch.autograd.Function):
         return gradients
 
 
+class _TransformableFakeQuantize(torch.autograd.Function):
+    """The op `fake_quantize_with_mask` as torch.func transforms it, at some µs more a call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = fake_quantize_with_mask(*inputs)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        _save_mask(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _fake_quantize_gradients(ctx, *grads)
+
+
+class _TransformableLearnable(torch.autograd.Function):
+    """The op `learnable_fake_quantize` likewise."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        y: Tensor = learnable_fake_quantize(*inputs)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_learnable(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor | None, ...] = _learnable_gradients(ctx, *grads)
+        return gradients
+
+
+_transformable_fake_quantize: _Op = _TransformableFakeQuantize.apply
+_transformable_learnable: _Op = _TransformableLearnable.apply
 _with_straight_through: _Op = _StraightThrough.apply
 _learnable_with_gradients: _Op = _Learnable.apply
 
@@ -256,6 +323,13 @@ _learnable_with_gradients: _Op = _Learnable.apply
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func transforms, or forward-mode derivatives are taken (and refused)."""
+    return _innermost_transform() is not None or forward_ad._current_level >= 0
 
 
 def _set_up_fast_calls() -> bool:
@@ -267,8 +341,8 @@ def _set_up_fast_calls() -> bool:
             # What intercepts ops has to see them: modes (fake tensors, export), the transforms
             # of torch.func, torch.jit.trace.
             (
-                torch._C._len_torch_dispatch_stack,
-                torch._C._functorch.peek_interpreter_stack,
+                _modes,
+                _innermost_transform,
                 torch._C._is_tracing,
             ),
             Tensor.is_neg,
@@ -313,16 +387,20 @@ def apply_fake_quantize(
     """
     compiling = _is_compiling()
     # A flag that lies on another device is left to the op: to read it would be to wait for it.
-    if enabled is not None and not compiling and x.is_cpu:
+    # So is one that a mode makes out to be a fake tensor, which has no value.
+    if enabled is not None and not compiling and x.is_cpu and not _modes():
         if not enabled.item():
             return x
         enabled = None
     settings = (scale, zero_point, enabled, ch_axis, quant_min, quant_max)
     y: Tensor
-    if not (x.requires_grad and _is_grad_enabled()):
+    if compiling:
+        needs_grad = x.requires_grad and _is_grad_enabled()
+        y = fake_quantize_with_mask(x, *settings)[0] if needs_grad else fake_quantize(x, *settings)
+    elif _is_transformed():
+        y, _ = _transformable_fake_quantize(x, *settings)
+    elif not (x.requires_grad and _is_grad_enabled()):
         y = fake_quantize(x, *settings)
-    elif compiling:
-        y, _ = fake_quantize_with_mask(x, *settings)
     else:
         y = _with_straight_through(fake_quantize_with_mask, x, *settings)
     return y
@@ -339,13 +417,17 @@ def apply_fused(
     needs_grad = x.requires_grad and _is_grad_enabled()
     # Two calls in place of one: where the first goes round the dispatcher that is quicker, and
     # while compiling it is a must, since an op that changes its arguments can have no gradient.
-    if (x.is_cpu and fast_calls) or (needs_grad and _is_compiling()):
+    if (
+        (x.is_cpu and fast_calls)
+        or (needs_grad and _is_compiling())
+        or (not _is_compiling() and _is_transformed())
+    ):
         observe_qparams(x, observer_enabled, *settings)
         _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
         return apply_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
         )
-    if x.is_cpu and not _is_compiling() and not fake_quant_enabled.item():
+    if x.is_cpu and not _is_compiling() and not _modes() and not fake_quant_enabled.item():
         observe_qparams_(x, observer_enabled, *settings)
         return x
     if needs_grad:
@@ -366,6 +448,9 @@ def apply_learnable_fake_quantize(
     grad_factor: float,
 ) -> Tensor:
     """Fake-quantize `x` with a scale and zero point that have gradients; args as the op's."""
-    op = learnable_fake_quantize if _is_compiling() else _learnable_with_gradients
+    if _is_compiling():
+        op = learnable_fake_quantize
+    else:
+        op = _transformable_learnable if _is_transformed() else _learnable_with_gradients
     y: Tensor = op(x, scale, zero_point, ch_axis, quant_min, quant_max, grad_factor)
     return y

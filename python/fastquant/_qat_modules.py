@@ -35,8 +35,8 @@ def _as_inference_sees_it(module: Any) -> Tensor:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     scale = scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    quantized: Tensor = module.weight_fake_quant(weight * scale)
-    return quantized / scale
+    unscaled: Tensor = module.weight_fake_quant(weight * scale) / scale
+    return unscaled
 
 
 def _conv_bn(module: Any, x: Tensor) -> Tensor:

@@ -231,6 +231,33 @@ def _resampled(
     return torch.zeros_like(histogram).index_add_(0, index, mass)
 
 
+def moved_histogram(
+    old: Tensor,
+    low: Tensor,
+    high: Tensor,
+    new_low: Tensor,
+    new_high: Tensor,
+    upsample_rate: int,
+    compute: torch.dtype,
+) -> Tensor:
+    """The histogram of [low, high] as one of [new_low, new_high], which holds the old range.
+
+    As it lies where that is the same range; all in one bin where all was one value; else
+    resampled, in `compute`, the precision that torch would use, and where that overflows in the
+    widest one. `old` and the range (0-dim) are in the widest dtype.
+    """
+    same = (low == new_low) & (high == new_high)
+    point = _bin_of(low.reshape(1).to(torch.float32), new_low, new_high, old.numel())
+    at_point = torch.zeros_like(old).index_add_(0, point, old.sum().reshape(1))
+    ranges = (low, high, new_low, new_high)
+    resampled = _resampled(old, upsample_rate, *ranges)
+    if compute == torch.float32:
+        narrow = [t.to(torch.float32) for t in ranges]
+        fits = ((narrow[3] - narrow[2]) * old.numel()).isfinite()
+        resampled = torch.where(fits, _resampled(old, upsample_rate, *narrow), resampled)
+    return torch.where(same, old, torch.where(low == high, at_point, resampled))
+
+
 def observe_histogram_(
     x: Tensor,
     histogram: Tensor,
@@ -266,23 +293,13 @@ def observe_histogram_(
     counts = torch.zeros(bins + 1, device=x.device, dtype=torch.int64)
     counts = counts.index_add_(0, index, torch.ones_like(index))[:bins].to(wide)
 
-    # What was seen before: as it lies; all of it one value; or in bins of another width,
-    # found in the precision that torch would use, and in a wider one where that overflows.
-    old = histogram.to(wide)
-    same = (low == new_low) & (high == new_high)
-    point = _bin_of(low.reshape(1).to(torch.float32), new_low, new_high, bins)
-    at_point = torch.zeros_like(old).index_add_(0, point, old.sum().reshape(1))
-    ranges = (low, high, new_low, new_high)
-    resampled = _resampled(old, upsample_rate, *ranges)
-    if _compute_dtype(histogram) == torch.float32:
-        narrow = [t.to(torch.float32) for t in ranges]
-        fits = ((narrow[3] - narrow[2]) * bins).isfinite()
-        resampled = torch.where(fits, _resampled(old, upsample_rate, *narrow), resampled)
-    kept = torch.where(same, old, torch.where(low == high, at_point, resampled))
+    kept = moved_histogram(
+        histogram.to(wide), low, high, new_low, new_high, upsample_rate, _compute_dtype(histogram)
+    )
     combined = torch.where(first, 0.0, kept) + counts
 
     nothing = ~finite.any()
-    histogram.copy_(torch.where(nothing, old, combined))
+    histogram.copy_(torch.where(nothing, histogram.to(wide), combined))
     min_val.copy_(torch.where(nothing, low, new_low).reshape(min_val.shape))
     max_val.copy_(torch.where(nothing, high, new_high).reshape(max_val.shape))
     if nonfinite == IGNORE:

@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ from ._version import __version__
 # processor away, most of the time; one call may be longer.
 _BLOCK_SECONDS = 0.001
 _MOST_CALLS = 20_000
+
+# How long to spend on disturbed rounds.
+_PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -79,31 +83,67 @@ def _calls_per_block(case: Case) -> int:
         calls = min(max(wanted, calls + 1), calls * 20, _MOST_CALLS)
 
 
-def measure(
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds by case, one number for each round; how many rounds went by undisturbed."""
+
+    seconds: dict[str, list[float]]
+    undisturbed: int
+
+
+def time_rounds(
     cases: Mapping[str, Case],
     rounds: int,
     on_block: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds that a piece of each case's work takes, one number for each round.
+) -> Rounds:
+    """Time cases in rounds.
 
     A round runs a block of each case, one after the other, each round beginning with another
-    one: whatever slows the machine down meets all of them. Garbage collection waits meanwhile.
+    one: whatever slows the machine down meets all of them. A round in which the scheduler took
+    a processor away for other work is repeated, as far as patience goes. Garbage collection
+    waits meanwhile.
 
     Args:
         cases: what to time, by name.
         rounds: how many rounds, at least 1.
         on_block: called after each block, for progress: `rounds * len(cases)` times.
+
+    Returns:
+        The seconds that a piece of each case's work takes. Where the machine is too busy for
+        `rounds` undisturbed rounds, disturbed ones make up the number.
     """
     calls = {name: _calls_per_block(case) for name, case in cases.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
+    undisturbed: list[dict[str, float]] = []
+    disturbed: list[dict[str, float]] = []
+    patience = _PATIENCE_SECONDS
     with _no_garbage_collection():
-        for i in range(rounds):
-            first = i % len(names)
+        while len(undisturbed) + len(disturbed) < rounds or (
+            patience > 0 and len(undisturbed) < rounds
+        ):
+            number = len(undisturbed) + len(disturbed)
+            first = number % len(names)
+            seconds: dict[str, float] = {}
+            start, preemptions = time.perf_counter(), _preemptions()
             for name in names[first:] + names[:first]:
-                seconds[name].append(_block(cases[name], calls[name]))
-                on_block()
-    return seconds
+                seconds[name] = _block(cases[name], calls[name])
+                if number < rounds:
+                    on_block()
+            if _preemptions() == preemptions:
+                undisturbed.append(seconds)
+            else:
+                disturbed.append(seconds)
+                patience -= time.perf_counter() - start
+    kept = (undisturbed + disturbed)[:rounds]
+    return Rounds(
+        {name: [seconds[name] for seconds in kept] for name in names},
+        min(len(undisturbed), rounds),
+    )
+
+
+def _preemptions() -> int:
+    """How often this process had to give a processor away, all threads together."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from . import _torch_ao, qconfig
-from ._timing import Case, Summary, machine, measure, readable_time, threads_set_to
+from ._timing import Case, Summary, machine, readable_time, threads_set_to, time_rounds
 from .fake_quantize import disable_fake_quant, enable_fake_quant
 from .fuse_modules import fuse_modules, fuse_modules_qat
 from .observer import _is_activation_post_process
@@ -62,6 +62,11 @@ MODES = ("calibrate", "qat")
 QCONFIGS = ("x86", "fbgemm", "qnnpack", "onednn")
 
 Ranges = dict[str, list[Tensor]]
+
+# How far apart ranges may be, in their widths. What calibration observes is the same float
+# model. A QAT module of fastquant does a batch norm's scaling on the weight, torch.ao's on the
+# output, which rounds otherwise.
+_TOLERANCE = {"calibrate": 0.0, "qat": 1e-4}
 
 FLOAT, OURS, THEIRS = "float", "fastquant", "torch.ao"
 
@@ -265,10 +270,14 @@ class Layer:
 class Report:
     """What :func:`run` found.
 
+    ``undisturbed`` of the ``rounds`` kept their processors: the others shared them with work of
+    other processes.
     ``seconds``: times of one forward (mode "calibrate") or training step ("qat") of the model
     in "float", and prepared by "fastquant" and "torch.ao": one for each round.
-    ``same_ranges``: whether both observed the same ranges, bit for bit; None where torch.ao
-    failed, and ``torch_ao_error`` says how. ``differences`` names the layers that differ.
+    ``same_ranges``: whether both observed the same ranges: bit for bit in calibration, but for
+    the rounding of QAT modules in training; None where torch.ao failed, and ``torch_ao_error``
+    says how. ``largest_difference`` is in widths of the range; ``differences`` names the layers
+    whose ranges are not the same.
     """
 
     model: str
@@ -277,9 +286,11 @@ class Report:
     inputs: list[str]
     threads: int
     rounds: int
+    undisturbed: int
     seconds: dict[str, list[float]]
     layers: list[Layer]
     same_ranges: bool | None
+    largest_difference: float | None
     differences: list[str]
     torch_ao_error: str | None
     machine: dict[str, Any] = field(default_factory=machine)
@@ -291,6 +302,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; times are seconds."""
+        apart = math.inf if self.largest_difference is None else self.largest_difference
         return {
             "model": self.model,
             "mode": self.mode,
@@ -298,9 +310,12 @@ class Report:
             "inputs": self.inputs,
             "threads": self.threads,
             "rounds": self.rounds,
+            "undisturbed": self.undisturbed,
             "seconds": {name: vars(Summary.of(s)) for name, s in self.seconds.items()},
             "overhead": {name: vars(self.overhead(name)) for name in self.seconds if name != FLOAT},
             "same_ranges": self.same_ranges,
+            # JSON has no infinity, which is how far apart ranges are that cannot be compared.
+            "largest_difference": apart if math.isfinite(apart) else None,
             "differences": self.differences,
             "torch_ao_error": self.torch_ao_error,
             "layers": [
@@ -325,7 +340,8 @@ class Report:
         lines = [
             f"{self.model}, {', '.join(self.inputs)}; {self.mode}, {self.qconfig} qconfig; "
             f"{self.threads} thread{'s' * (self.threads != 1)}, {self.machine['isa']}, "
-            f"torch {self.machine['torch']}; median of {self.rounds} rounds (quartiles)",
+            f"torch {self.machine['torch']}; median of {self.rounds} rounds (quartiles), "
+            f"{self.undisturbed} of them undisturbed by other processes",
             "",
         ]
         for name, seconds in self.seconds.items():
@@ -368,7 +384,9 @@ class Report:
         if self.torch_ao_error is not None:
             return f"torch.ao cannot do this: {self.torch_ao_error}"
         if self.same_ranges:
-            return f"Both observed the same ranges, bit for bit, in all {len(self.layers)} layers."
+            apart = self.largest_difference
+            exactly = f"to within {apart:.0e} of their width" if apart else "bit for bit"
+            return f"Both observed the same ranges, {exactly}, in all {len(self.layers)} layers."
         return "RANGES DIFFER in: " + ", ".join(self.differences)
 
 
@@ -489,14 +507,24 @@ def _ranges(model: nn.Module) -> dict[str, list[Tensor]]:
     }
 
 
-def _different(ours: Ranges, theirs: Ranges) -> list[str]:
-    """Layers whose ranges are not the same bits."""
-    return [
-        layer
+def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """How far apart two ranges are at most, in widths of the range; 0 for the same bits."""
+    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+        return math.inf
+    if all(map(torch.equal, ours, theirs)):
+        return 0.0
+    a, b = torch.stack(tuple(ours)), torch.stack(tuple(theirs))
+    apart = (a - b).abs() / (b[0] - b[-1]).abs()
+    # Infinities on both sides, where nothing was observed, are no difference.
+    return float(apart[a != b].nan_to_num(nan=math.inf).max())
+
+
+def _differences(ours: Ranges, theirs: Ranges) -> dict[str, float]:
+    """By layer, how far its ranges are apart."""
+    return {
+        layer: _difference(ours.get(layer, ()), theirs.get(layer, ()))
         for layer in sorted(ours.keys() | theirs.keys())
-        if len(ours.get(layer, ())) != len(theirs.get(layer, ()))
-        or not all(map(torch.equal, ours[layer], theirs[layer]))
-    ]
+    }
 
 
 class _LayerClock:
@@ -659,12 +687,13 @@ def _run(
             if not ranges[side.name]:
                 raise BenchError("nothing in the model gets an observer: no layer to quantize")
             steps[side.name] = step
-        differences = _different(ranges[OURS], ranges[THEIRS]) if THEIRS in steps else []
+        apart = _differences(ranges[OURS], ranges[THEIRS]) if THEIRS in steps else {}
+        differences = [layer for layer, value in apart.items() if value > _TOLERANCE[mode]]
 
         prepared_steps = {key: step for key, step in steps.items() if key != FLOAT}
         bar.reset(total=rounds * (len(steps) + len(prepared_steps)))
         bar.set_description("whole model")
-        seconds = measure({key: Case(step) for key, step in steps.items()}, rounds, bar.update)
+        whole = time_rounds({key: Case(step) for key, step in steps.items()}, rounds, bar.update)
         bar.set_description("layer by layer")
         layers = _layer_costs(prepared_steps, rounds, bar.update)
     args, kwargs = _as_call(inputs)
@@ -675,9 +704,11 @@ def _run(
         inputs=[_described(value) for value in (*args, *kwargs.values())],
         threads=torch.get_num_threads(),
         rounds=rounds,
-        seconds=seconds,
+        undisturbed=whole.undisturbed,
+        seconds=whole.seconds,
         layers=layers,
         same_ranges=None if torch_ao_error else not differences,
+        largest_difference=None if torch_ao_error else max(apart.values()),
         differences=differences,
         torch_ao_error=torch_ao_error,
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._model_checks import _listing
+from ._model_checks import _listing, nonfinite_counts
 from .observer import _is_activation_post_process
 from .utils import _assert_and_get_unique_device
 
@@ -86,7 +86,7 @@ def calibrate(
     known = length_hint(data, -1)
     lengths = [n for n in (batches, known) if n is not None and n >= 0]
     modes = [(module, module.training) for module in model.modules()]
-    before = _nonfinite_counts(model)
+    before = nonfinite_counts(model)
     start = time.perf_counter()
     done = samples = 0
     try:
@@ -114,7 +114,7 @@ def calibrate(
     if done == 0:
         raise ValueError("data is empty: there was no batch to calibrate with")
     # Reading the counts waits for the device, so the time below is that of finished work.
-    _warn_of_nonfinite(before, _nonfinite_counts(model))
+    _warn_of_nonfinite(before, nonfinite_counts(model))
     return Calibration(done, samples, time.perf_counter() - start)
 
 
@@ -213,19 +213,6 @@ def _interrupt_held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
         if held:
             previous(*held[0])
-
-
-def _nonfinite_counts(model: nn.Module) -> dict[str, int]:
-    """Layer name → non-finite values that its observers have left out so far."""
-    counts: dict[str, int] = {}
-    for name, buffer in model.named_buffers():
-        *path, leaf = name.split(".")
-        if leaf == "nonfinite_count":
-            while path and path[-1] == "activation_post_process":
-                path.pop()
-            layer = ".".join(path) or "the model itself"
-            counts[layer] = counts.get(layer, 0) + int(buffer)
-    return counts
 
 
 def _warn_of_nonfinite(before: Mapping[str, int], after: Mapping[str, int]) -> None:

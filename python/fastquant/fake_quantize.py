@@ -15,24 +15,28 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._compiling import outside_graphs
 from ._ops import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
 from ._qparams import (
     NONFINITE_CODES,
+    RESIZING,
     Nonfinite,
     channel_count,
     channel_error,
     input_error,
     nonfinite_error,
+    refill_buffer,
     resize_buffer,
 )
 from .observer import (
+    FIRST_FORWARD_IN_GRAPH,
     FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
-    _outside_graphs,
+    _refuse_scripting,
     _script_type,
     _with_args,
     default_fixed_qparams_range_0to1_observer,
@@ -153,6 +157,7 @@ class FakeQuantizeBase(ABC, nn.Module):
         self.enable_observer(False)
 
     with_args = classmethod(_with_args)
+    __prepare_scriptable__ = _refuse_scripting
 
 
 class FakeQuantize(FakeQuantizeBase):
@@ -309,7 +314,6 @@ class FakeQuantize(FakeQuantizeBase):
                 raise cause from None
             return x
 
-    @_outside_graphs
     def _forward_first(self, x: Tensor) -> Tensor:
         """Make room for the channels of the first tensor, then go on; take it back on error."""
         error = input_error(x)
@@ -317,25 +321,28 @@ class FakeQuantize(FakeQuantizeBase):
             raise error
         if x.numel() == 0:
             return x
-        if not self.observer_enabled:
+        # A flag on the meta device has no value; shapes are all that counts there.
+        if not self.observer_enabled.is_meta and not self.observer_enabled:
             return self._fake_quantize(x) if self.fake_quant_enabled else x
         channels = channel_count(x, self._axis())
         buffers = (
             (self.activation_post_process, "min_val", float("inf")),
             (self.activation_post_process, "max_val", float("-inf")),
-            (self, "scale", 1.0),
             (self, "zero_point", 0),
+            # Last: its size says that all have theirs.
+            (self, "scale", 1.0),
         )
-        before = [getattr(module, name).clone() for module, name, _ in buffers]
-        for module, name, unobserved in buffers:
-            if getattr(module, name).numel() != channels:
-                resize_buffer(module, name, (channels,)).fill_(unobserved)
-        try:
-            return self.forward(x)
-        except Exception:
-            for (module, name, _), old in zip(buffers, before, strict=True):
-                resize_buffer(module, name, old.shape).copy_(old)
-            raise
+        with RESIZING:
+            before = [getattr(module, name).clone() for module, name, _ in buffers]
+            for module, name, unobserved in buffers:
+                if getattr(module, name).numel() != channels:
+                    refill_buffer(module, name, (channels,), unobserved)
+            try:
+                return self.forward(x)
+            except Exception:
+                for (module, name, _), old in zip(buffers, before, strict=True):
+                    resize_buffer(module, name, old.shape).copy_(old)
+                raise
 
     def _explained(
         self, error: Exception, x: Any, buffers: Mapping[str, Tensor | None]
@@ -366,12 +373,60 @@ class FakeQuantize(FakeQuantizeBase):
             f"scale={self.scale}, zero_point={self.zero_point}"
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("scale", "zero_point"):
-            value = state_dict.get(prefix + name)
-            if value is not None:
-                resize_buffer(self, name, value.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = {
+            name: state_dict[prefix + name]
+            for name in ("scale", "zero_point")
+            if prefix + name in state_dict
+        }
+        problem = self._qparams_error(saved)
+        if problem is not None:
+            where = f" of {prefix[:-1]}" if prefix else ""
+            error_msgs.append(f"the state{where} does not fit: {problem}")
+            return
+        for name, value in saved.items():
+            resize_buffer(self, name, value.shape)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _qparams_error(self, saved: Mapping[str, Any]) -> str | None:
+        """What is wrong with a saved scale and zero point; None where they can be loaded."""
+        for name, value in saved.items():
+            if not isinstance(value, Tensor):
+                return f"{name} must be a tensor, got {type(value).__name__}"
+            if value.dim() > 1 or not (self.is_per_channel or value.numel() == 1):
+                wanted = "one element per channel" if self.is_per_channel else "one element"
+                return f"size mismatch for {name}: got shape {list(value.shape)}, needs {wanted}"
+            if not value.is_meta and not bool(value.isfinite().all()):
+                return f"{name} must be finite, got {value.tolist()}"
+        scale, zero_point = saved.get("scale"), saved.get("zero_point")
+        if scale is not None and zero_point is not None and scale.numel() != zero_point.numel():
+            return (
+                "scale and zero_point must be of one size, got shapes "
+                f"{list(scale.shape)} and {list(zero_point.shape)}"
+            )
+        if scale is not None and not scale.is_meta and not bool((scale > 0).all()):
+            return f"scale must be positive, got {scale.tolist()}"
+        return None
+
+
+outside_graphs(FakeQuantize, "_forward_first", FIRST_FORWARD_IN_GRAPH)
 
 
 class FixedQParamsFakeQuantize(FakeQuantize):

@@ -13,14 +13,16 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
+from ._compiling import outside_graphs
 from ._ops import choose_qparams, observe_histogram, observe_minmax, search_histogram_range
 from ._qparams import (
     NONFINITE_CODES,
+    RESIZING,
     SCHEME_CODES,
     Nonfinite,
     channel_count,
@@ -28,6 +30,8 @@ from ._qparams import (
     check_nonfinite,
     input_error,
     nonfinite_error,
+    range_error,
+    refill_buffer,
     resize_buffer,
     symmetric_zero_point,
 )
@@ -160,6 +164,14 @@ def _with_callable_args(
 # Bases
 
 
+def _refuse_scripting(module: nn.Module) -> NoReturn:
+    """What torch.jit.script calls first."""
+    raise NotImplementedError(
+        f"{type(module).__name__} cannot be scripted: use torch.jit.trace, or script the model "
+        "that convert returns"
+    )
+
+
 class ObserverBase(ABC, nn.Module):
     """Base of all observers.
 
@@ -187,6 +199,7 @@ class ObserverBase(ABC, nn.Module):
 
     with_args = classmethod(_with_args)
     with_callable_args = classmethod(_with_callable_args)
+    __prepare_scriptable__ = _refuse_scripting
 
 
 def _factory(factory_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -280,7 +293,8 @@ class UniformQuantizationObserverBase(ObserverBase):
         Raises:
             QuantizationError: a range that is no range: min above max, NaN or infinite.
         """
-        if not _is_observed(min_val, max_val):
+        # Moving averages of one value may round past each other.
+        if not _is_observed(min_val, max_val, may_cross="averaging_constant" in self.__dict__):
             device = min_val.device
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
         scale, zero_point = choose_qparams(min_val, max_val, self.eps, *self._scheme())
@@ -306,15 +320,15 @@ class UniformQuantizationObserverBase(ObserverBase):
 _ObserverBase = UniformQuantizationObserverBase
 
 
-def _is_observed(min_val: Tensor, max_val: Tensor) -> bool:
+def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> bool:
     """Whether there is a range to quantize; warns where nothing, or not all, was observed.
 
     Raises:
         QuantizationError: a minimum above its maximum, NaN or infinity.
     """
-    # Two moving averages of one value may round past each other.
-    slack = max_val.abs() * (4 * torch.finfo(max_val.dtype).eps)
-    valid = (min_val <= max_val + slack) & (min_val > -_INF) & (max_val < _INF)
+    valid = (min_val.abs() < _INF) & (max_val.abs() < _INF)
+    if not may_cross:
+        valid &= min_val <= max_val
     if valid.numel() and bool(valid.all()):
         return True
     unobserved = (min_val == _INF) & (max_val == -_INF)
@@ -414,40 +428,89 @@ class _RangeObserver(UniformQuantizationObserverBase):
             cause = nonfinite_error(x, self.nonfinite)
         return cause or error
 
+    def _recipe(self) -> dict[str, Any]:
+        """What :func:`fastquant.merge` has to know of the observer of a saved state."""
+        return {
+            "averaging_constant": self.__dict__.get("averaging_constant"),
+            "levels": self.__dict__.get("dst_nbins", 0),
+            "nonfinite": self.nonfinite,
+            "scheme": list(self._scheme()),
+            "upsample_rate": self.__dict__.get("upsample_rate", 1),
+        }
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["fastquant"] = self._recipe()
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
-        *args: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
+        """Load a state whole or, where it is not whole or not sound, not at all."""
         for name, unobserved in _UNOBSERVED:
             key, old_key = prefix + name, prefix + name + "s"
             if old_key in state_dict:
                 state_dict.setdefault(key, state_dict.pop(old_key))
             value = state_dict.get(key)
-            if value is None:
-                continue
-            if self._per_channel:
-                resize_buffer(self, name, value.shape)
-            elif value.shape == (0,):
+            if not self._per_channel and isinstance(value, Tensor) and value.shape == (0,):
                 state_dict[key] = value.new_full((), unobserved)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        candidates: tuple[str, ...] = ("histogram", "min_val", "max_val")
+        names = [n for n in candidates if n in self._buffers]
+        missing = [prefix + n for n in names if prefix + n not in state_dict]
+        if missing:
+            missing_keys += missing
+            return
+        statistics = {n: state_dict[prefix + n] for n in names}
+        problem = self._state_error(statistics)
+        if problem is not None:
+            where = f" of {prefix[:-1]}" if prefix else ""
+            error_msgs.append(f"the state{where} does not fit: {problem}")
+            return
+        if self._per_channel:
+            for name, _ in _UNOBSERVED:
+                resize_buffer(self, name, statistics[name].shape)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _state_error(self, statistics: Mapping[str, Any]) -> str | None:
+        """What is wrong with saved statistics; None where they fit this observer."""
+        held = dict(statistics)
+        for name, value in statistics.items():
+            buffer = self._buffers[name]
+            assert buffer is not None
+            if not isinstance(value, Tensor):
+                continue
+            if name != "histogram" and self._per_channel:
+                fits, shape = value.dim() == 1, "[channels]"
+            else:
+                fits = value.shape == buffer.shape or (value.numel() == buffer.numel() == 1)
+                shape = str(list(buffer.shape))
+            if not fits:
+                return f"size mismatch for {name}: got shape {list(value.shape)}, needs {shape}"
+            if value.is_floating_point():
+                # What is beyond a narrower buffer is not finite there.
+                held[name] = value.to(buffer.dtype)
+        finite = self.nonfinite != "propagate"
+        return range_error(**held, finite=finite, may_cross="averaging_constant" in self.__dict__)
 
 
 # --------------------------------------------------------------------------------------------
 # Min/max
-
-_Forward = TypeVar("_Forward", bound=Callable[..., Tensor])
-
-
-def _outside_graphs(first_forward: _Forward) -> _Forward:
-    """Keep the first call of a per-channel module, which resizes buffers, out of graphs."""
-    return torch.compiler.disable(  # type: ignore[no-any-return, no-untyped-call]
-        first_forward,
-        reason="the first tensor of a per-channel observer sets the size of its buffers; "
-        "run the module once before you compile it with fullgraph=True",
-    )
 
 
 class _MinMax(_RangeObserver):
@@ -476,7 +539,8 @@ class _MinMax(_RangeObserver):
         attributes, buffers = self.__dict__, self._buffers
         ch_axis = attributes.get("ch_axis")
         min_val = buffers["min_val"]
-        if ch_axis is not None and min_val.numel() == 0:  # type: ignore[union-attr]
+        # The one that gets its size last.
+        if ch_axis is not None and buffers["max_val"].numel() == 0:  # type: ignore[union-attr]
             return self._forward_first(x)
         try:
             observe_minmax(
@@ -494,7 +558,6 @@ class _MinMax(_RangeObserver):
                 raise cause from None
         return x
 
-    @_outside_graphs
     def _forward_first(self, x: Tensor) -> Tensor:
         """Make room for the channels of the first tensor, then go on; take it back on error."""
         error = input_error(x)
@@ -503,14 +566,25 @@ class _MinMax(_RangeObserver):
         if x.numel() == 0:
             return x
         channels = channel_count(x, self.__dict__["ch_axis"])
-        for name, unobserved in _UNOBSERVED:
-            resize_buffer(self, name, (channels,)).fill_(unobserved)
-        try:
-            return self.forward(x)
-        except Exception:
-            for name, _ in _UNOBSERVED:
-                resize_buffer(self, name, (0,))
-            raise
+        with RESIZING:
+            if self.max_val.numel() == 0:
+                for name, unobserved in _UNOBSERVED:
+                    refill_buffer(self, name, (channels,), unobserved)
+                try:
+                    return self.forward(x)
+                except Exception:
+                    for name, _ in _UNOBSERVED:
+                        resize_buffer(self, name, (0,))
+                    raise
+        # Another thread's tensor came first.
+        return self.forward(x)
+
+
+FIRST_FORWARD_IN_GRAPH = (
+    "the first tensor of a per-channel observer sets the size of its buffers; run the module once "
+    "before you compile it with fullgraph=True"
+)
+outside_graphs(_MinMax, "_forward_first", FIRST_FORWARD_IN_GRAPH)
 
 
 class MinMaxObserver(_MinMax):
@@ -1044,18 +1118,22 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> Non
     Observers of which `obs_dict` has no entry keep their state; `obs_dict` is not changed.
 
     Raises:
-        RuntimeError: some entries of an observer are missing, or do not fit it.
+        RuntimeError: some entries of an observer are missing, do not fit it, or are no
+            statistics (NaN, a minimum above its maximum, negative counts); each is named, and
+            every observer keeps the state it had.
     """
     state = dict(obs_dict)
     metadata = getattr(obs_dict, "_metadata", {})
     missing: list[str] = []
     errors: list[str] = []
+    loaded: list[tuple[nn.Module, dict[str, Tensor]]] = []
     for name, module in mod.named_modules():
         prefix = f"{name}." if name else ""
         if not (
             _is_activation_post_process(module) and any(key.startswith(prefix) for key in state)
         ):
             continue
+        loaded.append((module, {k: v.clone() for k, v in module.state_dict().items()}))
         scripted = _is_per_channel_script_obs_instance(module)
         load = module._load_from_state_dict_script if scripted else module._load_from_state_dict
         cast(Any, load)(state, prefix, metadata.get(name, {}), True, missing, [], errors)
@@ -1064,7 +1142,20 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> Non
     if missing:
         errors.append(f"missing keys: {', '.join(missing)}")
     if errors:
+        for module, before in reversed(loaded):
+            _put_back(module, before)
         raise RuntimeError("cannot load the state of the observers: " + "; ".join(errors))
+
+
+def _put_back(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Give a module back the state it had, sizes included."""
+    for key, value in before.items():
+        *path, name = key.split(".")
+        owner = module.get_submodule(".".join(path))
+        if isinstance(owner._buffers.get(name), Tensor):
+            resize_buffer(owner, name, value.shape).copy_(value)
+        elif isinstance(owner._parameters.get(name), Tensor):
+            owner._parameters[name].data.copy_(value)  # type: ignore[union-attr]
 
 
 # --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ._model_checks import (
     check_prepared,
     has_qconfig,
     is_swapped_whole,
+    warn_of_nonfinite,
     warn_of_root,
     warn_of_training_mode,
     warn_of_uncalibrated,
@@ -461,7 +462,7 @@ def convert(
 
     Returns:
         The converted model. Warns once, naming layers, if observers have seen no data: their
-        scale is then 1.
+        scale is then 1; and once, with counts, if they left out NaN or infinities.
 
     Raises:
         TypeError: `module` is no module.
@@ -475,6 +476,7 @@ def convert(
     check_prepared(module, mapping, custom)
     warn_of_root(module, mapping, "convert")
     warn_of_uncalibrated(module, mapping, custom)
+    warn_of_nonfinite(module)
     if not inplace:
         module = copy.deepcopy(module)
     _convert(

@@ -1,0 +1,70 @@
+"""Compiled against eager: what torch.compile makes of observed and QAT models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import fastquant as fq
+from harness import OURS, Suite, at_least, main
+
+# As fast, within what a timing wavers.
+NO_SLOWER = at_least(0.95)
+
+
+def _model(qat: bool, qconfig: fq.QConfig) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(
+        fq.QuantStub(),
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    ).train(qat)
+    model.qconfig = qconfig
+    return fq.prepare_qat(model) if qat else fq.prepare(model)
+
+
+def _forward(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    def run() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return run
+
+
+def _step(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    return lambda: model(x).square().mean().backward()
+
+
+def measure(suite: Suite) -> None:
+    x = torch.randn(8, 3, 32, 32)
+    for work, qat, qconfig, of in (
+        ("calibrate, min/max", False, fq.default_qconfig, _forward),
+        ("calibrate, histogram", False, fq.get_default_qconfig("x86"), _forward),
+        ("QAT, forward and backward", True, fq.get_default_qat_qconfig("x86"), _step),
+    ):
+        cases = {}
+        for name in (OURS, "compiled"):
+            model = _model(qat, qconfig)
+            model(x)
+            run = of(torch.compile(model, fullgraph=True) if name == "compiled" else model, x)
+            run()  # compiles
+            cases[name] = run
+        suite.add(
+            f"{work}: eager / compiled",
+            "[8, 3, 32, 32]",
+            cases,
+            lambda t: t[OURS] / t["compiled"],
+            "x",
+            NO_SLOWER,
+        )
+
+
+if __name__ == "__main__":
+    main(measure)

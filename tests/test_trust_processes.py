@@ -1,0 +1,236 @@
+"""Faults and neighbours: threads, forks, interruptions, checkpoints that are not sound."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastquant as fq
+from fastquant import observer as ob
+from fastquant.observer import get_observer_state_dict, load_observer_state_dict
+from oracle import assert_same, assert_same_state, assert_unchanged, snapshot
+
+NAN, INF = float("nan"), float("inf")
+OBSERVERS = {
+    "minmax": ob.MinMaxObserver,
+    "average": ob.MovingAverageMinMaxObserver,
+    "channels": ob.PerChannelMinMaxObserver,
+    "channel average": ob.MovingAveragePerChannelMinMaxObserver,
+    "histogram": lambda: ob.HistogramObserver(bins=64),
+}
+every_observer = pytest.mark.parametrize("name", OBSERVERS)
+
+
+def calibrated(name: str, seed: int = 0) -> Any:
+    module = OBSERVERS[name]()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        module(torch.randn(6, 5, generator=generator))
+    return module
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+CORRUPTIONS: dict[str, Any] = {
+    "NaN": lambda low, high: (torch.full_like(low, NAN), high),
+    "infinite": lambda low, high: (low, torch.full_like(high, INF)),
+    "no tensor": lambda low, high: (low, "gone"),
+    "integers": lambda low, high: (low.long(), high.long()),
+    "too many axes": lambda low, high: (low.expand(2, 3, *low.shape), high),
+    "one size too large": lambda low, high: (low, high.reshape(-1).repeat(2)),
+}
+
+
+@every_observer
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_a_corrupt_state_is_refused_by_name_and_changes_nothing(name: str, corruption: str) -> None:
+    model = nn.Sequential(calibrated(name, 1))
+    before = snapshot(model)
+    state = nn.Sequential(calibrated(name)).state_dict()
+    low, high = CORRUPTIONS[corruption](state["0.min_val"], state["0.max_val"])
+    state["0.min_val"], state["0.max_val"] = low, high
+    with pytest.raises(RuntimeError, match=r"state of 0 does not fit.*(min|max)_val"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["minmax", "channels", "histogram"])
+def test_a_minimum_above_the_maximum_is_refused(name: str) -> None:
+    module = calibrated(name, 1)
+    before = snapshot(module)
+    state = calibrated(name).state_dict()
+    state["min_val"], state["max_val"] = state["max_val"], state["min_val"]
+    with pytest.raises(RuntimeError, match="in order"):
+        module.load_state_dict(state)
+    assert_unchanged(module, before)
+
+
+@pytest.mark.parametrize("count", [-1.0, NAN, INF])
+def test_counts_that_are_none_are_refused(count: float) -> None:
+    module = calibrated("histogram", 1)
+    before = snapshot(module)
+    state = calibrated("histogram").state_dict()
+    state["histogram"][3] = count
+    with pytest.raises(RuntimeError, match="histogram must hold counts"):
+        module.load_state_dict(state)
+    assert_unchanged(module, before)
+
+
+@every_observer
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_truncated_state_changes_nothing(name: str, strict: bool) -> None:
+    module = calibrated(name, 1)
+    before = snapshot(module)
+    state = calibrated(name).state_dict()
+    del state["max_val"]
+    if strict:
+        with pytest.raises(RuntimeError, match=r'Missing key.*"max_val"'):
+            module.load_state_dict(state)
+    else:
+        assert module.load_state_dict(state, strict=False).missing_keys == ["max_val"]
+    assert_unchanged(module, before)
+
+
+def test_propagated_nan_loads_where_it_may_be() -> None:
+    written = ob.MinMaxObserver(nonfinite="propagate")
+    written(torch.tensor([1.0, NAN]))
+    read = ob.MinMaxObserver(nonfinite="propagate")
+    read.load_state_dict(written.state_dict())
+    assert bool(read.min_val.isnan())
+
+
+def test_what_a_narrow_buffer_cannot_hold_is_refused() -> None:
+    state = ob.MinMaxObserver(factory_kwargs={"dtype": torch.float64}).state_dict()
+    state["min_val"].fill_(-1e300)
+    state["max_val"].fill_(1e300)
+    module = calibrated("minmax")
+    before = snapshot(module)
+    with pytest.raises(RuntimeError, match="must be finite"):
+        module.load_state_dict(state)
+    assert_unchanged(module, before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("scale", torch.tensor([NAN]), "scale must be finite"),
+        ("scale", torch.tensor([-1.0]), "scale must be positive"),
+        ("scale", torch.ones(2), "size mismatch for scale"),
+        ("zero_point", 3, "zero_point must be a tensor"),
+    ],
+)
+def test_qparams_that_are_none_are_refused(key: str, value: Any, message: str) -> None:
+    module = fq.default_fused_act_fake_quant()
+    module(torch.randn(5))
+    before = snapshot(module)
+    state = module.state_dict()
+    state[key] = value
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state)
+    assert_unchanged(module, before)
+
+
+def test_one_bad_observer_leaves_the_whole_model_as_it_was() -> None:
+    def model(seed: int) -> nn.Sequential:
+        result = nn.Sequential(*(nn.Linear(5, 5) for _ in OBSERVERS))
+        for layer, name in zip(result, OBSERVERS, strict=True):
+            layer.activation_post_process = calibrated(name, seed)
+        return result
+
+    read = model(1)
+    before = snapshot(read)
+    for broken in range(len(OBSERVERS)):
+        state = get_observer_state_dict(model(0))
+        state[f"{broken}.activation_post_process.min_val"] = torch.full((5,), NAN)
+        with pytest.raises(RuntimeError, match=rf"{broken}\.activation_post_process"):
+            load_observer_state_dict(read, state)
+        assert_unchanged(read, before)
+        cut = OrderedDict(list(get_observer_state_dict(model(0)).items())[: 3 * broken + 2])
+        with pytest.raises(RuntimeError, match="missing keys"):
+            load_observer_state_dict(read, cut)
+        assert_unchanged(read, before)
+
+
+@every_observer
+def test_interrupted_calibration_goes_on_from_its_saved_state(name: str) -> None:
+    batches = [torch.randn(6, 5) for _ in range(6)]
+    whole, first, second = (
+        nn.Sequential(OrderedDict(activation_post_process=OBSERVERS[name]())) for _ in range(3)
+    )
+    fq.calibrate(whole, batches, progress=False)
+    fq.calibrate(first, batches[:2], progress=False)
+    file = io.BytesIO()
+    torch.save(get_observer_state_dict(first), file)
+    load_observer_state_dict(second, torch.load(io.BytesIO(file.getvalue())))
+    fq.calibrate(second, batches[2:], progress=False)
+    assert_same_state(second, whole)
+
+
+# ------------------------------------------------------------------------ threads and forks
+
+
+@pytest.mark.parametrize("name", ["channels", "channel average"])
+def test_first_tensors_from_several_threads_share_the_buffers(name: str) -> None:
+    for _ in range(20):
+        module = OBSERVERS[name]()
+        barrier = threading.Barrier(4)
+
+        def work(k: int, module: Any = module, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            module(torch.full((5, 3), float(k)))
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert module.min_val.shape == (5,)
+        if name == "channels":
+            assert_same(module.min_val, torch.zeros(5))
+            assert_same(module.max_val, torch.full((5,), 3.0))
+
+
+@every_observer
+def test_the_number_of_torchs_threads_may_change(name: str, threads: None) -> None:
+    a, b = OBSERVERS[name](), OBSERVERS[name]()
+    for i, count in enumerate((1, 4, 2, 3)):
+        x = torch.randn(64, 4096) * (i + 1)
+        torch.set_num_threads(count)
+        a(x)
+        torch.set_num_threads(1)
+        b(x)
+    assert_same_state(a, b)
+
+
+class _Observing(TensorDataset):
+    """Observes in the worker, which a fork has given a copy of the observer."""
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        super().__init__(x)
+        self.module = module
+
+    def __getitem__(self, index: int) -> Any:
+        (x,) = super().__getitem__(index)
+        self.module(x)
+        return x
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
+def test_forked_workers_observe_after_the_parent_has() -> None:
+    module = ob.HistogramObserver(bins=64)
+    module(torch.randn(256, 4096))
+    before = snapshot(module)
+    data = _Observing(module, torch.randn(4, 256, 256))
+    loader = DataLoader(data, num_workers=2, multiprocessing_context="fork", timeout=30)
+    assert len(list(loader)) == 4
+    assert_unchanged(module, before)
+    assert os.getpid() > 0
