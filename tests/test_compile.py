@@ -14,7 +14,7 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from models import one_thread, oracle  # noqa: F401  # one_thread is a fixture
+from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 from oracle import assert_same, assert_unchanged, snapshot
 
 needs_a_compiler = pytest.mark.skipif(

@@ -138,8 +138,8 @@ def _trains(rank: int, ranks: int) -> Any:
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05)
     generator = torch.Generator().manual_seed(rank)
     losses = []
+    x = torch.randn(16, 4, generator=generator)
     for _ in range(8):
-        x = torch.randn(16, 4, generator=generator)
         optimizer.zero_grad()
         loss = (parallel(x) - x[:, :2]).square().mean()
         loss.backward()

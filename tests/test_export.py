@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastquant as fq
-from models import one_thread, oracle  # noqa: F401  # one_thread is a fixture
+from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 from oracle import assert_same, assert_unchanged, snapshot
 
 

@@ -20,7 +20,7 @@ from fastquant.fuser_method_mappings import (
     _sequential_wrapper2,
 )
 from fastquant.utils import MatchAllNode
-from models import ConvNet, assert_same, tree
+from zoo import ConvNet, assert_same, tree
 
 LAYERS: dict[type, Callable[[], nn.Module]] = {
     nn.Conv1d: lambda: nn.Conv1d(3, 4, 2),

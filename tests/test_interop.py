@@ -16,7 +16,7 @@ import torch.quantization
 from torch import Tensor, nn
 
 import fastquant as fq
-from models import (
+from zoo import (
     STATIC_CASES,
     ConvNet,
     Stubbed,

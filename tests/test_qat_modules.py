@@ -13,7 +13,7 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from models import oracle
+from zoo import oracle
 
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
 
@@ -48,7 +48,7 @@ CASES = {
 def qat(module: nn.Module) -> Any:
     model = nn.Sequential(copy.deepcopy(module)).train()
     # Weights 16 bits wide: a last-bit difference may not become a whole step.
-    fake = dict(observer=fq.MovingAveragePerChannelMinMaxObserver, dtype=torch.int32)
+    fake = {"observer": fq.MovingAveragePerChannelMinMaxObserver, "dtype": torch.int32}
     weight = fq.FakeQuantize.with_args(
         **fake, quant_min=-32768, quant_max=32767, qscheme=torch.per_channel_symmetric, ch_axis=0
     )
@@ -57,7 +57,7 @@ def qat(module: nn.Module) -> Any:
 
 
 def step(module: Any, x: Tensor) -> dict[str, Tensor]:
-    """Output and every gradient of one step, in training mode with statistics that are not 0 and 1."""
+    """Output and every gradient of one step, with running statistics that are not 0 and 1."""
     x = x.clone().requires_grad_()
     module.bn.running_var.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
     y = module(x)

@@ -31,7 +31,7 @@ from fastquant.quantization_mappings import (
     _get_special_act_post_process,
     _has_special_act_post_process,
 )
-from models import assert_same, oracle
+from zoo import assert_same, oracle
 
 NAMED = [name for name in tq.qconfig.__all__ if isinstance(getattr(tq.qconfig, name), tq.QConfig)]
 BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn")

@@ -30,7 +30,7 @@ from fastquant.quantize import (
     _register_activation_post_process_hook,
     _remove_qconfig,
 )
-from models import (
+from zoo import (
     STATIC_CASES,
     Case,
     ConvNet,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
-from models import one_thread, oracle  # noqa: F401  # one_thread is a fixture
+from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 from oracle import assert_same, assert_unchanged, snapshot
 
 OBSERVERS: dict[str, Callable[[], Any]] = {
