@@ -13,24 +13,33 @@ from typing import Any
 import fake_quant
 import histogram_search
 import memory
-import models
 import observers
 import roofline
 import threads
+import whole_models
 from harness import Measure, machine, measured, parser, save, targets_of
 
 RESULTS = Path(__file__).parent / "results"
 
 BENCHMARKS: dict[str, Measure] = {
     module.__name__: module.measure
-    for module in (observers, fake_quant, histogram_search, roofline, threads, memory, models)
+    for module in (
+        observers,
+        fake_quant,
+        histogram_search,
+        roofline,
+        threads,
+        memory,
+        whole_models,
+    )
 }
 
 
 def result_name() -> str:
     """A file's name for this machine."""
     about = machine()
-    words = f"{about['cpu']} {about['cores']} cores {about['isa']}".lower()
+    cpu = re.sub(r"\((r|tm)\)", "", about["cpu"].lower())
+    words = f"{cpu} {about['cores']} cores {about['isa']}"
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-") + ".json"
 
 

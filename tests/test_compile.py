@@ -14,8 +14,8 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 from oracle import assert_same, assert_unchanged, snapshot
+from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 
 needs_a_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "c++", "clang++"))),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastquant as fq
-from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 from oracle import assert_same, assert_unchanged, snapshot
+from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 
 
 def prepared(kind: str) -> nn.Module:

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
-from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 from oracle import assert_same, assert_unchanged, snapshot
+from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 
 OBSERVERS: dict[str, Callable[[], Any]] = {
     "min_max": fq.MinMaxObserver,

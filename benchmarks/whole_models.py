@@ -107,7 +107,7 @@ def measure(suite: Suite) -> None:
         try:
             model = bench.torchvision_model(name)
         except ImportError as error:
-            raise SystemExit(f"models.py: {error}") from None
+            raise SystemExit(f"whole_models.py: {error}") from None
         for mode in WHAT:
             overheads(suite, name, mode, model)
         qat_modules(suite, name, model)
