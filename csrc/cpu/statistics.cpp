@@ -1,6 +1,11 @@
 // Min/max and histograms.
 #include "statistics.h"
 
+#include <pthread.h>
+
+#include <array>
+#include <mutex>
+#include <new>
 #include <numeric>
 
 #include "../histogram_math.h"
@@ -59,7 +64,8 @@ void fold_columns(const Extremes<T>& columns, int64_t repeat, const Dense& d, Ex
   if (repeat > 1) {
     Extremes<T> once(width), unused(width);
     kernels.minmax_columns(columns.low.data(), repeat, width, width, once.low.data(), unused.high.data(), &odd);
-    kernels.minmax_columns(columns.high.data(), repeat, width, width, unused.low.data(), once.high.data(), &odd);
+    kernels.minmax_columns(columns.high.data(), repeat, width, width, unused.low.data(), once.high.data(),
+                           &odd);
     fold_columns(once, 1, d, result);
     return;
   }
@@ -162,6 +168,27 @@ Extremes<T> observed_extremes(const S* x, const Dense& d, NonFinite policy, int6
   *left_out = finite_extremes(x, d, &finite);
   check(policy != NonFinite::raise, "x holds ", *left_out, " non-finite elements");
   return finite;
+}
+
+// ---------------------------------------------------------------------------- locking
+
+// Several threads may observe with the same module, each without the GIL. What they read,
+// change and write back in a buffer is one step for each; a few locks, chosen by address,
+// serve all buffers. A forked child starts with all of them open, whoever held them.
+using Locks = std::array<std::mutex, 64>;
+
+Locks& locks() {
+  static Locks* const all = [] {
+    static Locks* const made = new Locks;
+    pthread_atfork(nullptr, nullptr, [] { new (made) Locks; });
+    return made;
+  }();
+  return *all;
+}
+
+std::unique_lock<std::mutex> locked(const Array& a) {
+  const auto address = reinterpret_cast<uintptr_t>(a.data);
+  return std::unique_lock<std::mutex>(locks()[(address >> 6) % std::tuple_size<Locks>::value]);
 }
 
 // Folds a tensor's extremes into the buffers, in the buffers' precision B.
@@ -389,6 +416,7 @@ void observe_minmax(const Dense& x, const Array& min_val, const Array& max_val, 
     check_count(max_val, x.channels);
     int64_t left_out;
     const auto current = observed_extremes<S, Compute<S>>(static_cast<const S*>(x.data), x, policy, &left_out);
+    const auto lock = locked(min_val);
     if (min_val.type == Element::f64) {
       update_buffers<double>(current, averaging_constant, min_val, max_val);
     } else {
@@ -407,6 +435,7 @@ void observe_histogram(const Dense& x, const Array& histogram, const Array& min_
     using S = decltype(stored);
     if (x.numel() == 0) return;
     const Dense whole = {x.data, x.type, 1, 1, x.numel()};
+    const auto lock = locked(min_val);
     observe_histogram_of(static_cast<const S*>(x.data), whole, histogram, min_val, max_val, nonfinite_count,
                          upsample_rate, policy);
   });

@@ -161,7 +161,37 @@ void test_fake_quantize() {
   expect(gradient, "fake-quantize gradient");
 }
 
+// The same buffers from several threads: nothing that one of them saw is lost.
+void test_threads() {
+  constexpr int kThreads = 4, kRounds = 50, kElements = 1000;
+  std::vector<float> histogram(64, 0), low(1, kInf), high(1, -kInf), least(1, kInf), greatest(1, -kInf);
+  std::vector<int64_t> count(1, 0), odd(1, 0);
+  std::vector<std::thread> workers;
+  for (int t = 0; t < kThreads; ++t) {
+    workers.emplace_back([&, t] {
+      for (int round = 0; round < kRounds; ++round) {
+        std::vector<float> x(kElements, float(t * kRounds + round));
+        x[0] = NAN;
+        const Dense d = {x.data(), Element::f32, 1, 1, kElements};
+        observe_minmax(d, array(least, "low"), array(greatest, "high"), array(odd, "count"), std::nullopt,
+                       NonFinite::ignore);
+        observe_histogram(d, array(histogram, "histogram"), array(low, "low"), array(high, "high"),
+                          array(count, "count"), 16, NonFinite::ignore);
+      }
+    });
+  }
+  for (auto& w : workers) w.join();
+  double total = 0;
+  for (float h : histogram) total += h;
+  const double seen = double(kThreads * kRounds * (kElements - 1));  // resampling rounds to float
+  expect(std::abs(total - seen) < 1e-5 * seen, "histogram counts from several threads");
+  expect(odd[0] == kThreads * kRounds && count[0] == kThreads * kRounds,
+         "left-out counts from several threads");
+  expect(least[0] == 0 && greatest[0] == kThreads * kRounds - 1, "extremes from several threads");
+}
+
 int run(int rounds) {
+  test_threads();
   for (int i = 0; usable_isa(i) != nullptr; ++i) {
     set_isa(usable_isa(i));
     for (int round = 0; round < rounds; ++round) {
