@@ -2,6 +2,10 @@
 // torch's threads are lent.
 #include <torch/csrc/stable/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <tuple>
 
 #include "../tensors.h"
@@ -32,6 +36,23 @@ Array single(const Tensor& t, const char* name) {
   const Array a = array(t, name);
   check_count(a, 1);
   return a;
+}
+
+// Fresh memory costs more in page faults than a kernel takes to fill it, and beyond 32 MiB malloc
+// hands out none but fresh memory: ask for huge pages there, one fault in place of 512. A system
+// that gives none is none the worse for it.
+Tensor empty_output(const Tensor& like) {
+  Tensor output = empty_as(like);
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20, kAlwaysFresh = uintptr_t{32} << 20;
+  const auto bytes = static_cast<uintptr_t>(output.numel()) * output.element_size();
+  if (bytes >= kAlwaysFresh) {
+    const auto begin = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return output;
 }
 
 // A flag of any integer type; anything but zero is on.
@@ -105,7 +126,7 @@ std::tuple<Tensor, Tensor> search_histogram_range_op(const Tensor histogram, con
 
 Tensor quantize_dense(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                       std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max, uint64_t* mask) {
-  Tensor y = empty_as(x);
+  Tensor y = empty_output(x);
   fake_quantize(dense(view(x), ch_axis), array(scale, "scale"), array(zero_point, "zero_point"), quant_min,
                 quant_max, y.mutable_data_ptr(), mask);
   return y;
@@ -151,7 +172,7 @@ std::tuple<Tensor, Tensor> fake_quantize_with_mask(const Tensor x, const Tensor 
 Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
   check(is_dense(view(grad)), "grad must have the layout of the output");
   check(mask.numel() == mask_words(grad.numel()) * 8, "mask is not grad's");
-  Tensor out = empty_as(grad);
+  Tensor out = empty_output(grad);
   mask_gradient(dense(view(grad), std::nullopt), static_cast<const uint64_t*>(mask.const_data_ptr()),
                 out.mutable_data_ptr());
   return out;
@@ -186,7 +207,7 @@ Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor 
   auto whole = whole_zero_points(array(zero_point, "zero_point"), quant_min, quant_max);
   const Array zero_points = {whole.data(), Element::i64, static_cast<int64_t>(whole.size()), "zero_point"};
   const Tensor t = densified(x);
-  Tensor y = empty_as(t);
+  Tensor y = empty_output(t);
   fake_quantize(dense(view(t), ch_axis), array(scale, "scale"), zero_points, quant_min, quant_max,
                 y.mutable_data_ptr(), nullptr);
   return y;
@@ -200,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
   const Tensor t = densified(x);
   Tensor aligned = empty_as(t);
   torch::stable::copy_(aligned, grad);
-  Tensor grad_x = empty_as(t), grad_scale = empty_as(scale), grad_zero_point = empty_as(zero_point);
+  Tensor grad_x = empty_output(t), grad_scale = empty_as(scale), grad_zero_point = empty_as(zero_point);
   learnable_backward(dense(view(t), ch_axis), aligned.const_data_ptr(), array(scale, "scale"),
                      array(zero_point, "zero_point"), quant_min, quant_max, grad_factor,
                      grad_x.mutable_data_ptr(), array(grad_scale, "grad_scale"),

@@ -326,6 +326,11 @@ def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> b
     Raises:
         QuantizationError: a minimum above its maximum, NaN or infinity.
     """
+    if min_val.numel() == 1:
+        # The usual case, without the launch of a dozen tensor operations.
+        low, high = min_val.item(), max_val.item()
+        if -_INF < low < _INF and -_INF < high < _INF and (low <= high or may_cross):
+            return True
     valid = (min_val.abs() < _INF) & (max_val.abs() < _INF)
     if not may_cross:
         valid &= min_val <= max_val
