@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch that is installed where $(VENV) has none.
 TORCH ?= 2.13.0
+# The torchvision that belongs to it, for tests and benchmarks only.
+TORCHVISION ?= 0.28.0
 # Compiler warnings are errors: OFF, or ON as in continuous integration.
 WERROR ?= OFF
 # Sanitizers that the kernels' own test is built with, as in make native-test SANITIZE=address,undefined.
@@ -104,6 +106,9 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@$(INSTALL) '.[demo]'
 	@touch $@
 
+# torchvision's models are tested too. Its wheel wants a torch of its own, a CUDA build: hence
+# --no-deps; where it cannot be had, those tests are skipped.
 $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	@$(INSTALL) '.[dev]'
+	@$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) pillow || true
 	@touch $@
