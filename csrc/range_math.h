@@ -20,12 +20,12 @@ struct QParamsConfig {
   int64_t symmetric_zero_point;
 };
 
-namespace {
-
 template <class B>
 struct Range {
   B low, high;
 };
+
+namespace {
 
 // Whether anything was observed.
 template <class B>

@@ -106,8 +106,7 @@ def timed_with(
 ) -> Rounds:
     disturbance = Disturbance(disturbed, Clock(monkeypatch))
     monkeypatch.setattr(_timing, "_preemptions", disturbance.preemptions)
-    monkeypatch.setattr(_timing, "_PATIENCE_SECONDS", patience)
-    return time_rounds({"a": Case(disturbance.work)}, rounds=5)
+    return time_rounds({"a": Case(disturbance.work)}, rounds=5, patience=patience)
 
 
 def test_disturbed_rounds_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,276 @@
+// What kernels are written with: launching, small buffers, 16-byte accesses, division,
+// reductions over a warp, a block and a grid.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <utility>
+
+#include "kernels.h"
+#include "vec_cuda.cuh"
+
+namespace fastquant::cuda {
+
+// An Array, as kernels take it.
+struct Buffer {
+  Buffer() = default;
+  explicit Buffer(const Array& a) : data(a.data), type(a.type) {}
+
+  void* data = nullptr;
+  Element type = Element::other;
+};
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// ------------------------------------------------------------------------------ launching
+
+template <class... Params, class... Args>
+void launch(const Launcher& launcher, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+            Args&&... args) {
+  if (blocks == 0) return;
+  check(blocks <= INT_MAX, "x is too large for a grid of CUDA blocks");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = launcher.stream();
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+
+// The block's shared memory: as much as it was launched with.
+template <class T>
+__device__ T* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char memory[];
+  return reinterpret_cast<T*>(memory);
+#else  // compiled for a CPU, by the tests
+  return static_cast<T*>(emulated_shared_memory());
+#endif
+}
+
+// ------------------------------------------------------------------------------ buffers
+
+__device__ inline float number(float x) { return x; }
+__device__ inline double number(double x) { return x; }
+__device__ inline float number(Half x) { return to_compute(x); }
+__device__ inline float number(BFloat16 x) { return to_compute(x); }
+__device__ inline int32_t number(int32_t x) { return x; }
+__device__ inline int64_t number(int64_t x) { return x; }
+
+template <class T>
+__device__ void assign(float* to, T x) {
+  *to = static_cast<float>(x);
+}
+template <class T>
+__device__ void assign(double* to, T x) {
+  *to = static_cast<double>(x);
+}
+template <class T>
+__device__ void assign(Half* to, T x) {
+  from_compute(to, static_cast<float>(x));
+}
+template <class T>
+__device__ void assign(BFloat16* to, T x) {
+  from_compute(to, static_cast<float>(x));
+}
+template <class T>
+__device__ void assign(int32_t* to, T x) {
+  *to = saturated<int32_t>(x);
+}
+template <class T>
+__device__ void assign(int64_t* to, T x) {
+  *to = saturated<int64_t>(x);
+}
+
+template <class T>
+struct Stored {
+  using Type = T;
+};
+
+// Calls f with the type that elements are stored as.
+template <class F>
+__device__ auto with_type(Element type, const F& f) {
+  switch (type) {
+    case Element::f64:
+      return f(Stored<double>());
+    case Element::f16:
+      return f(Stored<Half>());
+    case Element::bf16:
+      return f(Stored<BFloat16>());
+    case Element::i32:
+      return f(Stored<int32_t>());
+    case Element::i64:
+      return f(Stored<int64_t>());
+    default:
+      return f(Stored<float>());
+  }
+}
+
+template <class T>
+__device__ __noinline__ T read(Buffer b, int64_t i = 0) {
+  return with_type(b.type, [&](auto stored) {
+    using Type = typename decltype(stored)::Type;
+    return static_cast<T>(number(static_cast<const Type*>(b.data)[i]));
+  });
+}
+
+template <class T>
+__device__ __noinline__ void write(Buffer b, int64_t i, T value) {
+  with_type(b.type, [&](auto stored) {
+    using Type = typename decltype(stored)::Type;
+    assign(static_cast<Type*>(b.data) + i, value);
+  });
+}
+
+// A value as elements of this type hold it.
+template <class T>
+__device__ __noinline__ T rounded_to(Element type, T value) {
+  return with_type(type, [&](auto stored) {
+    typename decltype(stored)::Type element;
+    assign(&element, value);
+    return static_cast<T>(number(element));
+  });
+}
+
+__device__ inline bool is_on(Flag flag) {
+  switch (flag.data == nullptr ? 0 : flag.bytes) {
+    case 0:
+      return true;
+    case 1:
+      return *static_cast<const uint8_t*>(flag.data) != 0;
+    case 2:
+      return *static_cast<const uint16_t*>(flag.data) != 0;
+    case 4:
+      return *static_cast<const uint32_t*>(flag.data) != 0;
+    default:
+      return *static_cast<const uint64_t*>(flag.data) != 0;
+  }
+}
+
+// --------------------------------------------------------------------- 16-byte accesses
+
+// What one access moves.
+template <class S>
+struct alignas(16) Pack {
+  static constexpr int N = 16 / static_cast<int>(sizeof(S));
+  S at[N];
+};
+
+template <class P>
+__device__ P load_whole(const void* from) {
+  static_assert(sizeof(P) % 16 == 0, "of whole accesses");
+  P pack;
+  uint4 words[sizeof(P) / 16];
+  for (int w = 0; w < static_cast<int>(sizeof(P) / 16); ++w) words[w] = static_cast<const uint4*>(from)[w];
+  memcpy(&pack, words, sizeof pack);
+  return pack;
+}
+
+template <class S>
+__device__ void store_whole(S* to, const Pack<S>& pack) {
+  uint4 words;
+  memcpy(&words, &pack, sizeof words);
+  *reinterpret_cast<uint4*>(to) = words;
+}
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// ------------------------------------------------------------------------------ division
+
+// By a number that stays the same: a multiplication and a shift, where 31 bits hold both
+// (Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994).
+class Divider {
+ public:
+  Divider() = default;
+  explicit Divider(int64_t divisor) : divisor_(divisor) {
+    if (divisor > kNarrow) return;
+    while ((int64_t{1} << shift_) < divisor) ++shift_;
+    const uint64_t excess = (uint64_t{1} << shift_) - static_cast<uint64_t>(divisor);
+    factor_ = static_cast<uint32_t>((excess << 32) / static_cast<uint64_t>(divisor) + 1);
+  }
+
+  FASTQUANT_HD int64_t divisor() const { return divisor_; }
+
+  FASTQUANT_HD int64_t quotient(int64_t n) const {
+    if (n > kNarrow || divisor_ > kNarrow) return n / divisor_;
+    const uint32_t narrow = static_cast<uint32_t>(n);
+    const uint32_t high = static_cast<uint32_t>((uint64_t{narrow} * factor_) >> 32);
+    return (high + narrow) >> shift_;
+  }
+
+ private:
+  static constexpr int64_t kNarrow = INT32_MAX;
+
+  int64_t divisor_ = 1;
+  uint32_t factor_ = 1;
+  int shift_ = 0;
+};
+
+// ---------------------------------------------------------------------------- reductions
+
+// A partial result P has P::nothing() and P::both(a, b). Both have one order for the same
+// launch, so that sums of floats come out the same every time.
+
+template <class P>
+__device__ P shuffle_xor(const P& p, int offset) {
+  static_assert(sizeof(P) % sizeof(unsigned) == 0, "shuffled word by word");
+  unsigned words[sizeof(P) / sizeof(unsigned)];
+  memcpy(words, &p, sizeof p);
+  for (unsigned& word : words) word = __shfl_xor_sync(kAllLanes, word, offset);
+  P result;
+  memcpy(&result, words, sizeof result);
+  return result;
+}
+
+// For all 32 threads of a warp; each gets the result.
+template <class P>
+__device__ P over_warp(P p) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) p = P::both(p, shuffle_xor(p, offset));
+  return p;
+}
+
+// For all threads of a block of whole warps; each gets the result. `room` is shared memory for
+// one P a warp, which nothing else reads or writes meanwhile.
+template <class P>
+__device__ P over_block(P p, P* room) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  p = over_warp(p);
+  if (lane == 0) room[warp] = p;
+  __syncthreads();
+  return over_warp(lane < warps ? room[lane] : P::nothing());
+}
+
+// For all threads of a block: whether `blocks` - 1 other blocks have been here since the ticket
+// was zero, as it is again afterwards. What they wrote before is then in the second-level
+// cache, where read_fresh finds it.
+__device__ inline bool arrives_last(unsigned* ticket, int64_t blocks, bool* room) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *room = atomicAdd(ticket, 1u) == static_cast<unsigned>(blocks - 1);
+    if (*room) *ticket = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return *room;
+}
+
+template <class P>
+__device__ P read_fresh(const P* from) {
+  static_assert(sizeof(P) % sizeof(unsigned) == 0, "read word by word");
+  unsigned words[sizeof(P) / sizeof(unsigned)];
+  for (int w = 0; w < static_cast<int>(sizeof(P) / sizeof(unsigned)); ++w) {
+    words[w] = __ldcg(reinterpret_cast<const unsigned*>(from) + w);
+  }
+  P result;
+  memcpy(&result, words, sizeof result);
+  return result;
+}
+
+}  // namespace
+}  // namespace fastquant::cuda

@@ -1,0 +1,420 @@
+// Fake-quantize, tile by tile in the order of memory.
+#pragma once
+
+#include "../channel_params.h"
+#include "reduce.cuh"
+
+namespace fastquant::cuda {
+namespace {
+
+struct QuantizeArgs {
+  const void* x;
+  void* y;
+  uint32_t* mask;  // may be null
+  int64_t numel;
+  Divider inner, channels;
+  Buffer scale, zero_point;
+  Flag enabled;
+  int64_t quant_min, quant_max;
+  bool rounds_zero_point;  // that is a number which stands for a whole one
+  bool aligned;            // x, on 16-byte boundaries as y always is
+  bool tabulates;          // whether blocks keep the parameters of all channels in shared memory
+};
+
+constexpr int kAccesses = 4;  // that a thread has in flight
+
+// A tile is what a block does at a time; what a warp does of it lies together.
+template <class S>
+FASTQUANT_HD constexpr int64_t tile_elements(int threads) {
+  return int64_t{threads} * kAccesses * Pack<S>::N;
+}
+
+// From one access of a thread to the next.
+template <class S>
+FASTQUANT_HD constexpr int access_stride() {
+  return kWarp * Pack<S>::N;
+}
+
+// A thread's first element of a tile.
+template <class S>
+__device__ int64_t first_in_tile(int64_t tile, int threads) {
+  const int thread = static_cast<int>(threadIdx.x);
+  return tile * tile_elements<S>(threads) + thread / kWarp * kAccesses * access_stride<S>() +
+         thread % kWarp * Pack<S>::N;
+}
+
+// Elements that bits of a mask are written for.
+FASTQUANT_HD inline int64_t padded_elements(int64_t numel) { return (numel + 63) / 64 * 64; }
+
+// ---------------------------------------------------------------------------- parameters
+
+__device__ inline bool has_float_zero_point(const QuantizeArgs& a) {
+  return !a.rounds_zero_point && a.zero_point.type != Element::i32 && a.zero_point.type != Element::i64;
+}
+
+template <class T>
+__device__ ChannelParams<T> params_of(const QuantizeArgs& a, int64_t channel) {
+  const T zero_point =
+      a.rounds_zero_point
+          ? static_cast<T>(whole_zero_point(read<double>(a.zero_point, channel), a.quant_min, a.quant_max))
+          : read<T>(a.zero_point, channel);
+  return channel_params<T>(read<T>(a.scale, channel), a.scale.type == Element::f64, zero_point,
+                           has_float_zero_point(a), a.quant_min, a.quant_max);
+}
+
+template <class T>
+__device__ FakeQuantizer<Cuda<T>> quantizer_of(const ChannelParams<T>& p) {
+  return {p.scale, p.inverse_scale, p.low, p.high, p.low_edge, p.high_edge};
+}
+
+// What FakeQuantizer is made of, one array of all channels for each parameter.
+template <class T>
+class Table {
+ public:
+  static constexpr int kParams = 6;
+
+  __device__ Table(T* values, int64_t channels) : values_(values), channels_(channels) {}
+
+  // For all threads of a block: true where any channel needs ExactQuantizer.
+  __device__ bool fill(const QuantizeArgs& a) {
+    bool exact = false;
+    for (int64_t c = threadIdx.x; c < channels_; c += blockDim.x) {
+      const auto p = params_of<T>(a, c);
+      exact |= p.exact;
+      const T params[kParams] = {p.scale, p.inverse_scale, p.low, p.high, p.low_edge, p.high_edge};
+#pragma unroll
+      for (int k = 0; k < kParams; ++k) values_[k * channels_ + c] = params[k];
+    }
+    return __syncthreads_or(exact) != 0;
+  }
+
+  __device__ FakeQuantizer<Cuda<T>> at(int64_t c) const {
+    const auto param = [&](int k) { return values_[k * channels_ + c]; };
+    return {param(0), param(1), param(2), param(3), param(4), param(5)};
+  }
+
+  // Of kSuccessive channels one after the other, the first and their number multiples of that.
+  static constexpr int kSuccessive = sizeof(T) == sizeof(float) ? 4 : 2;
+
+  __device__ void successive(int64_t c, FakeQuantizer<Cuda<T>> (&quantizers)[kSuccessive]) const {
+    struct alignas(16) Values {
+      T at[kSuccessive];
+    };
+    Values params[kParams];
+#pragma unroll
+    for (int k = 0; k < kParams; ++k) params[k] = load_whole<Values>(values_ + k * channels_ + c);
+#pragma unroll
+    for (int j = 0; j < kSuccessive; ++j) {
+      quantizers[j] = {params[0].at[j], params[1].at[j], params[2].at[j],
+                       params[3].at[j], params[4].at[j], params[5].at[j]};
+    }
+  }
+
+ private:
+  T* values_;
+  int64_t channels_;
+};
+
+// ------------------------------------------------------------------------------ elements
+
+// The result, and whether the gradient passes.
+template <class S>
+struct Outcome {
+  S y;
+  bool inside;
+};
+
+template <class S, class T>
+__device__ Outcome<S> quantized(S x, const FakeQuantizer<Cuda<T>>& q) {
+  const T t = q.steps(to_compute(x));
+  Outcome<S> outcome;
+  from_compute(&outcome.y, q.value(t));
+  outcome.inside = q.inside(t);
+  return outcome;
+}
+
+template <class S>
+__device__ __noinline__ Outcome<S> quantized_exactly(S x, const QuantizeArgs& a, int64_t channel) {
+  using T = Compute<S>;
+  const auto p = params_of<T>(a, channel);
+  const ExactQuantizer<Cuda<T>> q = {p.scale,     p.inverse_scale, p.zero_point,
+                                     a.quant_min, a.quant_max,     has_float_zero_point(a)};
+  Outcome<S> outcome;
+  from_compute(&outcome.y, q.value(to_compute(x), &outcome.inside));
+  return outcome;
+}
+
+// ----------------------------------------------------------------------------- accesses
+
+// The elements from i on, as many as there are.
+template <class S>
+__device__ Pack<S> load_some(const void* from, int64_t i, int64_t numel, bool aligned) {
+  constexpr int N = Pack<S>::N;
+  const S* x = static_cast<const S*>(from);
+  if (aligned && i + N <= numel) return load_whole<Pack<S>>(x + i);
+  Pack<S> pack = {};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (i + j < numel) pack.at[j] = x[i + j];
+  }
+  return pack;
+}
+
+template <class S>
+__device__ void store_some(void* to, int64_t i, int64_t numel, const Pack<S>& pack) {
+  constexpr int N = Pack<S>::N;
+  S* y = static_cast<S*>(to);
+  if (i + N <= numel) {
+    store_whole(y + i, pack);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (i + j < numel) y[i + j] = pack.at[j];
+  }
+}
+
+// A thread's elements of a tile.
+template <class S>
+struct Share {
+  Pack<S> packs[kAccesses];
+};
+
+template <class S>
+__device__ Share<S> load_share(const QuantizeArgs& a, int64_t first) {
+  Share<S> share;
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    share.packs[u] = load_some<S>(a.x, first + u * access_stride<S>(), a.numel, a.aligned);
+  }
+  return share;
+}
+
+// Stores N elements a thread, and their bits of the mask: 32 / N neighbours share a word. For
+// whole warps whose elements follow one another.
+template <class S>
+__device__ void store_outcome(const QuantizeArgs& a, int64_t i, const Pack<S>& y, unsigned bits) {
+  constexpr int N = Pack<S>::N, kThreadsOfWord = 32 / N;
+  store_some(a.y, i, a.numel, y);
+  if (a.mask == nullptr) return;
+  if (i + N > a.numel) bits &= i < a.numel ? (1u << (a.numel - i)) - 1 : 0u;
+  const int mate = static_cast<int>(threadIdx.x) % kThreadsOfWord;
+  unsigned word = bits << (mate * N);
+#pragma unroll
+  for (int offset = 1; offset < kThreadsOfWord; offset *= 2) word |= __shfl_xor_sync(kAllLanes, word, offset);
+  if (mate == 0 && i < padded_elements(a.numel)) a.mask[i / 32] = word;
+}
+
+template <class S>
+__device__ void store_unchanged(const QuantizeArgs& a, int64_t first, const Share<S>& x) {
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    store_outcome(a, first + u * access_stride<S>(), x.packs[u], (1u << Pack<S>::N) - 1);
+  }
+}
+
+// -------------------------------------------------------------------------------- places
+
+// Where an element lies among the channels.
+struct Place {
+  int64_t channel;
+  int64_t position;  // in its segment
+};
+
+// Places of elements near each other, from that of the first.
+class Places {
+ public:
+  __device__ Places(const QuantizeArgs& a, int64_t first) : a_(a) {
+    const int64_t row = a.inner.quotient(first);
+    position_ = first - row * a.inner.divisor();
+    channel_ = row - a.channels.quotient(row) * a.channels.divisor();
+  }
+
+  // Of the element that lies so far after the first.
+  __device__ Place after(int64_t distance) const {
+    const int64_t position = position_ + distance, rows = a_.inner.quotient(position);
+    const int64_t channel = channel_ + rows;
+    return {channel - a_.channels.quotient(channel) * a_.channels.divisor(),
+            position - rows * a_.inner.divisor()};
+  }
+
+  // To the next element.
+  __device__ void advance(Place* place) const {
+    if (++place->position < a_.inner.divisor()) return;
+    place->position = 0;
+    if (++place->channel == a_.channels.divisor()) place->channel = 0;
+  }
+
+ private:
+  const QuantizeArgs& a_;
+  int64_t position_, channel_;
+};
+
+// --------------------------------------------------------------------------------- tiles
+
+// A thread's share of a tile; it begins at `first`.
+
+// With parameters that no fast path is made for.
+template <class S>
+__device__ __noinline__ void quantize_exactly(const QuantizeArgs& a, int64_t first) {
+  constexpr int N = Pack<S>::N;
+  const Places places(a, first);
+  for (int u = 0; u < kAccesses; ++u) {
+    const int64_t i = first + u * access_stride<S>();
+    const Pack<S> x = load_some<S>(a.x, i, a.numel, a.aligned);
+    Place place = places.after(i - first);
+    Pack<S> y;
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j, places.advance(&place)) {
+      const auto outcome = quantized_exactly(x.at[j], a, place.channel);
+      y.at[j] = outcome.y;
+      bits |= static_cast<unsigned>(outcome.inside) << j;
+    }
+    store_outcome(a, i, y, bits);
+  }
+}
+
+template <class S>
+__device__ void quantize_share(const QuantizeArgs& a, int64_t first, Share<S>* x,
+                               const FakeQuantizer<Cuda<Compute<S>>>& q) {
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int j = 0; j < Pack<S>::N; ++j) {
+      const auto outcome = quantized(x->packs[u].at[j], q);
+      x->packs[u].at[j] = outcome.y;
+      bits |= static_cast<unsigned>(outcome.inside) << j;
+    }
+    store_outcome(a, first + u * access_stride<S>(), x->packs[u], bits);
+  }
+}
+
+// With one scale and zero point.
+template <class S>
+__device__ void quantize_one_channel(const QuantizeArgs& a, int64_t first) {
+  // The loads come first: what follows waits for the parameters.
+  Share<S> x = load_share<S>(a, first);
+  if (!is_on(a.enabled)) {
+    store_unchanged(a, first, x);
+    return;
+  }
+  const auto params = params_of<Compute<S>>(a, 0);
+  if (params.exact) {
+    quantize_exactly<S>(a, first);
+  } else {
+    quantize_share(a, first, &x, quantizer_of(params));
+  }
+}
+
+// With many channels, whose parameters are in a table.
+template <class S>
+__device__ void quantize_by_table(const QuantizeArgs& a, int64_t first, const Table<Compute<S>>& table) {
+  using T = Compute<S>;
+  constexpr int N = Pack<S>::N;
+  Share<S> x = load_share<S>(a, first);
+  const Places places(a, first);
+  const bool successive = a.inner.divisor() == 1 && a.channels.divisor() % N == 0;
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    Place place = places.after(u * access_stride<S>());
+    unsigned bits = 0;
+    const auto quantize = [&](int j, const FakeQuantizer<Cuda<T>>& q) {
+      const auto outcome = quantized(x.packs[u].at[j], q);
+      x.packs[u].at[j] = outcome.y;
+      bits |= static_cast<unsigned>(outcome.inside) << j;
+    };
+    if (successive) {
+      constexpr int M = Table<T>::kSuccessive;
+#pragma unroll
+      for (int from = 0; from < N; from += M) {
+        FakeQuantizer<Cuda<T>> quantizers[M];
+        table.successive(place.channel + from, quantizers);
+#pragma unroll
+        for (int j = 0; j < M; ++j) quantize(from + j, quantizers[j]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j, places.advance(&place)) quantize(j, table.at(place.channel));
+    }
+    store_outcome(a, first + u * access_stride<S>(), x.packs[u], bits);
+  }
+}
+
+// With many channels of long segments, whose parameters are read where they lie.
+template <class S>
+__device__ void quantize_by_segment(const QuantizeArgs& a, int64_t first) {
+  using T = Compute<S>;
+  constexpr int N = Pack<S>::N, kReach = (kAccesses - 1) * access_stride<S>() + N;
+  Share<S> x = load_share<S>(a, first);
+  const Places places(a, first);
+  const Place start = places.after(0);
+  auto params = params_of<T>(a, start.channel);
+  auto q = quantizer_of(params);
+  // Only shuffles meet the other threads of the warp, which may be in another channel: they are
+  // one code for all.
+  const bool one_channel = start.position + kReach <= a.inner.divisor() && !params.exact;
+#pragma unroll
+  for (int u = 0; u < kAccesses; ++u) {
+    unsigned bits = 0;
+    if (one_channel) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const auto outcome = quantized(x.packs[u].at[j], q);
+        x.packs[u].at[j] = outcome.y;
+        bits |= static_cast<unsigned>(outcome.inside) << j;
+      }
+    } else {
+      Place place = places.after(u * access_stride<S>());
+      int64_t channel = -1;
+#pragma unroll
+      for (int j = 0; j < N; ++j, places.advance(&place)) {
+        if (place.channel != channel) {
+          channel = place.channel;
+          params = params_of<T>(a, channel);
+          q = quantizer_of(params);
+        }
+        const auto outcome =
+            params.exact ? quantized_exactly(x.packs[u].at[j], a, channel) : quantized(x.packs[u].at[j], q);
+        x.packs[u].at[j] = outcome.y;
+        bits |= static_cast<unsigned>(outcome.inside) << j;
+      }
+    }
+    store_outcome(a, first + u * access_stride<S>(), x.packs[u], bits);
+  }
+}
+
+// Every `blocks`-th tile of a tensor of many channels, by a block of so many threads. `room` is
+// shared memory for a table, where there is to be one.
+template <class S>
+__device__ void quantize_channels(const QuantizeArgs& a, int64_t block, int64_t blocks, int threads,
+                                  Compute<S>* room) {
+  const int64_t tile_size = tile_elements<S>(threads);
+  const int64_t tiles = (padded_elements(a.numel) + tile_size - 1) / tile_size;
+  if (!is_on(a.enabled)) {
+    for (int64_t tile = block; tile < tiles; tile += blocks) {
+      const int64_t first = first_in_tile<S>(tile, threads);
+      store_unchanged(a, first, load_share<S>(a, first));
+    }
+    return;
+  }
+  if (!a.tabulates) {
+    for (int64_t tile = block; tile < tiles; tile += blocks) {
+      quantize_by_segment<S>(a, first_in_tile<S>(tile, threads));
+    }
+    return;
+  }
+  Table<Compute<S>> table(room, a.channels.divisor());
+  const bool exact = table.fill(a);
+  for (int64_t tile = block; tile < tiles; tile += blocks) {
+    if (exact) {
+      quantize_exactly<S>(a, first_in_tile<S>(tile, threads));
+    } else {
+      quantize_by_table<S>(a, first_in_tile<S>(tile, threads), table);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastquant::cuda

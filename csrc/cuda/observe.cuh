@@ -1,0 +1,167 @@
+// The reduction to smallest and largest values, and what becomes of them.
+#pragma once
+
+#include "../range_math.h"
+#include "reduce.cuh"
+
+namespace fastquant::cuda {
+
+// Statistics and, where there is a scale, quantization parameters.
+struct Statistics {
+  Buffer min_val, max_val, scale, zero_point, eps;
+  bool averages;
+  double constant;
+  QParamsConfig config;
+};
+
+struct MinMaxArgs {
+  const void* x;
+  Flag enabled;
+  // Whether infinities and NaN take part; those that do not are counted, where anyone asks.
+  bool keeps_infinite, keeps_nan;
+  int64_t* left_out;
+  // What becomes of the result.
+  bool updates;
+  bool in_double;  // the precision of the buffers
+  Statistics statistics;
+};
+
+// The arguments to update statistics; under NonFinite::raise to be preceded by refuse_nonfinite.
+MinMaxArgs minmax_args(const Dense& x, Flag enabled, const ObserveBuffers& buffers,
+                       std::optional<double> averaging_constant, NonFinite policy);
+
+void add_qparams(const QParamBuffers& qparams, const QParamsConfig& config, Statistics* statistics);
+
+void reduce_minmax(Launcher& launcher, const Dense& x, const MinMaxArgs& args);
+
+// Waits for the device, and throws where an enabled observer would meet NaN or infinities.
+void refuse_nonfinite(Launcher& launcher, const Dense& x, Flag enabled);
+
+namespace {
+
+// ------------------------------------------------------- what becomes of a channel's range
+
+template <class B>
+__device__ void choose_channel(const Statistics& s, int64_t channel, Range<B> range) {
+  const auto q = qparams_of<B>(range, read<B>(s.eps), s.config);
+  write(s.scale, channel, q.scale);
+  write(s.zero_point, channel, q.zero_point);
+}
+
+template <class B, class T>
+__device__ void update_channel(const Statistics& s, int64_t channel, Range<T> seen) {
+  Range<B> range = {read<B>(s.min_val, channel), read<B>(s.max_val, channel)};
+  if (!(seen.low > seen.high)) {
+    const Range<B> now = {rounded_to(s.min_val.type, static_cast<B>(seen.low)),
+                          rounded_to(s.max_val.type, static_cast<B>(seen.high))};
+    range = folded<B>(range, now, s.averages, static_cast<B>(s.constant));
+    write(s.min_val, channel, range.low);
+    write(s.max_val, channel, range.high);
+    // As anyone reads them from now on.
+    range = {read<B>(s.min_val, channel), read<B>(s.max_val, channel)};
+  }
+  if (s.scale.data != nullptr) choose_channel(s, channel, range);
+}
+
+// ------------------------------------------------------------------------------- min/max
+
+template <class T>
+struct Extremes {
+  T low, high;
+
+  FASTQUANT_HD static Extremes nothing() { return {infinity<T>(), -infinity<T>()}; }
+  FASTQUANT_HD static Extremes both(const Extremes& a, const Extremes& b) {
+    return {least(a.low, b.low), greatest(a.high, b.high)};
+  }
+};
+
+template <class Stored, int kColumns>
+class MinMax {
+ public:
+  using Args = MinMaxArgs;
+  using S = Stored;
+  using T = Compute<S>;
+  using Partial = Extremes<T>;
+  using Loaded = Pack<S>;
+  static constexpr int kUnroll = 4;
+
+  __device__ static bool begins(const Args& args) { return is_on(args.enabled); }
+
+  __device__ MinMax(const Args& args, const int64_t (&)[kColumns])
+      : x_(static_cast<const S*>(args.x)), keeps_infinite_(args.keeps_infinite), keeps_nan_(args.keeps_nan) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      low_[c] = infinity<T>();
+      high_[c] = -infinity<T>();
+    }
+  }
+
+  __device__ Loaded load(int64_t i) const { return load_whole<Loaded>(x_ + i); }
+
+  __device__ void fold(const Loaded& loaded, int64_t) {
+    T values[Loaded::N];
+    // Zero, unless there is a NaN or an infinity.
+    T probe = 0;
+#pragma unroll
+    for (int j = 0; j < Loaded::N; ++j) {
+      values[j] = to_compute(loaded.at[j]);
+      probe = Cuda<T>::madd(values[j], T{0}, probe);
+    }
+    if (probe == 0) {
+#pragma unroll
+      for (int j = 0; j < Loaded::N; ++j) take(values[j], kColumns == 1 ? 0 : j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Loaded::N; ++j) take_any(values[j], kColumns == 1 ? 0 : j);
+    }
+  }
+
+  __device__ void take_any(T value, int column) {
+    const bool nan = value != value, finite = value - value == 0;
+    if (finite || (!nan && keeps_infinite_)) {
+      take(value, column);
+    } else {
+      ++left_out_;
+      if (nan && keeps_nan_) nan_ |= 1u << column;
+    }
+  }
+
+  __device__ void fold_one(int64_t i, int column) { take_any(to_compute(x_[i]), column); }
+
+  __device__ Partial partial(int column) const {
+    if (nan_ >> column & 1u) return {static_cast<T>(__builtin_nan("")), static_cast<T>(__builtin_nan(""))};
+    return {low_[column], high_[column]};
+  }
+
+  __device__ void leave(const Args& args) const {
+    if (args.left_out == nullptr || !__any_sync(kAllLanes, left_out_ > 0)) return;
+    unsigned long long total = left_out_;
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(kAllLanes, total, offset);
+    if (threadIdx.x % kWarp == 0) atomicAdd(reinterpret_cast<unsigned long long*>(args.left_out), total);
+  }
+
+  __device__ static void finish(const Args& args, int64_t channel, const Partial& p) {
+    if (!args.updates) return;
+    const Range<T> seen = {p.low, p.high};
+    if (args.in_double) {
+      update_channel<double>(args.statistics, channel, seen);
+    } else {
+      update_channel<float>(args.statistics, channel, seen);
+    }
+  }
+
+ private:
+  __device__ void take(T value, int column) {
+    low_[column] = Cuda<T>::min(value, low_[column]);
+    high_[column] = Cuda<T>::max(value, high_[column]);
+  }
+
+  const S* x_;
+  T low_[kColumns], high_[kColumns];
+  unsigned nan_ = 0;  // a bit for each column
+  unsigned left_out_ = 0;
+  bool keeps_infinite_, keeps_nan_;
+};
+
+}  // namespace
+}  // namespace fastquant::cuda

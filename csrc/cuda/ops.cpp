@@ -1,0 +1,279 @@
+// The ops of library.cpp for CUDA tensors: tensors become views, outputs are allocated, and work
+// goes to torch's current stream of their device.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../tensors.h"
+#include "kernels.h"
+#include "stream.h"
+#include "workspace.h"
+
+namespace fastquant::cuda {
+namespace {
+
+int64_t mask_bytes(int64_t numel) { return (numel + 63) / 64 * 8; }
+
+// One op on x's device, and its other arguments, which have to lie there too.
+class Call {
+ public:
+  explicit Call(const Tensor& x) : device_(x), workspace_(x, device_.index(), device_.stream()), x_(x) {}
+
+  Launcher& launcher() { return workspace_; }
+
+  Array array(const Tensor& t, const char* name) const {
+    check_device(t, name);
+    check(t.is_contiguous(), name, " must be contiguous");
+    return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), name};
+  }
+
+  Array single(const Tensor& t, const char* name) const {
+    const Array a = array(t, name);
+    check_count(a, 1);
+    return a;
+  }
+
+  // A count of elements.
+  Array counter(const Tensor& t, const char* name) const {
+    const Array a = single(t, name);
+    check(a.type == Element::i64, name, " must be int64");
+    return a;
+  }
+
+  // Of any integer type.
+  Flag flag(const Tensor& t) const {
+    check_device(t, "a flag");
+    const size_t bytes = t.element_size();
+    check(t.numel() == 1 && bytes <= 8, "a flag must be one integer");
+    return {t.const_data_ptr(), static_cast<int>(bytes)};
+  }
+
+  Flag flag(const std::optional<Tensor>& t) const { return t.has_value() ? flag(*t) : Flag(); }
+
+  ObserveBuffers observed(const Tensor& min_val, const Tensor& max_val, const Tensor& nonfinite_count) const {
+    return {array(min_val, "min_val"), array(max_val, "max_val"), counter(nonfinite_count, "nonfinite_count")};
+  }
+
+  QParamBuffers qparams(const Tensor& scale, const Tensor& zero_point, const Tensor& eps) const {
+    return {array(scale, "scale"), array(zero_point, "zero_point"), single(eps, "eps")};
+  }
+
+ private:
+  void check_device(const Tensor& t, const char* name) const {
+    int32_t type, x_type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x_.get(), &x_type));
+    check(type == x_type && t.get_device_index() == x_.get_device_index(), name, " must be on x's device");
+  }
+
+  OnDevice device_;
+  Workspace workspace_;
+  const Tensor& x_;
+};
+
+// ---------------------------------------------------------------------------- observe
+
+void observe_minmax_(const Tensor x, Tensor min_val, Tensor max_val, Tensor nonfinite_count,
+                     std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                     int64_t nonfinite) {
+  Call call(x);
+  const Tensor t = densified(x);
+  observe_minmax(call.launcher(), dense(view(t), ch_axis), call.observed(min_val, max_val, nonfinite_count),
+                 averaging_constant, static_cast<NonFinite>(nonfinite));
+}
+
+void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val,
+                        Tensor nonfinite_count, int64_t upsample_rate, int64_t nonfinite) {
+  Call call(x);
+  const Tensor t = densified(x);
+  observe_histogram(call.launcher(), dense(view(t), std::nullopt), call.array(histogram, "histogram"),
+                    call.observed(min_val, max_val, nonfinite_count), upsample_rate,
+                    static_cast<NonFinite>(nonfinite));
+}
+
+void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val,
+                      Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+                      std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                      int64_t quant_min, int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point,
+                      int64_t nonfinite) {
+  Call call(x);
+  const Tensor t = densified(x);
+  observe_qparams(call.launcher(), dense(view(t), ch_axis), call.flag(observer_enabled),
+                  call.observed(min_val, max_val, nonfinite_count), call.qparams(scale, zero_point, eps),
+                  averaging_constant, {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
+                  static_cast<NonFinite>(nonfinite));
+}
+
+// ----------------------------------------------------------------- quantization params
+
+std::tuple<Tensor, Tensor> choose_qparams_op(const Tensor min_val, const Tensor max_val, const Tensor eps,
+                                             int64_t quant_min, int64_t quant_max, int64_t scheme,
+                                             int64_t symmetric_zero_point) {
+  Call call(min_val);
+  const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
+  Tensor scale = empty_1d(min_val.numel(), min_val.scalar_type(), min_val);
+  const ScalarType type = config.scheme == Scheme::affine      ? ScalarType::Int
+                          : config.scheme == Scheme::symmetric ? ScalarType::Long
+                                                               : min_val.scalar_type();
+  Tensor zero_point = empty_1d(min_val.numel(), type, min_val);
+  choose_qparams(call.launcher(), call.array(min_val, "min_val"), call.array(max_val, "max_val"),
+                 call.qparams(scale, zero_point, eps), config);
+  return {scale, zero_point};
+}
+
+std::tuple<Tensor, Tensor> search_histogram_range_op(const Tensor histogram, const Tensor min_val,
+                                                     const Tensor max_val, int64_t dst_nbins) {
+  Call call(histogram);
+  Tensor new_min = empty_as(min_val), new_max = empty_as(max_val);
+  search_histogram_range(call.launcher(), call.array(histogram, "histogram"), call.array(min_val, "min_val"),
+                         call.array(max_val, "max_val"), dst_nbins, call.array(new_min, "new_min"),
+                         call.array(new_max, "new_max"));
+  return {new_min, new_max};
+}
+
+// ---------------------------------------------------------------------- fake-quantize
+
+Tensor empty_mask(const Tensor& x) { return empty_1d(mask_bytes(x.numel()), ScalarType::Byte, x); }
+
+uint64_t* words(Tensor& mask) { return static_cast<uint64_t*>(mask.mutable_data_ptr()); }
+
+Tensor quantize(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                const std::optional<Tensor>& enabled, std::optional<int64_t> ch_axis, int64_t quant_min,
+                int64_t quant_max, Tensor* mask) {
+  Call call(x);
+  const Tensor t = densified(x);
+  Tensor y = empty_as(t);
+  fake_quantize(call.launcher(), dense(view(t), ch_axis), call.flag(enabled), call.array(scale, "scale"),
+                call.array(zero_point, "zero_point"), {quant_min, quant_max}, y.mutable_data_ptr(),
+                mask == nullptr ? nullptr : words(*mask));
+  return y;
+}
+
+Tensor fake_quantize_op(const Tensor x, const Tensor scale, const Tensor zero_point,
+                        const std::optional<Tensor> enabled, std::optional<int64_t> ch_axis, int64_t quant_min,
+                        int64_t quant_max) {
+  return quantize(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max, nullptr);
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_with_mask(const Tensor x, const Tensor scale, const Tensor zero_point,
+                                                   const std::optional<Tensor> enabled,
+                                                   std::optional<int64_t> ch_axis, int64_t quant_min,
+                                                   int64_t quant_max) {
+  Tensor mask = empty_mask(x);
+  Tensor y = quantize(x, scale, zero_point, enabled, ch_axis, quant_min, quant_max, &mask);
+  return {y, mask};
+}
+
+Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
+  Call call(grad);
+  check(is_dense(view(grad)), "grad must have the layout of the output");
+  const Array packed = call.array(mask, "mask");
+  check_count(packed, mask_bytes(grad.numel()));
+  Tensor out = empty_as(grad);
+  mask_gradient(call.launcher(), dense(view(grad), std::nullopt), static_cast<const uint64_t*>(packed.data),
+                out.mutable_data_ptr());
+  return out;
+}
+
+struct FusedSettings {
+  Tensor observer_enabled, fake_quant_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps;
+  std::optional<int64_t> ch_axis;
+  std::optional<double> averaging_constant;
+  QParamsConfig config;
+  int64_t nonfinite;
+};
+
+Tensor fuse(const Tensor& x, const FusedSettings& s, Tensor* mask) {
+  Call call(x);
+  const Tensor t = densified(x);
+  Tensor y = empty_as(t);
+  observe_and_fake_quantize(
+      call.launcher(), dense(view(t), s.ch_axis), call.flag(s.observer_enabled),
+      call.flag(s.fake_quant_enabled), call.observed(s.min_val, s.max_val, s.nonfinite_count),
+      call.qparams(s.scale, s.zero_point, s.eps), s.averaging_constant, s.config,
+      static_cast<NonFinite>(s.nonfinite), y.mutable_data_ptr(), mask == nullptr ? nullptr : words(*mask));
+  return y;
+}
+
+Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled,
+                                   const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val,
+                                   Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+                                   std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                                   int64_t quant_min, int64_t quant_max, int64_t scheme,
+                                   int64_t symmetric_zero_point, int64_t nonfinite) {
+  const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
+  return fuse(x,
+              {observer_enabled, fake_quant_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps,
+               ch_axis, averaging_constant, config, nonfinite},
+              nullptr);
+}
+
+std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(
+    const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
+    Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+    std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t quant_min,
+    int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+  const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
+  Tensor mask = empty_mask(x);
+  Tensor y = fuse(x,
+                  {observer_enabled, fake_quant_enabled, min_val, max_val, scale, zero_point, nonfinite_count,
+                   eps, ch_axis, averaging_constant, config, nonfinite},
+                  &mask);
+  return {y, mask};
+}
+
+Tensor learnable_fake_quantize_op(const Tensor x, const Tensor scale, const Tensor zero_point,
+                                  std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max,
+                                  double) {
+  Call call(x);
+  const Tensor t = densified(x);
+  Tensor y = empty_as(t);
+  learnable_fake_quantize(call.launcher(), dense(view(t), ch_axis), call.array(scale, "scale"),
+                          call.array(zero_point, "zero_point"), {quant_min, quant_max}, y.mutable_data_ptr());
+  return y;
+}
+
+bool lies_alike(const Tensor& a, const Tensor& b) {
+  const auto x = a.strides(), y = b.strides();
+  return a.scalar_type() == b.scalar_type() && x.size() == y.size() &&
+         std::equal(x.begin(), x.end(), y.begin());
+}
+
+std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor grad, const Tensor x,
+                                                                    const Tensor scale, const Tensor zero_point,
+                                                                    std::optional<int64_t> ch_axis,
+                                                                    int64_t quant_min, int64_t quant_max,
+                                                                    double grad_factor) {
+  Call call(x);
+  const Tensor t = densified(x);
+  Tensor aligned = grad;
+  if (!lies_alike(grad, t)) {
+    aligned = empty_as(t);
+    torch::stable::copy_(aligned, grad);
+  }
+  Tensor grad_x = empty_as(t), grad_scale = empty_as(scale), grad_zero_point = empty_as(zero_point);
+  learnable_backward(call.launcher(), dense(view(t), ch_axis), aligned.const_data_ptr(),
+                     call.array(scale, "scale"), call.array(zero_point, "zero_point"), {quant_min, quant_max},
+                     grad_factor, grad_x.mutable_data_ptr(), call.array(grad_scale, "grad_scale"),
+                     call.array(grad_zero_point, "grad_zero_point"));
+  return {grad_x, grad_scale, grad_zero_point};
+}
+
+}  // namespace
+}  // namespace fastquant::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
+  using namespace fastquant::cuda;
+  m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
+  m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
+  m.impl("observe_qparams_", TORCH_BOX(&observe_qparams_));
+  m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
+  m.impl("choose_qparams", TORCH_BOX(&choose_qparams_op));
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
+  m.impl("fake_quantize_with_mask", TORCH_BOX(&fake_quantize_with_mask));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_observe_fake_quantize));
+  m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_observe_fake_quantize_with_mask));
+  m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize_op));
+  m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
+}

@@ -1,0 +1,42 @@
+// One element on a GPU, with the interface of cpu/vec_scalar.h: what formulas.h is made of here.
+#pragma once
+
+#include "../formulas.h"
+
+namespace fastquant {
+namespace {
+
+template <class T>
+struct Cuda {
+  static constexpr int N = 1;
+  using Element = T;
+  using Reg = T;
+  using Mask = bool;
+
+  FASTQUANT_HD static Reg set1(T x) { return x; }
+
+  FASTQUANT_HD static Reg add(Reg a, Reg b) { return a + b; }
+  FASTQUANT_HD static Reg sub(Reg a, Reg b) { return a - b; }
+  FASTQUANT_HD static Reg mul(Reg a, Reg b) { return a * b; }
+  FASTQUANT_HD static Reg div(Reg a, Reg b) { return a / b; }
+  // One instruction each. As elsewhere NaN is left out of `acc = min(x, acc)`.
+  FASTQUANT_HD static float min(float a, float b) { return fminf(a, b); }
+  FASTQUANT_HD static float max(float a, float b) { return fmaxf(a, b); }
+  FASTQUANT_HD static double min(double a, double b) { return fmin(a, b); }
+  FASTQUANT_HD static double max(double a, double b) { return fmax(a, b); }
+  // c - a * b and a * b + c, rounded once.
+  FASTQUANT_HD static float nmadd(float a, float b, float c) { return fmaf(-a, b, c); }
+  FASTQUANT_HD static float madd(float a, float b, float c) { return fmaf(a, b, c); }
+  FASTQUANT_HD static double madd(double a, double b, double c) { return fma(a, b, c); }
+  FASTQUANT_HD static float round(float x) { return rintf(x); }
+  FASTQUANT_HD static double round(double x) { return rint(x); }
+  FASTQUANT_HD static float floor(float x) { return floorf(x); }
+
+  FASTQUANT_HD static Mask lt(Reg a, Reg b) { return a < b; }
+  FASTQUANT_HD static Mask le(Reg a, Reg b) { return a <= b; }
+  FASTQUANT_HD static Mask both(Mask a, Mask b) { return a && b; }
+  FASTQUANT_HD static Reg select(Mask m, Reg yes, Reg no) { return m ? yes : no; }
+};
+
+}  // namespace
+}  // namespace fastquant

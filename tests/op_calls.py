@@ -1,0 +1,304 @@
+"""Hypothesis strategies for calls of every op, for comparing two implementations of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from strategies import (
+    FLOATS,
+    LAYOUTS,
+    qparams,
+    quant_ranges,
+    random_values,
+    seeds,
+    shapes,
+    tensors,
+    with_axis,
+)
+
+INF = math.inf
+IGNORE, RAISE, PROPAGATE = 0, 1, 2
+AFFINE, SYMMETRIC, FLOAT_QPARAMS = 0, 1, 2
+
+Call = tuple[str, tuple[Any, ...]]
+
+sizes = st.sampled_from([200, 3000, 20_000]).flatmap(lambda most: shapes(max_numel=most))
+inputs = tensors(shapes=sizes, nonfinite=True)
+finite_inputs = tensors(shapes=sizes)
+policies = st.sampled_from([IGNORE, IGNORE, RAISE, PROPAGATE])
+averaging = st.sampled_from([None, 0.01, 0.5, 1.0])
+flags = st.tuples(
+    st.booleans(), st.sampled_from([torch.uint8, torch.int32, torch.int64, torch.bool])
+).map(lambda flag: torch.tensor([flag[0]]).to(flag[1]))
+
+
+@st.composite
+def statistics(draw: st.DrawFn, channels: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """min_val, max_val and nonfinite_count: unobserved, or with a range in some channels."""
+    shape = () if channels is None else (channels,)
+    dtype = draw(st.sampled_from((torch.float32, *FLOATS)))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    middle = torch.randn(shape, generator=generator)
+    width = torch.rand(shape, generator=generator)
+    seen = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    low = torch.where(seen, middle - width, INF).to(dtype)
+    high = torch.where(seen, middle + width, -INF).to(dtype)
+    return low, high, torch.tensor([draw(st.integers(0, 3))])
+
+
+@st.composite
+def schemes(draw: st.DrawFn) -> tuple[int, int, int, int]:
+    """quant_min, quant_max, scheme, symmetric_zero_point."""
+    scheme = draw(st.sampled_from([AFFINE, SYMMETRIC, FLOAT_QPARAMS]))
+    return *draw(quant_ranges()), scheme, draw(st.sampled_from([0, 3]))
+
+
+def eps(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor([torch.finfo(torch.float32).eps], dtype=dtype)
+
+
+def _buffer_shape(axis: int | None, channels: int) -> int | None:
+    return None if axis is None else channels
+
+
+@st.composite
+def observe_minmax_(draw: st.DrawFn) -> Call:
+    x, axis, channels = draw(with_axis(inputs))
+    state = draw(statistics(_buffer_shape(axis, channels)))
+    return "observe_minmax_", (x, *state, axis, draw(averaging), draw(policies))
+
+
+@st.composite
+def _observing(draw: st.DrawFn) -> tuple[Tensor, tuple[Any, ...]]:
+    """x, and the arguments of `observe_qparams_` from min_val on."""
+    x, axis, channels = draw(with_axis(inputs))
+    low, high, count = draw(statistics(_buffer_shape(axis, channels)))
+    quant_min, quant_max, scheme, symmetric = draw(schemes())
+    scale, zero_point = draw(qparams(channels, quant_min, quant_max))
+    if scheme == FLOAT_QPARAMS:
+        zero_point = zero_point.to(torch.float32)
+    buffers = (low, high, scale, zero_point, count, eps())
+    settings = (axis, draw(averaging), quant_min, quant_max, scheme, symmetric, draw(policies))
+    return x, (*buffers, *settings)
+
+
+@st.composite
+def observe_qparams_(draw: st.DrawFn) -> Call:
+    x, rest = draw(_observing())
+    return "observe_qparams_", (x, draw(flags), *rest)
+
+
+@st.composite
+def fused(draw: st.DrawFn) -> Call:
+    x, rest = draw(_observing())
+    name = draw(
+        st.sampled_from(["fused_observe_fake_quantize", "fused_observe_fake_quantize_with_mask"])
+    )
+    return name, (x, draw(flags), draw(flags), *rest)
+
+
+@st.composite
+def fake_quantize(draw: st.DrawFn) -> Call:
+    x, axis, channels = draw(with_axis(inputs))
+    quant_range = draw(quant_ranges())
+    scale, zero_point = draw(qparams(channels, *quant_range))
+    scale = scale.to(draw(st.sampled_from([torch.float32, torch.float32, torch.float64])))
+    if draw(st.integers(0, 9)) == 0:  # a scale that is no normal number
+        scale[draw(st.integers(0, channels - 1)) if channels else 0 :] = 1e-40
+    enabled = draw(st.one_of(st.none(), flags))
+    name = draw(st.sampled_from(["fake_quantize", "fake_quantize_with_mask"]))
+    return name, (x, scale, zero_point, enabled, axis, *quant_range)
+
+
+@st.composite
+def fake_quantize_backward(draw: st.DrawFn) -> Call:
+    grad = torch.empty_like(x := draw(inputs)).copy_(x)
+    if draw(st.booleans()):  # away from where an allocation begins
+        memory = torch.empty(grad.numel() + 1, dtype=grad.dtype)
+        grad = memory[1:].as_strided(grad.size(), grad.stride(), 1).copy_(x)
+    words = (grad.numel() + 63) // 64
+    generator = torch.Generator().manual_seed(draw(seeds))
+    mask = torch.randint(0, 256, (8 * words,), dtype=torch.uint8, generator=generator)
+    return "fake_quantize_backward", (grad, mask)
+
+
+@st.composite
+def learnable(draw: st.DrawFn, inputs: st.SearchStrategy[Tensor] = finite_inputs) -> Call:
+    x, axis, channels = draw(with_axis(inputs))
+    quant_range = draw(quant_ranges())
+    scale, zero_point = draw(qparams(channels, *quant_range, zero_point_dtypes=(torch.float32,)))
+    settings = (axis, *quant_range, draw(st.sampled_from([1.0, 0.125])))
+    if draw(st.booleans()):
+        return "learnable_fake_quantize", (x, scale, zero_point, *settings)
+    grad = torch.cos(x * 3)
+    if draw(st.booleans()):
+        grad = torch.empty_like(x).copy_(grad)
+    return "learnable_fake_quantize_backward", (grad, x, scale, zero_point, *settings)
+
+
+@st.composite
+def histograms(draw: st.DrawFn) -> list[Call]:
+    """A stream of tensors for one histogram."""
+    bins = draw(st.sampled_from([1, 2, 17, 256, 2048, 2048, 5000, 40_000]))
+    rate = draw(st.sampled_from([1, 3, 16, 128]))
+    dtype = draw(st.sampled_from((torch.float32, torch.float32, torch.float64)))
+    unobserved = (torch.tensor(INF, dtype=dtype), torch.tensor(-INF, dtype=dtype))
+    state = (torch.zeros(bins, dtype=dtype), *unobserved, torch.zeros(1, dtype=torch.int64))
+    stream = draw(st.lists(inputs, min_size=1, max_size=4))
+    return [("observe_histogram_", (x, *state, rate, draw(policies))) for x in stream]
+
+
+@st.composite
+def search_histogram_range(draw: st.DrawFn) -> Call:
+    bins = draw(st.sampled_from([1, 5, 16, 100, 2048]))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    kind = draw(st.sampled_from(["normal", "uniform", "sparse", "empty"]))
+    values = torch.randn(20_000, generator=generator)
+    histogram = {
+        "normal": lambda: torch.histc(values, bins),
+        "uniform": lambda: torch.rand(bins, generator=generator),
+        "sparse": lambda: torch.rand(bins, generator=generator).gt(0.99).float(),
+        "empty": lambda: torch.zeros(bins),
+    }[kind]()
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    middle, width = draw(st.floats(-3, 3)), 10.0 ** draw(st.integers(-30, 30))
+    low, high = middle - width, middle + width
+    args = (histogram, torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype))
+    return "search_histogram_range", (*args, draw(st.sampled_from([2, 16, 256, 65536])))
+
+
+@st.composite
+def choose_qparams(draw: st.DrawFn) -> Call:
+    low, high, _ = draw(statistics(draw(st.sampled_from([None, 1, 3, 300]))))
+    return "choose_qparams", (low, high, eps(low.dtype), *draw(schemes()))
+
+
+SINGLE_CALLS: dict[str, Callable[[], st.SearchStrategy[Call]]] = {
+    strategy.__name__: strategy
+    for strategy in (
+        observe_minmax_,
+        observe_qparams_,
+        fused,
+        fake_quantize,
+        fake_quantize_backward,
+        learnable,
+        search_histogram_range,
+        choose_qparams,
+    )
+}
+
+# -------------------------------------------------------------------------------- geometries
+
+# Shape, axis and layout: what is a case of its own for a GPU, by how many channels there are,
+# how long their segments, how these lie on 16-byte boundaries, and how much there is to share.
+GEOMETRIES: list[tuple[tuple[int, ...], int | None, str]] = [
+    ((70_001,), None, "contiguous"),
+    ((70_001,), None, "offset"),
+    ((16_390,), None, "contiguous"),
+    ((3,), None, "offset"),
+    ((1, 70_000), 0, "contiguous"),
+    ((2, 35_003), 0, "contiguous"),
+    ((5, 7_001), 0, "offset"),
+    ((7, 3, 1_001), 1, "contiguous"),
+    ((40, 3, 400), 1, "contiguous"),
+    ((33, 17, 49), 1, "contiguous"),
+    ((64, 27), 0, "contiguous"),
+    ((300, 9), 0, "offset"),
+    ((2_100, 30), 0, "contiguous"),
+    ((4_200, 5), 0, "contiguous"),
+    ((600, 64), 1, "contiguous"),
+    ((600, 64), 1, "offset"),
+    ((900, 3), 1, "contiguous"),
+    ((9_000, 5), 1, "contiguous"),
+    ((500, 130), 1, "contiguous"),
+    ((300, 520), 1, "contiguous"),
+    ((20, 2_100), 1, "contiguous"),
+    ((97, 65, 5), 1, "contiguous"),
+    ((70, 40, 31), 1, "contiguous"),
+    ((150, 2, 2), 1, "contiguous"),
+    ((4, 24, 20, 20), 1, "channels_last"),
+    ((2, 130, 5, 5), 1, "channels_last"),
+    ((40, 30, 20), 1, "permuted"),
+    ((40, 30, 20), 2, "sliced"),
+    ((9, 50, 11), -1, "expanded"),
+]
+
+
+def calls_of_geometry(
+    shape: tuple[int, ...], axis: int | None, layout: str, dtype: torch.dtype, seed: int = 0
+) -> Iterator[Call]:
+    """Calls of every op on tensors of that shape and layout, some with NaN and infinities."""
+    values = random_values(shape, dtype, seed, "outliers")
+    odd_values = values.clone()
+    odd_values.view(-1)[:: max(7, values.numel() // 50)] = torch.tensor([INF]).to(dtype)
+    odd_values.view(-1)[-1:] = math.nan
+    x, odd = (LAYOUTS[layout](v, 1) for v in (values, odd_values))
+    channels = 1 if axis is None else x.shape[axis]
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(channels, generator=generator) * 0.1 + 0.01
+    zero_point = torch.randint(0, 256, (channels,), generator=generator, dtype=torch.int32)
+    on, off = torch.ones(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    low, high = torch.full((channels,), INF), torch.full((channels,), -INF)
+    count = torch.zeros(1, dtype=torch.int64)
+    for policy in (IGNORE, PROPAGATE):
+        yield "observe_minmax_", (odd, low, high, count, axis, None, policy)
+    yield "observe_minmax_", (x, low - 1, high + 1, count, axis, 0.01, RAISE)
+    buffers = (low, high, scale, zero_point, count, eps(), axis, 0.1, 0, 255, AFFINE, 0, IGNORE)
+    for flags in ((on, on), (on, off), (off, on)):
+        yield "fused_observe_fake_quantize_with_mask", (odd, *flags, *buffers)
+    yield "observe_qparams_", (x, on, *buffers)
+    for z in (zero_point, zero_point + 0.25):
+        yield "fake_quantize_with_mask", (odd, scale, z, None, axis, 0, 255)
+    learnable = (scale, zero_point.float() + 0.3, axis, 0, 255, 0.5)
+    yield "learnable_fake_quantize", (x, *learnable)
+    grad = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(torch.cos(x))
+    for g in (torch.empty_like(x).copy_(grad), grad):
+        yield "learnable_fake_quantize_backward", (g, x, *learnable)
+
+
+# --------------------------------------------------------------------------------- comparing
+
+# Sums in another order.
+INEXACT = {"learnable_fake_quantize_backward": slice(1, 3)}
+
+
+def own_arguments(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
+    """The same arguments, those that the op changes in memory of their own."""
+    if not name.startswith(("observe", "fused")):
+        return tuple(args)
+    x, *others = args
+    return x, *(a.clone() if isinstance(a, Tensor) else a for a in others)
+
+
+def outcome(op: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor] | None:
+    """Results and arguments after a call; None where it raised."""
+    try:
+        results = op(*args)
+    except RuntimeError:
+        return None
+    results = () if results is None else results
+    results = (results,) if isinstance(results, Tensor) else results
+    return [*results, *(a for a in args if isinstance(a, Tensor))]
+
+
+def assert_same_outcome(name: str, got: list[Tensor] | None, expected: list[Tensor] | None) -> None:
+    assert (got is None) == (expected is None), (got, expected)
+    if got is None or expected is None:
+        return
+    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        inexact = i in range(*INEXACT.get(name, slice(0)).indices(len(got)))
+        tolerance = {"rtol": 1e-4, "atol": 1e-3} if inexact else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(
+            ours.cpu(),
+            theirs,
+            **tolerance,
+            equal_nan=True,
+            check_stride=True,
+            msg=lambda text, i=i: f"{name}, tensor {i}\n{text}",
+        )

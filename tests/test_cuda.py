@@ -1,0 +1,598 @@
+"""The CUDA kernels on a GPU: the CPU's results, nothing waited for, graphs, streams, launches.
+
+`pytest -m cuda` runs these alone. Without a GPU, test_cuda_emulation.py runs the same kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastquant
+import op_calls
+from fastquant import _ops, _reference
+from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps
+from strategies import FLOATS, random_values
+
+
+def _why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU and a CUDA build of torch"
+    why_not: str | None = fastquant.build_info()["cuda"]["why_not"]
+    return why_not
+
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(_why_not() is not None, reason=str(_why_not())),
+]
+
+GPU = torch.device("cuda")
+
+
+# --------------------------------------------------------------------------------- helpers
+
+
+def on_gpu(x: Tensor, device: torch.device = GPU) -> Tensor:
+    """x as it lies: with its strides, and its distance from where its memory begins."""
+    elements = x.untyped_storage().nbytes() // x.element_size()
+    memory = x.detach().as_strided((elements,), (1,), 0).to(device)
+    return memory.as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def on_gpu_all(args: tuple[Any, ...], device: torch.device = GPU) -> tuple[Any, ...]:
+    return tuple(on_gpu(a, device) if isinstance(a, Tensor) else a for a in args)
+
+
+def assert_as_cpu(call: Call, device: torch.device = GPU) -> None:
+    name, args = call
+    op = getattr(_ops, name)
+    got = op_calls.outcome(op, on_gpu_all(args, device))
+    expected = op_calls.outcome(op, op_calls.own_arguments(name, args))
+    op_calls.assert_same_outcome(name, got, expected)
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def launches_of(run: Callable[[], object]) -> int:
+    """How many kernels, copies and fills a call starts."""
+    run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(
+        event.count
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+
+
+def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return random_values(shape, dtype, seed).to(GPU)
+
+
+# ---------------------------------------------------------------------------------- parity
+
+
+def test_every_op_has_a_cuda_kernel() -> None:
+    for name in _reference.OPS:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert has_kernel(f"fastquant::{name}", "CUDA"), name
+
+
+@pytest.mark.parametrize("kind", sorted(SINGLE_CALLS))
+@settings(max_examples=200)
+@given(st.data())
+def test_ops_as_cpu(kind: str, data: st.DataObject) -> None:
+    assert_as_cpu(data.draw(SINGLE_CALLS[kind]()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "axis", "layout"), op_calls.GEOMETRIES)
+def test_geometries_as_cpu(
+    shape: tuple[int, ...], axis: int | None, layout: str, dtype: torch.dtype
+) -> None:
+    for call in op_calls.calls_of_geometry(shape, axis, layout, dtype):
+        assert_as_cpu(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axis", "channels_last"),
+    [
+        ((32, 64, 112, 112), None, False),
+        ((32, 64, 112, 112), 1, False),
+        ((32, 64, 112, 112), 1, True),
+        ((512, 4608), 0, False),
+        ((8192, 1024), 1, False),
+    ],
+)
+def test_large_tensors_as_cpu(
+    shape: tuple[int, ...], axis: int | None, channels_last: bool, dtype: torch.dtype
+) -> None:
+    layout = "channels_last" if channels_last else "contiguous"
+    for call in op_calls.calls_of_geometry(shape, axis, layout, dtype):
+        assert_as_cpu(call)
+
+
+def assert_histograms_as_cpu(calls: list[Call]) -> None:
+    state = calls[0][1][1:5]
+    ours = on_gpu_all(state)
+    for name, (x, *_, rate, policy) in calls:
+        raises = policy == PROPAGATE and bool(x.isnan().any())  # the CPU; see the next test
+        settings = (rate, IGNORE if raises else policy)
+        op = getattr(_ops, name)
+        got = op_calls.outcome(op, (on_gpu(x), *ours, *settings))
+        expected = op_calls.outcome(op, (x, *state, *settings))
+        op_calls.assert_same_outcome(name, got, expected)
+
+
+@settings(max_examples=200)
+@given(op_calls.histograms())
+def test_histograms_as_cpu(calls: list[Call]) -> None:
+    assert_histograms_as_cpu(calls)
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "positive", "outliers"])
+def test_histograms_of_large_tensors_as_cpu(kind: str) -> None:
+    state = (torch.zeros(2048), torch.tensor(INF), torch.tensor(-INF))
+    count = torch.zeros(1, dtype=torch.int64)
+    stream = [random_values((5_000_003,), torch.float32, seed, kind) * seed for seed in (1, 2, 1)]
+    assert_histograms_as_cpu([("observe_histogram_", (x, *state, count, 16, 0)) for x in stream])
+
+
+@pytest.mark.parametrize("numel", [50, 400_000])
+def test_nan_in_a_histogram_makes_its_range_nan(numel: int) -> None:
+    histogram, low, high = torch.ones(64, device=GPU), *torch.tensor([-1.0, 1.0], device=GPU)
+    count = torch.zeros(1, dtype=torch.int64, device=GPU)
+    x = values(numel)
+    x[7] = float("nan")
+    with waiting_is_an_error():
+        _ops.observe_histogram_(x, histogram, low, high, count, 16, PROPAGATE)
+    assert low.isnan()
+    assert high.isnan()
+    assert (histogram == 1).all()
+
+
+def test_sums_are_the_same_every_time() -> None:
+    x = values(100, 64, 30)
+    for axis in (None, 0, 1):
+        channels = 1 if axis is None else x.shape[axis]
+        scale = torch.full((channels,), 0.05, device=GPU)
+        args = (torch.cos(x), x, scale, scale * 66, axis, 0, 15, 0.3)
+        first, *others = (_ops.learnable_fake_quantize_backward(*args) for _ in range(20))
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+# ----------------------------------------------------------------------------- very large
+
+
+def _free_bytes() -> int:
+    free: int = torch.cuda.mem_get_info()[0]
+    return free
+
+
+BEYOND = 2**31 + 10  # divided by 3, too
+
+
+@pytest.fixture
+def beyond_31_bits() -> Iterator[Tensor]:
+    if _free_bytes() < 24 * 2**30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    x = torch.zeros(BEYOND, dtype=torch.bfloat16, device=GPU)
+    x[0], x[2**31 - 1], x[-2], x[-1] = 1.0, -3.0, float("inf"), 5.0
+    yield x
+    del x
+    torch.cuda.empty_cache()
+
+
+def test_ranges_beyond_31_bits(beyond_31_bits: Tensor) -> None:
+    x = beyond_31_bits
+    low, high = torch.tensor([INF, -INF], device=GPU)
+    count = torch.zeros(1, dtype=torch.int64, device=GPU)
+    _ops.observe_minmax_(x, low, high, count, None, None, IGNORE)
+    assert (low.item(), high.item(), count.item()) == (-3.0, 5.0, 1)
+    for shape, axis, lows, highs in (
+        ((3, -1), 0, [0.0, 0.0, -3.0], [1.0, 0.0, 5.0]),
+        ((-1, 3), 1, [0.0, -3.0, 0.0], [1.0, 0.0, 5.0]),
+    ):
+        low, high = torch.full((3,), INF, device=GPU), torch.full((3,), -INF, device=GPU)
+        _ops.observe_minmax_(x.view(shape), low, high, count, axis, None, IGNORE)
+        assert (low.tolist(), high.tolist()) == (lows, highs)
+    assert count.item() == 3
+
+
+def test_histograms_beyond_31_bits(beyond_31_bits: Tensor) -> None:
+    histogram, low, high = torch.zeros(16, device=GPU), *torch.tensor([INF, -INF], device=GPU)
+    count = torch.zeros(1, dtype=torch.int64, device=GPU)
+    for times in (1, 2):
+        _ops.observe_histogram_(beyond_31_bits, histogram, low, high, count, 16, IGNORE)
+        assert (low.item(), high.item(), count.item()) == (-3.0, 5.0, times)
+        # fp32 holds a multiple of 256 or 512 here.
+        assert histogram[6].item() == pytest.approx(times * (BEYOND - 4), abs=512)
+        assert histogram[[0, 8, 15]].tolist() == [times] * 3
+
+
+def test_fake_quantize_beyond_31_bits(beyond_31_bits: Tensor) -> None:
+    x = beyond_31_bits
+    scale = torch.tensor([0.5], device=GPU)
+    zero_point = torch.tensor([0], dtype=torch.int32, device=GPU)
+    marked = [0, 2**31 - 1, -2, -1]
+    y, mask = _ops.fake_quantize_with_mask(x, scale, zero_point, None, None, -4, 7)
+    assert y[marked].tolist() == [1.0, -2.0, 3.5, 3.5]
+    assert mask.numel() == (BEYOND + 63) // 64 * 8
+    assert mask[2**31 // 8 - 1 :].tolist() == [0b0111_1111, 0b1111_1111, *[0] * 7]
+    del y
+    assert _ops.fake_quantize_backward(x, mask)[marked[:2]].tolist() == [1.0, 0.0]
+    del mask
+    y = _ops.fake_quantize(
+        x.view(-1, 3), scale.expand(3).clone(), zero_point.expand(3).clone(), None, 1, -4, 7
+    )
+    assert y.view(-1)[marked].tolist() == [1.0, -2.0, 3.5, 3.5]
+
+
+# ------------------------------------------------------------------------- modules, not waiting
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "MinMaxObserver": fastquant.MinMaxObserver,
+    "MovingAverageMinMaxObserver": fastquant.MovingAverageMinMaxObserver,
+    "PerChannelMinMaxObserver": fastquant.PerChannelMinMaxObserver,
+    "MovingAveragePerChannelMinMaxObserver": fastquant.MovingAveragePerChannelMinMaxObserver,
+    "HistogramObserver": fastquant.HistogramObserver,
+    "FakeQuantize": fastquant.FakeQuantize,
+    "FakeQuantize per channel": lambda: fastquant.FakeQuantize(
+        observer=fastquant.MovingAveragePerChannelMinMaxObserver,
+        quant_min=-128,
+        quant_max=127,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    ),
+    "FusedMovingAvgObsFakeQuantize": fastquant.FusedMovingAvgObsFakeQuantize,
+}
+
+
+@pytest.mark.parametrize("numel", [10, 30_000])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_as_on_the_cpu_without_waiting(name: str, numel: int) -> None:
+    ours, theirs = MODULES[name]().to(GPU), MODULES[name]()
+    stream = [random_values((10, numel // 10, 3), torch.float32, seed) for seed in range(4)]
+    # The first tensor of a per-channel module sets the size of its buffers.
+    ours(stream[0].to(GPU))
+    theirs(stream[0])
+    for x in stream[1:]:
+        moved = x.to(GPU)
+        with waiting_is_an_error():
+            y = ours(moved)
+        assert torch.equal(y.cpu(), theirs(x))
+    for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(a.cpu(), b), key
+    for a, b in zip(ours.calculate_qparams(), theirs.calculate_qparams(), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_as_on_the_cpu_without_waiting(name: str) -> None:
+    ours, theirs = MODULES[name]().to(GPU), MODULES[name]()
+    x = random_values((10, 40, 3), torch.float32, 0)
+    leaf, expected_leaf = x.to(GPU).requires_grad_(), x.clone().requires_grad_()
+    ours(leaf)
+    theirs(expected_leaf)
+    with waiting_is_an_error():
+        (ours(leaf * 1) * leaf.detach().cos()).sum().backward()
+    (theirs(expected_leaf * 1) * x.cos()).sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.cpu(), expected_leaf.grad)
+
+
+def test_flags_are_read_on_the_device() -> None:
+    module = fastquant.FusedMovingAvgObsFakeQuantize().to(GPU)
+    x = values(1000)
+    module(x)
+    before = [t.clone() for t in module.state_dict().values()]
+    with waiting_is_an_error():
+        module.disable_observer()
+        quantized = module(x * 3)
+        module.disable_fake_quant()
+        same = module(x * 3)
+    for was, is_now in zip(before[2:], list(module.state_dict().values())[2:], strict=True):
+        assert torch.equal(was, is_now)
+    assert not torch.equal(quantized, x * 3)
+    assert torch.equal(same, x * 3)
+
+
+def test_raising_waits_and_leaves_everything() -> None:
+    x = values(50_000)
+    x[17] = float("nan")
+    state = [torch.tensor(v, device=GPU) for v in (-1.0, 1.0)]
+    count = torch.zeros(1, dtype=torch.int64, device=GPU)
+    with pytest.raises(RuntimeError, match="1 non-finite"):
+        _ops.observe_minmax_(x, *state, count, None, None, RAISE)
+    assert [s.item() for s in state] == [-1.0, 1.0]
+
+
+# ---------------------------------------------------------------------- launches and memory
+
+X = (64, 96, 56, 56)
+SMALL = (8, 16, 3, 3)
+
+
+def minmax_args(x: Tensor, axis: int | None) -> tuple[Any, ...]:
+    shape = () if axis is None else (x.shape[axis],)
+    low, high = torch.full(shape, INF, device=GPU), torch.full(shape, -INF, device=GPU)
+    return x, low, high, torch.zeros(1, dtype=torch.int64, device=GPU), axis, 0.1, IGNORE
+
+
+def fused_args(x: Tensor, axis: int | None) -> tuple[Any, ...]:
+    channels = 1 if axis is None else x.shape[axis]
+    _, low, high, count, *_ = minmax_args(x, axis)
+    scale = torch.ones(channels, device=GPU)
+    zero_point = torch.zeros(channels, dtype=torch.int32, device=GPU)
+    on = torch.ones(1, dtype=torch.uint8, device=GPU)
+    buffers = (on, on, low, high, scale, zero_point, count, eps().to(GPU))
+    return x, *buffers, axis, 0.1, 0, 255, 0, 0, IGNORE
+
+
+def histogram_args(x: Tensor) -> tuple[Any, ...]:
+    histogram, low, high = torch.zeros(2048, device=GPU), *torch.tensor([INF, -INF], device=GPU)
+    return x, histogram, low, high, torch.zeros(1, dtype=torch.int64, device=GPU), 16, IGNORE
+
+
+@pytest.mark.parametrize("shape", [X, SMALL])
+def test_launches(shape: tuple[int, ...]) -> None:
+    small = shape == SMALL
+    for x in (values(*shape), values(*shape).to(memory_format=torch.channels_last)):
+        for axis in (None, 0, 1):
+            minmax, fused = minmax_args(x, axis), fused_args(x, axis)
+            assert launches_of(lambda args=minmax: _ops.observe_minmax_(*args)) == 1
+            for op in (
+                _ops.fused_observe_fake_quantize,
+                _ops.fused_observe_fake_quantize_with_mask,
+            ):
+                assert launches_of(lambda op=op, args=fused: op(*args)) == (1 if small else 2)
+        args = histogram_args(x)
+        assert launches_of(lambda args=args: _ops.observe_histogram_(*args)) == (1 if small else 2)
+
+
+@pytest.mark.parametrize("shape", [X, SMALL])
+def test_nothing_is_allocated_besides_results(shape: tuple[int, ...]) -> None:
+    x = values(*shape)
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...], int]] = [
+        (_ops.observe_minmax_, minmax_args(x, None), 0),
+        (_ops.observe_minmax_, minmax_args(x, 1), 0),
+        (_ops.observe_histogram_, histogram_args(x), 0),
+        (_ops.fused_observe_fake_quantize, fused_args(x, None), 1),
+        (_ops.fused_observe_fake_quantize_with_mask, fused_args(x, 1), 2),
+    ]
+    for op, args, results in calls:
+        op(*args)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        op(*args)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == results
+
+
+# ---------------------------------------------------------------------------------- graphs
+
+
+class Graph:
+    """A call recorded once, to be replayed on new data."""
+
+    def __init__(self, run: Callable[[Tensor], Any], x: Tensor) -> None:
+        self._x = x.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = run(self._x)
+
+    def __call__(self, x: Tensor) -> Any:
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._result
+
+
+@pytest.mark.parametrize("numel", [1_000, 900_000])
+@pytest.mark.parametrize("name", MODULES)
+def test_graphs_of_modules_replay_on_new_data(name: str, numel: int) -> None:
+    module = MODULES[name]().to(GPU)
+    stream = [values(10, numel // 10, seed=seed) * (seed + 1) for seed in range(5)]
+    module(stream[0])
+    eager = copy.deepcopy(module)
+    graph = Graph(module, stream[0])
+    for x in stream:
+        assert torch.equal(graph(x), eager(x))
+        for (key, a), b in zip(
+            module.state_dict().items(), eager.state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), key
+
+
+def test_one_graph_of_many_calls() -> None:
+    shapes = [(1000,), (900_000,), (64, 30, 56, 56), (8, 300, 7, 7)]
+    xs = [values(*shape) for shape in shapes]
+    observers = [fastquant.MovingAverageMinMaxObserver().to(GPU) for _ in xs]
+    channels = [fastquant.PerChannelMinMaxObserver(ch_axis=0).to(GPU) for _ in xs]
+    histograms = [fastquant.HistogramObserver().to(GPU) for _ in xs]
+    modules = [*observers, *channels, *histograms]
+    for module, x in zip(modules, xs * 3, strict=True):
+        module(x)
+    expected = copy.deepcopy(modules)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for module, x in zip(modules, xs * 3, strict=True):
+            module(x)
+    for factor in (2.0, 1.5):
+        for x in xs:
+            x.mul_(factor)
+        graph.replay()
+        for module, x in zip(expected, xs * 3, strict=True):
+            module(x)
+        for module, other in zip(modules, expected, strict=True):
+            for a, b in zip(module.buffers(), other.buffers(), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_graphs_and_eager_calls_side_by_side() -> None:
+    # All recorded on one stream, replayed on several while others run: none may share tickets.
+    xs = [values(2_000_000, seed=seed) * (seed + 1) for seed in range(6)]
+    histograms = [fastquant.HistogramObserver().to(GPU) for _ in xs]
+    expected = [fastquant.HistogramObserver().to(GPU) for _ in xs]
+    for module, x in zip(expected, xs, strict=True):
+        for _ in range(20):
+            module(x)
+    graphs = []
+    for module, x in zip(histograms[:3], xs, strict=False):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            module(x)
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if i < 3:
+                    graphs[i].replay()
+                else:
+                    histograms[i](xs[i])
+    torch.cuda.synchronize()
+    for module, other in zip(histograms, expected, strict=True):
+        assert torch.equal(module.histogram, other.histogram)
+        assert torch.equal(module.min_val, other.min_val)
+
+
+def test_streams_side_by_side() -> None:
+    xs = [values(64, 30, 56, 56, seed=seed) * (seed + 1) for seed in range(8)]
+    results = [minmax_args(x, 1) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    for _ in range(10):
+        torch.cuda.synchronize()
+        for args, stream in zip(results, streams, strict=True):
+            with torch.cuda.stream(stream):
+                _ops.observe_minmax_(*args[:5], None, IGNORE)
+    torch.cuda.synchronize()
+    for x, (_, low, high, *_) in zip(xs, results, strict=True):
+        assert torch.equal(low, x.amin((0, 2, 3)))
+        assert torch.equal(high, x.amax((0, 2, 3)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant = fastquant.QuantStub()
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(16, 32, 3, stride=2)
+        self.relu2 = nn.ReLU()
+        self.fc = nn.Linear(32, 10)
+        self.dequant = fastquant.DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(self.quant(x))))
+        x = self.relu2(self.conv2(x)).mean((2, 3))
+        result: Tensor = self.dequant(self.fc(x))
+        return result
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "x86", "qnnpack"])
+def test_graphs_of_prepared_models(backend: str) -> None:
+    model = Net().eval()
+    model.qconfig = fastquant.get_default_qconfig(backend)
+    model = fastquant.fuse_modules(model, [["conv1", "bn1", "relu1"], ["conv2", "relu2"]])
+    model = fastquant.prepare(model).to(GPU)
+    batches = [values(8, 3, 32, 32, seed=seed) * (1 + seed) for seed in range(4)]
+    with torch.no_grad():
+        model(batches[0])
+        eager = copy.deepcopy(model)
+        with waiting_is_an_error():
+            eager(batches[0])
+        graph = Graph(model, batches[0])
+        graph(batches[0])
+        for x in batches[1:]:
+            torch.testing.assert_close(graph(x), eager(x))
+    for (key, a), b in zip(model.state_dict().items(), eager.state_dict().values(), strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(a, b, msg=key)
+
+
+def test_graphs_of_qat_steps() -> None:
+    model = Net().train()
+    model.qconfig = fastquant.get_default_qat_qconfig("fbgemm")
+    model = fastquant.fuse_modules_qat(model, [["conv1", "bn1", "relu1"], ["conv2", "relu2"]])
+    model = fastquant.prepare_qat(model).to(GPU)
+    batches = [values(8, 3, 32, 32, seed=seed) for seed in range(4)]
+    target = torch.arange(8, device=GPU)
+
+    def step_of(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
+        def step(x: Tensor) -> Tensor:
+            optimizer.zero_grad(set_to_none=False)
+            loss = nn.functional.cross_entropy(net(x), target)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+    model(batches[0])  # sets the size of per-channel buffers
+    eager_model = copy.deepcopy(model)
+    step, eager_step = step_of(model), step_of(eager_model)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(batches[0])
+    torch.cuda.synchronize()
+    for _ in range(3):
+        eager_step(batches[0])
+    with waiting_is_an_error():
+        eager_step(batches[0])
+    graph = Graph(step, batches[0])
+    graph(batches[0])
+    for x in batches[1:]:
+        torch.testing.assert_close(graph(x), eager_step(x), rtol=1e-3, atol=1e-4)
+    for a, b in zip(model.parameters(), eager_model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_graphs_do_not_wait() -> None:
+    args = (*minmax_args(values(100_000), None)[:6], RAISE)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="graph"), torch.cuda.graph(graph):
+        _ops.observe_minmax_(*args)
+
+
+# --------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_x_not_the_current_one() -> None:
+    other = torch.device("cuda", 1)
+    with torch.cuda.device(0):
+        for shape, axis, layout in op_calls.GEOMETRIES[::4]:
+            for call in op_calls.calls_of_geometry(shape, axis, layout, torch.float32):
+                assert_as_cpu(call, other)
+        assert torch.cuda.current_device() == 0
+
+
+def test_buffers_elsewhere_are_refused() -> None:
+    x = values(100)
+    args = minmax_args(x, None)
+    with pytest.raises(RuntimeError, match="device"):
+        _ops.observe_minmax_(x, args[1].cpu(), *args[2:])
