@@ -78,10 +78,12 @@ wheel: $(VENV)/.installed
 	@ls dist/*.whl
 
 # Compiles the CUDA sources where there are some and nvcc is there to do it; needs no GPU.
-cuda-compile: $(VENV)/.installed
+cuda-compile: $(VENV)/.dev
 	@if [ ! -d csrc/cuda ]; then echo "cuda-compile: no CUDA sources"; \
 	elif ! command -v nvcc >/dev/null; then echo "cuda-compile: skipped, no nvcc"; \
-	else cmake -B build/cuda $(CMAKE_OPTIONS) -DFASTQUANT_CUDA=ON && cmake --build build/cuda; fi
+	else cmake -B build/cuda $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on && \
+		cmake --build build/cuda --target _cuda && \
+		$(BIN)/python tools/check_cuda.py build/cuda/_cuda.so; fi
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

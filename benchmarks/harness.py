@@ -106,6 +106,7 @@ class Suite:
     name: str
     rounds: int
     threads: int
+    patience: float = 2.0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(
@@ -130,7 +131,7 @@ class Suite:
         whole = {
             name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()
         }
-        timed = time_rounds(whole, self.rounds)
+        timed = time_rounds(whole, self.rounds, patience=self.patience)
         self.add_rounds(work, input, timed, value, unit, target)
 
     def add_rounds(
@@ -321,6 +322,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="torch's threads; everything is measured with each. Default: 1,2",
     )
     result.add_argument("--rounds", type=int, default=40, help="interleaved rounds. Default: 40")
+    result.add_argument(
+        "--patience",
+        type=float,
+        default=2.0,
+        metavar="SECONDS",
+        help="to spend, for each row, on rounds that other processes disturb. Default: 2",
+    )
     result.add_argument("--json", type=Path, metavar="OUT", help="write the results to OUT")
     return result
 
@@ -333,7 +341,7 @@ def measured(name: str, measure: Measure, options: argparse.Namespace) -> list[d
         with warnings.catch_warnings(), threads_set_to(threads):
             # torch.ao is deprecated, and says so at every step.
             warnings.simplefilter("ignore")
-            suite = Suite(name, options.rounds, threads)
+            suite = Suite(name, options.rounds, threads, options.patience)
             measure(suite)
             rows += suite.rows
     return rows

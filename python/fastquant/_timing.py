@@ -25,9 +25,6 @@ from ._version import __version__
 _BLOCK_SECONDS = 0.001
 _MOST_CALLS = 20_000
 
-# How long to spend on disturbed rounds.
-_PATIENCE_SECONDS = 2.0
-
 
 @dataclass(frozen=True)
 class Case:
@@ -95,6 +92,7 @@ def time_rounds(
     cases: Mapping[str, Case],
     rounds: int,
     on_block: Callable[[], object] = lambda: None,
+    patience: float = 2.0,
 ) -> Rounds:
     """Time cases in rounds.
 
@@ -107,6 +105,7 @@ def time_rounds(
         cases: what to time, by name.
         rounds: how many rounds, at least 1.
         on_block: called after each block, for progress: `rounds * len(cases)` times.
+        patience: seconds to spend on disturbed rounds.
 
     Returns:
         The seconds that a piece of each case's work takes. Where the machine is too busy for
@@ -116,7 +115,6 @@ def time_rounds(
     names = list(cases)
     undisturbed: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
-    patience = _PATIENCE_SECONDS
     with _no_garbage_collection():
         while len(undisturbed) + len(disturbed) < rounds or (
             patience > 0 and len(undisturbed) < rounds

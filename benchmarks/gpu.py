@@ -1,0 +1,303 @@
+"""How close to a GPU's memory bandwidth, and how much faster than torch.ao? Needs a CUDA GPU.
+
+The limits are measured in the same rounds: reading is the faster of `torch.sum` and
+`torch.amax`, copying is `Tensor.copy_`. Large tensors are timed on the device, by events around
+several calls; small calls and whole models by the clock around many calls and one wait.
+
+Writes what it measured with --json; results of a machine belong in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.ao.quantization as torch_ao
+from torch import Tensor, nn
+
+import fastquant
+from fastquant import _ops, bench
+from harness import (
+    OURS,
+    THEIRS,
+    Rounds,
+    Suite,
+    Target,
+    at_least,
+    at_most,
+    describe,
+    measured,
+    normal,
+    parser,
+    save,
+    targets_of,
+)
+
+GPU = torch.device("cuda")
+INF = float("inf")
+
+# 256 MB in fp32 and in bf16: as images, and as rows of channels.
+LARGE = {torch.float32: (64, 64, 128, 128), torch.bfloat16: (128, 64, 128, 128)}
+SMALL = ((16,), (1, 64, 56, 56))
+
+Run = Callable[[], object]
+
+
+# --------------------------------------------------------------------------------- timing
+
+
+def device_seconds(run: Run, calls: int = 10) -> float:
+    """What one call takes on the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / calls
+
+
+def wall_seconds(run: Run, calls: int = 100) -> float:
+    """What one of many calls takes, enqueuing or on the device, whichever is slower."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def timed(
+    cases: Mapping[str, Run], rounds: int, seconds: Callable[[Run], float] = device_seconds
+) -> Rounds:
+    """Interleaved rounds of all cases, after a warm-up."""
+    for run in cases.values():
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            times[name].append(seconds(run))
+    return Rounds(times, rounds)
+
+
+# ------------------------------------------------------------------------- large tensors
+
+
+def unobserved(channels: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    shape = () if channels is None else (channels,)
+    low, high = torch.full(shape, INF, device=GPU), torch.full(shape, -INF, device=GPU)
+    return low, high, torch.zeros(1, dtype=torch.int64, device=GPU)
+
+
+def against_reading(suite: Suite, work: str, x: Tensor, run: Run, target: Target) -> None:
+    cases = {OURS: run, "sum": lambda: torch.sum(x), "amax": lambda: torch.amax(x)}
+    suite.add_rounds(
+        f"{work}: against a read",
+        describe(x),
+        timed(cases, suite.rounds),
+        lambda t: t[OURS] / min(t["sum"], t["amax"]),
+        "of limit",
+        target,
+    )
+
+
+def against_copying(suite: Suite, work: str, x: Tensor, run: Run, reads: int, copies: int) -> None:
+    copied = torch.empty_like(x)
+    cases = {
+        OURS: run,
+        "sum": lambda: torch.sum(x),
+        "amax": lambda: torch.amax(x),
+        "copy": lambda: copied.copy_(x),
+    }
+    suite.add_rounds(
+        f"{work}: against {reads} reads, {copies} copies",
+        describe(x),
+        timed(cases, suite.rounds),
+        lambda t: t[OURS] / (reads * min(t["sum"], t["amax"]) + copies * t["copy"]),
+        "of limit",
+        at_most(1 / 0.85),
+    )
+
+
+def minmax(suite: Suite, x: Tensor, axis: int | None, what: str) -> None:
+    state = unobserved(None if axis is None else x.shape[axis])
+    run = lambda: _ops.observe_minmax_(x, *state, axis, None, 0)  # noqa: E731
+    against_reading(suite, what, x, run, at_most(1 / 0.85))
+
+
+def histogram(suite: Suite, x: Tensor, what: str, fraction: float) -> None:
+    """A histogram whose range has settled."""
+    low, high, count = unobserved(None)
+    counts = torch.zeros(2048, device=GPU)
+    run = lambda: _ops.observe_histogram_(x, counts, low, high, count, 16, 0)  # noqa: E731
+    against_reading(suite, f"histogram of {what} values", x, run, at_most(1 / fraction))
+
+
+def fake_quantize(suite: Suite, x: Tensor, axis: int | None, what: str) -> None:
+    channels = 1 if axis is None else x.shape[axis]
+    scale = torch.full((channels,), 0.02, device=GPU)
+    zero_point = torch.full((channels,), 128, dtype=torch.int32, device=GPU)
+    settings = (scale, zero_point, None, axis, 0, 255)
+    run = lambda: _ops.fake_quantize(x, *settings)  # noqa: E731
+    with_mask = lambda: _ops.fake_quantize_with_mask(x, *settings)  # noqa: E731
+    against_copying(suite, f"fake-quantize, {what}", x, run, 0, 1)
+    against_copying(suite, f"the same with mask, {what}", x, with_mask, 0, 1)
+    _, mask = with_mask()
+    backward = lambda: _ops.fake_quantize_backward(x, mask)  # noqa: E731
+    against_copying(suite, f"its gradient, {what}", x, backward, 0, 1)
+    on = torch.ones(1, dtype=torch.uint8, device=GPU)
+    state = unobserved(None if axis is None else channels)
+    eps = torch.tensor([1e-7], device=GPU)
+    fused = (on, on, *state[:2], scale, zero_point, state[2], eps, axis, 0.01, 0, 255, 0, 0, 0)
+    run_fused = lambda: _ops.fused_observe_fake_quantize_with_mask(x, *fused)  # noqa: E731
+    against_copying(suite, f"fused, {what}", x, run_fused, 1, 1)
+
+
+def large_tensors(suite: Suite) -> None:
+    for dtype, shape in LARGE.items():
+        x = normal(*shape, dtype=dtype).to(GPU)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        minmax(suite, x, None, "min/max per tensor")
+        minmax(suite, x, 1, "min/max per channel")
+        minmax(suite, channels_last, 1, "min/max per channel")
+        histogram(suite, x, "normal", 0.5)
+        histogram(suite, x.relu(), "rectified", 0.5)
+        histogram(suite, torch.full_like(x, 1.5), "equal", 0.2)
+        fake_quantize(suite, x, None, "per tensor")
+        fake_quantize(suite, x, 1, "per channel")
+        fake_quantize(suite, channels_last, 1, "per channel")
+
+
+# -------------------------------------------------------------------------- small calls
+
+# How many times as fast as torch.ao's a call has to be.
+MODULES: dict[str, tuple[Callable[[Any], nn.Module], float]] = {
+    "MinMaxObserver": (lambda library: library.MinMaxObserver(), 3),
+    "MovingAverageMinMaxObserver": (lambda library: library.MovingAverageMinMaxObserver(), 3),
+    "PerChannelMinMaxObserver": (lambda library: library.PerChannelMinMaxObserver(), 3),
+    "HistogramObserver": (lambda library: library.HistogramObserver(), 10),
+    "FakeQuantize": (lambda library: library.FakeQuantize(), 5),
+    "FusedMovingAvgObsFakeQuantize": (lambda library: library.FusedMovingAvgObsFakeQuantize(), 3),
+}
+
+
+def small_calls(suite: Suite) -> None:
+    for work, (make, factor) in MODULES.items():
+        for shape in SMALL:
+            x = normal(*shape).to(GPU)
+            ours, theirs = make(fastquant).to(GPU), make(torch_ao).to(GPU)
+            cases: dict[str, Run] = {
+                OURS: lambda ours=ours, x=x: ours(x),
+                THEIRS: lambda theirs=theirs, x=x: theirs(x),
+            }
+            suite.add_rounds(
+                work,
+                describe(x),
+                timed(cases, suite.rounds, wall_seconds),
+                lambda t: t[THEIRS] / t[OURS],
+                "x",
+                at_least(factor),
+            )
+
+
+# --------------------------------------------------------------------------- whole models
+
+
+class TrainingStep:
+    """A step of SGD, which a graph can record."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self._model, self._x = model, x
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def __call__(self) -> None:
+        self._optimizer.zero_grad(set_to_none=False)
+        self._model(self._x).float().square().mean().backward()
+        self._optimizer.step()
+
+    def recorded(self) -> Run:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        replay: Run = graph.replay
+        return replay
+
+
+def qat_steps(suite: Suite, name: str = "mobilenet_v2", batch: int = 32) -> None:
+    model = bench.fused(bench.torchvision_model(name).train(), "qat")
+    x = normal(batch, 3, 224, 224).to(GPU)
+
+    def prepared(library: Any) -> nn.Module:
+        own = copy.deepcopy(model)
+        own.qconfig = library.get_default_qat_qconfig("fbgemm")
+        return library.prepare_qat(own).to(GPU)
+
+    models = {
+        "float": copy.deepcopy(model).to(GPU),
+        OURS: prepared(fastquant),
+        THEIRS: prepared(torch_ao),
+    }
+    steps = {side: TrainingStep(own, x) for side, own in models.items()}
+    rounds = min(suite.rounds, 10)
+    input = f"{list(x.shape)}"
+    few = lambda run: wall_seconds(run, 5)  # noqa: E731
+    suite.add_rounds(
+        f"{name}: QAT step",
+        input,
+        timed(steps, rounds, few),
+        lambda t: t[THEIRS] / t[OURS],
+        "x",
+        at_least(1.5),
+    )
+    graphs = {side: steps[side].recorded() for side in ("float", OURS)}
+    suite.add_rounds(
+        f"{name}: QAT step as a graph, over float",
+        input,
+        timed(graphs, rounds, few),
+        lambda t: t[OURS] / t["float"] - 1,
+        "more",
+        at_most(0.10),
+    )
+
+
+def why_not() -> str | None:
+    """What is missing."""
+    if not torch.cuda.is_available():
+        return "gpu.py needs an NVIDIA GPU and a CUDA build of torch; nothing was measured"
+    reason: str | None = fastquant.build_info()["cuda"]["why_not"]
+    return reason and f"gpu.py measures CUDA kernels, and there are none: {reason}"
+
+
+def measure(suite: Suite) -> None:
+    suite.name = f"gpu, {torch.cuda.get_device_name()}"
+    large_tensors(suite)
+    small_calls(suite)
+    qat_steps(suite)
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    reason = why_not()
+    if reason is not None:
+        raise SystemExit(reason)
+    options.threads = options.threads[:1]  # which a GPU does not care about
+    rows = measured("gpu", measure, options)
+    print()
+    print(targets_of(rows))
+    if options.json is not None:
+        save(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()
