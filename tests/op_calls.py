@@ -220,6 +220,7 @@ GEOMETRIES: list[tuple[tuple[int, ...], int | None, str]] = [
     ((300, 520), 1, "contiguous"),
     ((20, 2_100), 1, "contiguous"),
     ((97, 65, 5), 1, "contiguous"),
+    ((60, 64, 5), 1, "contiguous"),
     ((70, 40, 31), 1, "contiguous"),
     ((150, 2, 2), 1, "contiguous"),
     ((4, 24, 20, 20), 1, "channels_last"),

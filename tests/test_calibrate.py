@@ -25,6 +25,14 @@ TARGET = torch.zeros(1)
 Pair = namedtuple("Pair", "x target")
 
 
+@pytest.fixture(autouse=True)
+def keyboard_interrupts() -> Iterator[None]:
+    """Interrupts raise, also where the tests run in the background and were told to ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Net(nn.Module):
     """Three observed places: `quant`, `first`, `second`. `watch` is called between the latter."""
 

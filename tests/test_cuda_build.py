@@ -25,16 +25,16 @@ def configure(build: Path, *options: str) -> tuple[bool, str]:
     return done.returncode == 0, " ".join((done.stdout + done.stderr).split())
 
 
-@pytest.mark.parametrize("option", ["off", "OFF"])
-def test_off(tmp_path: Path, option: str) -> None:
-    configured, said = configure(tmp_path, f"-DFASTQUANT_CUDA={option}")
+@pytest.mark.parametrize("options", [(), ("-DFASTQUANT_CUDA=off",), ("-DFASTQUANT_CUDA=OFF",)])
+def test_off(tmp_path: Path, options: tuple[str, ...]) -> None:
+    configured, said = configure(tmp_path, *options)
     assert configured, said
     assert "CUDA kernels: not built, FASTQUANT_CUDA is off" in said
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="is about CPU builds of torch")
 def test_auto_with_a_cpu_build_of_torch(tmp_path: Path) -> None:
-    configured, said = configure(tmp_path)
+    configured, said = configure(tmp_path, "-DFASTQUANT_CUDA=auto")
     assert configured, said
     assert "CUDA kernels: not built, torch is not a CUDA build" in said
     assert "FASTQUANT_CUDA=on" in said
