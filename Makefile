@@ -26,7 +26,7 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test native-test lint format audit bench bench-table wheel cuda-compile clean
+.PHONY: help demo test native-test lint format audit bench bench-table wheel cuda-compile cuda-objects clean
 
 help:
 	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
@@ -84,6 +84,13 @@ cuda-compile: $(VENV)/.dev
 	else cmake -B build/cuda $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on && \
 		cmake --build build/cuda --target _cuda && \
 		$(BIN)/python tools/check_cuda.py build/cuda/_cuda.so; fi
+
+# The kernels alone, for one architecture: what continuous integration has the time for.
+cuda-objects: $(VENV)/.installed
+	@if ! command -v nvcc >/dev/null; then echo "cuda-objects: skipped, no nvcc"; \
+	else cmake -B build/cuda-objects $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on \
+		-DFASTQUANT_CUDA_ARCHITECTURES=90-real && \
+		cmake --build build/cuda-objects --target cuda_objects; fi
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

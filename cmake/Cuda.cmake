@@ -2,9 +2,8 @@
 # torch loads. FASTQUANT_CUDA says whether to build it; cuda_objects are its kernels, for which
 # compiling is all that can be done without a GPU.
 #
-# Off unless asked for: the kernels agree with the CPU's when emulated on the host
-# (tests/native/cuda_emulation), but have not run on a GPU yet. Without them CUDA tensors take
-# the fallback in plain torch ops.
+# Off unless asked for: the kernels have been emulated on the host (tests/native/cuda_emulation),
+# and have not run on a GPU yet. Without them CUDA tensors take the fallback in plain torch ops.
 set(FASTQUANT_CUDA "off" CACHE STRING
   "Build CUDA kernels: auto (where nvcc and a CUDA build of torch are found), on, off")
 set_property(CACHE FASTQUANT_CUDA PROPERTY STRINGS auto on off)
