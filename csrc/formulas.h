@@ -45,14 +45,13 @@ struct BinFormula {
 
 // ----------------------------------------------------------------- quantization error
 
-// floor(a / b), exact: the quotient rounded, then put right by the sign of the remainder.
+// floor(a / b) of a quotient from 0 to 2^20, exact; a number below 0 for one below 0. inverse_b is a
+// little less than 1 / b, so that the estimate is right or one too small, which the remainder tells.
 template <class V>
-FASTQUANT_HD typename V::Reg floor_divide(typename V::Reg a, typename V::Reg b, typename V::Reg zero,
+FASTQUANT_HD typename V::Reg floor_divide(typename V::Reg a, typename V::Reg b, typename V::Reg inverse_b,
                                           typename V::Reg one) {
-  const auto quotient = V::floor(V::div(a, b));
-  const auto remainder = V::nmadd(quotient, b, a);
-  const auto lower = V::select(V::lt(remainder, zero), V::sub(quotient, one), quotient);
-  return V::select(V::le(b, remainder), V::add(quotient, one), lower);
+  const auto quotient = V::floor(V::mul(a, inverse_b));
+  return V::select(V::le(b, V::nmadd(quotient, b, a)), V::add(quotient, one), quotient);
 }
 
 FASTQUANT_HD inline float cube(float x) { return x * x * x; }
@@ -63,13 +62,14 @@ FASTQUANT_HD inline float cube(float x) { return x * x * x; }
 template <class V>
 struct BinError {
   using Reg = typename V::Reg;
-  Reg width, dst, half_dst, last, inner, half_cubed, negative_half_cubed, zero, one, half, three;
+  Reg width, dst, inverse_dst, half_dst, last, inner, half_cubed, negative_half_cubed, zero, one, half;
 
   // For bins quantized to `levels` values that lie dst_width apart.
   FASTQUANT_HD static BinError of(double bin_width, double dst_width, double levels) {
     const float half_width = static_cast<float>(dst_width / 2);
     return {V::set1(static_cast<float>(bin_width)),
             V::set1(static_cast<float>(dst_width)),
+            V::set1((1.0f - 0x1p-22f) / static_cast<float>(dst_width)),
             V::set1(half_width),
             V::set1(static_cast<float>(levels - 1)),
             V::set1((cube(half_width) - cube(-half_width)) / 3.0f),
@@ -77,26 +77,25 @@ struct BinError {
             V::set1(cube(-half_width)),
             V::set1(0.0f),
             V::set1(1.0f),
-            V::set1(0.5f),
-            V::set1(3.0f)};
+            V::set1(0.5f)};
   }
 
-  // Of the bins that lie `index` bins after the first quantized one and hold `count`.
-  FASTQUANT_HD Reg operator()(Reg index, Reg count) const {
+  // Of the bins that lie `index` bins after the first quantized one and hold density * width. What
+  // is below 0 or above `last` need not be divided exactly.
+  FASTQUANT_HD Reg operator()(Reg index, Reg density) const {
     const auto from = V::mul(index, width);
     const auto to = V::add(from, width);
-    const auto dst_from = V::min(V::max(floor_divide<V>(from, dst, zero, one), zero), last);
-    const auto dst_to = V::min(V::max(floor_divide<V>(to, dst, zero, one), zero), last);
-    const auto density = V::div(count, width);
+    const auto dst_from = V::min(V::max(floor_divide<V>(from, dst, inverse_dst, one), zero), last);
+    const auto dst_to = V::min(V::max(floor_divide<V>(to, dst, inverse_dst, one), zero), last);
 
     const auto a = V::sub(from, V::mul(V::add(dst_from, half), dst));
-    const auto first = V::mul(density, V::div(V::sub(half_cubed, V::mul(V::mul(a, a), a)), three));
+    const auto first = V::mul(density, V::third(V::sub(half_cubed, V::mul(V::mul(a, a), a))));
 
     const auto between = V::sub(V::sub(dst_to, dst_from), one);
     const auto middle = V::mul(between, V::mul(density, inner));
 
     const auto b = V::sub(to, V::add(V::mul(dst_to, dst), half_dst));
-    const auto final = V::mul(density, V::div(V::sub(V::mul(V::mul(b, b), b), negative_half_cubed), three));
+    const auto final = V::mul(density, V::third(V::sub(V::mul(V::mul(b, b), b), negative_half_cubed)));
 
     return V::add(V::add(first, middle), final);
   }

@@ -17,6 +17,11 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------- min/max
 
+template <class T>
+bool is_finite_range(T low, T high) {
+  return low >= -largest<T>() && high <= largest<T>();
+}
+
 template <class V, class S, class T>
 void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
   constexpr int N = V::N;
@@ -65,7 +70,7 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
   }
   *low = lo;
   *high = hi;
-  *nonfinite = nan || (n > 0 && !(lo >= -largest<T>() && hi <= largest<T>()));
+  *nonfinite = nan || (n > 0 && !is_finite_range(lo, hi));
 }
 
 template <class V, class S, class T>
@@ -97,52 +102,188 @@ void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
   *nonfinite = n - finite;
 }
 
-// One strip of columns that the cache holds; rows four at a time, so that low and high are
-// loaded and stored once for four elements read.
-template <class V, class S, class T>
-int64_t minmax_strip(const S* x, int64_t rows, int64_t begin, int64_t end, int64_t row_stride, T* low, T* high,
-                     bool* nan) {
-  int64_t c = begin;
-  for (; c + V::N <= end; c += V::N) {
-    auto lo = V::load(low + c);
-    auto hi = V::load(high + c);
-    auto nans = V::none();
-    const S* p = x + c;
-    for (int64_t r = 0; r < rows; ++r, p += row_stride) {
-      const auto a = V::load(p);
-      nans = V::either(nans, V::unordered(a, a));
-      lo = V::min(a, lo);
-      hi = V::max(a, hi);
+// The same of 16-bit elements, as integers: no element is widened, and none compared with itself.
+// Read as a two's complement number, an element of either sign keeps its order among those of
+// its sign, ascending where positive and descending where negative. So of all elements the
+// largest signed, largest unsigned and smallest signed tell the extremes, NaN and infinities,
+// which lie beyond all finite elements of their sign, included.
+template <class W>
+struct WordExtremes {
+  using Reg = typename W::Reg;
+  Reg most_signed = W::set1(-0x8000), most_unsigned = W::set1(0), least_signed = W::set1(0x7fff);
+
+  void fold(Reg a) {
+    most_signed = W::max(a, most_signed);
+    most_unsigned = W::max_unsigned(a, most_unsigned);
+    least_signed = W::min(a, least_signed);
+  }
+
+  void fold(const WordExtremes& other) {
+    most_signed = W::max(other.most_signed, most_signed);
+    most_unsigned = W::max_unsigned(other.most_unsigned, most_unsigned);
+    least_signed = W::min(other.least_signed, least_signed);
+  }
+
+  Reg low() const { return W::where_negative(most_unsigned, most_unsigned, least_signed); }
+  Reg high() const { return W::where_negative(most_signed, least_signed, most_signed); }
+};
+
+template <class V, class S>
+void minmax_words(const S* x, int64_t n, float* low, float* high, bool* nonfinite) {
+  using W = typename V::Words;
+  constexpr int N = W::N;
+  if (n >= N) {
+    WordExtremes<W> e0, e1, e2, e3;
+    int64_t i = 0;
+    for (; i + 4 * N <= n; i += 4 * N) {
+      e0.fold(W::load(x + i));
+      e1.fold(W::load(x + i + N));
+      e2.fold(W::load(x + i + 2 * N));
+      e3.fold(W::load(x + i + 3 * N));
     }
-    V::store(low + c, lo);
-    V::store(high + c, hi);
-    *nan |= V::any(nans);
+    for (; i < n; i += N) e0.fold(W::load(x + smaller(i, n - N)));
+    e0.fold(e1);
+    e2.fold(e3);
+    e0.fold(e2);
+    const int most = W::highest(e0.most_signed), least = W::lowest(e0.least_signed);
+    const int most_unsigned = W::highest_unsigned(e0.most_unsigned);
+    const S lo = {static_cast<uint16_t>(most_unsigned >= 0x8000 ? most_unsigned : least)};
+    const S hi = {static_cast<uint16_t>(most >= 0 ? most : least)};
+    *low = to_compute(lo);
+    *high = to_compute(hi);
+    *nonfinite = false;
+    if (is_finite_range(*low, *high)) return;
+  }
+  minmax<V, S, float>(x, n, low, high, nonfinite);
+}
+
+// The extremes of neighbouring columns, while one walks down the rows.
+template <class V, int kVectors>
+struct ColumnStrip {
+  using T = typename V::Element;
+  static constexpr int N = kVectors * V::N;
+
+  ColumnStrip(const T* low, const T* high) {
+    for (int v = 0; v < kVectors; ++v) {
+      lows[v] = V::load(low + v * V::N);
+      highs[v] = V::load(high + v * V::N);
+    }
+  }
+
+  template <class S>
+  void fold(const S* row) {
+    typename V::Reg a[kVectors];
+    for (int v = 0; v < kVectors; ++v) a[v] = V::load(row + v * V::N);
+    for (int v = 0; v < kVectors; ++v) {
+      if (v % 2 == 0) nans = V::either(nans, V::unordered(a[v], a[v + 1 < kVectors ? v + 1 : v]));
+      lows[v] = V::min(a[v], lows[v]);
+      highs[v] = V::max(a[v], highs[v]);
+    }
+  }
+
+  // Whether there was a NaN.
+  bool finish(T* low, T* high) const {
+    for (int v = 0; v < kVectors; ++v) {
+      V::store(low + v * V::N, lows[v]);
+      V::store(high + v * V::N, highs[v]);
+    }
+    return V::any(nans);
+  }
+
+  typename V::Reg lows[kVectors], highs[kVectors];
+  typename V::Mask nans = V::none();
+};
+
+template <class V, class S, int kVectors>
+struct WordStrip {
+  using W = typename V::Words;
+  static constexpr int N = kVectors * W::N;
+
+  WordStrip(const float*, const float*) {}
+
+  void fold(const S* row) {
+    for (int v = 0; v < kVectors; ++v) extremes[v].fold(W::load(row + v * W::N));
+  }
+
+  // Whether there was a NaN or an infinity; then low and high are short of elements.
+  bool finish(float* low, float* high) const {
+    bool finite = true;
+    for (int v = 0; v < kVectors; ++v) {
+      S lows[W::N], highs[W::N];
+      W::store(lows, extremes[v].low());
+      W::store(highs, extremes[v].high());
+      for (int k = 0; k < W::N; k += V::N) {
+        float* const l = low + v * W::N + k;
+        float* const h = high + v * W::N + k;
+        const auto a = V::load(lows + k), b = V::load(highs + k);
+        const auto inside = V::both(V::le(V::set1(-largest<float>()), a), V::le(b, V::set1(largest<float>())));
+        finite &= __builtin_popcount(V::bits(inside)) == V::N;
+        V::store(l, V::min(a, V::load(l)));
+        V::store(h, V::max(b, V::load(h)));
+      }
+    }
+    return !finite;
+  }
+
+  WordExtremes<W> extremes[kVectors];
+};
+
+// The columns [begin, end), as far as whole strips go.
+template <class Strip, class S, class T>
+int64_t minmax_strips(const S* x, int64_t rows, int64_t begin, int64_t end, int64_t row_stride, T* low, T* high,
+                      bool* odd) {
+  int64_t c = begin;
+  for (; c + Strip::N <= end; c += Strip::N) {
+    Strip strip(low + c, high + c);
+    const S* p = x + c;
+    for (int64_t r = 0; r < rows; ++r, p += row_stride) strip.fold(p);
+    *odd |= strip.finish(low + c, high + c);
   }
   return c;
+}
+
+// f(x, rows) for blocks of rows that the first-level cache holds.
+template <class S, class F>
+void for_row_blocks(const S* x, int64_t rows, int64_t row_stride, const F& f) {
+  constexpr int64_t kBlock = 32768 / sizeof(S), kFewest = 8;
+  const int64_t count = kBlock / row_stride > kFewest ? kBlock / row_stride : kFewest;
+  for (int64_t r = 0; r < rows; r += count) f(x + r * row_stride, smaller(count, rows - r));
+}
+
+template <class T>
+bool holds_infinity(int64_t rows, int64_t columns, const T* low, const T* high) {
+  bool infinite = false;
+  for (int64_t c = 0; rows > 0 && c < columns; ++c) {
+    // Unless low and high still say that nothing was seen.
+    infinite |= low[c] <= high[c] && !is_finite_range(low[c], high[c]);
+  }
+  return infinite;
 }
 
 template <class V, class S, class T>
 void minmax_columns(const S* x, int64_t rows, int64_t columns, int64_t row_stride, T* low, T* high,
                     bool* nonfinite) {
-  constexpr int64_t kStrip = 2048;  // low and high of a strip stay in the first-level cache
-  constexpr int64_t kRows = 8;
   bool nan = false;
-  for (int64_t begin = 0; begin < columns; begin += kStrip) {
-    const int64_t end = smaller(begin + kStrip, columns);
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const S* p = x + r * row_stride;
-      const int64_t count = smaller(kRows, rows - r);
-      const int64_t rest = minmax_strip<V>(p, count, begin, end, row_stride, low, high, &nan);
-      minmax_strip<Scalar<T>>(p, count, rest, end, row_stride, low, high, &nan);
-    }
-  }
-  bool infinite = false;
-  for (int64_t c = 0; rows > 0 && c < columns; ++c) {
-    // Infinities of either sign, unless low and high still say that nothing was seen.
-    const bool seen = low[c] <= high[c];
-    infinite |= seen && !(low[c] >= -largest<T>() && high[c] <= largest<T>());
-  }
-  *nonfinite = nan || infinite;
+  for_row_blocks(x, rows, row_stride, [&](const S* p, int64_t count) {
+    int64_t c = minmax_strips<ColumnStrip<V, 4>>(p, count, 0, columns, row_stride, low, high, &nan);
+    c = minmax_strips<ColumnStrip<V, 1>>(p, count, c, columns, row_stride, low, high, &nan);
+    minmax_strips<ColumnStrip<Scalar<T>, 1>>(p, count, c, columns, row_stride, low, high, &nan);
+  });
+  *nonfinite = nan || holds_infinity(rows, columns, low, high);
+}
+
+template <class V, class S>
+void minmax_columns_of_words(const S* x, int64_t rows, int64_t columns, int64_t row_stride, float* low,
+                             float* high, bool* nonfinite) {
+  bool odd = false;
+  for_row_blocks(x, rows, row_stride, [&](const S* p, int64_t count) {
+    int64_t c = minmax_strips<WordStrip<V, S, 2>>(p, count, 0, columns, row_stride, low, high, &odd);
+    c = minmax_strips<WordStrip<V, S, 1>>(p, count, c, columns, row_stride, low, high, &odd);
+    minmax_strips<ColumnStrip<Scalar<float>, 1>>(p, count, c, columns, row_stride, low, high, &odd);
+  });
+  *nonfinite = odd || holds_infinity(rows, columns, low, high);
+  // Folded again, elements change nothing, but those that NaN and infinities hid are added.
+  if (*nonfinite) minmax_columns<V, S, float>(x, rows, columns, row_stride, low, high, nonfinite);
 }
 
 // -------------------------------------------------------------------------- histogram
@@ -150,6 +291,7 @@ void minmax_columns(const S* x, int64_t rows, int64_t columns, int64_t row_strid
 template <class V, class S, class T>
 void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables) {
   constexpr int kGroup = 32;
+  constexpr int kLine = 64 / sizeof(S), kAhead = 32768 / sizeof(S);
   const int64_t stride = histogram_stride(bins);
   uint32_t* const t0 = counts;
   uint32_t* const t1 = tables == 4 ? counts + stride : counts;
@@ -159,6 +301,8 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
   const auto formula = BinFormula<V>::of(low, high, bins);
   const auto outside = V::set1(static_cast<T>(bins));
   const auto locate = [&](const S* p, int32_t* index) {
+    // Counting leaves memory idle: what comes after the caller's block can be on its way.
+    for (int k = 0; k < kGroup; k += kLine) __builtin_prefetch(p + kAhead + k, 0, 2);
     for (int k = 0; k < kGroup; k += V::N) {
       const auto a = V::load(p + k);
       V::store_index(index + k, V::select(formula.inside(a), formula.bin(a), outside));
@@ -218,7 +362,7 @@ double sum_of_floats(const float* x, int64_t n) {
 // The errors of the bins [begin, end), as far as whole vectors go; start_bin is the first
 // quantized one.
 template <class V>
-int64_t errors_of_bins(const float* hist, int64_t begin, int64_t end, int64_t start_bin,
+int64_t errors_of_bins(const float* density, int64_t begin, int64_t end, int64_t start_bin,
                        const BinError<V>& error, float* out) {
   float steps[V::N];
   for (int k = 0; k < V::N; ++k) steps[k] = static_cast<float>(k);
@@ -226,20 +370,20 @@ int64_t errors_of_bins(const float* hist, int64_t begin, int64_t end, int64_t st
   int64_t i = begin;
   for (; i + V::N <= end; i += V::N) {
     const auto index = V::add(V::set1(static_cast<float>(i - start_bin)), lane);
-    V::store(out + i, error(index, V::load(hist + i)));
+    V::store(out + i, error(index, V::load(density + i)));
   }
   return i;
 }
 
 template <class V, class D>
-double quantization_error(const float* hist, int64_t bins, double bin_width, int64_t start_bin, int64_t end_bin,
-                          double levels, float* scratch) {
+double quantization_error(const float* density, int64_t bins, double bin_width, int64_t start_bin,
+                          int64_t end_bin, double levels, float* scratch) {
   const double dst_width = bin_width * static_cast<double>(end_bin - start_bin + 1) / levels;
   if (dst_width == 0.0) return 0.0;
   const auto error = BinError<V>::of(bin_width, dst_width, levels);
   const auto one_error = BinError<Scalar<float>>::of(bin_width, dst_width, levels);
-  const int64_t rest = errors_of_bins(hist, 0, bins, start_bin, error, scratch);
-  errors_of_bins(hist, rest, bins, start_bin, one_error, scratch);
+  const int64_t rest = errors_of_bins(density, 0, bins, start_bin, error, scratch);
+  errors_of_bins(density, rest, bins, start_bin, one_error, scratch);
   return sum_of_floats<D>(scratch, bins);
 }
 
@@ -462,11 +606,16 @@ LearnableSums learnable_backward(const S* grad, const S* x, S* grad_x, int64_t n
 template <class V, class S>
 constexpr KernelsFor<S, typename V::Element> kernels_for() {
   using T = typename V::Element;
-  return {
+  KernelsFor<S, T> kernels = {
       minmax<V, S, T>,        minmax_finite<V, S, T>,      minmax_columns<V, S, T>,
       histogram<V, S, T>,     fake_quantize_rows<V, S, T>, fake_quantize_periodic<V, S, T>,
       mask_gradient<V, S, T>, learnable_backward<V, S, T>,
   };
+  if constexpr (sizeof(S) == 2 && V::N > 1) {
+    kernels.minmax = minmax_words<V, S>;
+    kernels.minmax_columns = minmax_columns_of_words<V, S>;
+  }
+  return kernels;
 }
 
 template <template <class> class V>

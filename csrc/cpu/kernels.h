@@ -84,8 +84,9 @@ struct Kernels {
   KernelsFor<BFloat16, float> bf16;
 
   // Sum over a histogram's bins of the squared error that quantizing bins
-  // [start_bin, end_bin] to `levels` values makes, in units of counts × value².
-  double (*quantization_error)(const float* histogram, int64_t bins, double bin_width, int64_t start_bin,
+  // [start_bin, end_bin] to `levels` values makes, in units of counts × value². density: the
+  // counts by the width of a bin, in float.
+  double (*quantization_error)(const float* density, int64_t bins, double bin_width, int64_t start_bin,
                                int64_t end_bin, double levels, float* scratch);
 };
 

@@ -29,15 +29,17 @@ struct BinRange {
 // The bins that hold the best range.
 BinRange search_bins(const std::vector<float>& histogram, double bin_width, double levels) {
   const int64_t bins = static_cast<int64_t>(histogram.size());
-  std::vector<float> cumulative(bins), scratch(bins);
+  std::vector<float> cumulative(bins), density(bins), scratch(bins);
+  const float width = static_cast<float>(bin_width);
   double running = 0;
   for (int64_t b = 0; b < bins; ++b) {
     running += static_cast<double>(histogram[b]);
     cumulative[b] = static_cast<float>(running);
+    density[b] = histogram[b] / width;
   }
   const auto error = kernels().quantization_error;
   RangeWalk walk(cumulative.data(), bins);
-  while (walk.next() && walk.take(error(histogram.data(), bins, bin_width, walk.next_start(), walk.next_end(),
+  while (walk.next() && walk.take(error(density.data(), bins, bin_width, walk.next_start(), walk.next_end(),
                                         levels, scratch.data()))) {
   }
   return {walk.start(), walk.end()};

@@ -79,17 +79,23 @@ void fold_columns(const Extremes<T>& columns, int64_t repeat, const Dense& d, Ex
   }
 }
 
-// Short rows: every position of [channels, inner] is a column of its own, and where those
-// are few, several outer steps are laid side by side to fill the vectors.
+// Outer steps that are laid side by side, so that the columns of `width` fill whole vectors:
+// several of them, or else one.
+inline int64_t side_by_side(int64_t width) {
+  constexpr int64_t kMost = 1024;
+  for (const int64_t elements : {64, 16}) {
+    const int64_t steps = elements / std::gcd(elements, width);
+    if (steps * width <= kMost) return steps;
+  }
+  return 1;
+}
+
+// Short rows: every position of [channels, inner] is a column of its own.
 template <class S, class T>
 bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax_columns = kernels_of(S{}).minmax_columns;
-  constexpr int64_t kWidth = 512, kVector = 16;
   const int64_t width = d.channels * d.inner;
-  // As often as makes whole vectors of the columns, or a multiple of that.
-  const int64_t whole = kVector / std::gcd(kVector, width);
-  int64_t repeat = std::min(d.outer, std::max<int64_t>(1, kWidth / width));
-  if (repeat > whole) repeat -= repeat % whole;
+  const int64_t repeat = std::min(d.outer, side_by_side(width));
   const int64_t columns = width * repeat;
   const int64_t rows = d.outer / repeat;
   const int64_t pieces = std::min(piece_count(d.numel()), std::max<int64_t>(rows, 1));

@@ -7,6 +7,31 @@
 namespace fastquant {
 namespace {
 
+// 16-bit integers.
+struct Avx2Words {
+  static constexpr int N = 16;
+  using Reg = __m256i;
+
+  static Reg set1(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+  static Reg load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store(void* p, Reg x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_epi16(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_epi16(a, b); }
+  static Reg max_unsigned(Reg a, Reg b) { return _mm256_max_epu16(a, b); }
+  static Reg where_negative(Reg sign, Reg yes, Reg no) {
+    return _mm256_blendv_epi8(no, yes, _mm256_srai_epi16(sign, 15));
+  }
+  static int lowest(Reg x) { return least_unsigned(_mm256_xor_si256(x, set1(-0x8000))) - 0x8000; }
+  static int highest(Reg x) { return 0x7fff - least_unsigned(_mm256_xor_si256(x, set1(0x7fff))); }
+  static int highest_unsigned(Reg x) { return 0xffff - least_unsigned(_mm256_xor_si256(x, set1(-1))); }
+
+ private:
+  static int least_unsigned(Reg x) {
+    const __m128i rest = _mm_min_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    return _mm_extract_epi16(_mm_minpos_epu16(rest), 0);
+  }
+};
+
 template <class T>
 struct Avx2;
 
@@ -15,6 +40,7 @@ struct Avx2<float> {
   static constexpr int N = 8;
   using Element = float;
   using Reg = __m256;
+  using Words = Avx2Words;
   using Mask = __m256;
 
   static Reg set1(float x) { return _mm256_set1_ps(x); }
@@ -86,6 +112,13 @@ struct Avx2<float> {
     return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
   }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }
+  // x / 3, rounded once: multiplying by the rounded 1 / 3 is less than one unit off, and the
+  // remainder then says which neighbour is nearest (Markstein, https://doi.org/10.1147/rd.341.0111).
+  static Reg third(Reg x) {
+    const Reg inverse = set1(1.0f / 3.0f);
+    const Reg quotient = mul(x, inverse);
+    return _mm256_fmadd_ps(nmadd(quotient, set1(3.0f), x), inverse, quotient);
+  }
   static Reg round(Reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg floor(Reg x) { return _mm256_floor_ps(x); }
 

@@ -7,6 +7,32 @@
 namespace fastquant {
 namespace {
 
+// 16-bit integers.
+struct Avx512Words {
+  static constexpr int N = 32;
+  using Reg = __m512i;
+
+  static Reg set1(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
+  static Reg load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, Reg x) { _mm512_storeu_si512(p, x); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_epi16(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_epi16(a, b); }
+  static Reg max_unsigned(Reg a, Reg b) { return _mm512_max_epu16(a, b); }
+  static Reg where_negative(Reg sign, Reg yes, Reg no) {
+    return _mm512_mask_blend_epi16(_mm512_movepi16_mask(sign), no, yes);
+  }
+  static int lowest(Reg x) { return least_unsigned(_mm512_xor_si512(x, set1(-0x8000))) - 0x8000; }
+  static int highest(Reg x) { return 0x7fff - least_unsigned(_mm512_xor_si512(x, set1(0x7fff))); }
+  static int highest_unsigned(Reg x) { return 0xffff - least_unsigned(_mm512_xor_si512(x, set1(-1))); }
+
+ private:
+  static int least_unsigned(Reg x) {
+    const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    const __m128i rest = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm_extract_epi16(_mm_minpos_epu16(rest), 0);
+  }
+};
+
 template <class T>
 struct Avx512;
 
@@ -15,6 +41,7 @@ struct Avx512<float> {
   static constexpr int N = 16;
   using Element = float;
   using Reg = __m512;
+  using Words = Avx512Words;
   using Mask = __mmask16;
 
   static Reg set1(float x) { return _mm512_set1_ps(x); }
@@ -72,6 +99,13 @@ struct Avx512<float> {
   static float lowest(Reg x) { return _mm512_reduce_min_ps(x); }
   static float highest(Reg x) { return _mm512_reduce_max_ps(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }
+  // x / 3, rounded once: multiplying by the rounded 1 / 3 is less than one unit off, and the
+  // remainder then says which neighbour is nearest (Markstein, https://doi.org/10.1147/rd.341.0111).
+  static Reg third(Reg x) {
+    const Reg inverse = set1(1.0f / 3.0f);
+    const Reg quotient = mul(x, inverse);
+    return _mm512_fmadd_ps(nmadd(quotient, set1(3.0f), x), inverse, quotient);
+  }
   static Reg round(Reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg floor(Reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 

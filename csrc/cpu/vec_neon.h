@@ -7,6 +7,28 @@
 namespace fastquant {
 namespace {
 
+// 16-bit integers.
+struct NeonWords {
+  static constexpr int N = 8;
+  using Reg = uint16x8_t;
+
+  static Reg set1(int x) { return vdupq_n_u16(static_cast<uint16_t>(x)); }
+  static Reg load(const void* p) { return vld1q_u16(static_cast<const uint16_t*>(p)); }
+  static void store(void* p, Reg x) { vst1q_u16(static_cast<uint16_t*>(p), x); }
+  static Reg min(Reg a, Reg b) { return vreinterpretq_u16_s16(vminq_s16(as_signed(a), as_signed(b))); }
+  static Reg max(Reg a, Reg b) { return vreinterpretq_u16_s16(vmaxq_s16(as_signed(a), as_signed(b))); }
+  static Reg max_unsigned(Reg a, Reg b) { return vmaxq_u16(a, b); }
+  static Reg where_negative(Reg sign, Reg yes, Reg no) {
+    return vbslq_u16(vcltq_s16(as_signed(sign), vdupq_n_s16(0)), yes, no);
+  }
+  static int lowest(Reg x) { return vminvq_s16(as_signed(x)); }
+  static int highest(Reg x) { return vmaxvq_s16(as_signed(x)); }
+  static int highest_unsigned(Reg x) { return vmaxvq_u16(x); }
+
+ private:
+  static int16x8_t as_signed(Reg x) { return vreinterpretq_s16_u16(x); }
+};
+
 template <class T>
 struct Neon;
 
@@ -15,6 +37,7 @@ struct Neon<float> {
   static constexpr int N = 4;
   using Element = float;
   using Reg = float32x4_t;
+  using Words = NeonWords;
   using Mask = uint32x4_t;
 
   static Reg set1(float x) { return vdupq_n_f32(x); }
@@ -62,6 +85,13 @@ struct Neon<float> {
   static float lowest(Reg x) { return vminvq_f32(x); }
   static float highest(Reg x) { return vmaxvq_f32(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return vfmsq_f32(c, a, b); }
+  // x / 3, rounded once: multiplying by the rounded 1 / 3 is less than one unit off, and the
+  // remainder then says which neighbour is nearest (Markstein, https://doi.org/10.1147/rd.341.0111).
+  static Reg third(Reg x) {
+    const Reg inverse = set1(1.0f / 3.0f);
+    const Reg quotient = mul(x, inverse);
+    return vfmaq_f32(quotient, nmadd(quotient, set1(3.0f), x), inverse);
+  }
   static Reg round(Reg x) { return vrndnq_f32(x); }
   static Reg floor(Reg x) { return vrndmq_f32(x); }
 

@@ -58,6 +58,9 @@ struct Scalar {
     return static_cast<float>(static_cast<double>(c) - static_cast<double>(a) * static_cast<double>(b));
   }
 
+  // x / 3, rounded once.
+  static Reg third(Reg x) { return x / 3; }
+
   // a * b + c, rounded once.
   static float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static double madd(double a, double b, double c) { return __builtin_fma(a, b, c); }

@@ -437,7 +437,9 @@ __global__ void __launch_bounds__(kThreads) search_range(const __grid_constant__
   __syncthreads();
   const HistogramRange range = {read<double>(a.min_val), read<double>(a.max_val)};
   const double width = width_for_search(range, a.bins);
-  RangeWalk walk(a.cumulative, a.bins);  // the first thread's
+  for (int64_t b = thread; b < a.bins; b += kThreads)
+    a.counts[b] /= static_cast<float>(width);  // densities now
+  RangeWalk walk(a.cumulative, a.bins);        // the first thread's
   const auto announce = [&](bool goes_on) {
     room->goes_on = goes_on;
     room->start = walk.next_start();

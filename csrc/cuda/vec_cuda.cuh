@@ -19,6 +19,7 @@ struct Cuda {
   FASTQUANT_HD static Reg sub(Reg a, Reg b) { return a - b; }
   FASTQUANT_HD static Reg mul(Reg a, Reg b) { return a * b; }
   FASTQUANT_HD static Reg div(Reg a, Reg b) { return a / b; }
+  FASTQUANT_HD static Reg third(Reg x) { return x / 3; }
   // One instruction each. As elsewhere NaN is left out of `acc = min(x, acc)`.
   FASTQUANT_HD static float min(float a, float b) { return fminf(a, b); }
   FASTQUANT_HD static float max(float a, float b) { return fmaxf(a, b); }

@@ -891,12 +891,13 @@ class HistogramObserver(_RangeObserver):
         Raises:
             QuantizationError: the histogram does not have `bins` bins, or the span is no range.
         """
-        if not _is_observed(self.min_val, self.max_val):
-            device = self.min_val.device
+        min_val, max_val, histogram = self.min_val, self.max_val, self.histogram
+        if not _is_observed(min_val, max_val):
+            device = min_val.device
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
-        if self.bins != len(self.histogram):
+        if self.bins != histogram.numel():
             raise QuantizationError(
-                f"histogram must have bins={self.bins} elements, got {len(self.histogram)}"
+                f"histogram must have bins={self.bins} elements, got {histogram.numel()}"
             )
         return self._calculate_qparams(*self._non_linear_param_search())
 

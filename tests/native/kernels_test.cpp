@@ -240,12 +240,12 @@ void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S
 void compare_search(const Kernels& k, const Kernels& ref, int rounds) {
   for (int round = 0; round < rounds; ++round) {
     const int64_t bins = 1 + static_cast<int64_t>(rng() % 300);
-    std::vector<float> histogram(bins), scratch(bins);
-    for (float& h : histogram) h = static_cast<float>(rng() % 1000);
+    std::vector<float> density(bins), scratch(bins);
+    for (float& d : density) d = static_cast<float>(rng() % 1000) / 0.01f;
     const int64_t start = static_cast<int64_t>(rng() % uint64_t(bins));
     const int64_t end = start + static_cast<int64_t>(rng() % uint64_t(bins - start));
-    const double a = k.quantization_error(histogram.data(), bins, 0.01, start, end, 256, scratch.data());
-    const double b = ref.quantization_error(histogram.data(), bins, 0.01, start, end, 256, scratch.data());
+    const double a = k.quantization_error(density.data(), bins, 0.01, start, end, 256, scratch.data());
+    const double b = ref.quantization_error(density.data(), bins, 0.01, start, end, 256, scratch.data());
     ++compared;
     if (!same_bits(&a, &b, 1)) report(k.isa, "quantization_error", bins, 0);
   }
