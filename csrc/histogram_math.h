@@ -88,9 +88,9 @@ class Resampling {
     if (bin <= 0) return 0;
     if (bin >= bins_) return parts;
     const B edge = edges_[bin];
-    // Where the edge should fall, and from there the few steps that rounding may ask for; by
-    // halves where the estimate is no use.
-    const B guess = (edge - low_) / part_width_;
+    // The middles that should lie before the edge, and from there the few steps that rounding may
+    // ask for; by halves where the estimate is no use.
+    const B guess = (edge - low_) / part_width_ + static_cast<B>(0.5);
     int64_t count = guess > 0 ? (guess < static_cast<B>(parts) ? static_cast<int64_t>(guess) : parts) : 0;
     for (int steps = 0; steps < 8; ++steps) {
       if (count > 0 && middle(count - 1) >= edge) {

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <new>
 #include <numeric>
+#include <utility>
 
 #include "../histogram_math.h"
 
@@ -221,8 +222,9 @@ void add_nonfinite(const Array& nonfinite_count, int64_t left_out) {
 
 // -------------------------------------------------------------------------- histogram
 
-// Bytes of a tensor that is better read once.
-constexpr int64_t kUncached = int64_t{1} << 20;
+// Bytes of a tensor that is better read once: counting again where the range grows costs
+// more than reading again from a near cache.
+constexpr int64_t kReadOnce = int64_t{1} << 20;
 
 template <class S>
 void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, std::vector<int64_t>* counts) {
@@ -252,13 +254,17 @@ class Counter {
       x += length;
       n -= length;
       counted_ += length;
-      if (counted_ == kCounterMax) drain();
+      if (counted_ == kCounterMax) {
+        drain();
+        std::fill(scratch_.begin(), scratch_.end(), 0u);
+        counted_ = 0;
+      }
     }
   }
 
-  std::vector<int64_t>& totals() {
+  std::vector<int64_t> totals() {
     drain();
-    return totals_;
+    return std::move(totals_);
   }
 
  private:
@@ -271,8 +277,6 @@ class Counter {
     for (int t = 0; t < tables_; ++t) {
       for (int64_t b = 0; b < bins_; ++b) totals_[b] += scratch_[t * stride + b];
     }
-    std::fill(scratch_.begin(), scratch_.end(), 0u);
-    counted_ = 0;
   }
 
   HistogramRange range_;
@@ -283,14 +287,18 @@ class Counter {
   int64_t counted_ = 0;
 };
 
-void add_counts(const std::vector<int64_t>& from, std::vector<int64_t>* to) {
-  for (size_t b = 0; b < from.size(); ++b) (*to)[b] += from[b];
+std::vector<int64_t> summed(std::vector<std::vector<int64_t>> parts) {
+  std::vector<int64_t> sum = std::move(parts.front());
+  for (size_t p = 1; p < parts.size(); ++p) {
+    for (size_t b = 0; b < sum.size(); ++b) sum[b] += parts[p][b];
+  }
+  return sum;
 }
 
 template <class S>
 std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, int64_t bins) {
-  std::vector<int64_t> counts(bins, 0);
   if (!bin_formula_fits<Compute<S>>(r, bins)) {
+    std::vector<int64_t> counts(bins, 0);
     count_wide(x, n, r, bins, &counts);
     return counts;
   }
@@ -299,13 +307,12 @@ std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, 
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
     Counter<S> counter(r, bins, end - begin);
     counter.add(x + begin, end - begin);
-    partial[piece].swap(counter.totals());
+    partial[piece] = counter.totals();
   });
-  for (const auto& p : partial) add_counts(p, &counts);
-  return counts;
+  return summed(std::move(partial));
 }
 
-// For tensors that no cache holds: looks for the extremes and counts into `known`, a range
+// For tensors that a near cache does not hold: looks for the extremes and counts into `known`, a range
 // that earlier tensors had, block by block, so that memory is read once. True where every
 // element was in that range; otherwise only the extremes are of use.
 template <class S, class T>
@@ -329,13 +336,13 @@ bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, 
       hit[piece] &= !block_odd && static_cast<double>(lo) >= known.low && static_cast<double>(hi) <= known.high;
       if (hit[piece]) counter.add(x + i, length);
     }
-    partial[piece].swap(counter.totals());
+    partial[piece] = counter.totals();
   });
   for (int64_t p = 0; p < pieces; ++p) {
     range->fold(0, extremes[p].low[0], extremes[p].high[0]);
     *nonfinite |= odd[p] != 0;
-    add_counts(partial[p], counts);
   }
+  *counts = summed(std::move(partial));
   return std::all_of(hit.begin(), hit.end(), [](char h) { return h != 0; });
 }
 
@@ -344,12 +351,20 @@ std::vector<double> resample(const std::vector<double>& histogram, const Histogr
                              const HistogramRange& to, int64_t upsample_rate) {
   const int64_t bins = static_cast<int64_t>(histogram.size());
   const Resampling<B> resampling(from, to, bins, upsample_rate);
-  std::vector<double> result(bins);
-  int64_t first = 0;
+  std::vector<double> result(bins), share(bins);
+  for (int64_t bin = 0; bin < bins; ++bin) share[bin] = histogram[bin] / static_cast<double>(upsample_rate);
+  // Resampling::sum for each bin, without its divisions.
+  int64_t part = 0, old = 0;
   for (int64_t bin = 0; bin < bins; ++bin) {
     const int64_t last = resampling.parts_before(bin + 1);
-    result[bin] = resampling.sum(first, last, [&](int64_t old) { return histogram[old]; });
-    first = last;
+    double total = 0;
+    while (part < last) {
+      const int64_t end_of_old = (old + 1) * upsample_rate, stop = std::min(end_of_old, last);
+      total += share[old] * static_cast<double>(stop - part);
+      part = stop;
+      if (stop == end_of_old) ++old;
+    }
+    result[bin] = total;
   }
   return result;
 }
@@ -377,8 +392,8 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   const bool first = is_unused(old);
   Extremes<T> range(1);
   bool nonfinite = false, counted = false;
-  std::vector<int64_t> counts(bins, 0);
-  if (!first && d.numel() >= kUncached / static_cast<int64_t>(sizeof(S)) && bin_formula_fits<T>(old, bins)) {
+  std::vector<int64_t> counts;
+  if (!first && d.numel() >= kReadOnce / static_cast<int64_t>(sizeof(S)) && bin_formula_fits<T>(old, bins)) {
     counted = count_into_known_range(x, d.numel(), old, bins, &range, &nonfinite, &counts);
   } else {
     nonfinite = extremes(x, d, &range);
