@@ -458,6 +458,27 @@ def test_conversion_removes_configs_observers_and_hooks_unless_told_not_to() -> 
     assert_same(kept(*case.inputs(9)), converted(*case.inputs(9)))
 
 
+@pytest.mark.parametrize("name", STATIC_CASES)
+def test_a_converted_copy_and_its_original_share_nothing(name: str) -> None:
+    case = STATIC_CASES[name]
+    model = case.make(fq)
+    if case.fusable:
+        model = fq.fuse_modules(model, list(case.fusable))
+    model.qconfig = fq.default_qconfig
+    prepared = fq.prepare(model)
+    prepared(*case.inputs(1))
+    before = copy.deepcopy(prepared.state_dict())
+    converted = fq.convert(prepared)
+    expected = converted(*case.inputs(2))
+
+    assert_same(prepared.state_dict(), before)
+    assert not any(type(m).__module__ == "fastquant._swapping" for m in converted.modules())
+    with torch.no_grad():
+        for tensor in (*prepared.parameters(), *prepared.buffers()):
+            tensor.zero_()
+    assert_same(converted(*case.inputs(2)), expected)
+
+
 def test_allow_list_limits_what_is_observed() -> None:
     model = Stubbed(fq, ConvNet()).eval()
     model.qconfig = fq.default_qconfig

@@ -70,3 +70,13 @@ def remove_observer_hooks(module: nn.Module) -> None:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in _OBSERVER_HOOKS]:
             del hooks[key]
+
+
+def has_hooks_of_its_own(module: nn.Module) -> bool:
+    """Whether anything but an observer hooks into the module's passes."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return (
+        any(hook not in _OBSERVER_HOOKS for hook in hooks)
+        or bool(module._backward_hooks)
+        or bool(module._backward_pre_hooks)
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from ._model_checks import (
     warn_of_training_mode,
     warn_of_uncalibrated,
 )
+from ._swapping import copy_to_convert, from_float
 from ._torch_ao import nnq, nnquantizable
 from .observer import (
     HistogramObserver,
@@ -60,7 +60,6 @@ from .stubs import QuantWrapper
 from .utils import (
     QuantizationError,
     check_is_module,
-    get_qparam_dict,
     has_no_children_ignoring_parametrizations,
 )
 
@@ -478,7 +477,7 @@ def convert(
     warn_of_uncalibrated(module, mapping, custom)
     warn_of_nonfinite(module)
     if not inplace:
-        module = copy.deepcopy(module)
+        module = copy_to_convert(module, mapping, custom)
     _convert(
         module,
         mapping,
@@ -586,21 +585,11 @@ def _swap(mod: nn.Module, mapping: Classes, custom: Classes, use_precomputed: bo
     if kind in custom:
         swapped = custom[kind].from_observed(mod)
     else:
-        swapped = _from_float(mapping[kind], mod, use_precomputed)
+        swapped = from_float(mapping[kind], mod, use_precomputed)
     if swapped is not mod:
         copy_forward_pre_hooks(mod, swapped)
         copy_forward_hooks(mod, swapped)
     return swapped if device is None else swapped.to(device)
-
-
-def _from_float(target: Any, mod: nn.Module, use_precomputed_fake_quant: bool) -> nn.Module:
-    if getattr(target, "_IS_REFERENCE", False):
-        observer: nn.Module = mod.qconfig.weight()  # type: ignore[union-attr, operator]
-        observer(mod.weight)
-        return target.from_float(mod, get_qparam_dict(observer))  # type: ignore[no-any-return]
-    if "use_precomputed_fake_quant" in inspect.signature(target.from_float).parameters:
-        return target.from_float(mod, use_precomputed_fake_quant=use_precomputed_fake_quant)  # type: ignore[no-any-return]
-    return target.from_float(mod)  # type: ignore[no-any-return]
 
 
 # --- the whole way in one call ------------------------------------------------------------------
