@@ -14,7 +14,7 @@ PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
-NATIVE = $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp)
+NATIVE = $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp benchmarks/*.cpp)
 # Built against the torch of $(VENV): with isolation pip would download another one to build with.
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation \
 	--config-settings=cmake.define.FASTQUANT_WERROR=$(WERROR) --editable
@@ -26,7 +26,7 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test native-test lint format audit bench bench-table wheel cuda-compile cuda-objects clean
+.PHONY: help demo test native-test lint format audit bench bench-table limits wheel cuda-compile cuda-objects clean
 
 help:
 	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
@@ -35,6 +35,7 @@ help:
 	@echo "make lint         formatting, lint and types; make format mends the formatting"
 	@echo "make audit        stable ABI, symbols of the built library"
 	@echo "make bench        measure against torch.ao; make bench-table updates the README"
+	@echo "make limits       what bounds counting a histogram on this machine"
 	@echo "make wheel        build a wheel into dist/"
 	@echo "make clean        remove what was built; $(VENV) stays"
 
@@ -72,6 +73,11 @@ bench: $(VENV)/.installed
 
 bench-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/readme_table.py
+
+limits: $(VENV)/.installed
+	@cmake -B build/limits $(CMAKE_OPTIONS) -DFASTQUANT_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release >build/limits.log
+	@cmake --build build/limits --target limits >>build/limits.log
+	@build/limits/limits
 
 wheel: $(VENV)/.installed
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
