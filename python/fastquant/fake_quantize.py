@@ -20,6 +20,7 @@ from ._ops import apply_fake_quantize, apply_fused, apply_learnable_fake_quantiz
 from ._qparams import (
     NONFINITE_CODES,
     RESIZING,
+    KeepsPrecision,
     Nonfinite,
     channel_count,
     channel_error,
@@ -113,7 +114,7 @@ def _check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> Non
             )
 
 
-class FakeQuantizeBase(ABC, nn.Module):
+class FakeQuantizeBase(ABC, KeepsPrecision):
     """Base of all fake-quantizers.
 
     Two buffers of one integer say what a call does, non-zero for on: `observer_enabled` and
@@ -182,6 +183,8 @@ class FakeQuantize(FakeQuantizeBase):
         QuantizationError: a quantized range that is empty or that the dtype does not hold, or
             an observer that is neither per tensor nor per channel.
     """
+
+    _kept_precise = ("scale", "zero_point")
 
     scale: Tensor
     zero_point: Tensor
