@@ -29,6 +29,7 @@ from ._qparams import (
     refill_buffer,
     resize_buffer,
 )
+from ._torch_ao import scriptable
 from .observer import (
     FIRST_FORWARD_IN_GRAPH,
     FixedQParamsObserver,
@@ -37,7 +38,6 @@ from .observer import (
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
-    _refuse_scripting,
     _script_type,
     _with_args,
     default_fixed_qparams_range_0to1_observer,
@@ -158,7 +158,9 @@ class FakeQuantizeBase(ABC, KeepsPrecision):
         self.enable_observer(False)
 
     with_args = classmethod(_with_args)
-    __prepare_scriptable__ = _refuse_scripting
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
 
 class FakeQuantize(FakeQuantizeBase):
@@ -509,6 +511,10 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
                 f"MovingAveragePerChannelMinMaxObserver, got {type(made).__name__}"
             )
         self.is_symmetric_quant = _is_symmetric_quant(made.qscheme)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.ao's fused op has a scale and zero point of its own.
+        return scriptable(self, FakeQuantize)
 
 
 class _LearnableFakeQuantize(FakeQuantizeBase):

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, NoReturn, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from ._torch_ao import (
     TorchAODType,
     ZeroPointDomain,
     get_block_size,
+    scriptable,
 )
 from .utils import (
     QuantizationError,
@@ -167,14 +168,6 @@ def _with_callable_args(
 # Bases
 
 
-def _refuse_scripting(module: nn.Module) -> NoReturn:
-    """What torch.jit.script calls first."""
-    raise NotImplementedError(
-        f"{type(module).__name__} cannot be scripted: use torch.jit.trace, or script the model "
-        "that convert returns"
-    )
-
-
 class ObserverBase(ABC, KeepsPrecision):
     """Base of all observers.
 
@@ -202,7 +195,9 @@ class ObserverBase(ABC, KeepsPrecision):
 
     with_args = classmethod(_with_args)
     with_callable_args = classmethod(_with_callable_args)
-    __prepare_scriptable__ = _refuse_scripting
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
 
 def _factory(factory_kwargs: dict[str, Any] | None) -> dict[str, Any]:
