@@ -241,7 +241,7 @@ def _first_few(values: Tensor) -> list[float]:
     return values.flatten()[:5].tolist()
 
 
-class _Exclusion:
+class Exclusion:
     """A lock for what threads must not do at once; a forked process starts with an open one."""
 
     def __init__(self) -> None:
@@ -260,4 +260,4 @@ class _Exclusion:
 
 
 # Held while a buffer gets another size: observers that see their first tensor.
-RESIZING = _Exclusion()
+RESIZING = Exclusion()

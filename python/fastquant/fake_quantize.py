@@ -15,7 +15,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._compiling import outside_graphs
+from ._compiling import (
+    FIRST_FORWARD_IN_GRAPH,
+    may_be_run_in_graphs,
+    outside_graphs,
+    run_in_graph,
+)
 from ._ops import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
 from ._qparams import (
     NONFINITE_CODES,
@@ -31,7 +36,6 @@ from ._qparams import (
 )
 from ._torch_ao import scriptable
 from .observer import (
-    FIRST_FORWARD_IN_GRAPH,
     FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
@@ -72,6 +76,9 @@ __all__ = [
     "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
     "fused_wt_fake_quant_range_neg_127_to_127",
 ]
+
+_is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 
 _Self = TypeVar("_Self", bound="_LearnableFakeQuantize")
 
@@ -235,6 +242,11 @@ class FakeQuantize(FakeQuantizeBase):
         zero_point_dtype = torch.float32 if _is_float_qparams(self.qscheme) else torch.int32
         self.register_buffer("scale", torch.tensor([1.0], dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor([0], dtype=zero_point_dtype))
+        may_be_run_in_graphs(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        may_be_run_in_graphs(self)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of what was observed."""
@@ -294,12 +306,18 @@ class FakeQuantize(FakeQuantizeBase):
         error = input_error(x)
         if error is not None:
             raise error
+        if _is_compiling() and not _is_exporting():
+            run_in_graph(self, "_observe_in_steps", x)
+        else:
+            self._observe_in_steps(x)
+        return self._fake_quantize(x)
+
+    def _observe_in_steps(self, x: Tensor) -> None:
         if self.observer_enabled:
             self.activation_post_process(x.detach())
             scale, zero_point = self.calculate_qparams()
             resize_buffer(self, "scale", scale.shape).copy_(scale)
             resize_buffer(self, "zero_point", zero_point.shape).copy_(zero_point)
-        return self._fake_quantize(x)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         observer = self.activation_post_process

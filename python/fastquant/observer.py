@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ._compiling import outside_graphs
+from ._compiling import FIRST_FORWARD_IN_GRAPH, outside_graphs
 from ._ops import choose_qparams, observe_histogram, observe_minmax, search_histogram_range
 from ._qparams import (
     NONFINITE_CODES,
@@ -592,10 +592,6 @@ class _MinMax(_RangeObserver):
         return self.forward(x)
 
 
-FIRST_FORWARD_IN_GRAPH = (
-    "the first tensor of a per-channel observer sets the size of its buffers; run the module once "
-    "before you compile it with fullgraph=True"
-)
 outside_graphs(_MinMax, "_forward_first", FIRST_FORWARD_IN_GRAPH)
 
 
