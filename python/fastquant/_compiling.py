@@ -107,22 +107,24 @@ def run_in_graph(module: nn.Module, method: str, x: Tensor) -> None:
 def _run_module_now(x: Tensor, buffers: list[Tensor], module_id: int, method: str) -> None:
     module = _MODULES[module_id]
     with _LENDING:
+        # As `buffers()` has them, each once, and where they are kept.
+        places: dict[Tensor, list[tuple[dict[str, Any], str]]] = {}
+        for owner in module.modules():
+            for name, own in owner._buffers.items():
+                if own is not None:
+                    places.setdefault(own, []).append((owner._buffers, name))
         # The graph's buffers may be copies of the module's, and stay as they are on an error.
-        lent = {id(own): held.clone() for own, held in zip(module.buffers(), buffers, strict=True)}
-        slots = [
-            (owner._buffers, name, own)
-            for owner in module.modules()
-            for name, own in owner._buffers.items()
-            if own is not None
-        ]
-        for owned, name, own in slots:
-            owned[name] = lent[id(own)]
+        for held, kept in zip(buffers, places.values(), strict=True):
+            lent = held.clone()
+            for owned, name in kept:
+                owned[name] = lent
         try:
             getattr(module, method)(x)
-            results = list(module.buffers())
+            results = [owned[name] for (owned, name), *_ in places.values()]
         finally:
-            for owned, name, own in slots:
-                owned[name] = own
+            for own, kept in places.items():
+                for owned, name in kept:
+                    owned[name] = own
     if any(held.shape != result.shape for held, result in zip(buffers, results, strict=True)):
         raise RuntimeError(FIRST_FORWARD_IN_GRAPH)
     for held, result in zip(buffers, results, strict=True):
