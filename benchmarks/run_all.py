@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import compile
 import fake_quant
 import histogram_search
 import memory
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Measure] = {
         threads,
         memory,
         whole_models,
+        compile,
     )
 }
 

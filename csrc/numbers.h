@@ -46,6 +46,12 @@ FASTQUANT_HD static inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// The largest finite number that a type holds.
+FASTQUANT_HD static inline constexpr double largest_of(float) { return 0x1.fffffep127; }
+FASTQUANT_HD static inline constexpr double largest_of(double) { return __DBL_MAX__; }
+FASTQUANT_HD static inline constexpr double largest_of(Half) { return 0x1.ffcp15; }
+FASTQUANT_HD static inline constexpr double largest_of(BFloat16) { return 0x1.fep127; }
+
 FASTQUANT_HD static inline float to_compute(float x) { return x; }
 
 FASTQUANT_HD static inline double to_compute(double x) { return x; }

@@ -44,13 +44,28 @@ FASTQUANT_HD B greatest(B a, B b) {
   return a != a ? a : (a < b || b != b ? b : a);
 }
 
+// A finite value no larger than what a type holds whose largest number is `most`; infinities stay.
+template <class T>
+FASTQUANT_HD T kept_finite(T value, double most) {
+  if (value - value != 0 || !(static_cast<double>(value < 0 ? -value : value) > most)) return value;
+  return static_cast<T>(value < 0 ? -most : most);
+}
+
+// A step of a moving average, also where the way to go is longer than the largest number.
+template <class B>
+FASTQUANT_HD B moved_average(B so_far, B now, B constant) {
+  const B way = now - so_far;
+  if (way - way == 0 || so_far - so_far != 0 || now - now != 0) return so_far + constant * way;
+  return (B{1} - constant) * so_far + constant * now;
+}
+
 // The extremes of a tensor folded into those so far: running where `averages` is false, else
 // a moving average.
 template <class B>
 FASTQUANT_HD Range<B> folded(Range<B> so_far, Range<B> now, bool averages, B constant) {
   if (!averages) return {least(now.low, so_far.low), greatest(now.high, so_far.high)};
   if (!is_observed(so_far)) return now;
-  return {so_far.low + constant * (now.low - so_far.low), so_far.high + constant * (now.high - so_far.high)};
+  return {moved_average(so_far.low, now.low, constant), moved_average(so_far.high, now.high, constant)};
 }
 
 // Rounded towards zero, as far as the type goes; NaN is 0.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -160,6 +163,133 @@ def test_the_first_call_of_a_per_channel_module_says_what_to_do() -> None:
         compiled(x)
         expected(x)
         assert_unchanged(module, snapshot(expected))
+
+
+class Doubling(fq.MovingAverageMinMaxObserver):
+    """A user's observer, with buffers of its own that it replaces, and Python state."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("seen", torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen = self.seen + float(x.max())
+        return super().forward(x * 2)
+
+
+IN_STEPS = {
+    "histogram": fq.HistogramObserver,
+    "user's": Doubling,
+    "torch.ao's": tq.HistogramObserver,
+    "hooked": fq.MinMaxObserver,
+}
+
+
+def in_steps(kind: str) -> nn.Module:
+    """A network with fake-quantizers that do what no single op does."""
+    torch.manual_seed(0)
+    with oracle():
+        a, b = (fq.FakeQuantize(IN_STEPS[kind]) for _ in range(2))
+    if kind == "hooked":
+        for module in (a, b):
+            module.activation_post_process.register_forward_hook(lambda *_: None)
+    return nn.Sequential(nn.Linear(6, 5), a, nn.ReLU(), nn.Linear(5, 4), b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        *((kind, "aot_eager") for kind in IN_STEPS),
+        pytest.param("histogram", "inductor", marks=needs_a_compiler),
+    ],
+)
+def test_any_observer_may_be_in_a_fake_quantizer_of_a_graph(kind: str, backend: str) -> None:
+    model, expected = in_steps(kind), in_steps(kind)
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    same = assert_same if backend == "aot_eager" else assert_near
+    switches = (
+        fq.disable_observer,
+        fq.disable_fake_quant,
+        fq.enable_observer,
+        fq.enable_fake_quant,
+    )
+    for i in range(6):
+        x = torch.randn(8 + i, 6) * (1 + i)
+        with oracle():
+            y, z = compiled(x), expected(x)
+        same(y, z)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            same(p.grad, q.grad)
+        if backend == "aot_eager":
+            assert_unchanged(model, snapshot(expected))
+        for m in (model, expected):
+            m.apply(switches[i % 4])
+    assert graphs() == 1
+    if kind == "user's":
+        for a, b in zip(model.modules(), expected.modules(), strict=True):
+            assert getattr(a, "calls", 0) == getattr(b, "calls", 0)
+
+
+def test_graphs_of_two_modules_of_a_kind_observe_each_its_own() -> None:
+    modules = [fq.FakeQuantize(fq.HistogramObserver) for _ in range(2)]
+    modules.append(copy.deepcopy(modules[0]))
+    modules.append(pickle.loads(pickle.dumps(modules[0])))
+    for i, module in enumerate(modules):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        compiled(torch.full((3,), float(i)))
+    for i, module in enumerate(modules):
+        assert float(module.activation_post_process.max_val) == i
+
+
+def test_an_error_in_a_graph_leaves_the_statistics() -> None:
+    module = fq.FakeQuantize(fq.HistogramObserver, nonfinite="raise")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(20))
+    before = snapshot(module)
+    tensors = dict(module.named_buffers())
+    with pytest.raises(ValueError, match="1 non-finite"):
+        compiled(torch.tensor([1.0, float("nan")]))
+    assert_unchanged(module, before)
+    assert all(dict(module.named_buffers())[name] is t for name, t in tensors.items())
+
+
+def test_a_user_s_per_channel_observer_has_to_run_once_before_it_is_compiled() -> None:
+    class Own(fq.PerChannelMinMaxObserver):
+        pass
+
+    module, expected = fq.FakeQuantize(Own), fq.FakeQuantize(Own)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="run the module once"):
+        compiled(x)
+    module(x)
+    expected(x)
+    assert_same(compiled(x * 3), expected(x * 3))
+    assert_unchanged(module, snapshot(expected))
+
+
+def test_a_graph_in_several_threads_leaves_the_module_its_buffers() -> None:
+    module = fq.FakeQuantize(fq.HistogramObserver)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(torch.linspace(-1, 1, 100))
+    tensors = list(module.buffers())
+
+    def work() -> None:
+        for _ in range(20):
+            compiled(torch.linspace(-1, 1, 100))
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(a is b for a, b in zip(module.buffers(), tensors, strict=True))
 
 
 def test_learned_qparams_have_the_same_gradients() -> None:

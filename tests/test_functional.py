@@ -46,6 +46,10 @@ def test_state_begins_with_nothing_observed(channels: int | None, dtype: torch.d
     assert state.scale.tolist() == [1.0] * (channels or 1)
     assert state.zero_point.tolist() == [0] * (channels or 1)
     assert state.zero_point.dtype == torch.int32
+    if dtype not in (torch.float32, torch.float64):
+        with pytest.raises(TypeError, match=f"float32 or torch.float64, got {dtype}"):
+            F.histogram_state(64, dtype=dtype)
+        return
     histogram = F.histogram_state(64, dtype=dtype)
     assert histogram.histogram.shape == (64,)
     assert histogram.histogram.dtype == dtype
@@ -456,7 +460,7 @@ BAD = {
             X, torch.zeros(4).int(), torch.tensor(INF), torch.tensor(-INF)
         ),
         TypeError,
-        "histogram must have a floating dtype, got torch.int32",
+        "histogram must be torch.float32 or torch.float64, got torch.int32",
     ),
     "upsample_rate": (lambda: count(upsample_rate=0), ValueError, "upsample_rate must be positive"),
     # ranges, scales, schemes

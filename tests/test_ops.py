@@ -207,7 +207,7 @@ def test_what_holds_no_finite_element_changes_no_range(constant: float | None) -
 
 @given(
     streams(nonfinite=True),
-    st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
+    st.sampled_from([torch.float32, torch.float32, torch.float64]),
     st.sampled_from([1, 7, 64, 2048]),
     st.sampled_from([1, 16]),
     policies,
@@ -298,6 +298,93 @@ def test_histogram_of_extreme_ranges(value: float) -> None:
     assert histogram.sum() == 10
     assert low.isfinite()
     assert high.isfinite()
+
+
+def assert_refused_when_narrow(op: Any, which: int, dtype: torch.dtype) -> None:
+    state = [torch.zeros(8), *unobserved(), counter()]
+    state[which] = state[which].to(dtype)
+    before = [t.clone() for t in state]
+    with pytest.raises(RuntimeError, match="must be float32 or float64"):
+        op(torch.randn(5), *state, 16, IGNORE)
+    assert_equal(state, before)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_histograms_too_narrow_to_count_in_are_refused(which: int, dtype: torch.dtype) -> None:
+    assert_refused_when_narrow(_ops.observe_histogram_, which, dtype)
+    assert_refused_when_narrow(_reference.observe_histogram_, which, dtype)
+
+
+# ----------------------------------------------------------------------- narrower buffers
+
+HUGE = {torch.float64: 1e300, torch.float32: 3e38, torch.float16: 65504.0, torch.bfloat16: 3e38}
+
+
+def is_narrower(buffer_dtype: torch.dtype, x_dtype: torch.dtype) -> bool:
+    return HUGE[x_dtype] > torch.finfo(buffer_dtype).max
+
+
+@pytest.mark.parametrize("constant", [None, 0.5, 1.0])
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("policy", [IGNORE, RAISE, PROPAGATE])
+@pytest.mark.parametrize(
+    ("x_dtype", "buffer_dtype"), [(a, b) for a in FLOATS for b in FLOATS if is_narrower(b, a)]
+)
+def test_ranges_saturate_at_what_their_buffers_hold(
+    x_dtype: torch.dtype, buffer_dtype: torch.dtype, policy: int, axis: int | None, constant: Any
+) -> None:
+    huge, most = HUGE[x_dtype], torch.finfo(buffer_dtype).max
+    low, high = unobserved(None if axis is None else 2, buffer_dtype)
+    for row in ([-huge, huge], [huge, -huge]):
+        x = torch.tensor([row, row], dtype=x_dtype)
+        args = (x, low, high, counter(), axis, constant, policy)
+        assert_as_reference("observe_minmax_", *args)
+        _ops.observe_minmax_(*args)
+        assert (low == -most).all()
+        assert (high == most).all()
+
+
+@pytest.mark.parametrize("infinity", [INF, -INF])
+def test_infinities_propagate_into_narrower_buffers(infinity: float) -> None:
+    low, high = unobserved()
+    x = torch.tensor([0.0, infinity], dtype=torch.float64)
+    _ops.observe_minmax_(x, low, high, counter(), None, None, PROPAGATE)
+    assert {float(low), float(high)} == {0.0, infinity}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_averages_move_across_the_whole_range(dtype: torch.dtype) -> None:
+    """From one end to the other is further than the largest number."""
+    most = torch.finfo(dtype).max
+    low, high = unobserved(dtype=dtype)
+    for end in (most, -most, most):
+        args = (torch.full((3,), end, dtype=dtype), low, high, counter(), None, 0.25, IGNORE)
+        assert_as_reference("observe_minmax_", *args)
+        _ops.observe_minmax_(*args)
+    expected = (most * 0.5) * 0.75 + most * 0.25
+    torch.testing.assert_close(float(low), expected, rtol=1e-2, atol=0)
+    assert_equal(low, high)
+
+
+@pytest.mark.parametrize("bins", [7, 2048])
+@pytest.mark.parametrize("policy", [IGNORE, RAISE, PROPAGATE])
+def test_a_histogram_counts_what_is_beyond_its_range_at_the_ends(bins: int, policy: int) -> None:
+    most = torch.finfo(torch.float32).max
+    ours = [torch.zeros(bins), *unobserved(), counter()]
+    reference = [t.clone() for t in ours]
+    generator = torch.Generator().manual_seed(0)
+    for factor in (1.0, 1e300, 1e38):
+        x = torch.randn(300_001, dtype=torch.float64, generator=generator) * factor
+        for op, state in ((_ops, ours), (_reference, reference)):
+            op.observe_histogram_(x, *state, 16, policy)
+        assert_equal(ours[1:], reference[1:])
+        torch.testing.assert_close(ours[0], reference[0], rtol=1e-6, atol=1e-6)
+    assert_equal(ours[1:3], [torch.tensor(-most), torch.tensor(most)])
+    assert ours[0].sum() == 900_003
+    # Half of the second tensor at each end.
+    assert float(ours[0][0]) > 149_000
+    assert float(ours[0][-1]) > 149_000
 
 
 # -------------------------------------------------------------------------------- search

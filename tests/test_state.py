@@ -266,7 +266,10 @@ def test_modules_convert_to_other_dtypes(name: str, dtype: torch.dtype, when: st
     for key, value in module.state_dict().items():
         expected = reference.state_dict()[key]
         if expected.is_floating_point():
-            assert value.dtype == dtype
+            # Statistics and scales stay wide; what is learned is the model's.
+            learned = name == "learnable" and not key.startswith("activation_post_process")
+            narrow = dtype != torch.float64 and not learned
+            assert value.dtype == (torch.float32 if narrow else dtype), key
             # A value near the edge of a bin may go next door: compare the total count.
             total = Tensor.sum if key.endswith("histogram") else Tensor.clone
             torch.testing.assert_close(

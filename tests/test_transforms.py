@@ -7,18 +7,20 @@ must not, and the tensors that are not what their memory says.
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.ao.quantization as tq
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
-from oracle import assert_same, assert_unchanged, snapshot
+from oracle import assert_same, assert_same_state, assert_unchanged, snapshot
 from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
 
 OBSERVERS: dict[str, Callable[[], Any]] = {
@@ -48,17 +50,17 @@ def assert_same_buffers(actual: nn.Module, expected: nn.Module) -> None:
     assert_unchanged(actual, snapshot(expected))
 
 
-def network(kind: str) -> nn.Module:
+def network(kind: str, ns: Any = fq) -> nn.Module:
     """A small network, "min_max" and "histogram" prepared or "qat", that has seen a batch."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(fq.QuantStub(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     if kind == "qat":
         model.train().qconfig = fq.get_default_qat_qconfig("x86")
-        model = fq.prepare_qat(model)
+        model = ns.prepare_qat(model)
     else:
         histogram = kind == "histogram"
         model.eval().qconfig = fq.get_default_qconfig("x86") if histogram else fq.default_qconfig
-        model = fq.prepare(model)
+        model = ns.prepare(model)
     model(torch.randn(4, 6))
     return model
 
@@ -350,11 +352,89 @@ def test_a_traced_model_observes_when_traced_and_when_run(kind: str) -> None:
         assert_same(found[name], buffer, name)
 
 
-@every_observer
-def test_scripting_is_refused_in_words(kind: str) -> None:
-    module = OBSERVERS[kind]()
-    for model in (module, nn.Sequential(nn.Linear(2, 2), module)):
-        with oracle(), pytest.raises(NotImplementedError, match=r"cannot be scripted.*jit\.trace"):
+SCRIPTED = {
+    **OBSERVERS,
+    "histogram_fake_quantize": fq.default_histogram_fake_quant,
+    "fixed": fq.default_fixed_qparams_range_0to1_fake_quant,
+    "float_qparams": fq.default_embedding_fake_quant,
+    "fused": fq.default_fused_act_fake_quant,
+    "symmetric": fq.default_fused_wt_fake_quant,
+    "placeholder": fq.PlaceholderObserver,
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTED)
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_scripted_module_goes_on_as_the_module_would(kind: str, seen: bool) -> None:
+    module, expected = SCRIPTED[kind](), SCRIPTED[kind]()
+    for x in (torch.randn(4, 6),) * seen:
+        module(x)
+        expected(x)
+    with oracle():
+        scripted: Any = torch.jit.script(module)
+    for i in range(3):
+        x = torch.randn(4, 6) * (i + 1)
+        assert_same(scripted(x), expected(x))
+        file = io.BytesIO()
+        torch.jit.save(scripted, file)  # type: ignore[no-untyped-call]
+        file.seek(0)
+        with oracle():
+            scripted = torch.jit.load(file)
+    assert_same_state(scripted, expected)
+    if kind != "placeholder":
+        for ours, theirs in zip(
+            scripted.calculate_qparams(), expected.calculate_qparams(), strict=True
+        ):
+            assert_same(ours, theirs)
+
+
+class Watched(nn.Module):
+    """A model that calls its observers itself: hooks cannot be scripted, torch.ao's neither."""
+
+    def __init__(self, ns: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.before = ns.HistogramObserver()
+        self.after = ns.FusedMovingAvgObsFakeQuantize(ns.MovingAverageMinMaxObserver)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.after(self.linear(self.before(x)))
+        return y
+
+
+def test_a_scripted_model_shares_its_statistics_with_the_model() -> None:
+    torch.manual_seed(0)
+    model = Watched(fq)
+    torch.manual_seed(0)
+    expected = Watched(fq)
+    model(x := torch.randn(4, 6))
+    expected(x)
+    with oracle():
+        scripted: Any = torch.jit.script(model)
+        for i in range(3):
+            x = torch.randn(4, 6) * (i + 1)
+            assert_same(scripted(x), expected(x))
+    assert_same_state(scripted, expected)
+    # The model observes on, beside what was scripted.
+    with oracle():
+        assert_same(model(x * 9), expected(x * 9))
+    assert_same_state(model, expected)
+
+
+@pytest.mark.parametrize("kind", ["min_max", "histogram", "qat"])
+def test_prepared_models_cannot_be_scripted_as_torchs_cannot(kind: str) -> None:
+    for ns in (fq, tq):
+        with oracle(), pytest.raises(RuntimeError):
+            torch.jit.script(network(kind, ns))
+
+
+class Own(fq.MinMaxObserver):
+    """A user's observer."""
+
+
+def test_scripting_a_users_observer_is_refused_in_words() -> None:
+    for model in (Own(), nn.Sequential(nn.Linear(2, 2), Own()), fq.FakeQuantize(Own)):
+        with oracle(), pytest.raises(NotImplementedError, match=r"Own cannot.*jit\.trace"):
             torch.jit.script(model)
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import fastquant as fq
 from fastquant import observer as ob
-from oracle import assert_same, quiet
+from fastquant._ops import observe_histogram
+from oracle import assert_same, assert_same_state, quiet
 
 BIG, TINY = 3e38, 1e-45
 TENSORS = {
@@ -59,24 +60,106 @@ def test_a_range_may_grow_and_tensors_shrink_by_thirty_orders(name: str) -> None
         assert_sane(module)
 
 
-def test_a_histogram_grows_often_in_the_memory_it_has() -> None:
+@every_observer
+@pytest.mark.parametrize("huge", [1e39, 1e300])
+def test_numbers_beyond_fp32_saturate(name: str, huge: float) -> None:
+    module = OBSERVERS[name]()
+    for tensor in ([-huge, 1.0, huge], [huge] * 3, [-huge] * 3, [0.5, -2.0, 1.0]):
+        module(torch.tensor(tensor, dtype=torch.float64))
+        assert_sane(module)
+        assert bool(module.min_val.isfinite().all())
+    if name in ("minmax", "channels"):
+        assert module.min_val.min() == -torch.finfo(torch.float32).max
+        assert module.max_val.max() == torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("when", ["before", "after", "made so"])
+@every_observer
+def test_a_narrow_model_has_the_statistics_of_a_wide_one(
+    name: str, dtype: torch.dtype, when: str
+) -> None:
+    made = {"factory_kwargs": {"dtype": dtype}} if when == "made so" and name == "minmax" else {}
+    module, expected = OBSERVERS[name](**made), OBSERVERS[name]()
+    if when == "before":
+        module = nn.Sequential(module).to(dtype)[0]
+    for i in range(300):
+        # More than fp16 counts to, and steps that neither fp16 nor bf16 can take.
+        x = torch.full((400,), 1.0 + i / 300).to(dtype)
+        x[0] = -60000.0 * (i == 150)
+        module(x)
+        expected(x)
+        if i == 100 and when == "after":
+            module = nn.Sequential(module).to(dtype)[0]
+    assert_same_state(module, expected)
+    for actual, wanted in zip(
+        module.calculate_qparams(), expected.calculate_qparams(), strict=True
+    ):
+        assert_same(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_fake_quantize_has_an_exact_scale(dtype: torch.dtype) -> None:
+    for make in (fq.default_fused_act_fake_quant, fq.default_per_channel_weight_fake_quant):
+        module, expected = make().to(dtype), make()
+        x = (torch.randn(3, 4) * 1e-5).to(dtype)
+        assert_same(module(x), expected(x))
+        assert_same_state(module, expected)
+        assert_same(module.scale, module.calculate_qparams()[0])
+    fixed = fq.FixedQParamsFakeQuantize(ob.FixedQParamsObserver.with_args(scale=0.1, zero_point=3))
+    assert float(fixed.to(dtype).scale) == pytest.approx(0.1, rel=1e-7)
+
+
+@every_observer
+def test_a_narrow_state_is_widened_also_where_it_is_assigned(name: str) -> None:
+    written, module = OBSERVERS[name](), OBSERVERS[name]()
+    written(torch.tensor([1.0, 2.0]))
+    state = {k: v.half() for k, v in written.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+    for _ in range(3000):
+        module(torch.tensor([1.0, 1.5]))
+    assert module.min_val.dtype == torch.float32
+    assert_sane(module)
+    if "histogram" in name:
+        assert module.histogram.sum() == 6002
+
+
+def test_a_histogram_grows_a_million_times_in_the_memory_it_has() -> None:
     module = ob.HistogramObserver(bins=16)
-    pointer = module.histogram.data_ptr()
-    for i in range(3000):
-        module(torch.tensor([-(1.001**i), 1.002**i]))
-    assert module.histogram.data_ptr() == pointer
-    torch.testing.assert_close(float(module.histogram.sum()), 6000.0)
+    state = [module.histogram, module.min_val, module.max_val, module.nonfinite_count]
+    pointers = [t.data_ptr() for t in state]
+    x = torch.tensor([-1e-3, 1e-3])
+    values = x.numpy()
+    low = high = 1e-3
+    for i in range(1_000_000):
+        # Each end by turns, from 1e-3 to 1e4.
+        if i % 2:
+            low *= 1.000033
+            values[0] = -low
+        else:
+            high *= 1.000033
+            values[1] = high
+        observe_histogram(x, *state, 16, 0)
+    assert [t.data_ptr() for t in state] == pointers
+    assert float(module.max_val) > 1e4
+    torch.testing.assert_close(float(module.histogram.sum()), 2e6, rtol=1e-3, atol=0)
     assert_sane(module)
 
 
 def test_a_thousand_million_elements_in_one_bin_are_counted() -> None:
+    """As fp32 counts them, which what a tensor adds must not be smaller than."""
     module = ob.HistogramObserver(bins=16)
     module(torch.tensor([0.0, 1.0]))
-    x = torch.full((1_000_000,), 0.5)
+    x = torch.full((1_000_064,), 0.5)
     module.histogram[8] = 9.9e8
+    before = float(module.histogram[8])
     for _ in range(10):
         module(x)
-    torch.testing.assert_close(float(module.histogram[8]), 1e9, rtol=1e-6, atol=0)
+    # Multiples of 64, the distance of neighbours in fp32 there: exact.
+    assert float(module.histogram[8]) == before + 10 * 1_000_064
+    for _ in range(10):
+        module(x[:1_000_001])
+    torch.testing.assert_close(float(module.histogram[8]), before + 20_000_650, rtol=3e-7, atol=0)
     assert_sane(module)
 
 

@@ -121,11 +121,11 @@ void write_value(const Array& a, T value) {
   with_buffer_type(a.type, [&](auto element) { assign(static_cast<decltype(element)*>(a.data), value); });
 }
 
-// A value as elements of this type hold it.
+// A value as elements of this type hold it; a finite one stays finite.
 template <class T>
 T rounded_to(Element type, T value) {
   return with_stored_type(type, [&](auto element) {
-    assign(&element, value);
+    assign(&element, kept_finite(value, largest_of(element)));
     return static_cast<T>(number(element));
   });
 }

@@ -206,8 +206,8 @@ void update_buffers(const Extremes<T>& current, std::optional<double> averaging_
   std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
   for (size_t c = 0; c < lows.size(); ++c) {
     if (current.low[c] > current.high[c]) continue;
-    const B low = rounded_to(min_val.type, static_cast<B>(current.low[c]));
-    const B high = rounded_to(max_val.type, static_cast<B>(current.high[c]));
+    const B low = static_cast<B>(rounded_to(min_val.type, current.low[c]));
+    const B high = static_cast<B>(rounded_to(max_val.type, current.high[c]));
     const auto moved = folded<B>({lows[c], highs[c]}, {low, high}, averaging_constant.has_value(), constant);
     lows[c] = moved.low;
     highs[c] = moved.high;
@@ -346,6 +346,14 @@ bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, 
   return std::all_of(hit.begin(), hit.end(), [](char h) { return h != 0; });
 }
 
+// x with finite numbers beyond `most` put in at it.
+template <class S>
+std::vector<S> saturated(const S* x, int64_t n, double most) {
+  std::vector<S> result(x, x + n);
+  for (S& element : result) from_compute(&element, kept_finite(to_compute(element), most));
+  return result;
+}
+
 template <class B>
 std::vector<double> resample(const std::vector<double>& histogram, const HistogramRange& from,
                              const HistogramRange& to, int64_t upsample_rate) {
@@ -411,9 +419,15 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
     check(policy != NonFinite::raise, "x holds ", left_out, " non-finite elements");
   }
   if (range.low[0] <= range.high[0]) {
-    const HistogramRange now =
-        widened(old, {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])});
-    if (!counted) counts = count_bins(x, d.numel(), counting_range<T>(now), bins);
+    const HistogramRange seen = {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])};
+    const double most = min_val.type == Element::f64 ? largest_of(double{}) : largest_of(float{});
+    const HistogramRange held = {kept_finite(seen.low, most), kept_finite(seen.high, most)};
+    const HistogramRange now = widened(old, held);
+    if (held.low != seen.low || held.high != seen.high) {
+      counts = count_bins(saturated(x, d.numel(), most).data(), d.numel(), counting_range<T>(now), bins);
+    } else if (!counted) {
+      counts = count_bins(x, d.numel(), counting_range<T>(now), bins);
+    }
     std::vector<double> total = first ? std::vector<double>(bins, 0.0) : read_values<double>(histogram);
     if (!first && (now.low != old.low || now.high != old.high)) {
       total = moved_histogram(total, old, now, upsample_rate, histogram.type == Element::f64);
@@ -452,6 +466,10 @@ void observe_histogram(const Dense& x, const Array& histogram, const Array& min_
   check_count(min_val, 1);
   check_count(max_val, 1);
   check(histogram.numel > 0 && upsample_rate > 0, "a histogram needs bins");
+  for (const Array* a : {&histogram, &min_val, &max_val}) {
+    // Counts stall in anything narrower, at 256 in bf16.
+    check(a->type == Element::f32 || a->type == Element::f64, a->name, " must be float32 or float64");
+  }
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
     if (x.numel() == 0) return;

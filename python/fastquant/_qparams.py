@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ SCHEME_CODES: dict[torch.qscheme, int] = {
 }
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# What histograms can be kept in: counts stall in anything narrower, at 256 in bf16.
+WIDE = (torch.float32, torch.float64)
 
 _UINT8 = (torch.quint8, torch.uint8)
 
@@ -110,6 +112,39 @@ def channel_error(
         if buffer.device != x.device:
             return ValueError(f"{name} must be on x's device, {x.device}, got {buffer.device}")
     return None
+
+
+def width_error(buffers: Mapping[str, Tensor | None]) -> Exception | None:
+    """Which of a histogram's buffers is too narrow for it; None where none is."""
+    for name, buffer in buffers.items():
+        if isinstance(buffer, Tensor) and buffer.dtype not in WIDE:
+            return TypeError(f"{name} must be torch.float32 or torch.float64, got {buffer.dtype}")
+    return None
+
+
+class KeepsPrecision(nn.Module):
+    """A module some of whose buffers no conversion makes narrower than fp32: not `half()`.
+
+    Ranges and scales in fp16 are too large or too small for it soon, and neither moving averages
+    nor counts move in it once they are large beside what is added.
+    """
+
+    _kept_precise: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: self._buffers.get(name) for name in self._kept_precise}
+        result: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if (
+                old is not None
+                and new is not None
+                and new.is_floating_point()
+                and new.dtype not in WIDE
+                and old.dtype in WIDE
+            ):
+                self._buffers[name] = old.to(new.device)
+        return result
 
 
 def resize_buffer(module: nn.Module, name: str, shape: Sequence[int]) -> Tensor:
@@ -206,7 +241,7 @@ def _first_few(values: Tensor) -> list[float]:
     return values.flatten()[:5].tolist()
 
 
-class _Exclusion:
+class Exclusion:
     """A lock for what threads must not do at once; a forked process starts with an open one."""
 
     def __init__(self) -> None:
@@ -225,4 +260,4 @@ class _Exclusion:
 
 
 # Held while a buffer gets another size: observers that see their first tensor.
-RESIZING = _Exclusion()
+RESIZING = Exclusion()

@@ -64,6 +64,12 @@ def _check_finite(refused: Tensor) -> None:
         raise RuntimeError("x has non-finite elements")
 
 
+def _kept_finite(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of which those that are finite are no larger than what `dtype` holds."""
+    most = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
+    return torch.where(values.isfinite(), values.clamp(-most, most), values)
+
+
 def _along_channels(values: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
     """One value per tensor or channel, in a shape that broadcasts with x."""
     shape = [1] * x.dim()
@@ -108,11 +114,17 @@ def _observed(
     ) -> Tensor:
         compute = _compute_dtype(buffer)
         old = buffer.to(compute)
-        new = current.to(buffer.dtype).to(compute).reshape(buffer.shape)
+        held = _kept_finite(current, buffer.dtype)
+        new = held.to(buffer.dtype).to(compute).reshape(buffer.shape)
         if averaging_constant is None:
             moved = extreme(old, new)
         else:
-            moved = torch.where(never, new, old + averaging_constant * (new - old))
+            step = old + averaging_constant * (new - old)
+            # Where the way to go is longer than the largest number.
+            far = (new - old).isinf() & old.isfinite() & new.isfinite()
+            constant = old.new_full((), averaging_constant)
+            step = torch.where(far, (1 - constant) * old + constant * new, step)
+            moved = torch.where(never, new, step)
         return torch.where(nothing, buffer, moved.to(buffer.dtype))
 
     new_min = updated(min_val, low, torch.minimum)
@@ -268,12 +280,16 @@ def observe_histogram_(
     nonfinite: int,
 ) -> None:
     _check(histogram.numel() > 0 and upsample_rate > 0, "a histogram needs bins")
+    for name, buffer in (("histogram", histogram), ("min_val", min_val), ("max_val", max_val)):
+        # Counts stall in anything narrower, at 256 in bf16.
+        wide_enough = buffer.dtype in (torch.float32, torch.float64)
+        _check(wide_enough, f"{name} must be float32 or float64")
     _check_input(x, None, min_val=min_val, max_val=max_val)
     if x.numel() == 0:
         return
     bins = histogram.numel()
     wide = _widest_dtype(x.device)
-    values = _rows_of_channels(x, None)[0]
+    values = _kept_finite(_rows_of_channels(x, None)[0], min_val.dtype)
     finite = values.isfinite()
     skipped = (~finite).sum()
     # Infinities never enter a histogram, and NaN raises where torch's would.

@@ -29,6 +29,7 @@ import torch.ao.nn.quantized.dynamic as nnqd
 import torch.ao.nn.quantized.reference as nnqr
 import torch.ao.nn.sparse.quantized as nnsq
 import torch.ao.nn.sparse.quantized.dynamic as nnsqd
+from torch import nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule as FusedModule
 from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as conv_bn_base
 from torch.ao.quantization import observer as _observer
@@ -99,6 +100,7 @@ __all__ = [
     "original",
     "patch_torch_ao",
     "quiet",
+    "scriptable",
 ]
 
 PlaceholderObserver = _observer.PlaceholderObserver
@@ -206,6 +208,35 @@ def adopt(bases: Iterable[type], stubs: dict[Callable[..., Any], Any]) -> None:
             _COUNTERPART[theirs] = ours
     _mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.update(stubs)
     _mappings.DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS.update(stubs)
+
+
+def scriptable(module: nn.Module, cls: type | None = None) -> nn.Module:
+    """torch.ao's module with the same state, which is what TorchScript compiles.
+
+    Its tensors are the same, so what either observes the other has seen.
+
+    Args:
+        module: an observer or fake-quantizer of fastquant's.
+        cls: fastquant's class to take the counterpart of; the module's own.
+
+    Raises:
+        NotImplementedError: the module's class is a user's.
+    """
+    counterparts = {ours: theirs for theirs, ours in _COUNTERPART.items()}
+    theirs = counterparts.get(cls or type(module))
+    if theirs is None or type(module) not in counterparts:
+        raise NotImplementedError(
+            f"{type(module).__name__} cannot be scripted: use torch.jit.trace, or script the "
+            "model that convert returns"
+        )
+    twin: nn.Module = object.__new__(theirs)
+    for name, value in vars(module).items():
+        twin.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
+    # State of ours that torch.ao does not know.
+    for name in twin._non_persistent_buffers_set:
+        del twin._buffers[name]
+    twin._non_persistent_buffers_set.clear()
+    return twin
 
 
 # --- patching -----------------------------------------------------------------------------------

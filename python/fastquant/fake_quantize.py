@@ -15,11 +15,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._compiling import outside_graphs
+from ._compiling import (
+    FIRST_FORWARD_IN_GRAPH,
+    may_be_run_in_graphs,
+    outside_graphs,
+    run_in_graph,
+)
 from ._ops import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
 from ._qparams import (
     NONFINITE_CODES,
     RESIZING,
+    KeepsPrecision,
     Nonfinite,
     channel_count,
     channel_error,
@@ -28,15 +34,14 @@ from ._qparams import (
     refill_buffer,
     resize_buffer,
 )
+from ._torch_ao import scriptable
 from .observer import (
-    FIRST_FORWARD_IN_GRAPH,
     FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
-    _refuse_scripting,
     _script_type,
     _with_args,
     default_fixed_qparams_range_0to1_observer,
@@ -71,6 +76,9 @@ __all__ = [
     "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
     "fused_wt_fake_quant_range_neg_127_to_127",
 ]
+
+_is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 
 _Self = TypeVar("_Self", bound="_LearnableFakeQuantize")
 
@@ -113,7 +121,7 @@ def _check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> Non
             )
 
 
-class FakeQuantizeBase(ABC, nn.Module):
+class FakeQuantizeBase(ABC, KeepsPrecision):
     """Base of all fake-quantizers.
 
     Two buffers of one integer say what a call does, non-zero for on: `observer_enabled` and
@@ -157,7 +165,9 @@ class FakeQuantizeBase(ABC, nn.Module):
         self.enable_observer(False)
 
     with_args = classmethod(_with_args)
-    __prepare_scriptable__ = _refuse_scripting
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
 
 class FakeQuantize(FakeQuantizeBase):
@@ -182,6 +192,8 @@ class FakeQuantize(FakeQuantizeBase):
         QuantizationError: a quantized range that is empty or that the dtype does not hold, or
             an observer that is neither per tensor nor per channel.
     """
+
+    _kept_precise = ("scale", "zero_point")
 
     scale: Tensor
     zero_point: Tensor
@@ -230,6 +242,11 @@ class FakeQuantize(FakeQuantizeBase):
         zero_point_dtype = torch.float32 if _is_float_qparams(self.qscheme) else torch.int32
         self.register_buffer("scale", torch.tensor([1.0], dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor([0], dtype=zero_point_dtype))
+        may_be_run_in_graphs(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        may_be_run_in_graphs(self)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of what was observed."""
@@ -289,12 +306,18 @@ class FakeQuantize(FakeQuantizeBase):
         error = input_error(x)
         if error is not None:
             raise error
+        if _is_compiling() and not _is_exporting():
+            run_in_graph(self, "_observe_in_steps", x)
+        else:
+            self._observe_in_steps(x)
+        return self._fake_quantize(x)
+
+    def _observe_in_steps(self, x: Tensor) -> None:
         if self.observer_enabled:
             self.activation_post_process(x.detach())
             scale, zero_point = self.calculate_qparams()
             resize_buffer(self, "scale", scale.shape).copy_(scale)
             resize_buffer(self, "zero_point", zero_point.shape).copy_(zero_point)
-        return self._fake_quantize(x)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         observer = self.activation_post_process
@@ -506,6 +529,10 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
                 f"MovingAveragePerChannelMinMaxObserver, got {type(made).__name__}"
             )
         self.is_symmetric_quant = _is_symmetric_quant(made.qscheme)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # torch.ao's fused op has a scale and zero point of its own.
+        return scriptable(self, FakeQuantize)
 
 
 class _LearnableFakeQuantize(FakeQuantizeBase):

@@ -36,6 +36,7 @@ from ._qparams import (
     input_error,
     nonfinite_error,
     symmetric_zero_point,
+    width_error,
 )
 from .utils import calculate_qmin_qmax
 
@@ -159,16 +160,19 @@ def histogram_state(
 
     Args:
         bins: number of bins.
-        dtype: floating dtype of the counts and the range.
+        dtype: fp32 or fp64, of the counts and the range.
         device: where they lie, which must be x's device.
 
     Raises:
-        TypeError: `dtype` is not floating.
+        TypeError: `dtype` is another.
         ValueError: `bins` is not positive.
     """
     if not isinstance(bins, int) or bins < 1:
         raise ValueError(f"bins must be a positive integer, got {bins!r}")
     counts = torch.zeros(bins, dtype=dtype, device=device)
+    error = width_error({"histogram_state's dtype": counts})
+    if error is not None:
+        raise error
     return HistogramState(counts, *minmax_state(dtype=dtype, device=device))
 
 
@@ -380,9 +384,9 @@ def observe_histogram_(
 
     Args:
         x: what to observe.
-        histogram: floating `[bins]`, on x's device.
-        min_val: floating, one element: where the first bin begins.
-        max_val: floating, one element: where the last bin ends.
+        histogram: fp32 or fp64 `[bins]`, on x's device.
+        min_val: fp32 or fp64, one element: where the first bin begins.
+        max_val: fp32 or fp64, one element: where the last bin ends.
         nonfinite_count: int64 `[1]`, which grows by the number of elements left out.
         upsample_rate: into how many parts an old bin is cut to be spread over new ones.
         nonfinite: what to do about NaN and infinities: "ignore" leaves them out and counts them,
@@ -397,15 +401,14 @@ def observe_histogram_(
     if upsample_rate < 1:
         raise ValueError(f"upsample_rate must be positive, got {upsample_rate}")
     try:
-        for name, buffer in (("histogram", histogram), ("min_val", min_val), ("max_val", max_val)):
-            _check_floating(name, buffer.dtype)
         count = _count_or_throwaway(nonfinite_count, x)
         _ops.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, code)
     except _REFUSALS as error:
         if isinstance(x, Tensor) and isinstance(histogram, Tensor) and histogram.numel() == 0:
             raise ValueError("histogram must have at least one bin") from None
         buffers = {"min_val": min_val, "max_val": max_val}
-        raise _explained(error, x, None, buffers, nonfinite) from None
+        cause = width_error({"histogram": histogram, **buffers})
+        raise cause or _explained(error, x, None, buffers, nonfinite) from None
 
 
 def histogram_range(

@@ -13,17 +13,19 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, NoReturn, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ._compiling import outside_graphs
+from ._compiling import FIRST_FORWARD_IN_GRAPH, outside_graphs
 from ._ops import choose_qparams, observe_histogram, observe_minmax, search_histogram_range
 from ._qparams import (
     NONFINITE_CODES,
     RESIZING,
     SCHEME_CODES,
+    WIDE,
+    KeepsPrecision,
     Nonfinite,
     channel_count,
     channel_error,
@@ -34,6 +36,7 @@ from ._qparams import (
     refill_buffer,
     resize_buffer,
     symmetric_zero_point,
+    width_error,
 )
 from ._torch_ao import (
     AffineQuantizedObserverBase,
@@ -48,6 +51,7 @@ from ._torch_ao import (
     TorchAODType,
     ZeroPointDomain,
     get_block_size,
+    scriptable,
 )
 from .utils import (
     QuantizationError,
@@ -164,15 +168,7 @@ def _with_callable_args(
 # Bases
 
 
-def _refuse_scripting(module: nn.Module) -> NoReturn:
-    """What torch.jit.script calls first."""
-    raise NotImplementedError(
-        f"{type(module).__name__} cannot be scripted: use torch.jit.trace, or script the model "
-        "that convert returns"
-    )
-
-
-class ObserverBase(ABC, nn.Module):
+class ObserverBase(ABC, KeepsPrecision):
     """Base of all observers.
 
     `forward(x)` updates statistics and returns `x`; `calculate_qparams()` turns them into
@@ -199,11 +195,15 @@ class ObserverBase(ABC, nn.Module):
 
     with_args = classmethod(_with_args)
     with_callable_args = classmethod(_with_callable_args)
-    __prepare_scriptable__ = _refuse_scripting
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
 
 def _factory(factory_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     checked: dict[str, Any] = nn.factory_kwargs(factory_kwargs)  # type: ignore[no-untyped-call]
+    if checked.get("dtype") in (torch.float16, torch.bfloat16):
+        checked["dtype"] = torch.float32
     return checked
 
 
@@ -218,7 +218,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         reduce_range: leave out one bit of an 8-bit dtype, for kernels that may overflow.
         quant_min: smallest quantized value; the dtype's, unless both ends are given.
         quant_max: largest quantized value; the dtype's, unless both ends are given.
-        factory_kwargs: `device` and `dtype` (floating) of the buffers.
+        factory_kwargs: `device` and `dtype` of the buffers, which are fp32 at least.
         eps: smallest scale.
         is_dynamic: whether the range is to be measured anew at each call of the final model.
 
@@ -229,6 +229,7 @@ class UniformQuantizationObserverBase(ObserverBase):
     # Versions of the state: 2 made eps a buffer; 3 made the unobserved range of
     # HistogramObserver 0-dim and renamed the per-channel min_vals, max_vals.
     _version = 3
+    _kept_precise = ("eps", "histogram", "min_val", "max_val")
 
     eps: Tensor
 
@@ -431,6 +432,8 @@ class _RangeObserver(UniformQuantizationObserverBase):
         )
         if cause is None and self.nonfinite != "ignore":
             cause = nonfinite_error(x, self.nonfinite)
+        if cause is None and "histogram" in self._buffers:
+            cause = width_error({k: self._buffers[k] for k in ("histogram", "min_val", "max_val")})
         return cause or error
 
     def _recipe(self) -> dict[str, Any]:
@@ -482,6 +485,10 @@ class _RangeObserver(UniformQuantizationObserverBase):
         if self._per_channel:
             for name, _ in _UNOBSERVED:
                 resize_buffer(self, name, statistics[name].shape)
+        for name, value in statistics.items():
+            # With assign=True the buffers become the state's tensors.
+            if value.dtype not in WIDE:
+                state_dict[prefix + name] = value.float()
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -585,10 +592,6 @@ class _MinMax(_RangeObserver):
         return self.forward(x)
 
 
-FIRST_FORWARD_IN_GRAPH = (
-    "the first tensor of a per-channel observer sets the size of its buffers; run the module once "
-    "before you compile it with fullgraph=True"
-)
 outside_graphs(_MinMax, "_forward_first", FIRST_FORWARD_IN_GRAPH)
 
 
@@ -800,7 +803,9 @@ class HistogramObserver(_RangeObserver):
         nonfinite: as in :class:`MinMaxObserver`.
 
     The other arguments are those of :class:`UniformQuantizationObserverBase`. Buffers:
-    `histogram` (`[bins]`), `min_val` and `max_val` (0-dim).
+    `histogram` (`[bins]`), `min_val` and `max_val` (0-dim). A tensor is counted in integers and
+    then added, so a bin in fp32 is exact up to 2**24 counts and from there on rounds each
+    addition to 24 bits: it stops only at 2**24 times what a tensor adds to it.
 
     Raises:
         NotImplementedError: a per-channel qscheme, or `is_dynamic`.
@@ -945,6 +950,8 @@ class FixedQParamsObserver(ObserverBase):
     Raises:
         NotImplementedError: `is_dynamic`.
     """
+
+    _kept_precise = ("scale",)
 
     scale: Tensor
     zero_point: Tensor

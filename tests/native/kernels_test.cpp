@@ -107,13 +107,13 @@ void compare_minmax(const char* isa, const KernelsFor<S, T>& k, const KernelsFor
   if (low[0] != low[1] || high[0] != high[1] || count[0] != count[1]) report(isa, "minmax_finite", n, offset);
 
   const int64_t columns = 1 + static_cast<int64_t>(rng() % 70);
-  const int64_t rows = n / columns;
+  const int64_t stride = columns + static_cast<int64_t>(rng() % 3);
+  const int64_t rows = n < columns ? 0 : (n - columns) / stride + 1;
   std::vector<T> lows[2], highs[2];
   for (int t = 0; t < 2; ++t) {
     lows[t].assign(columns, std::numeric_limits<T>::infinity());
     highs[t].assign(columns, -std::numeric_limits<T>::infinity());
-    (t == 0 ? k : ref)
-        .minmax_columns(x.get(), rows, columns, columns, lows[t].data(), highs[t].data(), &odd[t]);
+    (t == 0 ? k : ref).minmax_columns(x.get(), rows, columns, stride, lows[t].data(), highs[t].data(), &odd[t]);
   }
   if (lows[0] != lows[1] || highs[0] != highs[1] || odd[0] != odd[1]) report(isa, "minmax_columns", n, offset);
 }

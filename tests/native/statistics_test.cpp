@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <thread>
 #include <vector>
@@ -50,45 +51,63 @@ Array array(std::vector<int64_t>& v, const char* name) {
 
 int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[rng() % choices.size()]; }
 
+// Elements of any type, `offset` of them past where an allocation begins, and none after them.
+template <class S>
 struct Tensor {
-  std::vector<float> data;
+  std::vector<S> memory;
+  int64_t offset;
   Dense dense;
+
+  S* data() { return memory.data() + offset; }
+  Compute<S> at(int64_t i) const { return to_compute(memory[offset + i]); }
+  void set(int64_t i, double value) { from_compute(data() + i, static_cast<Compute<S>>(value)); }
 };
 
-Tensor random_tensor(bool hostile) {
-  std::normal_distribution<float> normal;
+Element element_of(float) { return Element::f32; }
+Element element_of(double) { return Element::f64; }
+Element element_of(Half) { return Element::f16; }
+Element element_of(BFloat16) { return Element::bf16; }
+
+template <class S>
+Tensor<S> random_tensor(bool hostile, double scale = 1) {
+  std::normal_distribution<double> normal;
   const int64_t outer = pick({1, 1, 2, 5, 40}), channels = pick({1, 3, 16, 65}),
                 inner = pick({1, 2, 9, 49, 600, 9000});
-  Tensor t;
-  for (int64_t i = 0; i < std::min<int64_t>(outer * channels * inner, 400000); ++i)
-    t.data.push_back(normal(rng));
-  const bool whole = int64_t(t.data.size()) == outer * channels * inner;
-  t.dense = {t.data.data(), Element::f32, whole ? outer : 1, whole ? channels : 1,
-             whole ? inner : int64_t(t.data.size())};
+  const int64_t n = std::min<int64_t>(outer * channels * inner, 400000);
+  const bool whole = n == outer * channels * inner;
+  Tensor<S> t;
+  t.offset = pick({0, 1, 2, 3, 5});
+  t.memory.resize(t.offset + n);
+  for (int64_t i = 0; i < n; ++i) t.set(i, normal(rng) * scale);
+  t.dense = {t.data(), element_of(S{}), whole ? outer : 1, whole ? channels : 1, whole ? inner : n};
   if (hostile) {
-    for (int k = 0; k < 5; ++k) t.data[rng() % t.data.size()] = k % 2 ? NAN : (k % 3 ? kInf : -kInf);
+    for (int k = 0; k < 5; ++k) t.set(int64_t(rng() % n), k % 2 ? NAN : (k % 3 ? kInf : -kInf));
   }
   return t;
 }
 
 int64_t channel_of(const Dense& d, int64_t i) { return i / d.inner % d.channels; }
 
+template <class S>
 void test_minmax() {
   const bool hostile = rng() % 2 == 0;
-  Tensor t = random_tensor(hostile);
+  // Beyond fp32 some of the time, where the elements can be.
+  Tensor<S> t = random_tensor<S>(hostile, sizeof(S) == 8 && rng() % 4 == 0 ? 1e39 : 1);
   const Dense& d = t.dense;
   std::vector<float> low(d.channels, kInf), high(d.channels, -kInf), true_low = low, true_high = high;
   std::vector<int64_t> count(1, 0);
   int64_t odd = 0;
+  constexpr double kMost = std::numeric_limits<float>::max();
   for (int64_t i = 0; i < d.numel(); ++i) {
-    const float e = t.data[i];
+    const double e = t.at(i);
     if (!std::isfinite(e)) {
       ++odd;
       continue;
     }
     const int64_t c = channel_of(d, i);
-    true_low[c] = std::min(true_low[c], e);
-    true_high[c] = std::max(true_high[c], e);
+    const float held = static_cast<float>(std::min(std::max(e, -kMost), kMost));
+    true_low[c] = std::min(true_low[c], held);
+    true_high[c] = std::max(true_high[c], held);
   }
   observe_minmax(d, array(low, "low"), array(high, "high"), array(count, "count"), std::nullopt,
                  NonFinite::ignore);
@@ -105,27 +124,33 @@ void test_minmax() {
   if (raised) expect(low == kept, "statistics unchanged by an error");
 }
 
+template <class S>
 void test_histogram() {
   std::vector<float> histogram(257, 0), low(1, kInf), high(1, -kInf);
   std::vector<int64_t> count(1, 0);
-  double seen = 0;
-  float scale = 1e-3f;
+  double seen = 0, scale = 1e-3;
+  // Within fp16; beyond fp32 in the end for fp64.
+  const double most = sizeof(S) == 2 ? 1e3 : sizeof(S) == 4 ? 1e30 : 1e300;
   for (int round = 0; round < 4; ++round) {
-    Tensor t = random_tensor(round == 2);
-    float lo = kInf, hi = -kInf;
-    for (float& e : t.data) {
-      e *= scale;
+    Tensor<S> t = random_tensor<S>(round == 2, scale);
+    double lo = kInf, hi = -kInf;
+    for (int64_t i = 0; i < t.dense.numel(); ++i) {
+      const double e = t.at(i);
       seen += std::isfinite(e);
       if (std::isfinite(e)) lo = std::min(lo, e), hi = std::max(hi, e);
     }
     const float before = low[0];
     observe_histogram(t.dense, array(histogram, "histogram"), array(low, "low"), array(high, "high"),
                       array(count, "count"), 16, NonFinite::ignore);
-    expect(low[0] <= lo && high[0] >= hi && low[0] <= before, "histogram range");
+    constexpr float kMost = std::numeric_limits<float>::max();
+    expect(low[0] <= std::max(float(lo), -kMost) && high[0] >= std::min(float(hi), kMost) && low[0] <= before &&
+               std::isfinite(low[0]) && std::isfinite(high[0]),
+           "histogram range");
     double total = 0;
     for (float h : histogram) total += h;
     expect(std::abs(total - seen) <= 1e-5 * seen, "histogram keeps every element");
-    scale *= std::pow(10.0f, float(rng() % 9));
+    scale = std::min(scale * std::pow(10.0, double(rng() % 9)), most);
+    if (sizeof(S) == 8 && round == 2 && rng() % 4 == 0) scale = most;
   }
   std::vector<float> new_low(1), new_high(1);
   search_histogram_range(array(histogram, "histogram"), array(low, "low"), array(high, "high"), 256,
@@ -133,32 +158,43 @@ void test_histogram() {
   expect(new_low[0] >= low[0] && new_low[0] < new_high[0] && std::isfinite(new_high[0]), "range search");
 }
 
+template <class S>
 void test_fake_quantize() {
-  Tensor t = random_tensor(false);
+  using T = Compute<S>;
+  Tensor<S> t = random_tensor<S>(false);
   const Dense& d = t.dense;
   const int64_t n = d.numel();
-  std::vector<float> scale(d.channels), y(n), back(n);
+  std::vector<float> scale(d.channels);
   std::vector<int32_t> zero_point(d.channels);
   for (int64_t c = 0; c < d.channels; ++c) {
     scale[c] = 0.001f * float(1 + rng() % 20);
     zero_point[c] = int32_t(rng() % 256);
   }
   std::vector<uint64_t> mask(mask_words(n), 0);
+  Tensor<S> y = t, back = t;
   fake_quantize(d, array(scale, "scale"), array(zero_point, "zero_point"), 0, 255, y.data(), mask.data());
   mask_gradient(d, mask.data(), back.data());
   bool values = true, bits = true, gradient = true;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t c = channel_of(d, i);
-    const float q = float(zero_point[c]) + std::nearbyint(t.data[i] * (1.0f / scale[c]));
-    const float expected = (std::min(std::max(q, 0.0f), 255.0f) - float(zero_point[c])) * scale[c];
+    const T q = T(zero_point[c]) + std::nearbyint(t.at(i) * T(1.0f / scale[c]));
+    S expected;
+    from_compute(&expected, (std::min(std::max(q, T(0)), T(255)) - T(zero_point[c])) * T(scale[c]));
     const bool inside = q >= 0 && q <= 255;
-    values &= y[i] == expected;
+    values &= y.at(i) == to_compute(expected);
     bits &= ((mask[i / 64] >> (i % 64)) & 1u) == inside;
-    gradient &= back[i] == (inside ? t.data[i] : 0.0f);
+    gradient &= back.at(i) == (inside ? t.at(i) : T(0));
   }
   expect(values, "fake-quantize values");
   expect(bits, "fake-quantize mask");
   expect(gradient, "fake-quantize gradient");
+}
+
+template <class S>
+void test_type() {
+  test_minmax<S>();
+  test_histogram<S>();
+  test_fake_quantize<S>();
 }
 
 // The same buffers from several threads: nothing that one of them saw is lost.
@@ -196,9 +232,10 @@ int run(int rounds) {
     set_isa(usable_isa(i));
     for (int round = 0; round < rounds; ++round) {
       threads = round % 2 == 0 ? 1 : 4;
-      test_minmax();
-      test_histogram();
-      test_fake_quantize();
+      test_type<float>();
+      test_type<double>();
+      test_type<Half>();
+      test_type<BFloat16>();
     }
   }
   std::printf("%ld comparisons, %ld failed\n", long(compared), long(failed));
@@ -208,4 +245,4 @@ int run(int rounds) {
 }  // namespace
 }  // namespace fastquant
 
-int main(int argc, char** argv) { return fastquant::run(argc > 1 ? std::atoi(argv[1]) : 20); }
+int main(int argc, char** argv) { return fastquant::run(argc > 1 ? std::atoi(argv[1]) : 10); }
