@@ -67,6 +67,7 @@ def section(path: Path) -> str:
     result = load(path)
     about, rows = result["machine"], result["rows"]
     met = [row["met"] for row in rows if row["met"] is not None]
+    disturbed = sum(2 * row["undisturbed"] < row["rounds"] for row in rows)
     stored = path.resolve()
     if stored.is_relative_to(ROOT):
         stored = stored.relative_to(ROOT)
@@ -83,7 +84,12 @@ def section(path: Path) -> str:
         f"`make bench` measures all of it anew; `python benchmarks/readme_table.py` writes this "
         f"section. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, "
         f"thread scaling and the machine's own limits among them, and {sum(met)} of {len(met)} "
-        "targets met.",
+        "targets met; [docs/performance.md](docs/performance.md) says what bounds the others."
+        + (
+            f" Other processes disturbed most of the rounds of {disturbed} of them."
+            if disturbed
+            else ""
+        ),
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 // Observing without torch's dispatcher: 0.4 µs a call in place of 2.8.
 //
-// Memory is reached through the DLPack C exchange API that torch.Tensor has from 2.13 on. A
+// Memory is reached through the DLPack C exchange API that torch.Tensor has in newer releases. A
 // call that finds anything but plain CPU tensors and plain circumstances does nothing and
 // returns False; the op then does the work, or says what is wrong with the arguments.
 #pragma once

@@ -333,7 +333,7 @@ def _is_transformed() -> bool:
 
 
 def _set_up_fast_calls() -> bool:
-    """Let `_C` reach tensors without the dispatcher, where torch has what that takes (2.13)."""
+    """Let `_C` reach tensors without the dispatcher, where torch has what that takes."""
     try:
         _C.set_up_fast_calls(
             torch.Tensor.__dlpack_c_exchange_api__,

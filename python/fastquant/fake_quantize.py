@@ -78,7 +78,7 @@ __all__ = [
 ]
 
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
+_compiler: Any = torch.compiler
 
 _Self = TypeVar("_Self", bound="_LearnableFakeQuantize")
 
@@ -306,7 +306,8 @@ class FakeQuantize(FakeQuantizeBase):
         error = input_error(x)
         if error is not None:
             raise error
-        if _is_compiling() and not _is_exporting():
+        # Not is_exporting(), which is true in every graph of torch 2.11.
+        if _is_compiling() and not _compiler._is_exporting_flag:
             run_in_graph(self, "_observe_in_steps", x)
         else:
             self._observe_in_steps(x)
