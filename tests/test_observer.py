@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastquant import observer
+from fastquant import _reference, observer
 from fastquant.utils import QuantizationError
 from oracle import (
     DTYPES,
@@ -404,6 +404,33 @@ def test_the_search_can_reckon_with_the_levels_in_use() -> None:
         y = torch.fake_quantize_per_tensor_affine(x, scale, zero_point.int(), 0, 15)
         errors[levels] = float((x - y).square().mean())
     assert errors["range"] < 0.9 * errors["dtype"]
+
+
+@pytest.mark.parametrize("search_levels", ["dtype", "range"])
+@pytest.mark.parametrize("qscheme", PER_TENSOR)
+@pytest.mark.parametrize(
+    ("quant_min", "quant_max"), [(0, 15), (-8, 7), (0, 1), (-128, 127), (0, 65535), (-100, 0)]
+)
+@pytest.mark.parametrize("offset", [0.0, -3.0, 100.0])
+def test_the_search_respects_the_quantized_range(
+    quant_min: int, quant_max: int, qscheme: torch.qscheme, search_levels: Any, offset: float
+) -> None:
+    config = {"dtype": torch.int32, "quant_min": quant_min, "quant_max": quant_max}
+    ours = observer.HistogramObserver(
+        bins=256, qscheme=qscheme, search_levels=search_levels, **config
+    )
+    ours(torch.distributions.Laplace(offset, 1.0).sample((5_000,)))
+    levels = quant_max - quant_min + 1 if search_levels == "range" else 2**32
+    assert ours.dst_nbins == levels
+    found = ours._non_linear_param_search()
+    expected = _reference.search_histogram_range(ours.histogram, ours.min_val, ours.max_val, levels)
+    for value, wanted in zip(found, expected, strict=True):
+        assert_same(value, wanted)
+    assert ours.min_val <= found[0] <= found[1] <= ours.max_val
+    scale, zero_point = ours.calculate_qparams()
+    assert 0 < float(scale) < torch.inf
+    # A range on one side of zero is extended to it: a zero point never lies outside.
+    assert quant_min <= int(zero_point) <= quant_max
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if not d.is_floating_point])

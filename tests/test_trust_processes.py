@@ -199,6 +199,34 @@ def test_first_tensors_from_several_threads_share_the_buffers(name: str) -> None
             assert_same(module.max_val, torch.full((5,), 3.0))
 
 
+def test_a_model_observed_from_several_threads_has_seen_everything() -> None:
+    """Small tensors and large ones, which are observed without the GIL."""
+    torch.manual_seed(0)
+    model = fq.default_qconfig.activation, fq.HistogramObserver, fq.PerChannelMinMaxObserver
+    modules = [make() for make in model]
+    whole = [make() for make in model]
+    batches = [torch.randn(shape) for shape in ((4, 7), (4, 20_000)) for _ in range(12)]
+    for x in batches:
+        x[0, 0] = NAN
+        # The extremes first, so that no histogram is resampled.
+        x[1, 0], x[1, 1] = -9, 9
+
+    def work(k: int) -> None:
+        for x in batches[k::4]:
+            for module in modules:
+                module(x)
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for module, expected in zip(modules, whole, strict=True):
+        for x in batches:
+            expected(x)
+        assert_unchanged(module, snapshot(expected))
+
+
 @every_observer
 def test_the_number_of_torchs_threads_may_change(name: str, threads: None) -> None:
     a, b = OBSERVERS[name](), OBSERVERS[name]()
