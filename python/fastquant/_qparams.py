@@ -63,6 +63,9 @@ def input_error(x: object) -> Exception | None:
     if x.dtype not in FLOATING:
         accepted = ", ".join(map(str, FLOATING))
         return TypeError(f"x must have a floating dtype ({accepted}), got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        return TypeError(f"x must be a dense tensor (layout torch.strided), got {got}")
     return None
 
 

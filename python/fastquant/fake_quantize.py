@@ -313,7 +313,8 @@ class FakeQuantize(FakeQuantizeBase):
         return self._fake_quantize(x)
 
     def _observe_in_steps(self, x: Tensor) -> None:
-        if self.observer_enabled:
+        # A flag on the meta device has no value; shapes are all that counts there.
+        if not self.observer_enabled.is_meta and self.observer_enabled:
             self.activation_post_process(x.detach())
             scale, zero_point = self.calculate_qparams()
             resize_buffer(self, "scale", scale.shape).copy_(scale)

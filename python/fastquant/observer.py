@@ -223,7 +223,8 @@ class UniformQuantizationObserverBase(ObserverBase):
         is_dynamic: whether the range is to be measured anew at each call of the final model.
 
     Raises:
-        QuantizationError: a dtype, qscheme or quantized range that is not supported.
+        QuantizationError: a dtype, qscheme or quantized range that is not supported, or an `eps`
+            that is negative or not finite.
     """
 
     # Versions of the state: 2 made eps a buffer; 3 made the unobserved range of
@@ -253,6 +254,8 @@ class UniformQuantizationObserverBase(ObserverBase):
             raise QuantizationError(
                 f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}"
             )
+        if not 0 <= eps < _INF:
+            raise QuantizationError(f"eps must be finite and not negative, got {eps}")
         super().__init__(dtype=dtype, is_dynamic=is_dynamic, **kwargs)
         self.qscheme = qscheme
         self.reduce_range = reduce_range
@@ -345,7 +348,7 @@ def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> b
             f"min_val={min_val[wrong].tolist()}, max_val={max_val[wrong].tolist()}"
             + (f" at channels {wrong.nonzero().flatten().tolist()}" if wrong.dim() else "")
         )
-    if bool(unobserved.all()):
+    if min_val.dim() == 0 or not min_val.numel():
         warnings.warn(
             "must run observer before calling calculate_qparams. Returning default values.",
             stacklevel=4,
@@ -644,6 +647,13 @@ class MinMaxObserver(_MinMax):
         )
 
 
+def _check_averaging_constant(averaging_constant: float) -> None:
+    if not 0 <= averaging_constant <= 1:
+        raise QuantizationError(
+            f"averaging_constant must be between 0 and 1, got {averaging_constant}"
+        )
+
+
 class MovingAverageMinMaxObserver(MinMaxObserver):
     """Moving averages of each tensor's smallest and largest value.
 
@@ -674,6 +684,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         is_dynamic: bool = False,
         **kwargs: Any,
     ) -> None:
+        _check_averaging_constant(averaging_constant)
         self.averaging_constant = averaging_constant
         super().__init__(
             dtype=dtype,
@@ -780,6 +791,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
             is_dynamic=is_dynamic,
             **kwargs,
         )
+        _check_averaging_constant(averaging_constant)
         self.averaging_constant = averaging_constant
 
 
