@@ -25,13 +25,14 @@ from ._qparams import (
     RESIZING,
     SCHEME_CODES,
     WIDE,
-    KeepsPrecision,
+    KeepsState,
     Nonfinite,
     channel_count,
     channel_error,
     check_nonfinite,
     input_error,
     nonfinite_error,
+    qparams_error,
     range_error,
     refill_buffer,
     resize_buffer,
@@ -168,7 +169,7 @@ def _with_callable_args(
 # Bases
 
 
-class ObserverBase(ABC, KeepsPrecision):
+class ObserverBase(ABC, KeepsState):
     """Base of all observers.
 
     `forward(x)` updates statistics and returns `x`; `calculate_qparams()` turns them into
@@ -322,6 +323,15 @@ class UniformQuantizationObserverBase(ObserverBase):
 
 
 _ObserverBase = UniformQuantizationObserverBase
+
+
+def _eps_error(eps: object) -> str | None:
+    """What makes a saved eps none; None where nothing does, or there is none."""
+    if not isinstance(eps, Tensor) or eps.is_meta:
+        return None
+    if eps.is_floating_point() and bool(((eps >= 0) & (eps.float() < _INF)).all()):
+        return None
+    return f"eps must be finite and not negative, got {eps.tolist()}"
 
 
 def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> bool:
@@ -480,27 +490,31 @@ class _RangeObserver(UniformQuantizationObserverBase):
             missing_keys += missing
             return
         statistics = {n: state_dict[prefix + n] for n in names}
-        problem = self._state_error(statistics)
+        problem = self._state_error(statistics) or _eps_error(state_dict.get(prefix + "eps"))
         if problem is not None:
             where = f" of {prefix[:-1]}" if prefix else ""
             error_msgs.append(f"the state{where} does not fit: {problem}")
             return
-        if self._per_channel:
-            for name, _ in _UNOBSERVED:
-                resize_buffer(self, name, statistics[name].shape)
         for name, value in statistics.items():
             # With assign=True the buffers become the state's tensors.
             if value.dtype not in WIDE:
                 state_dict[prefix + name] = value.float()
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+
+        def load() -> None:
+            if self._per_channel:
+                for name, _ in _UNOBSERVED:
+                    resize_buffer(self, name, statistics[name].shape)
+            super(_RangeObserver, self)._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+
+        self._load_whole(load, missing_keys, error_msgs)
 
     def _state_error(self, statistics: Mapping[str, Any]) -> str | None:
         """What is wrong with saved statistics; None where they fit this observer."""
@@ -509,7 +523,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
             buffer = self._buffers[name]
             assert buffer is not None
             if not isinstance(value, Tensor):
-                continue
+                return f"{name} must be a tensor, got {type(value).__name__}"
             if name != "histogram" and self._per_channel:
                 fits, shape = value.dim() == 1, "[channels]"
             else:
@@ -992,6 +1006,18 @@ class FixedQParamsObserver(ObserverBase):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = ("scale", "zero_point")
+        problem = qparams_error(
+            {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}, False
+        )
+        if problem is not None:
+            where = f" of {prefix[:-1]}" if prefix else ""
+            args[-1].append(f"the state{where} does not fit: {problem}")
+            return
+        load = partial(super()._load_from_state_dict, state_dict, prefix, *args)
+        self._load_whole(load, args[2], args[4])
 
 
 class _UnobservingObserver(ObserverBase):
