@@ -92,6 +92,13 @@ FASTQUANT_HD B step_of(B low, B high, B levels) {
   return span == infinity<B>() || span == -infinity<B>() ? high / levels - low / levels : span / levels;
 }
 
+// At least eps; and never zero, as nothing but zeros would make it where eps is zero.
+template <class B>
+FASTQUANT_HD B usable_scale(B scale, B eps) {
+  if (scale < eps) scale = eps;
+  return scale == 0 ? B{1} : scale;
+}
+
 // The formulas, and their order of rounding, are those of torch.ao's
 // UniformQuantizationObserverBase._calculate_qparams. A range of NaN gives a scale of NaN, and
 // quant_min as the zero point.
@@ -109,10 +116,9 @@ FASTQUANT_HD ScaleAndZeroPoint<B> qparams_of(Range<B> range, B eps, const QParam
   if (c.scheme == Scheme::symmetric) {
     const B reach = -negative < positive ? positive : -negative;
     const B scale = reach / static_cast<B>(static_cast<double>(c.quant_max - c.quant_min) / 2);
-    return {scale < eps ? eps : scale, static_cast<double>(c.symmetric_zero_point)};
+    return {usable_scale(scale, eps), static_cast<double>(c.symmetric_zero_point)};
   }
-  B scale = step_of(negative, positive, levels);
-  scale = scale < eps ? eps : scale;
+  const B scale = usable_scale(step_of(negative, positive, levels), eps);
   const double lowest = static_cast<double>(c.quant_min), highest = static_cast<double>(c.quant_max);
   const double zero_point = lowest - nearbyint(static_cast<double>(negative / scale));
   if (!(zero_point > lowest)) return {scale, lowest};

@@ -187,10 +187,16 @@ def _serve(rank: int, jobs: Any, results: Any) -> None:
 
 
 class Pool:
-    """Processes that live as long as the tests, since starting one takes seconds."""
+    """Processes that live as long as the tests, forked from one that has imported what they need.
+
+    That one has no threads yet, so that a fork of it is whole.
+    """
 
     def __init__(self) -> None:
-        self.context = mp.get_context("spawn")
+        self.context = mp.get_context("forkserver")
+        self.context.set_forkserver_preload(
+            ["fastquant", "torch._dynamo", "torch.distributed", "hypothesis.strategies", "pytest"]
+        )
         self.workers: dict[int, tuple[Any, Any, Any]] = {}
         self.ready: set[int] = set()
 

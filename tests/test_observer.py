@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastquant import observer
+from fastquant import _reference, observer
 from fastquant.utils import QuantizationError
 from oracle import (
     DTYPES,
@@ -270,6 +270,25 @@ def test_a_channel_without_a_finite_value_gets_the_default() -> None:
     assert float(scale[0]) == pytest.approx(2 / 255)
 
 
+@pytest.mark.parametrize("name", [n for n in RANGE_OBSERVERS if "PerChannel" in n])
+def test_channels_that_never_had_a_finite_value_get_a_default_each(name: str) -> None:
+    ours = make(name)
+    ours(torch.full((3, 2), float("nan")))
+    with pytest.warns(UserWarning, match=r"channels \[0, 1, 2\]"):
+        scale, zero_point = ours.calculate_qparams()
+    assert scale.tolist() == [1.0] * 3
+    assert zero_point.tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("qscheme", PER_TENSOR)
+def test_a_scale_is_never_zero(qscheme: torch.qscheme) -> None:
+    ours = observer.MinMaxObserver(eps=0.0, qscheme=qscheme, dtype=torch.qint8)
+    ours(torch.zeros(3))
+    assert_same(ours.calculate_qparams()[0], torch.ones(1))
+    ours(torch.tensor([1e-30]))
+    assert 0 < float(ours.calculate_qparams()[0]) < 1e-30
+
+
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"nonfinite.*'ignore'.*got 'skip'"):
         observer.MinMaxObserver(nonfinite="skip")  # type: ignore[arg-type]
@@ -289,6 +308,13 @@ def test_an_unknown_policy_is_refused() -> None:
         (torch.ones(2, 3, dtype=torch.bool), TypeError, "floating dtype.*got torch.bool"),
         (torch.ones(2, 3, dtype=torch.complex64), TypeError, "floating dtype.*complex64"),
         (torch.ones(2, 3, device="meta"), ValueError, "must be on x's device, meta, got cpu"),
+        (torch.eye(3).to_sparse(), TypeError, "dense tensor.*got layout torch.sparse_coo"),
+        (torch.ones(2, 3).to_mkldnn(), TypeError, "dense tensor.*got layout torch._mkldnn"),
+        (
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+            TypeError,
+            "dense tensor.*got a nested tensor",
+        ),
     ],
 )
 def test_what_cannot_be_observed_is_refused(
@@ -366,6 +392,15 @@ def test_a_range_that_is_none_has_no_qparams(name: str, low: float, high: float)
         ("MinMaxObserver", {"quant_min": -300, "quant_max": 0, "dtype": torch.qint8}, ValueError),
         ("MinMaxObserver", {"dtype": torch.float32}, QuantizationError),
         ("MinMaxObserver", {"bogus": 1}, TypeError),
+        ("MinMaxObserver", {"eps": -1e-9}, QuantizationError),
+        ("HistogramObserver", {"eps": float("nan")}, QuantizationError),
+        ("PerChannelMinMaxObserver", {"eps": float("inf")}, QuantizationError),
+        ("MovingAverageMinMaxObserver", {"averaging_constant": 1.5}, QuantizationError),
+        (
+            "MovingAveragePerChannelMinMaxObserver",
+            {"averaging_constant": float("nan")},
+            QuantizationError,
+        ),
         ("HistogramObserver", {"bins": 0}, QuantizationError),
         ("HistogramObserver", {"search_levels": "all"}, QuantizationError),
     ],
@@ -404,6 +439,33 @@ def test_the_search_can_reckon_with_the_levels_in_use() -> None:
         y = torch.fake_quantize_per_tensor_affine(x, scale, zero_point.int(), 0, 15)
         errors[levels] = float((x - y).square().mean())
     assert errors["range"] < 0.9 * errors["dtype"]
+
+
+@pytest.mark.parametrize("search_levels", ["dtype", "range"])
+@pytest.mark.parametrize("qscheme", PER_TENSOR)
+@pytest.mark.parametrize(
+    ("quant_min", "quant_max"), [(0, 15), (-8, 7), (0, 1), (-128, 127), (0, 65535), (-100, 0)]
+)
+@pytest.mark.parametrize("offset", [0.0, -3.0, 100.0])
+def test_the_search_respects_the_quantized_range(
+    quant_min: int, quant_max: int, qscheme: torch.qscheme, search_levels: Any, offset: float
+) -> None:
+    config = {"dtype": torch.int32, "quant_min": quant_min, "quant_max": quant_max}
+    ours = observer.HistogramObserver(
+        bins=256, qscheme=qscheme, search_levels=search_levels, **config
+    )
+    ours(torch.distributions.Laplace(offset, 1.0).sample((5_000,)))
+    levels = quant_max - quant_min + 1 if search_levels == "range" else 2**32
+    assert ours.dst_nbins == levels
+    found = ours._non_linear_param_search()
+    expected = _reference.search_histogram_range(ours.histogram, ours.min_val, ours.max_val, levels)
+    for value, wanted in zip(found, expected, strict=True):
+        assert_same(value, wanted)
+    assert ours.min_val <= found[0] <= found[1] <= ours.max_val
+    scale, zero_point = ours.calculate_qparams()
+    assert 0 < float(scale) < torch.inf
+    # A range on one side of zero is extended to it: a zero point never lies outside.
+    assert quant_min <= int(zero_point) <= quant_max
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if not d.is_floating_point])

@@ -528,6 +528,20 @@ def test_choose_qparams_of_32_bits_stay_in_range(
 
 
 @pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC, FLOAT_QPARAMS])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_choose_qparams_without_a_least_scale(scheme: int, dtype: torch.dtype) -> None:
+    low, high = (
+        torch.tensor([0.0, -1.0, -0.0], dtype=dtype),
+        torch.tensor([0.0, 1.0, 0.0], dtype=dtype),
+    )
+    args = (low, high, torch.zeros(1, dtype=dtype), 0, 255, scheme, 128)
+    assert_as_reference("choose_qparams", *args)
+    scale, _ = _ops.choose_qparams(*args)
+    assert scale[0] == scale[2] == 1
+    assert 0 < scale[1] < 0.01
+
+
+@pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC, FLOAT_QPARAMS])
 def test_choose_qparams_of_nothing_observed(scheme: int) -> None:
     low, high = torch.tensor([INF, -1.0]), torch.tensor([-INF, 1.0])
     scale, zero_point = _ops.choose_qparams(low, high, eps(), -128, 127, scheme, 5)

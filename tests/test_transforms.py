@@ -155,7 +155,8 @@ def test_a_dispatch_mode_sees_the_op_and_decides(kind: str) -> None:
 
 @every_observer
 def test_meta_tensors_have_shapes_only(kind: str) -> None:
-    for module in (OBSERVERS[kind]().to("meta"), observing(kind)[0].to("meta")):
+    modules = OBSERVERS[kind](), observing(kind)[0], fq.default_histogram_fake_quant()
+    for module in (m.to("meta") for m in modules):
         y = module(torch.empty(4, 6, device="meta"))
         assert (y.device.type, y.shape) == ("meta", (4, 6))
         assert all(b.is_meta for b in module.buffers())

@@ -139,6 +139,62 @@ def test_qparams_that_are_none_are_refused(key: str, value: Any, message: str) -
     assert_unchanged(module, before)
 
 
+FAULTS: dict[str, Any] = {
+    "NaN": lambda v: torch.full_like(v, NAN) if v.is_floating_point() else "gone",
+    "infinite": lambda v: torch.full_like(v, INF) if v.is_floating_point() else 3,
+    "beyond fp32": lambda v: torch.full_like(v, 1e300, dtype=torch.float64),
+    "of another shape": lambda v: v.reshape(1, -1).repeat(2, 3),
+    "no tensor": lambda v: None,
+    "without data": lambda v: v.to("meta"),
+    "complex": lambda v: v.to(torch.complex64),
+    "missing": lambda v: ...,
+}
+NUMBERS = ("min_val", "max_val", "histogram", "eps", "scale")
+MODULES: dict[str, Any] = {
+    **OBSERVERS,
+    "fake quantize": lambda: fq.FakeQuantize(ob.MinMaxObserver),
+    "per channel": fq.default_per_channel_weight_fake_quant,
+    "by histogram": fq.default_histogram_fake_quant,
+    "fused": fq.default_fused_act_fake_quant,
+    "fixed": fq.default_fixed_qparams_range_0to1_fake_quant,
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_fault_in_any_entry_leaves_all_of_the_module(name: str, fault: str, assign: bool) -> None:
+    """A fake-quantizer and its observer load together or not at all."""
+    read, written = MODULES[name](), MODULES[name]()
+    read(torch.randn(6, 5))
+    written(torch.randn(6, 5) * 3)
+    before = snapshot(read)
+    for key, value in written.state_dict().items():
+        entry = key.split(".")[-1]
+        if (
+            # Flags may be any number, a meta tensor is one that can be assigned, and states
+            # without eps are old ones.
+            (entry not in NUMBERS and fault in ("NaN", "infinite", "beyond fp32", "complex"))
+            or (assign and fault == "without data")
+            or (entry == "eps" and fault == "missing")
+        ):
+            continue
+        state = written.state_dict()
+        kept = {k: v.clone() for k, v in state.items()}
+        state[key] = FAULTS[fault](value)
+        if state[key] is ...:
+            del state[key]
+        with pytest.raises(RuntimeError, match=entry):
+            read.load_state_dict(state, assign=assign)
+        assert_unchanged(read, before)
+        # Nor does what was offered change.
+        for other, v in kept.items():
+            if other != key:
+                assert_same(state[other], v, other)
+    read.load_state_dict(written.state_dict(), assign=assign)
+    assert_same_state(read, written)
+
+
 def test_one_bad_observer_leaves_the_whole_model_as_it_was() -> None:
     def model(seed: int) -> nn.Sequential:
         result = nn.Sequential(*(nn.Linear(5, 5) for _ in OBSERVERS))
@@ -197,6 +253,34 @@ def test_first_tensors_from_several_threads_share_the_buffers(name: str) -> None
         if name == "channels":
             assert_same(module.min_val, torch.zeros(5))
             assert_same(module.max_val, torch.full((5,), 3.0))
+
+
+def test_a_model_observed_from_several_threads_has_seen_everything() -> None:
+    """Small tensors and large ones, which are observed without the GIL."""
+    torch.manual_seed(0)
+    model = fq.default_qconfig.activation, fq.HistogramObserver, fq.PerChannelMinMaxObserver
+    modules = [make() for make in model]
+    whole = [make() for make in model]
+    batches = [torch.randn(shape) for shape in ((4, 7), (4, 20_000)) for _ in range(12)]
+    for x in batches:
+        x[0, 0] = NAN
+        # The extremes first, so that no histogram is resampled.
+        x[1, 0], x[1, 1] = -9, 9
+
+    def work(k: int) -> None:
+        for x in batches[k::4]:
+            for module in modules:
+                module(x)
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for module, expected in zip(modules, whole, strict=True):
+        for x in batches:
+            expected(x)
+        assert_unchanged(module, snapshot(expected))
 
 
 @every_observer

@@ -63,6 +63,9 @@ def input_error(x: object) -> Exception | None:
     if x.dtype not in FLOATING:
         accepted = ", ".join(map(str, FLOATING))
         return TypeError(f"x must have a floating dtype ({accepted}), got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        return TypeError(f"x must be a dense tensor (layout torch.strided), got {got}")
     return None
 
 
@@ -122,11 +125,12 @@ def width_error(buffers: Mapping[str, Tensor | None]) -> Exception | None:
     return None
 
 
-class KeepsPrecision(nn.Module):
-    """A module some of whose buffers no conversion makes narrower than fp32: not `half()`.
+class KeepsState(nn.Module):
+    """A module that looks after its buffers.
 
-    Ranges and scales in fp16 are too large or too small for it soon, and neither moving averages
-    nor counts move in it once they are large beside what is added.
+    No conversion makes those in `_kept_precise` narrower than fp32, `half()` for one: ranges and
+    scales are too large or too small for fp16 soon, and neither moving averages nor counts move in
+    it once they are large beside what is added. A state loads whole or not at all.
     """
 
     _kept_precise: ClassVar[tuple[str, ...]] = ()
@@ -145,6 +149,47 @@ class KeepsPrecision(nn.Module):
             ):
                 self._buffers[name] = old.to(new.device)
         return result
+
+    def _load_whole(self, load: Callable[[], None], *faults: list[str]) -> bool:
+        """Run `load`; where it adds to `faults`, put back what buffers held, and return False."""
+        before = [(k, b, b.clone()) for k, b in self._buffers.items() if b is not None]
+        count = sum(map(len, faults))
+        load()
+        if sum(map(len, faults)) == count:
+            return True
+        for name, buffer, value in before:
+            self._buffers[name] = buffer
+            resize_buffer(self, name, value.shape).copy_(value)
+        return False
+
+
+def qparams_error(saved: Mapping[str, object], per_channel: bool) -> str | None:
+    """What is wrong with a saved scale and zero point; None where they can be loaded."""
+    for name, value in saved.items():
+        if not isinstance(value, Tensor):
+            return f"{name} must be a tensor, got {type(value).__name__}"
+        if value.dim() > 1 or not (per_channel or value.numel() == 1):
+            wanted = "one element per channel" if per_channel else "one element"
+            return f"size mismatch for {name}: got shape {list(value.shape)}, needs {wanted}"
+        if value.is_complex() or (name == "scale" and not value.is_floating_point()):
+            return f"{name} must be of real numbers, scale of floating ones, got {value.dtype}"
+        # As the buffers hold it, mostly.
+        held = value.float() if name == "scale" else value
+        if not value.is_meta and not bool(held.isfinite().all()):
+            return f"{name} must be finite, got {value.tolist()}"
+    scale, zero_point = saved.get("scale"), saved.get("zero_point")
+    if isinstance(scale, Tensor) and not scale.is_meta and not bool((scale > 0).all()):
+        return f"scale must be positive, got {scale.tolist()}"
+    if (
+        isinstance(scale, Tensor)
+        and isinstance(zero_point, Tensor)
+        and scale.numel() != zero_point.numel()
+    ):
+        return (
+            "scale and zero_point must be of one size, got shapes "
+            f"{list(scale.shape)} and {list(zero_point.shape)}"
+        )
+    return None
 
 
 def resize_buffer(module: nn.Module, name: str, shape: Sequence[int]) -> Tensor:
@@ -230,7 +275,7 @@ def range_error(
             f"observed, got {_first_few(min_val[~right])} and {_first_few(max_val[~right])}"
             + (f" at channels {_first_few((~right).nonzero())}" if right.dim() else "")
         )
-    if isinstance(histogram, Tensor):
+    if isinstance(histogram, Tensor) and not histogram.is_meta:
         wrong = ~((histogram >= 0) & (histogram < float("inf")))
         if bool(wrong.any()):
             return f"histogram must hold counts of 0 or more, got {_first_few(histogram[wrong])}"

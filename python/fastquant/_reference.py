@@ -435,7 +435,8 @@ def choose_qparams(
         scale = torch.maximum((high - low) / levels, smallest)
         steps = torch.round(low / scale).nan_to_num(0.0).to(torch.int64)
         zero_point = (quant_min - steps).clamp(quant_min, quant_max).to(torch.int32)
-    scale = torch.where(unobserved, 1.0, scale).to(min_val.dtype)
+    # Where eps is zero, nothing but zeros would make it zero.
+    scale = torch.where(unobserved | (scale == 0), 1.0, scale).to(min_val.dtype)
     return scale, torch.where(unobserved, 0, zero_point)
 
 

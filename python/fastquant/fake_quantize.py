@@ -8,6 +8,7 @@ flags are read where they lie, on the device.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -25,12 +26,13 @@ from ._ops import apply_fake_quantize, apply_fused, apply_learnable_fake_quantiz
 from ._qparams import (
     NONFINITE_CODES,
     RESIZING,
-    KeepsPrecision,
+    KeepsState,
     Nonfinite,
     channel_count,
     channel_error,
     input_error,
     nonfinite_error,
+    qparams_error,
     refill_buffer,
     resize_buffer,
 )
@@ -121,7 +123,7 @@ def _check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> Non
             )
 
 
-class FakeQuantizeBase(ABC, KeepsPrecision):
+class FakeQuantizeBase(ABC, KeepsState):
     """Base of all fake-quantizers.
 
     Two buffers of one integer say what a call does, non-zero for on: `observer_enabled` and
@@ -314,7 +316,8 @@ class FakeQuantize(FakeQuantizeBase):
         return self._fake_quantize(x)
 
     def _observe_in_steps(self, x: Tensor) -> None:
-        if self.observer_enabled:
+        # A flag on the meta device has no value; shapes are all that counts there.
+        if not self.observer_enabled.is_meta and self.observer_enabled:
             self.activation_post_process(x.detach())
             scale, zero_point = self.calculate_qparams()
             resize_buffer(self, "scale", scale.shape).copy_(scale)
@@ -407,47 +410,49 @@ class FakeQuantize(FakeQuantizeBase):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        """Load a state whole, the observer's with it, or not at all."""
         saved = {
             name: state_dict[prefix + name]
             for name in ("scale", "zero_point")
             if prefix + name in state_dict
         }
-        problem = self._qparams_error(saved)
-        if problem is not None:
-            where = f" of {prefix[:-1]}" if prefix else ""
-            error_msgs.append(f"the state{where} does not fit: {problem}")
-            return
-        for name, value in saved.items():
-            resize_buffer(self, name, value.shape)
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        of_observer = f"{prefix}activation_post_process."
+        if self._observer_refuses(state_dict, of_observer, strict):
+            return  # and the observer says so itself
 
-    def _qparams_error(self, saved: Mapping[str, Any]) -> str | None:
-        """What is wrong with a saved scale and zero point; None where they can be loaded."""
-        for name, value in saved.items():
-            if not isinstance(value, Tensor):
-                return f"{name} must be a tensor, got {type(value).__name__}"
-            if value.dim() > 1 or not (self.is_per_channel or value.numel() == 1):
-                wanted = "one element per channel" if self.is_per_channel else "one element"
-                return f"size mismatch for {name}: got shape {list(value.shape)}, needs {wanted}"
-            if not value.is_meta and not bool(value.isfinite().all()):
-                return f"{name} must be finite, got {value.tolist()}"
-        scale, zero_point = saved.get("scale"), saved.get("zero_point")
-        if scale is not None and zero_point is not None and scale.numel() != zero_point.numel():
-            return (
-                "scale and zero_point must be of one size, got shapes "
-                f"{list(scale.shape)} and {list(zero_point.shape)}"
+        def load() -> None:
+            problem = qparams_error(saved, self.is_per_channel)
+            if problem is not None:
+                where = f" of {prefix[:-1]}" if prefix else ""
+                error_msgs.append(f"the state{where} does not fit: {problem}")
+                return
+            for name, value in saved.items():
+                resize_buffer(self, name, value.shape)
+            super(FakeQuantize, self)._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
             )
-        if scale is not None and not scale.is_meta and not bool((scale > 0).all()):
-            return f"scale must be positive, got {scale.tolist()}"
-        return None
+
+        if not self._load_whole(load, missing_keys, error_msgs):
+            # What comes next is the observer's turn: it is to stay as it is, too.
+            own = self.activation_post_process.state_dict(keep_vars=True)
+            state_dict.update({of_observer + name: value for name, value in own.items()})
+
+    def _observer_refuses(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> bool:
+        """Whether the observer will not load its part of a state."""
+        part = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if not part:
+            return False
+        trial = copy.deepcopy(self.activation_post_process)
+        try:
+            return strict and bool(trial.load_state_dict(part, strict=False).missing_keys)
+        except RuntimeError:
+            return True
 
 
 outside_graphs(FakeQuantize, "_forward_first", FIRST_FORWARD_IN_GRAPH)

@@ -25,13 +25,14 @@ from ._qparams import (
     RESIZING,
     SCHEME_CODES,
     WIDE,
-    KeepsPrecision,
+    KeepsState,
     Nonfinite,
     channel_count,
     channel_error,
     check_nonfinite,
     input_error,
     nonfinite_error,
+    qparams_error,
     range_error,
     refill_buffer,
     resize_buffer,
@@ -168,7 +169,7 @@ def _with_callable_args(
 # Bases
 
 
-class ObserverBase(ABC, KeepsPrecision):
+class ObserverBase(ABC, KeepsState):
     """Base of all observers.
 
     `forward(x)` updates statistics and returns `x`; `calculate_qparams()` turns them into
@@ -223,7 +224,8 @@ class UniformQuantizationObserverBase(ObserverBase):
         is_dynamic: whether the range is to be measured anew at each call of the final model.
 
     Raises:
-        QuantizationError: a dtype, qscheme or quantized range that is not supported.
+        QuantizationError: a dtype, qscheme or quantized range that is not supported, or an `eps`
+            that is negative or not finite.
     """
 
     # Versions of the state: 2 made eps a buffer; 3 made the unobserved range of
@@ -253,6 +255,8 @@ class UniformQuantizationObserverBase(ObserverBase):
             raise QuantizationError(
                 f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}"
             )
+        if not 0 <= eps < _INF:
+            raise QuantizationError(f"eps must be finite and not negative, got {eps}")
         super().__init__(dtype=dtype, is_dynamic=is_dynamic, **kwargs)
         self.qscheme = qscheme
         self.reduce_range = reduce_range
@@ -321,6 +325,15 @@ class UniformQuantizationObserverBase(ObserverBase):
 _ObserverBase = UniformQuantizationObserverBase
 
 
+def _eps_error(eps: object) -> str | None:
+    """What makes a saved eps none; None where nothing does, or there is none."""
+    if not isinstance(eps, Tensor) or eps.is_meta:
+        return None
+    if eps.is_floating_point() and bool(((eps >= 0) & (eps.float() < _INF)).all()):
+        return None
+    return f"eps must be finite and not negative, got {eps.tolist()}"
+
+
 def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> bool:
     """Whether there is a range to quantize; warns where nothing, or not all, was observed.
 
@@ -345,7 +358,7 @@ def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> b
             f"min_val={min_val[wrong].tolist()}, max_val={max_val[wrong].tolist()}"
             + (f" at channels {wrong.nonzero().flatten().tolist()}" if wrong.dim() else "")
         )
-    if bool(unobserved.all()):
+    if min_val.dim() == 0 or not min_val.numel():
         warnings.warn(
             "must run observer before calling calculate_qparams. Returning default values.",
             stacklevel=4,
@@ -477,27 +490,31 @@ class _RangeObserver(UniformQuantizationObserverBase):
             missing_keys += missing
             return
         statistics = {n: state_dict[prefix + n] for n in names}
-        problem = self._state_error(statistics)
+        problem = self._state_error(statistics) or _eps_error(state_dict.get(prefix + "eps"))
         if problem is not None:
             where = f" of {prefix[:-1]}" if prefix else ""
             error_msgs.append(f"the state{where} does not fit: {problem}")
             return
-        if self._per_channel:
-            for name, _ in _UNOBSERVED:
-                resize_buffer(self, name, statistics[name].shape)
         for name, value in statistics.items():
             # With assign=True the buffers become the state's tensors.
             if value.dtype not in WIDE:
                 state_dict[prefix + name] = value.float()
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+
+        def load() -> None:
+            if self._per_channel:
+                for name, _ in _UNOBSERVED:
+                    resize_buffer(self, name, statistics[name].shape)
+            super(_RangeObserver, self)._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+
+        self._load_whole(load, missing_keys, error_msgs)
 
     def _state_error(self, statistics: Mapping[str, Any]) -> str | None:
         """What is wrong with saved statistics; None where they fit this observer."""
@@ -506,7 +523,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
             buffer = self._buffers[name]
             assert buffer is not None
             if not isinstance(value, Tensor):
-                continue
+                return f"{name} must be a tensor, got {type(value).__name__}"
             if name != "histogram" and self._per_channel:
                 fits, shape = value.dim() == 1, "[channels]"
             else:
@@ -644,6 +661,13 @@ class MinMaxObserver(_MinMax):
         )
 
 
+def _check_averaging_constant(averaging_constant: float) -> None:
+    if not 0 <= averaging_constant <= 1:
+        raise QuantizationError(
+            f"averaging_constant must be between 0 and 1, got {averaging_constant}"
+        )
+
+
 class MovingAverageMinMaxObserver(MinMaxObserver):
     """Moving averages of each tensor's smallest and largest value.
 
@@ -674,6 +698,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         is_dynamic: bool = False,
         **kwargs: Any,
     ) -> None:
+        _check_averaging_constant(averaging_constant)
         self.averaging_constant = averaging_constant
         super().__init__(
             dtype=dtype,
@@ -780,6 +805,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
             is_dynamic=is_dynamic,
             **kwargs,
         )
+        _check_averaging_constant(averaging_constant)
         self.averaging_constant = averaging_constant
 
 
@@ -981,6 +1007,18 @@ class FixedQParamsObserver(ObserverBase):
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         return self.scale, self.zero_point
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = ("scale", "zero_point")
+        problem = qparams_error(
+            {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}, False
+        )
+        if problem is not None:
+            where = f" of {prefix[:-1]}" if prefix else ""
+            args[-1].append(f"the state{where} does not fit: {problem}")
+            return
+        load = partial(super()._load_from_state_dict, state_dict, prefix, *args)
+        self._load_whole(load, args[2], args[4])
 
 
 class _UnobservingObserver(ObserverBase):
