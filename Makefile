@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 TORCHVISION ?= 0.28.0
 # Compiler warnings are errors: OFF, or ON as in continuous integration.
 WERROR ?= OFF
-# Sanitizers that the kernels' own test is built with, as in make native-test SANITIZE=address,undefined.
+# Sanitizers that the kernels' own tests are built with, as in make native-test SANITIZE=address,undefined.
 SANITIZE ?=
 # More arguments for pytest, as in make test PYTEST_ARGS="-k histogram".
 PYTEST_ARGS ?= -n 2
@@ -26,7 +26,7 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test native-test lint format audit bench bench-table wheel cuda-compile cuda-objects clean
+.PHONY: help demo test native-test cuda-emulation lint format audit bench bench-table wheel cuda-compile cuda-objects clean
 
 help:
 	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
@@ -52,6 +52,14 @@ native-test: $(VENV)/.installed
 		$(if $(SANITIZE),-DCMAKE_CXX_FLAGS="-fsanitize=$(SANITIZE) -fno-sanitize-recover=all")
 	cmake --build $(NATIVE_BUILD) --target kernels_test statistics_test
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
+
+# The CUDA kernels on the CPU, which `make test` runs too: here under sanitizers. AddressSanitizer
+# has to be there before Python, and misses how to throw without libstdc++.
+cuda-emulation: $(VENV)/.dev
+	FASTQUANT_EMULATION_FLAGS="$(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)" \
+		LD_PRELOAD="$(if $(SANITIZE),$(foreach library,libasan.so libstdc++.so.6,$(shell g++ -print-file-name=$(library))))" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_cuda_emulation.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -113,6 +113,15 @@ def test_geometries_as_cpu(
         assert_as_cpu(call)
 
 
+@pytest.mark.parametrize(("dtype", "offset"), op_calls.OFFSETS)
+@pytest.mark.parametrize(("shape", "axis", "layout"), op_calls.PLACED_GEOMETRIES)
+def test_any_place_in_memory_as_cpu(
+    shape: tuple[int, ...], axis: int | None, layout: str, dtype: torch.dtype, offset: int
+) -> None:
+    for call in op_calls.calls_of_placed(shape, axis, layout, dtype, offset):
+        assert_as_cpu(call)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "axis", "channels_last"),
