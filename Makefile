@@ -26,13 +26,14 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test native-test cuda-emulation lint format audit bench bench-table wheel cuda-compile cuda-objects clean
+.PHONY: help demo test native-test cuda-emulation lint format audit bench bench-table wheel cuda-compile cuda-objects cuda-check clean
 
 help:
 	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
 	@echo "make test         the whole test suite"
 	@echo "make native-test  the kernels alone, without torch and Python"
 	@echo "make lint         formatting, lint and types; make format mends the formatting"
+	@echo "make cuda-check   the CUDA kernels, on a machine with a GPU: tests, sanitizer, benchmarks"
 	@echo "make audit        stable ABI, symbols of the built library"
 	@echo "make bench        measure against torch.ao; make bench-table updates the README"
 	@echo "make wheel        build a wheel into dist/"
@@ -99,6 +100,11 @@ cuda-objects: $(VENV)/.installed
 	else cmake -B build/cuda-objects $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on \
 		-DFASTQUANT_CUDA_ARCHITECTURES=90-real && \
 		cmake --build build/cuda-objects --target cuda_objects; fi
+
+# On a machine with a GPU: builds, tests, sanitizes and measures the kernels there. Takes the
+# interpreter as it is and installs nothing: make cuda-check PYTHON=python3.12
+cuda-check:
+	$(PYTHON) tools/cuda_check.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -306,7 +306,7 @@ const char* cudaGetErrorString(cudaError_t) { return "no memory"; }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   // Kept for good, as the caller keeps it.
   *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  if (*memory == nullptr) return 2;
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xa5, bytes);
   return cudaSuccess;
 }
