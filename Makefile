@@ -54,13 +54,15 @@ native-test: $(VENV)/.installed
 	cmake --build $(NATIVE_BUILD) --target kernels_test statistics_test
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
 
-# The CUDA kernels on the CPU, which `make test` runs too: here under sanitizers. AddressSanitizer
-# has to be there before Python, and misses how to throw without libstdc++.
+# The CUDA kernels on the CPU, which `make test` runs too: here under sanitizers, or with
+# FASTQUANT_EMULATION_RACES=1 in the environment looked over for races. AddressSanitizer has to be
+# there before Python, and misses how to throw without libstdc++; -s shows what an emulation says
+# that ends the process.
 cuda-emulation: $(VENV)/.dev
 	FASTQUANT_EMULATION_FLAGS="$(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)" \
 		LD_PRELOAD="$(if $(SANITIZE),$(foreach library,libasan.so libstdc++.so.6,$(shell g++ -print-file-name=$(library))))" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_cuda_emulation.py
+		$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_cuda_emulation.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Under sanitizers everything takes longer.
-SANITIZED = bool(cuda_emulation.FLAGS)
+# Under sanitizers everything takes longer, and when looked over for races.
+SANITIZED = bool(cuda_emulation.FLAGS) or cuda_emulation.RACES
 EXAMPLES = 4 if SANITIZED else 20
 GEOMETRIES = op_calls.GEOMETRIES[:: 4 if SANITIZED else 1]
 OFFSETS = op_calls.OFFSETS[:: 3 if SANITIZED else 1]

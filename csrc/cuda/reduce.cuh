@@ -279,7 +279,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < N; ++j) mine[j] = P::both(mine[j], room->parts[warp * Room::kTile + column(j)]);
     }
   }
-  __syncthreads();
   if (warp == 0) {
 #pragma unroll
     for (int j = 0; j < N; ++j) room->parts[column(j)] = mine[j];
