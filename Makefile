@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 TORCHVISION ?= 0.28.0
 # Compiler warnings are errors: OFF, or ON as in continuous integration.
 WERROR ?= OFF
-# Sanitizers that the kernels' own test is built with, as in make native-test SANITIZE=address,undefined.
+# Sanitizers that the kernels' own tests are built with, as in make native-test SANITIZE=address,undefined.
 SANITIZE ?=
 # More arguments for pytest, as in make test PYTEST_ARGS="-k histogram".
 PYTEST_ARGS ?= -n 2
@@ -26,13 +26,15 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test native-test lint format audit bench bench-table limits wheel cuda-compile cuda-objects clean
+.PHONY: help demo test native-test cuda-emulation lint format audit bench bench-table limits wheel \
+	cuda-compile cuda-objects cuda-check clean
 
 help:
 	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
 	@echo "make test         the whole test suite"
 	@echo "make native-test  the kernels alone, without torch and Python"
 	@echo "make lint         formatting, lint and types; make format mends the formatting"
+	@echo "make cuda-check   the CUDA kernels, on a machine with a GPU: tests, sanitizer, benchmarks"
 	@echo "make audit        stable ABI, symbols of the built library"
 	@echo "make bench        measure against torch.ao; make bench-table updates the README"
 	@echo "make limits       what bounds counting a histogram on this machine"
@@ -53,6 +55,16 @@ native-test: $(VENV)/.installed
 		$(if $(SANITIZE),-DCMAKE_CXX_FLAGS="-fsanitize=$(SANITIZE) -fno-sanitize-recover=all")
 	cmake --build $(NATIVE_BUILD) --target kernels_test statistics_test
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
+
+# The CUDA kernels on the CPU, which `make test` runs too: here under sanitizers, or with
+# FASTQUANT_EMULATION_RACES=1 in the environment looked over for races. AddressSanitizer has to be
+# there before Python, and misses how to throw without libstdc++; -s shows what an emulation says
+# that ends the process.
+cuda-emulation: $(VENV)/.dev
+	FASTQUANT_EMULATION_FLAGS="$(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)" \
+		LD_PRELOAD="$(if $(SANITIZE),$(foreach library,libasan.so libstdc++.so.6,$(shell g++ -print-file-name=$(library))))" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/test_cuda_emulation.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -97,6 +109,11 @@ cuda-objects: $(VENV)/.installed
 	else cmake -B build/cuda-objects $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on \
 		-DFASTQUANT_CUDA_ARCHITECTURES=90-real && \
 		cmake --build build/cuda-objects --target cuda_objects; fi
+
+# On a machine with a GPU: builds, tests, sanitizes and measures the kernels there. Takes the
+# interpreter as it is and installs nothing: make cuda-check PYTHON=python3.12
+cuda-check:
+	$(PYTHON) tools/cuda_check.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,9 +2,9 @@
 # torch loads. FASTQUANT_CUDA says whether to build it; cuda_objects are its kernels, for which
 # compiling is all that can be done without a GPU.
 #
-# Off unless asked for: the kernels have been emulated on the host (tests/native/cuda_emulation),
-# and have not run on a GPU yet. Without them CUDA tensors take the fallback in plain torch ops.
-set(FASTQUANT_CUDA "off" CACHE STRING
+# Without them CUDA tensors take the fallback in plain torch ops. They have been emulated on the host
+# (tests/native/cuda_emulation) and have not run on a GPU yet.
+set(FASTQUANT_CUDA "auto" CACHE STRING
   "Build CUDA kernels: auto (where nvcc and a CUDA build of torch are found), on, off")
 set_property(CACHE FASTQUANT_CUDA PROPERTY STRINGS auto on off)
 string(TOLOWER "${FASTQUANT_CUDA}" _cuda)
@@ -37,7 +37,30 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
+if(_cuda STREQUAL "on")
+  find_package(CUDAToolkit REQUIRED)
+else()
+  find_package(CUDAToolkit)
+  if(NOT TARGET CUDA::cudart_static)
+    message(STATUS "CUDA kernels: not built, ${CMAKE_CUDA_COMPILER} comes without a CUDA toolkit's libraries")
+    return()
+  endif()
+endif()
+
+# A driver that runs torch may be too old for kernels of a later CUDA.
+file(STRINGS "${_torch_dir}/version.py" _torch_cuda REGEX "^cuda.*= *'")
+string(REGEX MATCH "[0-9]+" _torch_cuda "${_torch_cuda}")
+if(_torch_cuda AND CUDAToolkit_VERSION_MAJOR GREATER _torch_cuda)
+  if(_cuda STREQUAL "auto")
+    message(STATUS
+      "CUDA kernels: not built, torch is for CUDA ${_torch_cuda} and the toolkit is ${CUDAToolkit_VERSION} "
+      "(FASTQUANT_CUDA=on builds them anyway)")
+    return()
+  endif()
+  message(WARNING
+    "torch is for CUDA ${_torch_cuda} and the toolkit is ${CUDAToolkit_VERSION}: a driver that runs torch "
+    "may be too old for fastquant's kernels.")
+endif()
 
 # Machine code for each of these, and what later GPUs compile their own from.
 set(FASTQUANT_CUDA_ARCHITECTURES "" CACHE STRING "CUDA architectures, as CMAKE_CUDA_ARCHITECTURES; empty for all")
@@ -49,13 +72,6 @@ if(NOT _architectures)
   endif()
 endif()
 
-file(STRINGS "${_torch_dir}/version.py" _torch_cuda REGEX "^cuda.*= *'")
-string(REGEX MATCH "[0-9]+" _torch_cuda "${_torch_cuda}")
-if(_torch_cuda AND NOT _torch_cuda EQUAL CUDAToolkit_VERSION_MAJOR)
-  message(WARNING
-    "torch was built with CUDA ${_torch_cuda}, fastquant's kernels are with ${CUDAToolkit_VERSION}: "
-    "a driver that runs torch may be too old for them.")
-endif()
 message(STATUS "CUDA kernels: built with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${_architectures}")
 
 add_library(cuda_objects OBJECT

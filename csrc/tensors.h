@@ -40,6 +40,12 @@ inline View view(const Tensor& t) {
 // x itself where its memory is dense, else a copy laid out as torch.empty_like(x) is.
 inline Tensor densified(const Tensor& x) { return is_dense(view(x)) ? x : torch::stable::clone(x); }
 
+// A mask as whole 64-bit words, which somebody's view of a larger tensor may not be.
+inline Tensor mask_words_of(const Tensor& mask) {
+  const auto address = reinterpret_cast<uintptr_t>(mask.const_data_ptr());
+  return mask.is_contiguous() && address % sizeof(uint64_t) == 0 ? mask : torch::stable::clone(mask);
+}
+
 // Uninitialized, on the device of another tensor.
 inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                             const Tensor& like) {

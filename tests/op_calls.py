@@ -263,6 +263,51 @@ def calls_of_geometry(
         yield "learnable_fake_quantize_backward", (g, x, *learnable)
 
 
+# Where tensors begin between 16-byte boundaries matters to each way of walking over them.
+PLACED_GEOMETRIES: list[tuple[tuple[int, ...], int | None, str]] = [
+    ((35_003,), None, "contiguous"),
+    ((130,), None, "contiguous"),
+    ((3, 11_001), 0, "contiguous"),
+    ((90, 4, 100), 1, "contiguous"),
+    ((40, 13), 0, "contiguous"),
+    ((5, 6, 11), 1, "contiguous"),
+    ((900, 24), 1, "contiguous"),
+    ((300, 3, 5), 1, "permuted"),
+    ((2, 24, 9, 9), 1, "channels_last"),
+]
+# Every offset between such boundaries, in elements.
+OFFSETS = [(dtype, offset) for dtype in FLOATS for offset in range(16 // dtype.itemsize)]
+
+
+def placed(x: Tensor, offset: int) -> Tensor:
+    """x, which is dense, as it lies, that many elements from where its memory begins."""
+    memory = torch.empty(x.numel() + offset, dtype=x.dtype)
+    return memory.as_strided(x.size(), x.stride(), offset).copy_(x)
+
+
+def calls_of_placed(
+    shape: tuple[int, ...], axis: int | None, layout: str, dtype: torch.dtype, offset: int
+) -> Iterator[Call]:
+    """Calls of every op on tensors that begin there, gradients also elsewhere."""
+    for name, args in calls_of_geometry(shape, axis, layout, dtype):
+        for step in (0, 1) if name.endswith("backward") else (0,):
+            yield (
+                name,
+                tuple(
+                    placed(a, offset + i * step)
+                    if isinstance(a, Tensor) and a.shape == shape
+                    else a
+                    for i, a in enumerate(args)
+                ),
+            )
+    x = placed(LAYOUTS[layout](random_values(shape, dtype, 1), 1), offset)
+    mask = random_values(((x.numel() + 63) // 64 * 8,), torch.float32, 2).mul(100).to(torch.uint8)
+    yield "fake_quantize_backward", (x, placed(mask, offset))
+    for low, high in ((INF, -INF), (-1.0, 2.0), (-50.0, 50.0)):
+        state = (torch.zeros(300), torch.tensor(low), torch.tensor(high))
+        yield "observe_histogram_", (x, *state, torch.zeros(1, dtype=torch.int64), 16, IGNORE)
+
+
 # --------------------------------------------------------------------------------- comparing
 
 # Sums in another order.

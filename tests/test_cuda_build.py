@@ -1,7 +1,8 @@
-"""FASTQUANT_CUDA: whether the CUDA kernels are built, and what a build says about it."""
+"""Whether the CUDA kernels are built and loaded, and what a build says about it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,35 +13,87 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.skipif(
+needs_cmake = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja"
 )
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
-def configure(build: Path, *options: str) -> tuple[bool, str]:
+# -------------------------------------------------------------------------- FASTQUANT_CUDA
+
+
+def configure(build: Path, *options: str, **environment: str) -> tuple[bool, str]:
     """Whether the build can be configured, and all that CMake says, in one line."""
     command = ("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options)
     python = f"-DPython_EXECUTABLE={sys.executable}"
-    done = subprocess.run((*command, python), text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        (*command, python),
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
     return done.returncode == 0, " ".join((done.stdout + done.stderr).split())
 
 
-@pytest.mark.parametrize("options", [(), ("-DFASTQUANT_CUDA=off",), ("-DFASTQUANT_CUDA=OFF",)])
-def test_off(tmp_path: Path, options: tuple[str, ...]) -> None:
-    configured, said = configure(tmp_path, *options)
+def cuda_build_of_torch(path: Path, cuda: str) -> str:
+    """As much of one as CMake looks at; the PYTHONPATH that finds it."""
+    library = path / "torch" / "lib"
+    library.mkdir(parents=True)
+    (library.parent / "include").mkdir()
+    (library.parent / "__init__.py").touch()
+    (library.parent / "version.py").write_text(f"__version__ = '2.11.0'\ncuda = '{cuda}'\n")
+    for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
+        (library / name).touch()
+    return str(path)
+
+
+@needs_cmake
+def test_off(tmp_path: Path) -> None:
+    configured, said = configure(tmp_path, "-DFASTQUANT_CUDA=OFF")
     assert configured, said
     assert "CUDA kernels: not built, FASTQUANT_CUDA is off" in said
 
 
+@needs_cmake
 @pytest.mark.skipif(torch.version.cuda is not None, reason="is about CPU builds of torch")
 def test_auto_with_a_cpu_build_of_torch(tmp_path: Path) -> None:
-    configured, said = configure(tmp_path, "-DFASTQUANT_CUDA=auto")
+    configured, said = configure(tmp_path)
     assert configured, said
     assert "CUDA kernels: not built, torch is not a CUDA build" in said
     assert "FASTQUANT_CUDA=on" in said
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_cmake
+@needs_nvcc
+def test_auto_with_a_cuda_build_of_torch(tmp_path: Path) -> None:
+    path = cuda_build_of_torch(tmp_path, "99.0")
+    configured, said = configure(tmp_path / "build", PYTHONPATH=path)
+    assert configured, said
+    assert "CUDA kernels: built with nvcc" in said
+
+
+@needs_cmake
+def test_auto_without_a_compiler(tmp_path: Path) -> None:
+    path = cuda_build_of_torch(tmp_path, "99.0")
+    configured, said = configure(
+        tmp_path / "build", PYTHONPATH=path, CUDACXX=str(tmp_path / "none")
+    )
+    assert configured, said
+    assert "CUDA kernels: not built, no CUDA compiler was found" in said
+
+
+@needs_cmake
+@needs_nvcc
+def test_auto_with_a_toolkit_that_is_newer_than_torch(tmp_path: Path) -> None:
+    path = cuda_build_of_torch(tmp_path, "9.2")
+    configured, said = configure(tmp_path / "build", PYTHONPATH=path)
+    assert configured, said
+    assert "CUDA kernels: not built, torch is for CUDA 9 and the toolkit is" in said
+
+
+@needs_cmake
+@needs_nvcc
 def test_on(tmp_path: Path) -> None:
     configured, said = configure(tmp_path, "-DFASTQUANT_CUDA=on")
     assert configured, said
@@ -48,6 +101,7 @@ def test_on(tmp_path: Path) -> None:
     assert "75-real;80-real;86-real;89-real;90" in said
 
 
+@needs_cmake
 def test_on_without_a_compiler(tmp_path: Path) -> None:
     compiler = f"-DCMAKE_CUDA_COMPILER={tmp_path / 'none'}"
     configured, said = configure(tmp_path / "build", "-DFASTQUANT_CUDA=on", compiler)
@@ -55,7 +109,79 @@ def test_on_without_a_compiler(tmp_path: Path) -> None:
     assert "CUDA" in said
 
 
+@needs_cmake
 def test_anything_else(tmp_path: Path) -> None:
     configured, said = configure(tmp_path, "-DFASTQUANT_CUDA=maybe")
     assert not configured
     assert "FASTQUANT_CUDA must be auto, on or off, and is maybe" in said
+
+
+# --------------------------------------------------------------------- which are then loaded
+
+# As if they had been built: says so instead of being loaded.
+PRETENCE = """
+import importlib.util, sys, torch
+from importlib.machinery import ModuleSpec
+find_spec = importlib.util.find_spec
+cuda = ModuleSpec("fastquant._cuda", None, origin="cuda.so")
+importlib.util.find_spec = lambda name, *rest: (
+    cuda if name == cuda.name else find_spec(name, *rest)
+)
+load = torch.ops.load_library
+loaded = []
+torch.ops.load_library = lambda path: loaded.append(path) if path == "cuda.so" else load(path)
+torch.version.cuda = {cuda!r}
+import fastquant
+print(loaded, fastquant.build_info()["cuda"])
+"""
+
+
+def loading(cuda: str | None, **environment: str) -> tuple[bool, str]:
+    """Whether the package is imported, and what it says of its CUDA kernels."""
+    done = subprocess.run(
+        (sys.executable, "-c", PRETENCE.format(cuda=cuda)),
+        text=True,
+        capture_output=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("setting", ["", "1"])
+def test_a_cuda_build_of_torch_loads_them(setting: str) -> None:
+    imported, said = loading("13.0", FASTQUANT_CUDA_KERNELS=setting)
+    assert imported, said
+    assert said.startswith("['cuda.so'] {'built': True, 'loaded': True, 'why_not': None}")
+
+
+def test_a_cpu_build_of_torch_does_not() -> None:
+    imported, said = loading(None, FASTQUANT_CUDA_KERNELS="1")
+    assert imported, said
+    assert said.startswith("[] {'built': True, 'loaded': False")
+    assert "is a CPU build" in said
+
+
+def test_the_environment_switches_them_off() -> None:
+    imported, said = loading("13.0", FASTQUANT_CUDA_KERNELS="0")
+    assert imported, said
+    assert said.startswith("[] {'built': True, 'loaded': False")
+    assert "FASTQUANT_CUDA_KERNELS=0" in said
+
+
+def test_the_environment_says_anything_else() -> None:
+    imported, said = loading("13.0", FASTQUANT_CUDA_KERNELS="off")
+    assert not imported
+    assert "FASTQUANT_CUDA_KERNELS must be 0 or 1, and is 'off'" in said
+
+
+# ------------------------------------------------------------------------------- cuda_check
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_cuda_check_without_a_gpu() -> None:
+    command = (sys.executable, str(ROOT / "tools" / "cuda_check.py"))
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU" in done.stderr
+    assert "nothing was checked" in done.stderr

@@ -6,9 +6,6 @@ What takes a real GPU is in test_cuda.py; what this shows and what not, in
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,10 +27,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Under sanitizers everything takes longer.
-SANITIZED = bool(cuda_emulation.FLAGS)
+# Under sanitizers everything takes longer, and when looked over for races.
+SANITIZED = bool(cuda_emulation.FLAGS) or cuda_emulation.RACES
 EXAMPLES = 4 if SANITIZED else 20
 GEOMETRIES = op_calls.GEOMETRIES[:: 4 if SANITIZED else 1]
+OFFSETS = op_calls.OFFSETS[:: 3 if SANITIZED else 1]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +95,20 @@ def test_geometries_of_other_dtypes_as_cpu(
     dtype: torch.dtype,
 ) -> None:
     for call in op_calls.calls_of_geometry(shape, axis, layout, dtype):
+        assert_as_cpu(emulation, call)
+
+
+@pytest.mark.parametrize(("dtype", "offset"), OFFSETS)
+@pytest.mark.parametrize(("shape", "axis", "layout"), op_calls.PLACED_GEOMETRIES)
+def test_any_place_in_memory_as_cpu(
+    emulation: Emulation,
+    shape: tuple[int, ...],
+    axis: int | None,
+    layout: str,
+    dtype: torch.dtype,
+    offset: int,
+) -> None:
+    for call in op_calls.calls_of_placed(shape, axis, layout, dtype, offset):
         assert_as_cpu(emulation, call)
 
 
@@ -289,30 +301,3 @@ def test_what_does_not_fit_is_refused(emulation: Emulation, change: dict[int, An
         emulation.op("observe_minmax_")(*args)
     for was, is_now in zip(before, args[1:4], strict=True):
         assert was.is_meta or torch.equal(was, is_now)
-
-
-# ------------------------------------------------------------------------------ sanitizers
-
-
-def test_under_sanitizers() -> None:
-    """Every access to memory, and every conversion and shift, is one that C++ allows."""
-    if SANITIZED:
-        pytest.skip("this is that run")
-    preloaded = [
-        subprocess.run(
-            ("g++", f"-print-file-name={name}"), text=True, capture_output=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")  # without it ASan misses how to throw
-    ]
-    if not all(map(os.path.isabs, preloaded)):
-        pytest.skip("needs libasan")
-    environment = {
-        **os.environ,
-        "FASTQUANT_EMULATION_FLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all",
-        "LD_PRELOAD": " ".join(preloaded),
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
-    options = ("-q", "-p", "no:cacheprovider", "-k", "as_cpu or tickets")
-    command = (sys.executable, "-m", "pytest", *options, __file__)
-    done = subprocess.run(command, text=True, capture_output=True, check=False, env=environment)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 import fastquant._C
 
@@ -26,11 +27,23 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))[:2]
 
 
+def abi_report(library: str) -> dict[str, Any]:
+    """What torch-abi-audit says of a library, wherever its command is installed."""
+    command = [
+        sys.executable,
+        "-c",
+        "import torch_abi_audit.cli as cli; cli.main()",
+        "--json",
+        library,
+    ]
+    report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    result: dict[str, Any] = report
+    return result
+
+
 def audit_abi(library: str) -> list[str]:
     """Objections to the extension at this path, by torch-abi-audit."""
-    command = [str(Path(sys.executable).with_name("torch-abi-audit")), "--json", library]
-    report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    (extension,) = report["extensions"]
+    (extension,) = abi_report(library)["extensions"]
     torch_abi, python_abi = extension["torch"], extension["cpython"]
     needs = torch_abi["min_torch_version"]
     (declared,) = (r for r in requires("fastquant") or [] if re.match(r"torch\s*>=", r))

@@ -8,12 +8,11 @@ through the LibTorch Stable ABI, does not load, or lacks a kernel for an op.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from audit import abi_report
 
 import fastquant
 from fastquant import _reference
@@ -22,9 +21,7 @@ from fastquant import _reference
 def objections(library: Path) -> list[str]:
     """What is wrong with the library at this path."""
     found = []
-    command = [str(Path(sys.executable).with_name("torch-abi-audit")), "--json", str(library)]
-    report = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    (audited,) = report["bundled_libs"]
+    (audited,) = abi_report(str(library))["bundled_libs"]
     torch_abi = audited["torch"]
     if not (torch_abi["uses_torch"] and torch_abi["stable"]):
         found.append(f"not on the LibTorch stable ABI: {torch_abi['unstable_symbols']}")

@@ -172,8 +172,9 @@ std::tuple<Tensor, Tensor> fake_quantize_with_mask(const Tensor x, const Tensor 
 Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
   check(is_dense(view(grad)), "grad must have the layout of the output");
   check(mask.numel() == mask_words(grad.numel()) * 8, "mask is not grad's");
+  const Tensor words = mask_words_of(mask);
   Tensor out = empty_output(grad);
-  mask_gradient(dense(view(grad), std::nullopt), static_cast<const uint64_t*>(mask.const_data_ptr()),
+  mask_gradient(dense(view(grad), std::nullopt), static_cast<const uint64_t*>(words.const_data_ptr()),
                 out.mutable_data_ptr());
   return out;
 }

@@ -153,11 +153,36 @@ __device__ inline bool is_on(Flag flag) {
 
 // --------------------------------------------------------------------- 16-byte accesses
 
-// What one access moves.
+// The elements that one access moves, in the registers that it moves: an array of elements would
+// take a register for each, twice or four times as many.
 template <class S>
-struct alignas(16) Pack {
+class alignas(16) Pack {
+ public:
   static constexpr int N = 16 / static_cast<int>(sizeof(S));
-  S at[N];
+
+  __device__ S at(int j) const {
+    S element;
+    if constexpr (sizeof(S) == 2) {
+      element.bits = static_cast<uint16_t>(words_[j / 2] >> (j % 2 * 16));
+    } else {
+      memcpy(&element, words_ + j * kWords, sizeof element);
+    }
+    return element;
+  }
+
+  __device__ void put(int j, S element) {
+    if constexpr (sizeof(S) == 2) {
+      const int shift = j % 2 * 16;
+      words_[j / 2] = (words_[j / 2] & ~(0xffffu << shift)) | unsigned{element.bits} << shift;
+    } else {
+      memcpy(words_ + j * kWords, &element, sizeof element);
+    }
+  }
+
+ private:
+  static constexpr int kWords = static_cast<int>(sizeof(S) / sizeof(unsigned));  // of a large element
+
+  unsigned words_[4];
 };
 
 template <class P>
@@ -174,7 +199,15 @@ template <class S>
 __device__ void store_whole(S* to, const Pack<S>& pack) {
   uint4 words;
   memcpy(&words, &pack, sizeof words);
+#ifdef __CUDA_ARCH__
+  // An assignment may become four accesses.
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
   *reinterpret_cast<uint4*>(to) = words;
+#endif
 }
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -248,15 +281,18 @@ __device__ P over_block(P p, P* room) {
 // For all threads of a block: whether `blocks` - 1 other blocks have been here since the ticket
 // was zero, as it is again afterwards. What they wrote before is then in the second-level
 // cache, where read_fresh finds it.
+//
+// One thread stands for its block: the barrier hands it what the others wrote, a fence is for all
+// that a thread knows of, and the barrier after it hands on what it has learned.
 __device__ inline bool arrives_last(unsigned* ticket, int64_t blocks, bool* room) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     *room = atomicAdd(ticket, 1u) == static_cast<unsigned>(blocks - 1);
     if (*room) *ticket = 0;
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return *room;
 }
 

@@ -162,7 +162,9 @@ __global__ void __launch_bounds__(kThreads) mask_tile(const __grid_constant__ Gr
     // A product, not a selection: the sign of zero, and NaN, come out as torch's.
 #pragma unroll
     for (int j = 0; j < Pack<S>::N; ++j) {
-      from_compute(&grad[u].at[j], to_compute(grad[u].at[j]) * static_cast<T>(bits[u] >> j & 1u));
+      S product;
+      from_compute(&product, to_compute(grad[u].at(j)) * static_cast<T>(bits[u] >> j & 1u));
+      grad[u].put(j, product);
     }
     store_some(a.out, first + u * access_stride<S>(), a.numel, grad[u]);
   }

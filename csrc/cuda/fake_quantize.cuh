@@ -155,7 +155,7 @@ __device__ Pack<S> load_some(const void* from, int64_t i, int64_t numel, bool al
   Pack<S> pack = {};
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    if (i + j < numel) pack.at[j] = x[i + j];
+    if (i + j < numel) pack.put(j, x[i + j]);
   }
   return pack;
 }
@@ -170,7 +170,7 @@ __device__ void store_some(void* to, int64_t i, int64_t numel, const Pack<S>& pa
   }
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    if (i + j < numel) y[i + j] = pack.at[j];
+    if (i + j < numel) y[i + j] = pack.at(j);
   }
 }
 
@@ -263,12 +263,12 @@ __device__ __noinline__ void quantize_exactly(const QuantizeArgs& a, int64_t fir
     const int64_t i = first + u * access_stride<S>();
     const Pack<S> x = load_some<S>(a.x, i, a.numel, a.aligned);
     Place place = places.after(i - first);
-    Pack<S> y;
+    Pack<S> y = {};
     unsigned bits = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j, places.advance(&place)) {
-      const auto outcome = quantized_exactly(x.at[j], a, place.channel);
-      y.at[j] = outcome.y;
+      const auto outcome = quantized_exactly(x.at(j), a, place.channel);
+      y.put(j, outcome.y);
       bits |= static_cast<unsigned>(outcome.inside) << j;
     }
     store_outcome(a, i, y, bits);
@@ -283,8 +283,8 @@ __device__ void quantize_share(const QuantizeArgs& a, int64_t first, Share<S>* x
     unsigned bits = 0;
 #pragma unroll
     for (int j = 0; j < Pack<S>::N; ++j) {
-      const auto outcome = quantized(x->packs[u].at[j], q);
-      x->packs[u].at[j] = outcome.y;
+      const auto outcome = quantized(x->packs[u].at(j), q);
+      x->packs[u].put(j, outcome.y);
       bits |= static_cast<unsigned>(outcome.inside) << j;
     }
     store_outcome(a, first + u * access_stride<S>(), x->packs[u], bits);
@@ -321,8 +321,8 @@ __device__ void quantize_by_table(const QuantizeArgs& a, int64_t first, const Ta
     Place place = places.after(u * access_stride<S>());
     unsigned bits = 0;
     const auto quantize = [&](int j, const FakeQuantizer<Cuda<T>>& q) {
-      const auto outcome = quantized(x.packs[u].at[j], q);
-      x.packs[u].at[j] = outcome.y;
+      const auto outcome = quantized(x.packs[u].at(j), q);
+      x.packs[u].put(j, outcome.y);
       bits |= static_cast<unsigned>(outcome.inside) << j;
     };
     if (successive) {
@@ -361,8 +361,8 @@ __device__ void quantize_by_segment(const QuantizeArgs& a, int64_t first) {
     if (one_channel) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const auto outcome = quantized(x.packs[u].at[j], q);
-        x.packs[u].at[j] = outcome.y;
+        const auto outcome = quantized(x.packs[u].at(j), q);
+        x.packs[u].put(j, outcome.y);
         bits |= static_cast<unsigned>(outcome.inside) << j;
       }
     } else {
@@ -376,8 +376,8 @@ __device__ void quantize_by_segment(const QuantizeArgs& a, int64_t first) {
           q = quantizer_of(params);
         }
         const auto outcome =
-            params.exact ? quantized_exactly(x.packs[u].at[j], a, channel) : quantized(x.packs[u].at[j], q);
-        x.packs[u].at[j] = outcome.y;
+            params.exact ? quantized_exactly(x.packs[u].at(j), a, channel) : quantized(x.packs[u].at(j), q);
+        x.packs[u].put(j, outcome.y);
         bits |= static_cast<unsigned>(outcome.inside) << j;
       }
     }

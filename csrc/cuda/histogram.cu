@@ -92,7 +92,7 @@ class Counter {
 
   __device__ void operator()(const Pack<S>& pack) const {
 #pragma unroll
-    for (int j = 0; j < Pack<S>::N; ++j) (*this)(pack.at[j]);
+    for (int j = 0; j < Pack<S>::N; ++j) (*this)(pack.at(j));
   }
 
  private:

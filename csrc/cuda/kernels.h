@@ -10,11 +10,15 @@
 
 namespace fastquant::cuda {
 
-// Throws what a call of the CUDA runtime complains of.
+// Throws what a call of the CUDA runtime complains of, and what to do where these kernels, other
+// than torch's, do not run on a GPU or with its driver.
 inline void check_cuda(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next call would report it again
-  check(false, "CUDA: ", cudaGetErrorString(error));
+  const bool runs_here = error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction &&
+                         error != cudaErrorUnsupportedPtxVersion && error != cudaErrorInsufficientDriver;
+  check(false, "CUDA: ", cudaGetErrorString(error),
+        runs_here ? "" : "; the environment variable FASTQUANT_CUDA_KERNELS=0 has plain torch ops do the work");
 }
 
 // Where an op starts its kernels, and the memory that it may use while they run. Other kernels

@@ -7,7 +7,6 @@ namespace {
 struct LearnableArgs {
   const void *grad, *x;
   void* grad_x;
-  bool alike;  // all three lie alike on 16-byte boundaries
   QuantizeArgs params;
   double grad_factor;
   Buffer grad_scale, grad_zero_point;
@@ -51,28 +50,19 @@ class Learnable {
   }
 
   __device__ Loaded load(int64_t i) const {
-    Loaded loaded;
-    if (args_.alike) {
-      loaded.grad = load_whole<Pack<S>>(grad() + i);
-      loaded.x = load_whole<Pack<S>>(x() + i);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        loaded.grad.at[j] = grad()[i + j];
-        loaded.x.at[j] = x()[i + j];
-      }
-    }
-    return loaded;
+    return {load_whole<Pack<S>>(grad() + i), load_whole<Pack<S>>(x() + i)};
   }
 
   __device__ void fold(const Loaded& loaded, int64_t i) {
-    Pack<S> grad_x;
+    Pack<S> grad_x = {};
     T scale_sum = 0, zero_point_sum = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int column = kColumns == 1 ? 0 : j;
-      const auto terms = gradients_[column](to_compute(loaded.grad.at[j]), to_compute(loaded.x.at[j]));
-      from_compute(&grad_x.at[j], terms.x);
+      const auto terms = gradients_[column](to_compute(loaded.grad.at(j)), to_compute(loaded.x.at(j)));
+      S element;
+      from_compute(&element, terms.x);
+      grad_x.put(j, element);
       if (kColumns == 1) {
         // Few enough for a sum in T.
         scale_sum += terms.scale;
@@ -82,12 +72,7 @@ class Learnable {
       }
     }
     if (kColumns == 1) add(0, scale_sum, zero_point_sum);
-    if (args_.alike) {
-      store_whole(this->grad_x() + i, grad_x);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) this->grad_x()[i + j] = grad_x.at[j];
-    }
+    store_whole(this->grad_x() + i, grad_x);
   }
 
   __device__ void fold_one(int64_t i, int column) {
@@ -147,7 +132,6 @@ void learnable_backward(Launcher& launcher, const Dense& x, const void* grad, co
   args.grad_zero_point = Buffer(grad_zero_point);
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
-    args.alike = alignment_of<S>({x.data, grad, grad_x}).alike;
     reduce_channels<Learnable, S, 256>(launcher, x, {x.data, grad, grad_x}, args);
   });
 }

@@ -104,7 +104,7 @@ class MinMax {
     T probe = 0;
 #pragma unroll
     for (int j = 0; j < Loaded::N; ++j) {
-      values[j] = to_compute(loaded.at[j]);
+      values[j] = to_compute(loaded.at(j));
       probe = Cuda<T>::madd(values[j], T{0}, probe);
     }
     if (probe == 0) {

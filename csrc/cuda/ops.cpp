@@ -21,10 +21,18 @@ class Call {
 
   Launcher& launcher() { return workspace_; }
 
-  Array array(const Tensor& t, const char* name) const {
+  // Of any type.
+  Array memory(const Tensor& t, const char* name) const {
     check_device(t, name);
     check(t.is_contiguous(), name, " must be contiguous");
     return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), name};
+  }
+
+  // Of numbers that kernels can read.
+  Array array(const Tensor& t, const char* name) const {
+    const Array a = memory(t, name);
+    check(a.type != Element::other, name, " must be floating, int32 or int64");
+    return a;
   }
 
   Array single(const Tensor& t, const char* name) const {
@@ -167,7 +175,8 @@ std::tuple<Tensor, Tensor> fake_quantize_with_mask(const Tensor x, const Tensor 
 Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
   Call call(grad);
   check(is_dense(view(grad)), "grad must have the layout of the output");
-  const Array packed = call.array(mask, "mask");
+  const Tensor whole = mask_words_of(mask);
+  const Array packed = call.memory(whole, "mask");
   check_count(packed, mask_bytes(grad.numel()));
   Tensor out = empty_as(grad);
   mask_gradient(call.launcher(), dense(view(grad), std::nullopt), static_cast<const uint64_t*>(packed.data),

@@ -5,7 +5,8 @@
 //   S                     the type of the elements
 //   Partial               what a stretch of a channel gives; see device.cuh
 //   Op(args, channels)    what one thread folds, kColumns channels at a time
-//   load(i)               the Pack::N elements from i on, not yet waited for
+//   load(i)               the Pack::N elements from i on, which lie on a 16-byte boundary; not yet
+//                         waited for
 //   fold(loaded, i)       takes them: all into one channel, or one into each
 //   fold_one(i, column)   takes one element
 //   partial(column)       what it has by now
@@ -44,7 +45,7 @@ struct RowGrid {
   int64_t slots;       // of a channel
   Divider by_segment;  // slots of a segment
   int shift;           // elements from a 16-byte boundary to the first
-  bool packs;          // whether slots lie on such boundaries
+  bool packs;          // whether slots lie on such boundaries; else they are read element by element
   bool warps;          // a warp for each channel, instead of a block
   int splits;          // blocks that share a channel
 };
@@ -73,14 +74,14 @@ __device__ void fold_rows(Op* op, const RowGrid& g, int64_t channel, int64_t fir
   for (int64_t base = first_round * lanes * U; base < g.slots; base += rounds * lanes * U) {
     typename Op::Loaded loaded[U];
     int64_t begin[U];
-    unsigned whole = 0;  // a bit for each slot that is all in its segment
+    unsigned whole = 0;  // a bit for each slot that is read at once, being all in its segment
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int64_t index = base + u * lanes + lane;
       if (index >= g.slots) continue;
       const Slot slot = slot_at<N>(g, channel, index);
       begin[u] = slot.begin;
-      if (slot.begin < slot.segment || slot.begin + N > slot.segment + g.inner) continue;
+      if (!g.packs || slot.begin < slot.segment || slot.begin + N > slot.segment + g.inner) continue;
       whole |= 1u << u;
       loaded[u] = op->load(begin[u]);
     }
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
   Op op(args, channel_of);
   for (int64_t base = split * (kWarps * U) + warp; base < g.rows; base += g.splits * int64_t{kWarps * U}) {
     typename Op::Loaded loaded[U];
-    unsigned whole = 0;  // a bit for each row that has all of this thread's columns
+    unsigned whole = 0;  // a bit for each row that has all of this thread's columns side by side
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int64_t row = base + u * kWarps;
@@ -278,7 +279,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < N; ++j) mine[j] = P::both(mine[j], room->parts[warp * Room::kTile + column(j)]);
     }
   }
-  __syncthreads();
   if (warp == 0) {
 #pragma unroll
     for (int j = 0; j < N; ++j) room->parts[column(j)] = mine[j];

@@ -22,7 +22,7 @@ def _cuda() -> dict[str, Any]:
     else:
         from . import _ops
 
-        why = getattr(_ops, "cuda_load_error", None)
+        why = _ops.why_no_cuda_kernels
     return {"built": built, "loaded": built and why is None, "why_not": why}
 
 
@@ -40,7 +40,8 @@ def build_info() -> dict[str, Any]:
           best first.
         - ``threads``: how many threads torch, and so fastquant, uses
           (``torch.set_num_threads`` changes it).
-        - ``cuda``: ``built``, ``loaded`` and ``why_not`` (``None`` where loaded).
+        - ``cuda``: ``built``, ``loaded`` and ``why_not`` (``None`` where loaded). The environment
+          variable ``FASTQUANT_CUDA_KERNELS=0`` leaves CUDA kernels unloaded at start-up.
     """
     return {
         "version": __version__,

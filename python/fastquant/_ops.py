@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -45,8 +46,14 @@ _load_library()
 def _load_cuda_library() -> str | None:
     """Load the kernels for CUDA tensors, where they were built and torch has CUDA.
 
-    Returns why they do not load, if so.
+    Returns why they do not load, if so: the environment variable FASTQUANT_CUDA_KERNELS=0 says
+    not to, or they cannot.
     """
+    setting = os.environ.get("FASTQUANT_CUDA_KERNELS") or "1"
+    if setting not in ("0", "1"):
+        raise ImportError(f"FASTQUANT_CUDA_KERNELS must be 0 or 1, and is {setting!r}")
+    if setting == "0":
+        return "FASTQUANT_CUDA_KERNELS=0 switches them off"
     library = importlib.util.find_spec("fastquant._cuda")
     if torch.version.cuda is None or library is None or library.origin is None:
         return None
@@ -62,7 +69,7 @@ def _load_cuda_library() -> str | None:
     return None
 
 
-cuda_load_error = _load_cuda_library()
+why_no_cuda_kernels = _load_cuda_library()
 
 from . import _C  # noqa: E402  (its absence is explained above)
 

@@ -8,6 +8,7 @@
 
 #include "cuda_runtime_api.h"
 #include "emulation.h"
+#include "races.h"
 
 // ------------------------------------------------------------------------------ language
 
@@ -48,7 +49,10 @@ inline void* emulated_shared_memory() { return emulation::shared_memory(); }
 
 inline void __syncthreads() { emulation::sync_block(0); }
 inline int __syncthreads_or(int predicate) { return emulation::sync_block(predicate != 0); }
-inline void __threadfence() { emulation::yield(); }
+inline void __threadfence() {
+  emulation::races_fence();
+  emulation::yield();
+}
 
 inline int __any_sync(unsigned lanes, int predicate) {
   const uint64_t* posted = emulation::post_to_warp(lanes, predicate != 0);
@@ -71,8 +75,10 @@ T __shfl_xor_sync(unsigned lanes, T value, int offset) {
 template <class T>
 T atomicAdd(T* memory, T value) {
   emulation::yield();
+  emulation::races_atomic_begin(memory);
   const T before = *memory;
   *memory = before + value;
+  emulation::races_atomic_end();
   return before;
 }
 

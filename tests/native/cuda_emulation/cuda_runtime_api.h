@@ -6,8 +6,14 @@
 #include <cstdint>
 #include <cstring>
 
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222
+};
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cuda_runtime_api.h"
+#include "races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -236,6 +237,13 @@ unsigned block_index() { return current->block->index; }
 unsigned block_size() { return threads_of_block; }
 unsigned grid_size() { return blocks_of_grid; }
 void* shared_memory() { return current->block->shared.get(); }
+unsigned barriers_passed() { return current->block->barrier.count; }
+bool in_kernel() { return current != nullptr; }
+
+bool is_on_own_stack(const void* address) {
+  const unsigned char* stack = current->context.stack;
+  return address >= stack && address < stack + kStackBytes;
+}
 
 void yield() {
   if (rng() % 4 != 0) return;
@@ -264,6 +272,7 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::func
   if (threads == 0 || threads > 1024 || threads % kWarp != 0) fail("no such block");
   if (shared_bytes > 48 * 1024) fail("more shared memory than every device has");
   ++launch_count;
+  races_launch();
   running_kernel = &kernel;
   threads_of_block = threads;
   blocks_of_grid = blocks;
@@ -285,6 +294,7 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::func
     if (block->live > 0) continue;
     const auto finished =
         std::find_if(under_way.begin(), under_way.end(), [&](const auto& b) { return b.get() == block; });
+    races_forget(block->shared.get(), shared_bytes);
     for (auto& f : block->fibers) spare.push_back(std::move(f));
     under_way.erase(finished);
   }
@@ -306,7 +316,7 @@ const char* cudaGetErrorString(cudaError_t) { return "no memory"; }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   // Kept for good, as the caller keeps it.
   *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  if (*memory == nullptr) return 2;
+  if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xa5, bytes);
   return cudaSuccess;
 }

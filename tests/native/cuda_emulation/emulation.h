@@ -7,7 +7,8 @@
 // allocated to the byte, for AddressSanitizer, and starts out as rubbish. A barrier or warp
 // operation that not all threads reach ends the process with a message.
 //
-// What it cannot show: the order in which a GPU makes writes visible, and time.
+// What it cannot show: the order in which a GPU makes writes visible, and time. Which accesses are
+// ordered at all, races.h looks into.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +23,9 @@ unsigned block_index();
 unsigned block_size();
 unsigned grid_size();
 void* shared_memory();
+unsigned barriers_passed();
+bool in_kernel();
+bool is_on_own_stack(const void* address);
 
 // Lets other fibers run, now and then.
 void yield();

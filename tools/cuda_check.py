@@ -1,0 +1,148 @@
+"""Builds the CUDA kernels for the GPU at hand, and checks them on it. Installs nothing.
+
+    python tools/cuda_check.py                      # all stages
+    python tools/cuda_check.py --only build,test    # some
+
+The stages: `build` makes a package of its own in build/cuda-check, `test` runs `pytest -m cuda`,
+`sanitize` runs kernels under compute-sanitizer, `bench` measures and stores the result in
+benchmarks/results. What has to be there: a GPU, a CUDA build of torch, nvcc, a C++ compiler, cmake,
+ninja, pytest, hypothesis; torchvision for the models that are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "cuda-check"
+PACKAGE = BUILD / "package"
+
+# The tests that reach every kernel in every layout; each tool takes its time.
+SANITIZED = "geometries or any_place or empty or histograms_of"
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    """Run a command on the package that was built.
+
+    Raises:
+        SystemExit: it failed, in words.
+    """
+    print("$", *command, flush=True)
+    code = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE), **environment},
+        check=False,
+    ).returncode
+    if code != 0:
+        raise SystemExit(f"cuda_check: exit status {code} from: {' '.join(map(str, command))}")
+
+
+def build(architectures: str = "native") -> None:
+    """A package for this GPU, or for some architectures, next to nothing else of fastquant's."""
+    run(
+        *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *("-DFASTQUANT_CUDA=on", f"-DFASTQUANT_CUDA_ARCHITECTURES={architectures}"),
+        *("-DFASTQUANT_WERROR=ON", f"-DPython_EXECUTABLE={sys.executable}"),
+    )
+    run("cmake", "--build", BUILD, "--target", "_C", "_cuda")
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    run("cmake", "--install", BUILD, "--prefix", PACKAGE)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    source = ROOT / "python" / "fastquant"
+    shutil.copytree(source, PACKAGE / "fastquant", ignore=ignored, dirs_exist_ok=True)
+
+
+def check_package() -> None:
+    """That it is the package built here which Python finds, with its kernels loaded."""
+    code = (
+        "import fastquant, pathlib, sys\n"
+        "found = pathlib.Path(fastquant.__file__).parent\n"
+        f"if found != pathlib.Path({str(PACKAGE / 'fastquant')!r}):\n"
+        "    sys.exit(f'another fastquant comes first, {found}: pip uninstall fastquant')\n"
+        "info = fastquant.build_info()\n"
+        "print(info)\n"
+        "sys.exit(info['cuda']['why_not'])"
+    )
+    run(sys.executable, "-c", code)
+
+
+def test() -> None:
+    run(sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests")
+
+
+def sanitize() -> None:
+    """Each tool of compute-sanitizer; every tensor in an allocation of its own."""
+    if shutil.which("compute-sanitizer") is None:
+        raise SystemExit("cuda_check: compute-sanitizer, of the CUDA toolkit, is not on the PATH")
+    for tool in TOOLS:
+        run(
+            *("compute-sanitizer", "--tool", tool, "--error-exitcode", "86"),
+            *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
+            *("-k", SANITIZED, "tests/test_cuda.py"),
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            FASTQUANT_SANITIZED="1",
+        )
+
+
+def bench() -> None:
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    result = ROOT / "benchmarks" / "results" / f"gpu-{gpu}.json"
+    run(sys.executable, "benchmarks/gpu.py", "--json", result)
+
+
+STAGES: dict[str, Callable[[], None]] = {
+    stage.__name__: stage for stage in (build, test, sanitize, bench)
+}
+
+
+def chosen(names: str) -> list[str]:
+    wanted = names.split(",")
+    if not set(wanted) <= STAGES.keys():
+        raise ValueError
+    return wanted
+
+
+chosen.__name__ = f"choice of {', '.join(STAGES)}"  # for argparse's message
+
+
+def why_not() -> str | None:
+    """What is missing, without which nothing can be checked."""
+    if not torch.cuda.is_available():
+        kind = "a CPU build" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
+        return (
+            "needs an NVIDIA GPU and a CUDA build of torch; "
+            f"torch {torch.__version__} is {kind} and finds no GPU"
+        )
+    missing = [tool for tool in ("nvcc", "cmake", "ninja") if shutil.which(tool) is None]
+    return f"needs {', '.join(missing)} on the PATH" if missing else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", type=chosen, default=list(STAGES), metavar="STAGE[,STAGE...]")
+    stages = parser.parse_args().only
+    reason = why_not()
+    if reason is not None:
+        raise SystemExit(f"cuda_check: {reason}; nothing was checked")
+    for name in stages:
+        if name != "build":
+            check_package()
+        STAGES[name]()
+    print(f"cuda_check: {', '.join(stages)}: all well on {torch.cuda.get_device_name()}")
+
+
+if __name__ == "__main__":
+    main()
