@@ -120,6 +120,18 @@ def test_empty_tensors_as_cpu(
         assert_as_cpu(emulation, call)
 
 
+@pytest.mark.parametrize("policy", [IGNORE, PROPAGATE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ranges_saturate_as_on_the_cpu(
+    emulation: Emulation, dtype: torch.dtype, policy: int
+) -> None:
+    x = torch.tensor([[1e300, -1e300, INF], [1.0, -1e300, -INF]], dtype=torch.float64)
+    for axis, channels in ((None, 1), (0, 2), (1, 3)):
+        low, high = (torch.full((channels,), end, dtype=dtype) for end in (INF, -INF))
+        args = (x, low, high, torch.zeros(1, dtype=torch.int64), axis, None, policy)
+        assert_as_cpu(emulation, ("observe_minmax_", args))
+
+
 def assert_histograms_as_cpu(
     emulation: Emulation, calls: list[Call], capturing: bool = False
 ) -> None:
@@ -149,6 +161,7 @@ def test_histograms_as_cpu(emulation: Emulation, calls: list[Call], capturing: b
         (1.0, 3e37, 7e37),  # wider than fp32 can compute with
         (0.0, 0.0, 1.0),  # one value first
         (1.0, 1.3, 1.0, 5.0),
+        (1.0, 1e300, 1e38, 1e300),  # beyond fp32
     ],
 )
 def test_histograms_of_extreme_ranges_as_cpu(

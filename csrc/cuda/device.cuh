@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 
 #include <climits>
+#include <type_traits>
 #include <utility>
 
+#include "../range_math.h"
 #include "kernels.h"
 #include "vec_cuda.cuh"
 
@@ -126,11 +128,12 @@ __device__ __noinline__ void write(Buffer b, int64_t i, T value) {
   });
 }
 
-// A value as elements of this type hold it.
+// A value as elements of this type hold it; a finite one stays finite.
 template <class T>
 __device__ __noinline__ T rounded_to(Element type, T value) {
   return with_type(type, [&](auto stored) {
-    typename decltype(stored)::Type element;
+    typename decltype(stored)::Type element{};
+    if constexpr (!std::is_integral<decltype(element)>::value) value = kept_finite(value, largest_of(element));
     assign(&element, value);
     return static_cast<T>(number(element));
   });

@@ -27,6 +27,7 @@ struct HistogramArgs {
   int64_t numel;
   int shift;  // elements from a 16-byte boundary to the first
   Buffer histogram, min_val, max_val;
+  double most;  // the largest number of min_val and max_val: finite elements beyond count as it
   int64_t bins, rate;
   // Private histograms of a block, so that threads that count the same bin seldom meet; 0 where
   // shared memory has no room for one.
@@ -75,18 +76,26 @@ __device__ void walk(const HistogramArgs& a, int64_t thread, int64_t threads, co
 
 // ------------------------------------------------------------------------------ counting
 
+// The value of an element as the range holds it.
+template <class S>
+__device__ Compute<S> held(const HistogramArgs& a, S element) {
+  const Compute<S> value = to_compute(element);
+  return sizeof(S) == sizeof(double) ? kept_finite(value, a.most) : value;
+}
+
 // Calls add(bin) for the elements of a range that BinFormula is good enough for.
 template <class S, class Add>
 class Counter {
  public:
   using T = Compute<S>;
 
-  __device__ Counter(const HistogramRange& range, int64_t bins, const Add& add)
-      : formula_(BinFormula<Cuda<T>>::of(static_cast<T>(range.low), static_cast<T>(range.high), bins)),
+  __device__ Counter(const HistogramArgs& a, const HistogramRange& range, const Add& add)
+      : args_(a),
+        formula_(BinFormula<Cuda<T>>::of(static_cast<T>(range.low), static_cast<T>(range.high), a.bins)),
         add_(add) {}
 
   __device__ void operator()(S element) const {
-    const T value = to_compute(element);
+    const T value = held(args_, element);
     if (formula_.inside(value)) add_(static_cast<int32_t>(formula_.bin(value)));
   }
 
@@ -96,6 +105,7 @@ class Counter {
   }
 
  private:
+  const HistogramArgs& args_;
   BinFormula<Cuda<T>> formula_;
   const Add& add_;
 };
@@ -104,13 +114,13 @@ template <class S, class Add>
 __device__ void count_elements(const HistogramArgs& a, const HistogramRange& range, int64_t thread,
                                int64_t threads, const Add& add) {
   if (bin_formula_fits<Compute<S>>(range, a.bins)) {
-    const Counter<S, Add> counter(range, a.bins, add);
+    const Counter<S, Add> counter(a, range, add);
     walk<S>(a, thread, threads, counter, counter);
     return;
   }
   const S* x = static_cast<const S*>(a.minmax.x);
   for (int64_t i = thread; i < a.numel; i += threads) {
-    const int64_t bin = wide_bin(static_cast<double>(to_compute(x[i])), range, a.bins);
+    const int64_t bin = wide_bin(static_cast<double>(held(a, x[i])), range, a.bins);
     if (bin >= 0) add(static_cast<int32_t>(bin));
   }
 }
@@ -147,7 +157,8 @@ __device__ Plan plan_for(const HistogramArgs& a, const Extremes<T>& seen) {
   Plan plan;
   plan.old = {read<double>(a.min_val), read<double>(a.max_val)};
   plan.starts = is_unused(plan.old);
-  plan.now = widened(plan.old, {static_cast<double>(seen.low), static_cast<double>(seen.high)});
+  plan.now = widened(plan.old, {kept_finite(static_cast<double>(seen.low), a.most),
+                                kept_finite(static_cast<double>(seen.high), a.most)});
   plan.counts = !(seen.low > seen.high) && plan.now.low <= plan.now.high;  // not where it is NaN
   plan.moves = !plan.starts && (plan.now.low != plan.old.low || plan.now.high != plan.old.high);
   return plan;
@@ -212,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) find_range(const __grid_constant__ H
     __syncthreads();
     unsigned* own = tables.own();
     const auto add = [&](int32_t bin) { atomicAdd(own + bin, 1u); };
-    const Counter<S, decltype(add)> counter(range, a.bins, add);
+    const Counter<S, decltype(add)> counter(a, range, add);
     walk<S>(
         a, first, threads,
         [&](const Pack<S>& pack) {
@@ -483,6 +494,11 @@ void observe_histogram(Launcher& launcher, const Dense& x, const Array& histogra
   check_count(buffers.min_val, 1);
   check_count(buffers.max_val, 1);
   check(histogram.numel > 0 && histogram.numel <= INT_MAX && upsample_rate > 0, "a histogram needs bins");
+  for (const Array* buffer : {&histogram, &buffers.min_val, &buffers.max_val}) {
+    // Counts stall in anything narrower, at 256 in bf16.
+    check(buffer->type == Element::f32 || buffer->type == Element::f64, buffer->name,
+          " must be float32 or float64");
+  }
   if (x.numel() == 0) return;
   if (policy == NonFinite::raise) refuse_nonfinite(launcher, x, Flag());
   HistogramArgs a = {};
@@ -494,6 +510,7 @@ void observe_histogram(Launcher& launcher, const Dense& x, const Array& histogra
   a.min_val = Buffer(buffers.min_val);
   a.max_val = Buffer(buffers.max_val);
   a.bins = histogram.numel;
+  a.most = buffers.min_val.type == Element::f64 ? largest_of(double{}) : largest_of(float{});
   a.rate = upsample_rate;
   with_stored_type(x.type, [&](auto stored) { observe_histogram_of<decltype(stored)>(launcher, a); });
 }

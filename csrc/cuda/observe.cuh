@@ -52,8 +52,8 @@ template <class B, class T>
 __device__ void update_channel(const Statistics& s, int64_t channel, Range<T> seen) {
   Range<B> range = {read<B>(s.min_val, channel), read<B>(s.max_val, channel)};
   if (!(seen.low > seen.high)) {
-    const Range<B> now = {rounded_to(s.min_val.type, static_cast<B>(seen.low)),
-                          rounded_to(s.max_val.type, static_cast<B>(seen.high))};
+    const Range<B> now = {static_cast<B>(rounded_to(s.min_val.type, seen.low)),
+                          static_cast<B>(rounded_to(s.max_val.type, seen.high))};
     range = folded<B>(range, now, s.averages, static_cast<B>(s.constant));
     write(s.min_val, channel, range.low);
     write(s.max_val, channel, range.high);
