@@ -234,7 +234,7 @@ FASTQUANT_HD Range<B> range_of_bins(const HistogramRange& r, int64_t bins, int64
   const B width = is_finite(static_cast<double>(span)) ? span / static_cast<B>(bins)
                                                        : static_cast<B>(width_of_bins(r, bins));
   const B upper = base + width * static_cast<B>(end + 1);
-  return {base + width * static_cast<B>(start),
+  return {start == 0 ? base : base + width * static_cast<B>(start),  // one bin may be infinitely wide
           is_finite(static_cast<double>(upper)) ? upper : static_cast<B>(r.high)};
 }
 

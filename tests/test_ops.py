@@ -409,6 +409,20 @@ def test_search_as_reference(kind: str, bins: int, levels: int) -> None:
     assert_as_reference("search_histogram_range", *a_histogram(bins, bins, kind), levels)
 
 
+@pytest.mark.parametrize("bins", [1, 2, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_search_of_a_range_as_wide_as_numbers_go(bins: int, dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    histogram = torch.ones(bins)
+    for low, high in ((-most, 0.9 * most), (-4.2e38, 4.4e38)):
+        if high > most:
+            continue
+        ends = torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype)
+        assert_as_reference("search_histogram_range", histogram, *ends, 16)
+        found = _ops.search_histogram_range(histogram, *ends, 16)
+        assert all(bool(end.isfinite()) for end in found)
+
+
 @pytest.mark.parametrize("kind", ["constant", "zero"])
 def test_search_for_one_value_finds_it(kind: str) -> None:
     histogram, low, high = a_histogram(0, 64, kind)

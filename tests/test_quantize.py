@@ -479,6 +479,92 @@ def test_a_converted_copy_and_its_original_share_nothing(name: str) -> None:
     assert_same(converted(*case.inputs(2)), expected)
 
 
+class Referred(nn.Module):
+    """A layer that a list refers to, too; or a float layer in a quantized custom module."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.layers = [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    @classmethod
+    def from_float(cls, module: Referred) -> Referred:
+        observed = cls(module.layer)
+        observed.qconfig = module.qconfig
+        return observed
+
+    @classmethod
+    def from_observed(cls, module: Referred) -> Referred:
+        return cls(module.layer)
+
+
+class Observed(Referred):
+    """What a Referred is between prepare and convert, where it is custom."""
+
+
+class QuantizedCustom(Referred):
+    """And after."""
+
+
+def a_list() -> tuple[nn.Module, dict[str, Any]]:
+    return Stubbed(fq, Referred(nn.Linear(4, 4))), {}
+
+
+def fused_for_training() -> tuple[nn.Module, dict[str, Any]]:
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    return Stubbed(fq, fq.fuse_modules_qat(body, [["0", "1"]])), {}
+
+
+def fused_without_counterpart() -> tuple[nn.Module, dict[str, Any]]:
+    body = fq.fuse_modules(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), [["0", "1"]])
+    mapping = fq.get_default_static_quant_module_mappings()
+    del mapping[type(body[0])]
+    return Stubbed(fq, body), {"mapping": mapping}
+
+
+def layer_with_layers() -> tuple[nn.Module, dict[str, Any]]:
+    layer = nn.Linear(4, 4)
+    layer.extra = nn.Sequential(nn.Linear(4, 4))
+    return nn.Sequential(layer), {"mapping": fq.get_default_dynamic_quant_module_mappings()}
+
+
+def custom() -> tuple[nn.Module, dict[str, Any]]:
+    swaps = {"observed_to_quantized_custom_module_class": {Observed: QuantizedCustom}}
+    return nn.Sequential(Referred(nn.Linear(4, 4))), {"convert_custom_config_dict": swaps}
+
+
+@pytest.mark.parametrize(
+    "make", [a_list, fused_for_training, fused_without_counterpart, layer_with_layers, custom]
+)
+def test_what_stays_in_float_is_copied(make: Callable[[], Any]) -> None:
+    model, settings = make()
+    model.eval()
+    if make is layer_with_layers:
+        fq.propagate_qconfig_(model, {"": fq.default_dynamic_qconfig})
+        prepared = model
+    else:
+        model.qconfig = fq.default_qconfig
+        observed = {"float_to_observed_custom_module_class": {Referred: Observed}}
+        settings_of_prepare = {"prepare_custom_config_dict": observed} if make is custom else {}
+        prepared = fq.prepare(model, **settings_of_prepare)
+        prepared(torch.randn(2, 3, 5, 5) if make is fused_for_training else torch.randn(2, 4))
+    before = tree(prepared)
+    converted = fq.convert(prepared, **settings)
+
+    def storages(root: nn.Module) -> set[int]:
+        layers = [m for m in root.modules() if isinstance(m, Referred)]
+        every = [*root.modules(), *(layer for m in layers for layer in m.layers)]
+        tensors = [t for m in every for t in (*m.parameters(), *m.buffers())]
+        return {t.data_ptr() for t in tensors if t.numel()}
+
+    assert tree(prepared) == before
+    assert storages(prepared)
+    assert not storages(prepared) & storages(converted)
+
+
 def test_allow_list_limits_what_is_observed() -> None:
     model = Stubbed(fq, ConvNet()).eval()
     model.qconfig = fq.default_qconfig

@@ -425,8 +425,12 @@ def test_a_scripted_model_shares_its_statistics_with_the_model() -> None:
 @pytest.mark.parametrize("kind", ["min_max", "histogram", "qat"])
 def test_prepared_models_cannot_be_scripted_as_torchs_cannot(kind: str) -> None:
     for ns in (fq, tq):
+        model = network(kind, ns)
+        before = [type(module) for module in model.modules()]
         with oracle(), pytest.raises(RuntimeError):
-            torch.jit.script(network(kind, ns))
+            torch.jit.script(model)
+        if ns is fq:
+            assert [type(module) for module in model.modules()] == before
 
 
 class Own(fq.MinMaxObserver):

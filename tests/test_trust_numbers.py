@@ -118,10 +118,32 @@ def test_a_narrow_state_is_widened_also_where_it_is_assigned(name: str) -> None:
     module.load_state_dict(state, assign=True)
     for _ in range(3000):
         module(torch.tensor([1.0, 1.5]))
-    assert module.min_val.dtype == torch.float32
+    assert {b.dtype for b in module.state_dict().values()} == {torch.float32}
     assert_sane(module)
     if "histogram" in name:
         assert module.histogram.sum() == 6002
+
+
+def test_a_narrow_state_of_a_fake_quantize_is_widened_where_it_is_assigned() -> None:
+    written, module = fq.FakeQuantize(), fq.FakeQuantize()
+    written(torch.tensor([1.0, 2.0]))
+    state = {k: v.half() if v.is_floating_point() else v for k, v in written.state_dict().items()}
+    module.load_state_dict(state, assign=True)
+    assert module.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every_observer
+def test_statistics_are_wide_whatever_the_default_dtype(name: str, dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = OBSERVERS[name]()
+    finally:
+        torch.set_default_dtype(before)
+    module(torch.randn(4, 5, dtype=dtype))
+    assert {b.dtype for b in module.state_dict().values()} == {torch.float32}
+    assert_sane(module)
 
 
 def test_a_histogram_grows_a_million_times_in_the_memory_it_has() -> None:

@@ -150,6 +150,14 @@ class KeepsState(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return result
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # With assign=True the buffers become the state's tensors.
+        for key in (prefix + name for name in self._kept_precise):
+            value = state_dict.get(key)
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+                state_dict[key] = value.float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _load_whole(self, load: Callable[[], None], *faults: list[str]) -> bool:
         """Run `load`; where it adds to `faults`, put back what buffers held, and return False."""
         before = [(k, b, b.clone()) for k, b in self._buffers.items() if b is not None]

@@ -358,9 +358,9 @@ def search_histogram_range(
     low, high = float(min_val), float(max_val)
     counts = histogram.detach().to("cpu", torch.float32)
     bin_width = high / bins - low / bins
-    # Errors grow with the square of the width, and are only compared with each other: where
-    # fp32 might not hold a width's cube, any other width does.
-    safe = bin_width if 1e-9 < bin_width < 1e7 else 1.0
+    # Errors are only compared with each other: a power of two changes none of their digits, and
+    # keeps a width's cube within what fp32 holds.
+    safe, _ = math.frexp(bin_width)
 
     total = float(counts.sum(dtype=torch.float64).float())
     below = counts.cumsum(0, dtype=torch.float64).float()
@@ -395,10 +395,13 @@ def search_histogram_range(
     compute = _compute_dtype(min_val)
     base, top = min_val.reshape(()).to(compute), max_val.reshape(()).to(compute)
     width = (top - base) / bins
-    width = torch.where(width.isfinite(), width, bin_width)
+    # A single bin may be wider than the largest number.
+    wide = torch.tensor(bin_width, dtype=torch.float64).to(width)
+    width = torch.where(width.isfinite(), width, wide)
+    new_min = base + width * start_bin if start_bin else base
     new_max = base + width * (end_bin + 1)
     new_max = torch.where(new_max.isfinite(), new_max, top)
-    return (base + width * start_bin).to(min_val.dtype), new_max.to(max_val.dtype)
+    return new_min.to(min_val.dtype), new_max.to(max_val.dtype)
 
 
 # ----------------------------------------------------------------------- quantization parameters

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,7 +14,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import _torch_ao
 from ._hooks import has_hooks_of_its_own
-from ._model_checks import Classes, has_qconfig
+from ._model_checks import Classes, has_qconfig, is_swapped_whole
 from ._torch_ao import nnq
 from .utils import get_qparam_dict
 
@@ -68,7 +70,9 @@ def _lean(target: Any) -> Any:
             super().__init__(1, 1, *args, **kwargs)
             self.in_features, self.out_features = in_features, out_features
 
-    return LeanLinear if issubclass(target, nnq.Linear) else LeanConv
+    lean = LeanLinear if issubclass(target, nnq.Linear) else LeanConv
+    lean.__name__ = target.__name__  # for torch's messages
+    return lean
 
 
 def _packs(target: Any) -> bool:
@@ -80,25 +84,50 @@ def _packs(target: Any) -> bool:
     )
 
 
-def copy_to_convert(model: _Module, mapping: Classes, custom: Classes) -> _Module:
-    """A deep copy, but for the weights and observers of modules that will be packed anew."""
-    memo = {
-        id(module): _shell(module)
-        for module in model.modules()
-        if module is not model and _is_only_read(module, mapping, custom)
-    }
-    return copy.deepcopy(model, memo)
+def copy_to_convert(
+    model: _Module, mapping: Classes, custom: Classes
+) -> tuple[_Module, Callable[[], None]]:
+    """A deep copy, but for the weights and observers of modules that will be packed anew.
+
+    Returns:
+        The copy, and what to call when it has been converted: it gives parts of their own to such
+        modules as something else still refers to.
+    """
+    shells = {id(module): _shell(module) for module in _only_read(model, mapping, custom)}
+    copied = copy.deepcopy(model, dict(shells))
+    remaining = weakref.WeakSet(shells.values())
+    shells.clear()
+
+    def settle() -> None:
+        for module in remaining:
+            module._parameters = copy.deepcopy(module._parameters)
+            module._modules = copy.deepcopy(module._modules)
+
+    return copied, settle
+
+
+def _only_read(module: nn.Module, mapping: Classes, custom: Classes) -> Iterator[nn.Module]:
+    """What is below `module` and is swapped for what `convert` reads off it, in its order."""
+    for child in module._modules.values():
+        if child is None:
+            continue
+        if _is_only_read(child, mapping, custom):
+            yield child
+        elif not is_swapped_whole(child, custom):
+            yield from _only_read(child, mapping, custom)
 
 
 def _is_only_read(module: nn.Module, mapping: Classes, custom: Classes) -> bool:
-    """Whether converting swaps the module for what it reads off it, and nothing else needs it."""
     kind = type_before_parametrizations(module)
+    parts = module._modules.keys() - {"activation_post_process"}
     return (
         has_qconfig(module)
         and kind not in custom
         and kind is type(module)
         and _packs(mapping.get(kind))
-        # Training modules observe their weight once more, and fold their batch norm.
+        # Not training modules, which observe their weight once more, and fold their batch norm;
+        # nor what has modules of its own, which are swapped first.
+        and (not parts or (issubclass(kind, _torch_ao.FusedModule) and parts <= {"0", "1"}))
         and "weight_fake_quant" not in module._modules
         and not has_hooks_of_its_own(module)
     )

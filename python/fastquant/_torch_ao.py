@@ -210,6 +210,9 @@ def adopt(bases: Iterable[type], stubs: dict[Callable[..., Any], Any]) -> None:
     _mappings.DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS.update(stubs)
 
 
+IN_PREPARED_MODEL = "_is_in_prepared_model"
+
+
 def scriptable(module: nn.Module, cls: type | None = None) -> nn.Module:
     """torch.ao's module with the same state, which is what TorchScript compiles.
 
@@ -221,7 +224,14 @@ def scriptable(module: nn.Module, cls: type | None = None) -> nn.Module:
 
     Raises:
         NotImplementedError: the module's class is a user's.
+        RuntimeError: the module is in a prepared model. To let torch find that hooks cannot be
+            scripted would be too late: by then it has put what this returns into the model.
     """
+    if IN_PREPARED_MODEL in vars(module):
+        raise RuntimeError(
+            "prepared models cannot be scripted, for the hooks they have: use torch.jit.trace, or "
+            "script the model that convert returns"
+        )
     counterparts = {ours: theirs for theirs, ours in _COUNTERPART.items()}
     theirs = counterparts.get(cls or type(module))
     if theirs is None or type(module) not in counterparts:

@@ -203,7 +203,7 @@ class ObserverBase(ABC, KeepsState):
 
 def _factory(factory_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     checked: dict[str, Any] = nn.factory_kwargs(factory_kwargs)  # type: ignore[no-untyped-call]
-    if checked.get("dtype") in (torch.float16, torch.bfloat16):
+    if checked.get("dtype", torch.get_default_dtype()) not in WIDE:
         checked["dtype"] = torch.float32
     return checked
 
@@ -495,10 +495,6 @@ class _RangeObserver(UniformQuantizationObserverBase):
             where = f" of {prefix[:-1]}" if prefix else ""
             error_msgs.append(f"the state{where} does not fit: {problem}")
             return
-        for name, value in statistics.items():
-            # With assign=True the buffers become the state's tensors.
-            if value.dtype not in WIDE:
-                state_dict[prefix + name] = value.float()
 
         def load() -> None:
             if self._per_channel:

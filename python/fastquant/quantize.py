@@ -396,6 +396,9 @@ def _prepare(
             observer_non_leaf_module_list,
             custom_module_class_mapping=custom.get("float_to_observed_custom_module_class", {}),
         )
+    for module in model.modules():
+        if _is_activation_post_process(module):
+            module.__dict__[_torch_ao.IN_PREPARED_MODEL] = True
 
 
 def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = False) -> _Module:
@@ -476,8 +479,9 @@ def convert(
     warn_of_root(module, mapping, "convert")
     warn_of_uncalibrated(module, mapping, custom)
     warn_of_nonfinite(module)
+    settle = None
     if not inplace:
-        module = copy_to_convert(module, mapping, custom)
+        module, settle = copy_to_convert(module, mapping, custom)
     _convert(
         module,
         mapping,
@@ -486,6 +490,8 @@ def convert(
         convert_custom_config_dict=convert_custom_config_dict,
         use_precomputed_fake_quant=use_precomputed_fake_quant,
     )
+    if settle is not None:
+        settle()
     if remove_qconfig:
         _remove_qconfig(module)
     return module
