@@ -15,9 +15,12 @@ from fastquant import _C
 from strategies import FLOATS, LAYOUTS, dtypes, random_values, seeds, tensors
 
 # Where work begins to be cut into pieces, and what the pieces are multiples of: words of 64
-# elements, one or four tables of counts from 4,096 on, threads from 65,536 on, and a third
-# piece at 98,304.
-SIZES = (1, 63, 64, 65, 4095, 4096, 4097, 65_535, 65_536, 65_537, 98_303, 98_304, 98_367, 131_137)
+# elements, one or four tables of counts from 4,096 on, threads from 131,072 on (to look only, from
+# 262,144 on), and a third piece at half as many more.
+SIZES = (
+    *(1, 63, 64, 65, 4095, 4096, 4097, 131_071, 131_072, 131_073, 196_607, 196_608, 196_671),
+    *(262_143, 262_144, 262_145, 393_216, 393_279),
+)
 THREADS = (2, 3, 4)
 
 # Inner sizes on both sides of where rows are walked as columns (512) and parameters repeat as a
@@ -31,10 +34,10 @@ PER_CHANNEL = (
     ((2, 70, 511), 1),
     ((2, 70, 512), 1),
     ((2, 70, 513), 1),
-    ((7, 20_000), 0),
-    ((20_000, 7), 0),
-    ((1, 64, 56, 56), 1),
-    ((1, 64, 56, 56), -1),
+    ((7, 60_000), 0),
+    ((60_000, 7), 0),
+    ((2, 64, 56, 56), 1),
+    ((2, 64, 56, 56), -1),
 )
 
 Results = dict[str, Tensor]

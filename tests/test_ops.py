@@ -1020,7 +1020,7 @@ def test_every_instruction_set_gives_the_same_bytes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("threads")
 def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
-    for name, args in samples(dtype, 140_020):
+    for name, args in samples(dtype, 280_040):
         torch.set_num_threads(1)
         expected = outcome(name, args)
         for threads in (2, 3):
@@ -1030,7 +1030,7 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
 
 
 def test_large_tensors_as_reference() -> None:
-    for name, args in samples(torch.float32, 140_020):
+    for name, args in samples(torch.float32, 280_040):
         if name not in ("learnable_fake_quantize_backward", "observe_histogram_"):
             assert_as_reference(name, *args)
 

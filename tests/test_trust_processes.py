@@ -287,7 +287,7 @@ def test_a_model_observed_from_several_threads_has_seen_everything() -> None:
 def test_the_number_of_torchs_threads_may_change(name: str, threads: None) -> None:
     a, b = OBSERVERS[name](), OBSERVERS[name]()
     for i, count in enumerate((1, 4, 2, 3)):
-        x = torch.randn(64, 4096) * (i + 1)
+        x = torch.randn(64, 8192) * (i + 1)
         torch.set_num_threads(count)
         a(x)
         torch.set_num_threads(1)

@@ -153,12 +153,12 @@ int64_t thread_count();
 // f(context, i) for i in [0, count), on as many threads.
 void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context);
 
-// Elements below which a second thread costs more than it saves.
-constexpr int64_t kGrain = 32768;
+// Elements that are worth a thread, where each is worked on, and where each is only looked at.
+constexpr int64_t kGrain = 65536, kGrainOfReading = 131072;
 
 // How many pieces to cut n elements into.
-inline int64_t piece_count(int64_t n) {
-  return n < 2 * kGrain ? 1 : std::min<int64_t>(thread_count(), n / kGrain);
+inline int64_t piece_count(int64_t n, int64_t grain = kGrain) {
+  return n < 2 * grain ? 1 : std::min<int64_t>(thread_count(), n / grain);
 }
 
 // f(piece, begin, end) for `pieces` pieces of [0, n), each but the last a multiple of unit.
