@@ -99,7 +99,8 @@ wheel: $(VENV)/.installed
 cuda-compile: $(VENV)/.dev
 	@if [ ! -d csrc/cuda ]; then echo "cuda-compile: no CUDA sources"; \
 	elif ! command -v nvcc >/dev/null; then echo "cuda-compile: skipped, no nvcc"; \
-	else cmake -B build/cuda $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on && \
+	else cmake -B build/cuda $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on \
+		-DFASTQUANT_CUDA_ARCHITECTURES= && \
 		cmake --build build/cuda --target _cuda && \
 		$(BIN)/python tools/check_cuda.py build/cuda/_cuda.so; fi
 
