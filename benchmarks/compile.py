@@ -53,7 +53,7 @@ def measure(suite: Suite) -> None:
         ("calibrate, min/max", False, fq.default_qconfig, _forward, NO_SLOWER),
         ("calibrate, histogram", False, fq.get_default_qconfig("x86"), _forward, NO_SLOWER),
         ("QAT, forward and backward", True, fq.get_default_qat_qconfig("x86"), _step, NO_SLOWER),
-        # Python in the graph, 0.1 ms a call.
+        # Python runs in the graph, and is no faster for it.
         ("QAT by histogram, both ways", True, HISTOGRAM_QAT, _step, None),
     ):
         cases = {}

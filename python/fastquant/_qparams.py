@@ -171,6 +171,12 @@ class KeepsState(nn.Module):
         return False
 
 
+def misfit(prefix: str, problem: str) -> str:
+    """What `load_state_dict` is to say of the state of the module at `prefix`."""
+    where = f" of {prefix[:-1]}" if prefix else ""
+    return f"the state{where} does not fit: {problem}"
+
+
 def qparams_error(saved: Mapping[str, object], per_channel: bool) -> str | None:
     """What is wrong with a saved scale and zero point; None where they can be loaded."""
     for name, value in saved.items():

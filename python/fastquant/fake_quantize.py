@@ -31,6 +31,7 @@ from ._qparams import (
     channel_count,
     channel_error,
     input_error,
+    misfit,
     nonfinite_error,
     qparams_error,
     refill_buffer,
@@ -423,8 +424,7 @@ class FakeQuantize(FakeQuantizeBase):
         def load() -> None:
             problem = qparams_error(saved, self.is_per_channel)
             if problem is not None:
-                where = f" of {prefix[:-1]}" if prefix else ""
-                error_msgs.append(f"the state{where} does not fit: {problem}")
+                error_msgs.append(misfit(prefix, problem))
                 return
             for name, value in saved.items():
                 resize_buffer(self, name, value.shape)

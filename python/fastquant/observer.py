@@ -31,6 +31,7 @@ from ._qparams import (
     channel_error,
     check_nonfinite,
     input_error,
+    misfit,
     nonfinite_error,
     qparams_error,
     range_error,
@@ -492,8 +493,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         statistics = {n: state_dict[prefix + n] for n in names}
         problem = self._state_error(statistics) or _eps_error(state_dict.get(prefix + "eps"))
         if problem is not None:
-            where = f" of {prefix[:-1]}" if prefix else ""
-            error_msgs.append(f"the state{where} does not fit: {problem}")
+            error_msgs.append(misfit(prefix, problem))
             return
 
         def load() -> None:
@@ -1010,8 +1010,7 @@ class FixedQParamsObserver(ObserverBase):
             {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}, False
         )
         if problem is not None:
-            where = f" of {prefix[:-1]}" if prefix else ""
-            args[-1].append(f"the state{where} does not fit: {problem}")
+            args[-1].append(misfit(prefix, problem))
             return
         load = partial(super()._load_from_state_dict, state_dict, prefix, *args)
         self._load_whole(load, args[2], args[4])
