@@ -99,4 +99,22 @@ inline Dense dense(const View& x, std::optional<int64_t> ch_axis) {
   return d;
 }
 
+// Calls f with a value of the floating type that elements are stored in.
+template <class F>
+auto with_stored_type(Element type, const F& f) {
+  switch (type) {
+    case Element::f32:
+      return f(float{});
+    case Element::f64:
+      return f(double{});
+    case Element::f16:
+      return f(Half{});
+    case Element::bf16:
+      return f(BFloat16{});
+    default:
+      check(false, "x must be a floating tensor");
+      return f(float{});
+  }
+}
+
 }  // namespace fastquant

@@ -24,24 +24,6 @@ inline const KernelsFor<double, double>& kernels_of(double) { return kernels().f
 inline const KernelsFor<Half, float>& kernels_of(Half) { return kernels().f16; }
 inline const KernelsFor<BFloat16, float>& kernels_of(BFloat16) { return kernels().bf16; }
 
-// Calls f with a value of the floating type that elements are stored in.
-template <class F>
-auto with_stored_type(Element type, const F& f) {
-  switch (type) {
-    case Element::f32:
-      return f(float{});
-    case Element::f64:
-      return f(double{});
-    case Element::f16:
-      return f(Half{});
-    case Element::bf16:
-      return f(BFloat16{});
-    default:
-      check(false, "x must be a floating tensor");
-      return f(float{});
-  }
-}
-
 // ---------------------------------------------------------------------------- buffers
 
 inline float number(float x) { return x; }

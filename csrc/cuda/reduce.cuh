@@ -384,22 +384,5 @@ void reduce_channels(Launcher& launcher, const Dense& x, std::initializer_list<c
   }
 }
 
-// Calls f with an element of the floating type that elements are stored in.
-template <class F>
-void with_stored_type(Element type, const F& f) {
-  switch (type) {
-    case Element::f32:
-      return f(float{});
-    case Element::f64:
-      return f(double{});
-    case Element::f16:
-      return f(Half{});
-    case Element::bf16:
-      return f(BFloat16{});
-    default:
-      check(false, "x must be a floating tensor");
-  }
-}
-
 }  // namespace
 }  // namespace fastquant::cuda
