@@ -15,6 +15,18 @@ namespace {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Asks for memory that comes `bytes` after the next elements, read or to be written. Left to themselves,
+// processors fetch ahead no further than to the end of a page, and stores wait for their lines: a
+// tensor beyond the second-level cache takes 1.3 to 3 times as long.
+constexpr int kAhead = 4096;
+
+template <int kElements, class S>
+void fetch_ahead(const S* p, int64_t distance = kAhead) {
+  constexpr int kBytes = kElements * sizeof(S), kLine = 64;
+  const char* const next = reinterpret_cast<const char*>(p) + distance;
+  for (int k = 0; k < kBytes; k += kLine) __builtin_prefetch(next + k);
+}
+
 // ---------------------------------------------------------------------------- min/max
 
 template <class T>
@@ -43,6 +55,7 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
     auto nans = V::none();
     int64_t i = 0;
     for (; i + 4 * N <= n; i += 4 * N) {
+      fetch_ahead<4 * N>(x + i);
       typename V::Reg a, b, c, d;
       V::load_pair(x + i, &a, &b);
       V::load_pair(x + i + 2 * N, &c, &d);
@@ -136,6 +149,7 @@ void minmax_words(const S* x, int64_t n, float* low, float* high, bool* nonfinit
     WordExtremes<W> e0, e1, e2, e3;
     int64_t i = 0;
     for (; i + 4 * N <= n; i += 4 * N) {
+      fetch_ahead<4 * N>(x + i);
       e0.fold(W::load(x + i));
       e1.fold(W::load(x + i + N));
       e2.fold(W::load(x + i + 2 * N));
@@ -228,6 +242,8 @@ struct WordStrip {
   WordExtremes<W> extremes[kVectors];
 };
 
+constexpr int64_t kRowBlock = 16384;  // bytes
+
 // The columns [begin, end), as far as whole strips go.
 template <class Strip, class S, class T>
 int64_t minmax_strips(const S* x, int64_t rows, int64_t begin, int64_t end, int64_t row_stride, T* low, T* high,
@@ -236,17 +252,24 @@ int64_t minmax_strips(const S* x, int64_t rows, int64_t begin, int64_t end, int6
   for (; c + Strip::N <= end; c += Strip::N) {
     Strip strip(low + c, high + c);
     const S* p = x + c;
-    for (int64_t r = 0; r < rows; ++r, p += row_stride) strip.fold(p);
+    // The same columns of the next block of rows, where the first-level cache holds both.
+    const int64_t next = rows * row_stride * static_cast<int64_t>(sizeof(S));
+    const bool fits = next <= kRowBlock;
+    for (int64_t r = 0; r < rows; ++r, p += row_stride) {
+      if (fits) fetch_ahead<Strip::N>(p, next);
+      strip.fold(p);
+    }
     *odd |= strip.finish(low + c, high + c);
   }
   return c;
 }
 
-// f(x, rows) for blocks of rows that the first-level cache holds.
+// f(x, rows) for blocks of rows that fill a third of the first-level cache.
 template <class S, class F>
 void for_row_blocks(const S* x, int64_t rows, int64_t row_stride, const F& f) {
-  constexpr int64_t kBlock = 32768 / sizeof(S), kFewest = 8;
-  const int64_t count = kBlock / row_stride > kFewest ? kBlock / row_stride : kFewest;
+  constexpr int64_t kFewest = 8;
+  const int64_t fitting = kRowBlock / (row_stride * static_cast<int64_t>(sizeof(S)));
+  const int64_t count = fitting > kFewest ? fitting : kFewest;
   for (int64_t r = 0; r < rows; r += count) f(x + r * row_stride, smaller(count, rows - r));
 }
 
@@ -291,7 +314,7 @@ void minmax_columns_of_words(const S* x, int64_t rows, int64_t columns, int64_t 
 template <class V, class S, class T>
 void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables) {
   constexpr int kGroup = 32;
-  constexpr int kLine = 64 / sizeof(S), kAhead = 32768 / sizeof(S);
+  constexpr int kLine = 64 / sizeof(S), kFarAhead = 32768 / sizeof(S);
   const int64_t stride = histogram_stride(bins);
   uint32_t* const t0 = counts;
   uint32_t* const t1 = tables == 4 ? counts + stride : counts;
@@ -302,7 +325,7 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
   const auto outside = V::set1(static_cast<T>(bins));
   const auto locate = [&](const S* p, int32_t* index) {
     // Counting leaves memory idle: what comes after the caller's block can be on its way.
-    for (int k = 0; k < kGroup; k += kLine) __builtin_prefetch(p + kAhead + k, 0, 2);
+    for (int k = 0; k < kGroup; k += kLine) __builtin_prefetch(p + kFarAhead + k, 0, 2);
     for (int k = 0; k < kGroup; k += V::N) {
       const auto a = V::load(p + k);
       V::store_index(index + k, V::select(formula.inside(a), formula.bin(a), outside));
@@ -449,6 +472,8 @@ int64_t fake_quantize_run(const S* x, S* y, int64_t begin, int64_t end, const Fa
   };
   int64_t i = begin;
   for (; i + kGroup <= end; i += kGroup) {
+    fetch_ahead<kGroup>(x + i);
+    fetch_ahead<kGroup>(y + i);
     uint64_t bits = 0;
     for (int k = 0; k < kGroup; k += kPair) bits |= static_cast<uint64_t>(pair(i + k)) << k;
     if (kMask) writer->push_word(bits);
@@ -508,6 +533,8 @@ void fake_quantize_periodic_masked(const S* x, S* y, int64_t begin, int64_t end,
   int64_t i = begin;
   if (!p.exact) {
     for (; i + V::N <= end; i += V::N, advance(V::N)) {
+      fetch_ahead<V::N>(x + i);
+      fetch_ahead<V::N>(y + i);
       const auto q = quantizer_at<V>(p, phase);
       const auto t = q.steps(V::load(x + i));
       V::store(y + i, q.value(t));
@@ -551,6 +578,8 @@ void mask_gradient(const S* grad, const uint64_t* mask, S* out, int64_t begin, i
   const auto zero = V::set1(T{0}), one = V::set1(T{1});
   int64_t i = begin;
   for (; i + 64 <= end; i += 64) {
+    fetch_ahead<64>(grad + i);
+    fetch_ahead<64>(out + i);
     uint64_t word = mask[i / 64];
     for (int k = 0; k < 64; k += V::N) {
       const auto keep = V::select(V::from_bits(static_cast<uint32_t>(word >> k)), one, zero);
