@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import calls
 import compile
 import fake_quant
 import histogram_search
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Measure] = {
         histogram_search,
         roofline,
         threads,
+        calls,
         memory,
         whole_models,
         compile,

@@ -1,5 +1,9 @@
 #include "fast_calls.h"
 
+#include <utility>
+
+#include "cpu/fake_quantize.h"
+#include "cpu/huge_pages.h"
 #include "cpu/statistics.h"
 
 namespace fastquant {
@@ -37,6 +41,8 @@ const DLPackExchangeAPI* exchange = nullptr;
 PyObject* tensor_types = nullptr;
 PyObject* guards = nullptr;
 PyObject* is_neg = nullptr;
+PyObject* empty_like = nullptr;
+PyObject* empty_bytes = nullptr;
 
 // Thrown where the op has to do the work; a Python error may be set, to be dropped.
 struct NotPlain {};
@@ -73,6 +79,14 @@ DLTensor tensor(PyObject* object) {
   return t;
 }
 
+// Sizes of 1 have any stride.
+bool has_strides(const DLTensor& t, const int64_t* strides) {
+  for (int d = 0; d < t.ndim; ++d) {
+    if (t.shape[d] != 1 && t.strides[d] != strides[d]) return false;
+  }
+  return true;
+}
+
 int64_t numel(const DLTensor& t) {
   int64_t n = 1;
   for (int d = 0; d < t.ndim; ++d) n *= t.shape[d];
@@ -89,13 +103,18 @@ Element element(const DLTensor& t) {
   return Element::other;
 }
 
-Dense observed(PyObject* object, std::optional<int64_t> ch_axis) {
+DLTensor big_tensor(PyObject* object) {
   plain(!is_true(PyObject_CallFunctionObjArgs(is_neg, object, nullptr)));
-  const DLTensor t = tensor(object);
+  return tensor(object);
+}
+
+Dense dense(const DLTensor& t, std::optional<int64_t> ch_axis) {
   const View x = {t.data, element(t), t.ndim, t.shape, t.strides, numel(t)};
   plain(is_dense(x) && (x.numel == 0 || x.data != nullptr));
   return dense(x, ch_axis);
 }
+
+Dense observed(PyObject* object, std::optional<int64_t> ch_axis) { return dense(big_tensor(object), ch_axis); }
 
 Array buffer(PyObject* object, const char* name) {
   const DLTensor t = tensor(object);
@@ -134,6 +153,69 @@ std::optional<double> optional_number(PyObject* object) {
   return value;
 }
 
+class Owned {
+ public:
+  // Of a new reference, or none where a call failed.
+  explicit Owned(PyObject* object) : object_(object) { plain(object != nullptr); }
+  ~Owned() { Py_XDECREF(object_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  PyObject* object_;
+};
+
+// A new tensor laid out as another one is.
+class Output {
+ public:
+  Output(PyObject* like, const DLTensor& t) : object_(PyObject_CallFunctionObjArgs(empty_like, like, nullptr)) {
+    const DLTensor made = tensor(object_.get());
+    plain(made.ndim == t.ndim && std::equal(t.shape, t.shape + t.ndim, made.shape) &&
+          element(made) == element(t) && has_strides(made, t.strides));
+    data_ = made.data;
+    prefer_huge_pages(data_, numel(t) * (t.bits / 8));
+  }
+
+  void* data() const { return data_; }
+  PyObject* release() { return object_.release(); }
+
+ private:
+  Owned object_;
+  void* data_;
+};
+
+// Room for the mask of n elements, where one is wanted.
+class Mask {
+ public:
+  Mask(bool wanted, int64_t n) {
+    if (!wanted) return;
+    const Owned bytes(PyLong_FromLongLong(mask_words(n) * 8));
+    object_.emplace(PyObject_CallFunctionObjArgs(empty_bytes, bytes.get(), nullptr));
+    words_ = static_cast<uint64_t*>(tensor(object_->get()).data);
+  }
+
+  uint64_t* words() const { return words_; }
+
+  // y, alone or with its mask.
+  PyObject* with(Output* y) const {
+    if (!object_.has_value()) return y->release();
+    const Owned result(y->release());
+    return PyTuple_Pack(2, result.get(), object_->get());
+  }
+
+ private:
+  std::optional<Owned> object_;
+  uint64_t* words_ = nullptr;
+};
+
+PyObject* same(PyObject* object) {
+  Py_INCREF(object);
+  return object;
+}
+
 // Lets other threads run Python while a big tensor is read.
 class WithoutGil {
  public:
@@ -148,26 +230,30 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-// Runs f; True if it was done. Whatever is thrown is thrown before a statistic has changed.
+// What f returns; None where it has to be left to the op. Whatever is thrown is thrown before a
+// statistic has changed.
 template <class F>
 PyObject* attempt(Py_ssize_t count, Py_ssize_t expected, const F& f) {
   try {
     plain(count == expected);
     check_circumstances();
-    f();
-    Py_RETURN_TRUE;
+    return f();
   } catch (...) {
     PyErr_Clear();
-    Py_RETURN_FALSE;
+    Py_RETURN_NONE;
   }
+}
+
+QParamsConfig config_of(PyObject* const* args) {
+  return {integer(args[0]), integer(args[1]), static_cast<Scheme>(integer(args[2])), integer(args[3])};
 }
 
 }  // namespace
 
 PyObject* set_up_fast_calls(PyObject*, PyObject* args) {
-  PyObject *capsule, *types, *guard_functions, *is_neg_function;
-  if (!PyArg_ParseTuple(args, "OO!O!O", &capsule, &PyTuple_Type, &types, &PyTuple_Type, &guard_functions,
-                        &is_neg_function)) {
+  PyObject *capsule, *types, *guard_functions, *functions[3];
+  if (!PyArg_ParseTuple(args, "OO!O!OOO", &capsule, &PyTuple_Type, &types, &PyTuple_Type, &guard_functions,
+                        &functions[0], &functions[1], &functions[2])) {
     return nullptr;
   }
   const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -176,12 +262,11 @@ PyObject* set_up_fast_calls(PyObject*, PyObject* args) {
     return PyErr_Format(PyExc_RuntimeError, "DLPack exchange API %u.%u is none that fastquant knows",
                         api->major, api->minor);
   }
-  Py_INCREF(types);
-  Py_INCREF(guard_functions);
-  Py_INCREF(is_neg_function);
-  tensor_types = types;
-  guards = guard_functions;
-  is_neg = is_neg_function;
+  tensor_types = same(types);
+  guards = same(guard_functions);
+  is_neg = same(functions[0]);
+  empty_like = same(functions[1]);
+  empty_bytes = same(functions[2]);
   exchange = api;
   Py_RETURN_NONE;
 }
@@ -195,6 +280,7 @@ PyObject* observe_minmax_call(PyObject*, PyObject* const* args, Py_ssize_t count
     const auto policy = static_cast<NonFinite>(integer(args[6]));
     const WithoutGil released(x.numel());
     observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
+    return same(Py_True);
   });
 }
 
@@ -208,24 +294,87 @@ PyObject* observe_histogram_call(PyObject*, PyObject* const* args, Py_ssize_t co
     const auto policy = static_cast<NonFinite>(integer(args[6]));
     const WithoutGil released(x.numel());
     observe_histogram(x, histogram, low, high, nonfinite_count, upsample_rate, policy);
+    return same(Py_True);
   });
 }
 
-PyObject* observe_qparams_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return attempt(count, 15, [&] {
-    if (!flag(args[1])) return;
-    const Dense x = observed(args[0], optional_integer(args[8]));
-    const Array low = buffer(args[2], "min_val"), high = buffer(args[3], "max_val");
-    const Array scale = buffer(args[4], "scale"), zero_point = buffer(args[5], "zero_point");
+PyObject* histogram_qparams_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return attempt(count, 11, [&] {
+    const Array histogram = buffer(args[0], "histogram");
+    const Array low = single(args[1], "min_val"), high = single(args[2], "max_val");
+    const Array eps = single(args[3], "eps");
+    const Array scale = single(args[9], "scale"), zero_point = single(args[10], "zero_point");
+    double found[2];  // in the type of the buffers, whichever it is
+    const Array new_min = {&found[0], low.type, 1, "new_min"}, new_max = {&found[1], high.type, 1, "new_max"};
+    search_histogram_range(histogram, low, high, integer(args[4]), new_min, new_max);
+    choose_qparams(new_min, new_max, eps, config_of(args + 5), scale, zero_point);
+    return same(Py_True);
+  });
+}
+
+PyObject* fake_quantize_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return attempt(count, 8, [&] {
+    const DLTensor t = big_tensor(args[0]);
+    if (args[3] != Py_None && !flag(args[3])) return same(args[0]);
+    const Dense x = dense(t, optional_integer(args[4]));
+    const Array scale = buffer(args[1], "scale"), zero_point = buffer(args[2], "zero_point");
+    const int64_t quant_min = integer(args[5]), quant_max = integer(args[6]);
+    Output y(args[0], t);
+    const Mask mask(args[7] == Py_True, x.numel());
+    {
+      const WithoutGil released(x.numel());
+      fake_quantize(x, scale, zero_point, quant_min, quant_max, y.data(), mask.words());
+    }
+    return mask.with(&y);
+  });
+}
+
+PyObject* observe_fake_quantize_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return attempt(count, 17, [&] {
+    const bool observes = flag(args[1]), quantizes = flag(args[2]);
+    const DLTensor t = big_tensor(args[0]);
+    const Dense x = dense(t, optional_integer(args[9]));
+    const Array low = buffer(args[3], "min_val"), high = buffer(args[4], "max_val");
+    const Array scale = buffer(args[5], "scale"), zero_point = buffer(args[6], "zero_point");
     for (const Array& a : {high, scale, zero_point}) check_count(a, low.numel);
-    const Array nonfinite_count = single(args[6], "nonfinite_count"), eps = single(args[7], "eps");
-    const auto averaging_constant = optional_number(args[9]);
-    const QParamsConfig config = {integer(args[10]), integer(args[11]), static_cast<Scheme>(integer(args[12])),
-                                  integer(args[13])};
-    const auto policy = static_cast<NonFinite>(integer(args[14]));
-    const WithoutGil released(x.numel());
-    observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
-    choose_qparams(low, high, eps, config, scale, zero_point);
+    const Array nonfinite_count = single(args[7], "nonfinite_count"), eps = single(args[8], "eps");
+    for (const Array& a : {scale, zero_point, eps}) plain(a.type != Element::other);
+    const auto averaging_constant = optional_number(args[10]);
+    const QParamsConfig config = config_of(args + 11);
+    const auto policy = static_cast<NonFinite>(integer(args[15]));
+    std::optional<Output> y;
+    if (quantizes) y.emplace(args[0], t);
+    const Mask mask(quantizes && args[16] == Py_True, x.numel());
+    {
+      const WithoutGil released(x.numel());
+      if (observes) {
+        observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
+        choose_qparams(low, high, eps, config, scale, zero_point);
+      }
+      if (quantizes) {
+        fake_quantize(x, scale, zero_point, config.quant_min, config.quant_max, y->data(), mask.words());
+      }
+    }
+    return quantizes ? mask.with(&*y) : same(args[0]);
+  });
+}
+
+PyObject* mask_gradient_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return attempt(count, 3, [&] {
+    const DLTensor t = big_tensor(args[0]), mask = tensor(args[1]);
+    int64_t strides[kMaxDims];
+    plain(PyTuple_Check(args[2]) && PyTuple_Size(args[2]) == t.ndim && t.ndim <= kMaxDims);
+    for (int d = 0; d < t.ndim; ++d) strides[d] = integer(PyTuple_GetItem(args[2], d));
+    plain(has_strides(t, strides));
+    const Dense grad = dense(t, std::nullopt);
+    plain(numel(mask) == mask_words(grad.numel()) * 8 && mask.ndim == 1 && mask.strides[0] == 1 &&
+          reinterpret_cast<uintptr_t>(mask.data) % sizeof(uint64_t) == 0);
+    Output out(args[0], t);
+    {
+      const WithoutGil released(grad.numel());
+      mask_gradient(grad, static_cast<const uint64_t*>(mask.data), out.data());
+    }
+    return out.release();
   });
 }
 

@@ -42,17 +42,27 @@ PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_O,
      "set_isa(name)\n\nUse the kernels of this instruction set from now on, in every thread."},
     {"set_up_fast_calls", fastquant::set_up_fast_calls, METH_VARARGS,
-     "set_up_fast_calls(exchange_api, tensor_types, guards, is_neg)\n\n"
+     "set_up_fast_calls(exchange_api, tensor_types, guards, is_neg, empty_like, empty_bytes)\n\n"
      "Makes the functions below usable: torch.Tensor's DLPack C exchange API, the exact types that\n"
-     "they take, functions that say by a false result that nothing intercepts ops, and\n"
-     "torch.Tensor.is_neg."},
+     "they take, functions that say by a false result that nothing intercepts ops, torch.Tensor.is_neg,\n"
+     "torch.empty_like, and what makes a CPU tensor of so many bytes."},
     {"observe_minmax", fastquant::as_method(fastquant::observe_minmax_call), METH_FASTCALL,
-     "observe_minmax(...) -> bool\n\nThe op observe_minmax_ without the dispatcher. False, with nothing "
+     "observe_minmax(...) -> True | None\n\nThe op observe_minmax_ without the dispatcher. None, with nothing "
      "done, where\nonly the op will do."},
     {"observe_histogram", fastquant::as_method(fastquant::observe_histogram_call), METH_FASTCALL,
-     "observe_histogram(...) -> bool\n\nLikewise for observe_histogram_."},
-    {"observe_qparams", fastquant::as_method(fastquant::observe_qparams_call), METH_FASTCALL,
-     "observe_qparams(...) -> bool\n\nLikewise for observe_qparams_."},
+     "observe_histogram(...) -> True | None\n\nLikewise for observe_histogram_."},
+    {"histogram_qparams", fastquant::as_method(fastquant::histogram_qparams_call), METH_FASTCALL,
+     "histogram_qparams(...) -> True | None\n\nLikewise for search_histogram_range and, with its result, "
+     "choose_qparams into\nthe scale and zero point that are given."},
+    {"fake_quantize", fastquant::as_method(fastquant::fake_quantize_call), METH_FASTCALL,
+     "fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for fake_quantize and "
+     "fake_quantize_with_mask, but x itself where not enabled."},
+    {"observe_fake_quantize", fastquant::as_method(fastquant::observe_fake_quantize_call), METH_FASTCALL,
+     "observe_fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for "
+     "fused_observe_fake_quantize and fused_observe_fake_quantize_with_mask."},
+    {"mask_gradient", fastquant::as_method(fastquant::mask_gradient_call), METH_FASTCALL,
+     "mask_gradient(grad, mask, stride) -> gradient | None\n\nLikewise for fake_quantize_backward, where grad "
+     "has the stride of the output."},
     {nullptr, nullptr, 0, nullptr},
 };
 

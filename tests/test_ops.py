@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.ao.quantization import observer as torch_observer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import op_calls
 from fastquant import _C, _ops, _reference
 from strategies import (
     FLOATS,
@@ -1110,6 +1111,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change: str, values: A
         lambda: _ops.observe_minmax_(x, low, high, count, axis, 0.1, IGNORE),
         lambda: _ops.observe_qparams_(x, flag(True), *buffers, *settings),
         lambda: _ops.fused_observe_fake_quantize(x, flag(True), flag(True), *buffers, *settings),
+        lambda: _ops.apply_fused(x, flag(True), flag(True), *buffers, *settings),
     ):
         with pytest.raises(RuntimeError):
             call()
@@ -1130,6 +1132,73 @@ def test_qparams_that_do_not_fit_are_refused(name: str) -> None:
     ):
         with pytest.raises(RuntimeError):
             op(*bad)
+
+
+# ------------------------------------------------------------------------- round the dispatcher
+
+NO_GRADIENT = torch.zeros(0)
+
+
+def with_gradient(function: Callable[..., Tensor], x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The result, and what it makes of a gradient."""
+    leaf = x.detach().clone() if x.is_contiguous() else x.detach()
+    y = function(leaf.requires_grad_(), *args)
+    (gradient,) = torch.autograd.grad(y, leaf, torch.cos(y.detach() * 3))
+    return y.detach(), gradient
+
+
+def without_gradient(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    return function(*args), NO_GRADIENT
+
+
+ROUND_AND_THROUGH: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
+    "fused": (_ops.apply_fused, op_calls.fused),
+    "fake_quantize": (
+        lambda x, scale, zero_point, enabled, axis, *quant_range: _ops.apply_fake_quantize(
+            x, scale, zero_point, axis, *quant_range, enabled
+        ),
+        op_calls.fake_quantize,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROUND_AND_THROUGH)
+@pytest.mark.parametrize("run", [with_gradient, without_gradient])
+@given(st.data())
+def test_round_the_dispatcher_or_through_it_is_the_same(
+    kind: str, run: Callable[..., Any], data: st.DataObject
+) -> None:
+    function, calls = ROUND_AND_THROUGH[kind]
+    _, args = data.draw(calls())
+    outcomes = []
+    for fast in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_ops, "fast_calls", fast and _ops.fast_calls)
+            outcomes.append(called(lambda *own: run(function, *own), args))
+    assert_equal(outcomes[0], outcomes[1])
+
+
+@given(op_calls.search_histogram_range(), op_calls.schemes())
+def test_histogram_qparams_are_those_of_the_range_found(
+    call: Any, config: tuple[int, int, int, int]
+) -> None:
+    _, (histogram, low, high, levels) = call
+    smallest = eps(low.dtype)
+    found = _ops.search_histogram_range(histogram, low, high, levels)
+    expected = _ops.choose_qparams(*found, smallest, *config)
+    got = _ops.histogram_qparams(histogram, low, high, smallest, levels, *config)
+    assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_default_device_elsewhere_changes_nothing(needs_grad: bool) -> None:
+    args, expected_args = fused_arguments(3), fused_arguments(3)
+    x = random_values((3, 70), torch.float32, 0).requires_grad_(needs_grad)
+    run = with_gradient if needs_grad else without_gradient
+    expected = run(_ops.apply_fused, x, *expected_args)
+    with torch.device("meta"):
+        y, gradient = run(_ops.apply_fused, x, *args)
+    assert_equal((y, gradient, args), (*expected, expected_args))
 
 
 # ------------------------------------------------------------------------ autocast, compiling

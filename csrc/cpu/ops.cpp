@@ -2,14 +2,11 @@
 // torch's threads are lent.
 #include <torch/csrc/stable/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <tuple>
 
 #include "../tensors.h"
 #include "fake_quantize.h"
+#include "huge_pages.h"
 #include "statistics.h"
 
 namespace fastquant {
@@ -38,20 +35,9 @@ Array single(const Tensor& t, const char* name) {
   return a;
 }
 
-// Fresh memory costs more in page faults than a kernel takes to fill it, and beyond 32 MiB malloc
-// hands out none but fresh memory: ask for huge pages there, one fault in place of 512. A system
-// that gives none is none the worse for it.
 Tensor empty_output(const Tensor& like) {
   Tensor output = empty_as(like);
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20, kAlwaysFresh = uintptr_t{32} << 20;
-  const auto bytes = static_cast<uintptr_t>(output.numel()) * output.element_size();
-  if (bytes >= kAlwaysFresh) {
-    const auto begin = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
+  prefer_huge_pages(output.mutable_data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
   return output;
 }
 

@@ -12,6 +12,8 @@ def set_up_fast_calls(
     tensor_types: tuple[type, ...],
     guards: tuple[Callable[[], Any], ...],
     is_neg: Callable[[Tensor], bool],
+    empty_like: Callable[[Tensor], Tensor],
+    empty_bytes: Callable[[int], Tensor],
     /,
 ) -> None: ...
 def observe_minmax(
@@ -23,7 +25,7 @@ def observe_minmax(
     averaging_constant: float | None,
     nonfinite: int,
     /,
-) -> bool: ...
+) -> bool | None: ...
 def observe_histogram(
     x: Tensor,
     histogram: Tensor,
@@ -33,10 +35,36 @@ def observe_histogram(
     upsample_rate: int,
     nonfinite: int,
     /,
-) -> bool: ...
-def observe_qparams(
+) -> bool | None: ...
+def histogram_qparams(
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    eps: Tensor,
+    dst_nbins: int,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+    scale: Tensor,
+    zero_point: Tensor,
+    /,
+) -> bool | None: ...
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    enabled: Tensor | None,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    with_mask: bool,
+    /,
+) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def observe_fake_quantize(
     x: Tensor,
     observer_enabled: Tensor,
+    fake_quant_enabled: Tensor,
     min_val: Tensor,
     max_val: Tensor,
     scale: Tensor,
@@ -50,5 +78,7 @@ def observe_qparams(
     scheme: int,
     symmetric_zero_point: int,
     nonfinite: int,
+    with_mask: bool,
     /,
-) -> bool: ...
+) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def mask_gradient(grad: Tensor, mask: Tensor, stride: tuple[int, ...], /) -> Tensor | None: ...

@@ -140,6 +140,11 @@ def _empty_range(
     return min_val.new_empty(()), max_val.new_empty(())
 
 
+def _zero_point_dtype(min_val: Tensor, scheme: int) -> torch.dtype:
+    """What `choose_qparams` gives zero points, by the code of the scheme."""
+    return (torch.int32, torch.int64, min_val.dtype)[scheme]
+
+
 def _empty_qparams(
     min_val: Tensor,
     max_val: Tensor,
@@ -149,9 +154,9 @@ def _empty_qparams(
     scheme: int,
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
-    zero_point_dtype = (torch.int32, torch.int64, min_val.dtype)[scheme]
     n = min_val.numel()
-    return min_val.new_empty(n), min_val.new_empty(n, dtype=zero_point_dtype)
+    dtype = _zero_point_dtype(min_val, scheme)
+    return min_val.new_empty(n), min_val.new_empty(n, dtype=dtype)
 
 
 def _empty_gradients(
@@ -180,7 +185,7 @@ for _name, _op in _FAKE_KERNELS.items():
 # ------------------------------------------------------------------------------------- autograd
 
 # Each gradient is here twice. Registered with the op, compilers can trace it; but that way
-# through the dispatcher costs an eager call some 25 µs more than a Function of one's own.
+# through the dispatcher costs an eager call several times what a Function of one's own does.
 
 
 class _MaskGradient(torch.autograd.Function):
@@ -204,6 +209,10 @@ _mask_gradient: _Op = _MaskGradient.apply
 
 
 def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
+    if _goes_fast():
+        fast = _C.mask_gradient(grad, mask, stride)
+        if fast is not None:
+            return fast
     # The mask has its bits in the order of the output's memory.
     if grad.stride() != stride:
         grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
@@ -252,21 +261,18 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class _StraightThrough(torch.autograd.Function):
-    """What an op that returns a result and its mask makes of x, with the gradient of x."""
+    """Gives a result that was made of x, with a mask, the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, op: _Op, x: Tensor, *settings: Any) -> Tensor:
-        with _below_autograd():
-            y, mask = op(x, *settings)
+    def forward(ctx: Any, x: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
+        y, mask = made
         ctx.save_for_backward(mask)
         ctx.stride = y.stride()
-        ctx.others = (None,) * len(settings)
-        result: Tensor = y
-        return result
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _straight_through(ctx, grad), *ctx.others
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _straight_through(ctx, grad), None
 
 
 class _Learnable(torch.autograd.Function):
@@ -286,7 +292,7 @@ class _Learnable(torch.autograd.Function):
 
 
 class _TransformableFakeQuantize(torch.autograd.Function):
-    """The op `fake_quantize_with_mask` as torch.func transforms it, at some µs more a call."""
+    """The op `fake_quantize_with_mask` as torch.func transforms it; dearer."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -332,11 +338,16 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func transforms, or forward-mode derivatives are taken (and refused)."""
-    return _innermost_transform() is not None or forward_ad._current_level >= 0
+    """Whether a gradient has to be a whole function of its tensors.
+
+    So it is for torch.func's transforms, for torch.jit.trace, and for forward-mode derivatives,
+    which are refused.
+    """
+    return _innermost_transform() is not None or _is_tracing() or forward_ad._current_level >= 0
 
 
 def _set_up_fast_calls() -> bool:
@@ -350,17 +361,28 @@ def _set_up_fast_calls() -> bool:
             (
                 _modes,
                 _innermost_transform,
-                torch._C._is_tracing,
+                _is_tracing,
             ),
             Tensor.is_neg,
+            torch.empty_like,
+            functools.partial(torch.empty, dtype=torch.uint8, device=torch.device("cpu")),
         )
     except (AttributeError, RuntimeError):
         return False
     return True
 
 
+# Whether plain CPU tensors go round the dispatcher (benchmarks/calls.py: what that saves).
+fast_calls = _set_up_fast_calls()
+
+
+def _goes_fast() -> bool:
+    """Whether the functions of `_C` may be tried; they say None, with nothing done, where not."""
+    return fast_calls and not _is_compiling() and forward_ad._current_level < 0
+
+
 def _fast_or_op(fast: _Op, op: _Op) -> _Op:
-    """`op`, by way of `fast` where that will do: it says False, with nothing done, where not."""
+    """`op`, by way of `fast` where that will do."""
     if not fast_calls:
         return op
 
@@ -371,12 +393,47 @@ def _fast_or_op(fast: _Op, op: _Op) -> _Op:
     return call
 
 
-# Whether observing a plain CPU tensor goes round the dispatcher: 0.9 µs in place of 2.8.
-fast_calls = _set_up_fast_calls()
+_fast_histogram_qparams: _Op = _C.histogram_qparams
+_fast_fake_quantize: _Op = _C.fake_quantize
+_fast_observe_fake_quantize: _Op = _C.observe_fake_quantize
 
 observe_minmax = _fast_or_op(_C.observe_minmax, observe_minmax_)
 observe_histogram = _fast_or_op(_C.observe_histogram, observe_histogram_)
-observe_qparams = _fast_or_op(_C.observe_qparams, observe_qparams_)
+
+
+def histogram_qparams(
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    eps: Tensor,
+    dst_nbins: int,
+    *config: int,
+) -> tuple[Tensor, Tensor]:
+    """The op `choose_qparams` of what the op `search_histogram_range` finds; their arguments."""
+    if _goes_fast():
+        scale = min_val.new_empty(1)
+        zero_point = min_val.new_empty(1, dtype=_zero_point_dtype(min_val, config[2]))
+        observed = (histogram, min_val, max_val, eps, dst_nbins)
+        if _fast_histogram_qparams(*observed, *config, scale, zero_point):
+            return scale, zero_point
+    found = search_histogram_range(histogram, min_val, max_val, dst_nbins)
+    qparams: tuple[Tensor, Tensor] = choose_qparams(*found, eps, *config)
+    return qparams
+
+
+def _attached(x: Tensor, made: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The result that was made of x; where it came with a mask, with the gradient of x."""
+    if isinstance(made, Tensor):
+        return made
+    y: Tensor = _with_straight_through(x, made)
+    return y
+
+
+def _made_by(op: _Op, *args: Any) -> tuple[Tensor, Tensor]:
+    """Result and mask, without the gradient that is registered with the op."""
+    with _below_autograd():
+        made: tuple[Tensor, Tensor] = op(*args)
+    return made
 
 
 def apply_fake_quantize(
@@ -392,24 +449,28 @@ def apply_fake_quantize(
 
     Args as the op `fake_quantize`. Where `enabled` says no on the CPU, `x` itself comes back.
     """
+    needs_grad = x.requires_grad and _is_grad_enabled()
+    settings: tuple[Any, ...] = (scale, zero_point, enabled, ch_axis, quant_min, quant_max)
+    y: Tensor
+    if _goes_fast():
+        made = _fast_fake_quantize(x, *settings, needs_grad)
+        if made is not None:
+            return _attached(x, made)
     compiling = _is_compiling()
     # A flag that lies on another device is left to the op: to read it would be to wait for it.
     # So is one that a mode makes out to be a fake tensor, which has no value.
     if enabled is not None and not compiling and x.is_cpu and not _modes():
         if not enabled.item():
             return x
-        enabled = None
-    settings = (scale, zero_point, enabled, ch_axis, quant_min, quant_max)
-    y: Tensor
+        settings = (scale, zero_point, None, ch_axis, quant_min, quant_max)
     if compiling:
-        needs_grad = x.requires_grad and _is_grad_enabled()
         y = fake_quantize_with_mask(x, *settings)[0] if needs_grad else fake_quantize(x, *settings)
     elif _is_transformed():
         y, _ = _transformable_fake_quantize(x, *settings)
-    elif not (x.requires_grad and _is_grad_enabled()):
-        y = fake_quantize(x, *settings)
+    elif needs_grad:
+        y = _attached(x, _made_by(fake_quantize_with_mask, x, *settings))
     else:
-        y = _with_straight_through(fake_quantize_with_mask, x, *settings)
+        y = fake_quantize(x, *settings)
     return y
 
 
@@ -422,14 +483,15 @@ def apply_fused(
     `fake_quant_enabled` says no on the CPU, `x` itself comes back.
     """
     needs_grad = x.requires_grad and _is_grad_enabled()
-    # Two calls in place of one: where the first goes round the dispatcher that is quicker, and
-    # while compiling it is a must, since an op that changes its arguments can have no gradient.
-    if (
-        (x.is_cpu and fast_calls)
-        or (needs_grad and _is_compiling())
-        or (not _is_compiling() and _is_transformed())
-    ):
-        observe_qparams(x, observer_enabled, *settings)
+    args = (x, observer_enabled, fake_quant_enabled, *settings)
+    if _goes_fast():
+        made = _fast_observe_fake_quantize(*args, needs_grad)
+        if made is not None:
+            return _attached(x, made)
+    # In two steps while compiling, since an op that changes its arguments can have no gradient,
+    # and under transforms.
+    if (needs_grad and _is_compiling()) or (not _is_compiling() and _is_transformed()):
+        observe_qparams_(x, observer_enabled, *settings)
         _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
         return apply_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
@@ -438,10 +500,8 @@ def apply_fused(
         observe_qparams_(x, observer_enabled, *settings)
         return x
     if needs_grad:
-        op = fused_observe_fake_quantize_with_mask
-        y: Tensor = _with_straight_through(op, x, observer_enabled, fake_quant_enabled, *settings)
-    else:
-        y = fused_observe_fake_quantize(x, observer_enabled, fake_quant_enabled, *settings)
+        return _attached(x, _made_by(fused_observe_fake_quantize_with_mask, *args))
+    y: Tensor = fused_observe_fake_quantize(*args)
     return y
 
 

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ._compiling import FIRST_FORWARD_IN_GRAPH, outside_graphs
-from ._ops import choose_qparams, observe_histogram, observe_minmax, search_histogram_range
+from ._ops import (
+    choose_qparams,
+    histogram_qparams,
+    observe_histogram,
+    observe_minmax,
+    search_histogram_range,
+)
 from ._qparams import (
     NONFINITE_CODES,
     RESIZING,
@@ -926,6 +932,13 @@ class HistogramObserver(_RangeObserver):
             raise QuantizationError(
                 f"histogram must have bins={self.bins} elements, got {histogram.numel()}"
             )
+        cls = type(self)
+        if (
+            cls._non_linear_param_search is HistogramObserver._non_linear_param_search
+            and cls._calculate_qparams is UniformQuantizationObserverBase._calculate_qparams
+        ):
+            scheme = self._scheme()
+            return histogram_qparams(histogram, min_val, max_val, self.eps, self.dst_nbins, *scheme)
         return self._calculate_qparams(*self._non_linear_param_search())
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
