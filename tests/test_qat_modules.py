@@ -13,6 +13,7 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
+from fastquant._qat_modules import _scaled, _unscaled
 from zoo import oracle
 
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
@@ -79,6 +80,15 @@ def test_the_function_and_its_gradients_are_torchs(
         torch.testing.assert_close(
             value, theirs[key], rtol=1e-3, atol=2e-4, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.parametrize("function", [_scaled, _unscaled])
+@pytest.mark.parametrize("learns", [True, False])
+def test_gradients_of_scaling_are_its_derivatives(function: Any, learns: bool) -> None:
+    weight = torch.randn(3, 2, 2, dtype=torch.double, requires_grad=True)
+    scale = (torch.rand(3, 1, 1, dtype=torch.double) + 0.5).requires_grad_(learns)
+    assert torch.autograd.gradcheck(function, (weight, scale))
+    assert torch.autograd.gradgradcheck(function, (weight, scale))
 
 
 def test_the_output_is_not_passed_over_again() -> None:
