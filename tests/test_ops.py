@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.ao.quantization import observer as torch_observer
@@ -248,6 +248,96 @@ def test_first_histogram_is_torch_histc(kind: str, dtype: torch.dtype) -> None:
     assert_equal(low, computed.min().float())
     assert_equal(high, computed.max().float())
     assert_equal(histogram, torch.histc(computed, 2048).float())
+
+
+@given(
+    seeds,
+    st.sampled_from(FLOATS),
+    st.sampled_from([1, 64, 2048]),
+    st.sampled_from([130, 8191, 8193, 30_000]),
+    st.sampled_from(["ends", "inside", "low", "high"]),
+    st.sampled_from([1.0, 1.0, 1e-45, 1e-39, 1e-20, 1e30]),
+    st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.95, 1.0]), min_size=1, max_size=4),
+)
+def test_counts_are_torchs_where_one_value_prevails(
+    any_isa: list[str],
+    seed: int,
+    dtype: torch.dtype,
+    bins: int,
+    size: int,
+    where: str,
+    scale: float,
+    shares: list[float],
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(size, dtype=torch.float64) * scale
+    x = x.abs() if where in ("ends", "low") else -x.abs() if where == "high" else x
+    for part, share in zip(x.chunk(len(shares)), shares, strict=False):
+        part[torch.rand(part.numel()) < share] = 0.0
+    if where == "ends":
+        x = x.clamp(max=scale)
+    x = x.to(dtype)
+    computed = x if dtype == torch.float64 else x.float()
+    assume(0 < computed.max() - computed.min() < INF)
+    expected = torch.histc(computed, bins).double()
+    ends = [end.double() for end in (computed.min(), computed.max())]
+    for isa in any_isa:
+        _C.set_isa(isa)
+        state = [torch.zeros(bins, dtype=torch.float64), *unobserved(dtype=torch.float64)]
+        for times in (1, 2):
+            _ops.observe_histogram_(x, *state, counter(), 16, IGNORE)
+            assert_equal(state, [expected * times, *ends])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bins", [1, 3, 2048, 3000])
+@pytest.mark.parametrize("low", [-1.0, 0.0, -0.7, 1e6, -1e-38, 1e-300])
+@pytest.mark.parametrize("width", [1.0, 0.1, 3e8, 1e-37, 1e-42])
+def test_counts_are_torchs_on_the_borders_of_bins(
+    any_isa: list[str], dtype: torch.dtype, bins: int, low: float, width: float
+) -> None:
+    borders = low + width * torch.arange(bins + 1, dtype=torch.float64) / bins
+    x = borders.to(dtype)
+    x = torch.cat([torch.nextafter(x, x - 1), x, torch.nextafter(x, x + 1)])
+    expected = torch.histc(x, bins).double()
+    for isa in any_isa:
+        _C.set_isa(isa)
+        state = [torch.zeros(bins, dtype=torch.float64), *unobserved(dtype=torch.float64)]
+        _ops.observe_histogram_(x, *state, counter(), 16, IGNORE)
+        assert_equal(state[0], expected)
+
+
+@pytest.mark.parametrize("outlier", [-9.0, 9.0, INF, -INF, math.nan])
+@pytest.mark.parametrize("position", [0, 8191, 8192, -1])
+@pytest.mark.usefixtures("threads")
+def test_one_element_beyond_the_range_so_far(
+    any_isa: list[str], outlier: float, position: int
+) -> None:
+    first = random_values((300_005,), torch.float32, 3).clamp(-3, 3)
+    second = first.flip(0)
+    second[position] = outlier
+    expected = [torch.zeros(2048), *unobserved(), counter()]
+    for x in (first, second):
+        _reference.observe_histogram_(x, *expected, 16, IGNORE)
+    for isa in any_isa:
+        for threads in (1, 3):
+            _C.set_isa(isa)
+            torch.set_num_threads(threads)
+            state = [torch.zeros(2048), *unobserved(), counter()]
+            for x in (first, second):
+                _ops.observe_histogram_(x, *state, 16, IGNORE)
+            assert_equal(state[1:], expected[1:])
+            torch.testing.assert_close(state[0], expected[0], rtol=1e-6, atol=1e-9)
+
+
+def test_a_range_between_the_numbers_of_the_elements_type_grows() -> None:
+    low, high = (torch.tensor(end, dtype=torch.float64) for end in (0.1, 0.3))
+    x = torch.tensor([0.1, 0.2, 0.3])  # fp32's 0.3 is more than 0.3
+    _ops.observe_histogram_(
+        x, torch.zeros(8, dtype=torch.float64), low, high, counter(), 16, IGNORE
+    )
+    assert low == 0.1
+    assert high == x[2].double()
 
 
 @given(

@@ -55,8 +55,8 @@ struct KernelsFor {
   void (*minmax_columns)(const S* x, int64_t rows, int64_t columns, int64_t row_stride, T* low, T* high,
                          bool* nonfinite);
 
-  // Counts elements of [low, high] in `bins` equal bins, the last one closed; others are
-  // left out. Adds to `tables` tables of counts (1 or 4) that the caller sums: successive
+  // Counts elements of [low, high] in `bins` equal bins, the last one closed; all others in the
+  // entry after the last bin. Adds to `tables` tables of counts (1 or 4) that the caller sums: successive
   // increments of one counter would wait for each other. Each has histogram_stride(bins)
   // entries. Needs low < high and a finite (high - low) * bins.
   void (*histogram)(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables);
@@ -90,7 +90,7 @@ struct Kernels {
                                int64_t end_bin, double levels, float* scratch);
 };
 
-// Entries of one table of counts: the bins, and room for the elements left out.
+// Entries of one table of counts: the bins, and that of the elements outside.
 constexpr int64_t histogram_stride(int64_t bins) { return (bins + 1 + 15) / 16 * 16; }
 
 extern const Kernels kScalarKernels;

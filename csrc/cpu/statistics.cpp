@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <array>
+#include <atomic>
 #include <mutex>
 #include <new>
 #include <numeric>
@@ -222,10 +223,6 @@ void add_nonfinite(const Array& nonfinite_count, int64_t left_out) {
 
 // -------------------------------------------------------------------------- histogram
 
-// Bytes of a tensor that is better read once: counting again where the range grows costs
-// more than reading again from a near cache.
-constexpr int64_t kReadOnce = int64_t{1} << 20;
-
 template <class S>
 void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, std::vector<int64_t>* counts) {
   for (int64_t i = 0; i < n; ++i) {
@@ -251,6 +248,7 @@ class Counter {
       const int64_t length = std::min(n, kCounterMax - counted_);
       histogram(x, length, static_cast<T>(range_.low), static_cast<T>(range_.high), bins_, scratch_.data(),
                 tables_);
+      left_out_ |= entries_left_out() > 0;
       x += length;
       n -= length;
       counted_ += length;
@@ -262,6 +260,9 @@ class Counter {
     }
   }
 
+  // Whether an element was outside of the range, or NaN.
+  bool left_out() const { return left_out_; }
+
   std::vector<int64_t> totals() {
     drain();
     return std::move(totals_);
@@ -270,6 +271,12 @@ class Counter {
  private:
   static constexpr int64_t kSmall = 4096;  // below it, summing four tables costs more than it saves
   static constexpr int64_t kCounterMax = int64_t{1} << 31;  // elements that cannot overflow a counter
+
+  int64_t entries_left_out() const {
+    int64_t sum = 0;
+    for (int t = 0; t < tables_; ++t) sum += scratch_[t * histogram_stride(bins_) + bins_];
+    return sum;
+  }
 
   void drain() {
     totals_.resize(bins_);
@@ -285,6 +292,7 @@ class Counter {
   std::vector<uint32_t> scratch_;
   std::vector<int64_t> totals_;
   int64_t counted_ = 0;
+  bool left_out_ = false;
 };
 
 std::vector<int64_t> summed(std::vector<std::vector<int64_t>> parts) {
@@ -312,38 +320,32 @@ std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, 
   return summed(std::move(partial));
 }
 
-// For tensors that a near cache does not hold: looks for the extremes and counts into `known`, a range
-// that earlier tensors had, block by block, so that memory is read once. True where every
-// element was in that range; otherwise only the extremes are of use.
-template <class S, class T>
+// Whether the ends of a range are numbers of type T, so that comparing in T says what is inside.
+template <class T>
+bool is_exact(const HistogramRange& r) {
+  return static_cast<double>(static_cast<T>(r.low)) == r.low &&
+         static_cast<double>(static_cast<T>(r.high)) == r.high;
+}
+
+// Counts into a range that earlier tensors had. False, and the counts are of no use, where an element
+// is outside of it; that is noticed at the end of a block.
+template <class S>
 bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, int64_t bins,
-                            Extremes<T>* range, bool* nonfinite, std::vector<int64_t>* counts) {
-  constexpr int64_t kBlock = 8192;  // in the first-level cache when it is counted
-  const auto minmax = kernels_of(S{}).minmax;
+                            std::vector<int64_t>* counts) {
+  constexpr int64_t kBlock = 8192;
   const int64_t pieces = piece_count(n);
   std::vector<std::vector<int64_t>> partial(pieces);
-  std::vector<Extremes<T>> extremes(pieces, Extremes<T>(1));
-  std::vector<char> odd(pieces, 0), hit(pieces, 1);
+  std::atomic<bool> outside{false};
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
     Counter<S> counter(known, bins, end - begin);
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t length = std::min(kBlock, end - i);
-      T lo, hi;
-      bool block_odd;
-      minmax(x + i, length, &lo, &hi, &block_odd);
-      extremes[piece].fold(0, lo, hi);
-      odd[piece] |= block_odd;
-      hit[piece] &= !block_odd && static_cast<double>(lo) >= known.low && static_cast<double>(hi) <= known.high;
-      if (hit[piece]) counter.add(x + i, length);
+    for (int64_t i = begin; i < end && !outside.load(std::memory_order_relaxed); i += kBlock) {
+      counter.add(x + i, std::min(kBlock, end - i));
+      if (counter.left_out()) outside.store(true, std::memory_order_relaxed);
     }
     partial[piece] = counter.totals();
   });
-  for (int64_t p = 0; p < pieces; ++p) {
-    range->fold(0, extremes[p].low[0], extremes[p].high[0]);
-    *nonfinite |= odd[p] != 0;
-  }
   *counts = summed(std::move(partial));
-  return std::all_of(hit.begin(), hit.end(), [](char h) { return h != 0; });
+  return !outside;
 }
 
 // x with finite numbers beyond `most` put in at it.
@@ -390,6 +392,11 @@ std::vector<double> moved_histogram(const std::vector<double>& histogram, const 
                                                   : resample<float>(histogram, from, to, upsample_rate);
 }
 
+void add_counts(const Array& histogram, std::vector<double> total, const std::vector<int64_t>& counts) {
+  for (size_t b = 0; b < total.size(); ++b) total[b] += static_cast<double>(counts[b]);
+  write_values(histogram, total);
+}
+
 template <class S>
 void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, const Array& min_val,
                           const Array& max_val, const Array& nonfinite_count, int64_t upsample_rate,
@@ -398,15 +405,15 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   const int64_t bins = histogram.numel;
   const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
   const bool first = is_unused(old);
-  Extremes<T> range(1);
-  bool nonfinite = false, counted = false;
   std::vector<int64_t> counts;
-  if (!first && d.numel() >= kReadOnce / static_cast<int64_t>(sizeof(S)) && bin_formula_fits<T>(old, bins)) {
-    counted = count_into_known_range(x, d.numel(), old, bins, &range, &nonfinite, &counts);
-  } else {
-    nonfinite = extremes(x, d, &range);
+  // Mostly a tensor brings nothing beyond the range so far, and then one walk over it is enough.
+  if (!first && bin_formula_fits<T>(old, bins) && is_exact<T>(old) &&
+      count_into_known_range(x, d.numel(), old, bins, &counts)) {
+    add_counts(histogram, read_values<double>(histogram), counts);
+    return;
   }
-
+  Extremes<T> range(1);
+  const bool nonfinite = extremes(x, d, &range);
   int64_t left_out = 0;
   // Infinities never enter a histogram, whatever the policy; NaN raises where torch's would.
   if (nonfinite) {
@@ -425,15 +432,14 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
     const HistogramRange now = widened(old, held);
     if (held.low != seen.low || held.high != seen.high) {
       counts = count_bins(saturated(x, d.numel(), most).data(), d.numel(), counting_range<T>(now), bins);
-    } else if (!counted) {
+    } else {
       counts = count_bins(x, d.numel(), counting_range<T>(now), bins);
     }
     std::vector<double> total = first ? std::vector<double>(bins, 0.0) : read_values<double>(histogram);
     if (!first && (now.low != old.low || now.high != old.high)) {
       total = moved_histogram(total, old, now, upsample_rate, histogram.type == Element::f64);
     }
-    for (int64_t b = 0; b < bins; ++b) total[b] += static_cast<double>(counts[b]);
-    write_values(histogram, total);
+    add_counts(histogram, std::move(total), counts);
     write_value(min_val, now.low);
     write_value(max_val, now.high);
   }

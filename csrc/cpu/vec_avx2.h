@@ -91,6 +91,7 @@ struct Avx2<float> {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
     return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
   }
+  static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(x));
   }
@@ -171,6 +172,7 @@ struct Avx2<double> {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvttpd_epi32(x));
   }

@@ -88,6 +88,12 @@ struct Avx512<float> {
   static uint32_t pair_bits(const BFloat16*, Mask even, Mask odd) {
     return _pdep_u32(even, 0x55555555u) | _pdep_u32(odd, 0xaaaaaaaau);
   }
+  static constexpr bool kStoresOthers = true;
+  static int store_others(float* p, Mask dropped, Reg x) {
+    const Mask kept = static_cast<Mask>(~dropped);
+    store(p, _mm512_maskz_compress_ps(kept, x));
+    return __builtin_popcount(kept);
+  }
   static void store_index(int32_t* p, Reg x) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(x)); }
 
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
@@ -111,6 +117,7 @@ struct Avx512<float> {
 
   static Mask lt(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static Mask le(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+  static Mask eq(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static Mask unordered(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   static Mask both(Mask a, Mask b) { return a & b; }
   static Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
@@ -155,6 +162,12 @@ struct Avx512<double> {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  static constexpr bool kStoresOthers = true;
+  static int store_others(double* p, Mask dropped, Reg x) {
+    const Mask kept = static_cast<Mask>(~dropped);
+    store(p, _mm512_maskz_compress_pd(kept, x));
+    return __builtin_popcount(kept);
+  }
   static void store_index(int32_t* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvttpd_epi32(x));
   }
@@ -171,6 +184,7 @@ struct Avx512<double> {
 
   static Mask lt(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
   static Mask le(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+  static Mask eq(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
   static Mask unordered(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_UNORD_Q); }
   static Mask both(Mask a, Mask b) { return a & b; }
   static Mask either(Mask a, Mask b) { return _kor_mask8(a, b); }

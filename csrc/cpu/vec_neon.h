@@ -73,6 +73,7 @@ struct Neon<float> {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) { vst1q_s32(p, vcvtq_s32_f32(x)); }
 
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
@@ -138,6 +139,7 @@ struct Neon<double> {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) { vst1_s32(p, vmovn_s64(vcvtq_s64_f64(x))); }
 
   static Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }

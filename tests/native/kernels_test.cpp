@@ -5,6 +5,7 @@
 // Buffers are allocated to the element, so that AddressSanitizer sees any step outside.
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -121,28 +122,38 @@ void compare_minmax(const char* isa, const KernelsFor<S, T>& k, const KernelsFor
 template <class S, class T>
 void compare_histogram(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
                        int64_t offset, bool hostile) {
-  const auto x = random_buffer<S>(n, offset, hostile);
+  constexpr T kRanges[][2] = {{T(-1.5), T(2)}, {T(0), T(2)}, {T(0.25), T(2)}, {T(-2), T(-0.25)}};
+  const T* const range = kRanges[rng() % 4];
+  const T low = range[0], high = range[1];
+  auto x = random_buffer<S>(n, offset, hostile);
+  // As after ReLU, in stretches: whole channels may have more or less of it.
+  const T frequent = std::min(std::max(T(0), low), high);
+  for (int64_t i = 0, share = 0; i < n; ++i) {
+    if (i % 3000 == 0) share = static_cast<int64_t>(rng() % 5);
+    if (static_cast<int64_t>(rng() % 4) < share) from_compute(x.get() + i, frequent);
+  }
   const int64_t bins = 1 + static_cast<int64_t>(rng() % 300);
   const int64_t stride = histogram_stride(bins);
   std::vector<int64_t> counts[2];
   for (int t = 0; t < 2; ++t) {
     const int tables = t == 0 ? 4 : 1;
     std::vector<uint32_t> scratch(static_cast<size_t>(stride * tables), 0);
-    (t == 0 ? k : ref).histogram(x.get(), n, T(-1.5), T(2), bins, scratch.data(), tables);
-    counts[t].assign(bins, 0);
+    (t == 0 ? k : ref).histogram(x.get(), n, low, high, bins, scratch.data(), tables);
+    counts[t].assign(bins + 1, 0);
     for (int64_t i = 0; i < tables * stride; ++i) {
-      if (i % stride < bins) counts[t][i % stride] += scratch[i];
+      if (i % stride <= bins) counts[t][i % stride] += scratch[i];
     }
   }
   ++compared;
   if (counts[0] != counts[1]) report(isa, "histogram", n, offset);
-  int64_t total = 0, inside = 0;
-  for (int64_t c : counts[0]) total += c;
+  std::vector<int64_t> truth(bins + 1, 0);
   for (int64_t i = 0; i < n; ++i) {
     const T e = static_cast<T>(to_compute(x.get()[i]));
-    inside += e >= T(-1.5) && e <= T(2);
+    const bool inside = e >= low && e <= high;
+    const int64_t bin = inside ? static_cast<int64_t>((e - low) * static_cast<T>(bins) / (high - low)) : bins;
+    ++truth[inside ? std::min(bin, bins - 1) : bins];
   }
-  if (total != inside) report(isa, "histogram total", n, offset);
+  if (counts[0] != truth) report(isa, "histogram beside its formula", n, offset);
 }
 
 template <class S, class T>
@@ -234,6 +245,8 @@ void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S
       compare_fake_quantize(isa, k, ref, n, offset, hostile, true);
       compare_learnable(isa, k, ref, n, offset);
     }
+    // Longer than the blocks in which histograms look for a frequent value.
+    compare_histogram(isa, k, ref, 8000 + static_cast<int64_t>(rng() % 20000), round % 5, round % 2 == 0);
   }
 }
 
