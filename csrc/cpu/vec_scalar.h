@@ -42,10 +42,10 @@ struct Scalar {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
-  // Truncates towards zero.
   // Whether there is store_others: stores the elements that a mask does not name side by side, and
   // returns how many. It may overwrite a whole vector.
   static constexpr bool kStoresOthers = false;
+  // Truncates towards zero.
   static void store_index(int32_t* p, Reg x) { *p = static_cast<int32_t>(x); }
 
   static Reg add(Reg a, Reg b) { return a + b; }
