@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from . import _torch_ao
 from ._hooks import has_hooks_of_its_own
 from ._model_checks import Classes, has_qconfig, is_swapped_whole
+from ._ops import _C
 from ._torch_ao import nni, nniq, nnq
 from .utils import get_qparam_dict
 
@@ -102,44 +104,34 @@ def _from_calibrated(lean: Any, mod: Any) -> nn.Module:
     return swapped
 
 
-# Larger weights are quantized in pieces, which stay in the cache, and need no fresh memory.
-_PIECE = 2**17
-# Smaller ones torch has quantized before all the calls that it takes to do better.
-_SMALL = 2**13
-
-
 def quantize_weight(weight: Tensor, observer: Any) -> Tensor:
-    """`weight` as torch's modules quantize it, which takes one element after the other.
+    """`weight` as torch's modules quantize it, which takes them an element at a time.
 
     Args:
         weight: fp32.
         observer: has seen it.
     """
-    ch_axis = getattr(observer, "ch_axis", -1)
+    axis = getattr(observer, "ch_axis", -1)
     if (
         observer.qscheme != torch.per_channel_symmetric
         or weight.device.type != "cpu"
-        or weight.numel() < _SMALL
-        or not 0 <= ch_axis < weight.dim()
+        or not 0 <= axis < weight.dim()
     ):
         return _torch_ao.quantize_weight(weight, observer)
     scales, zero_points = observer.calculate_qparams()
-    if zero_points.any():
+    if zero_points.any() or scales.shape != weight.shape[axis : axis + 1]:
         return _torch_ao.quantize_weight(weight, observer)
+    weight, factors = weight.detach().contiguous(), scales.float().contiguous()
     quantized = torch._empty_per_channel_affine_quantized(
-        weight.shape, scales=scales, zero_points=zero_points, axis=ch_axis, dtype=torch.qint8
+        weight.shape, scales=scales, zero_points=zero_points, axis=axis, dtype=torch.qint8
     )
-    integers = torch.empty(0, dtype=torch.int8)
-    integers.set_(quantized.untyped_storage(), 0, quantized.shape, quantized.stride())
-    # As torch does it: one over the scale, in float, and no division.
-    factors = scales.float().reciprocal().reshape([-1] + [1] * (weight.dim() - ch_axis - 1))
-    channels = max(1, _PIECE * len(scales) // weight.numel())
     # A fake-quantizer has its range from its observer.
     limits = getattr(observer, "activation_post_process", observer)
-    low, high = max(limits.quant_min, -128), min(limits.quant_max, 127)
-    pieces = (tensor.split(channels, ch_axis) for tensor in (weight.detach(), integers))
-    for values, out, factor in zip(*pieces, factors.split(channels), strict=True):
-        out.copy_(torch.mul(values, factor).round_().clamp_(low, high))
+    _C.quantize(
+        *(weight.data_ptr(), factors.data_ptr(), quantized.data_ptr()),
+        *(math.prod(weight.shape[:axis]), len(factors), math.prod(weight.shape[axis + 1 :])),
+        *(max(limits.quant_min, -128), min(limits.quant_max, 127)),
+    )
     return quantized
 
 
