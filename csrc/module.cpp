@@ -38,7 +38,8 @@ PyObject* quantize(PyObject*, PyObject* args) {
   using fastquant::Element;
   unsigned long long x, scale, out;
   long long outer, channels, inner, quant_min, quant_max;
-  if (!PyArg_ParseTuple(args, "KKKLLLLL", &x, &scale, &out, &outer, &channels, &inner, &quant_min, &quant_max)) {
+  if (!PyArg_ParseTuple(args, "KKKLLLLL", &x, &scale, &out, &outer, &channels, &inner, &quant_min,
+                        &quant_max)) {
     return nullptr;
   }
   const auto pointer = [](unsigned long long address) { return reinterpret_cast<void*>(address); };
