@@ -19,9 +19,14 @@ import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
 import torch.ao.quantization as tq
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.ao.nn.quantized.modules.utils import _quantize_weight as torch_quantize_weight
 
 import fastquant as fq
+from fastquant import _C
+from fastquant._swapping import quantize_weight
 from fastquant.quantize import (
     _add_observer_,
     _get_observer_dict,
@@ -45,6 +50,8 @@ from zoo import (
     oracle,
     tree,
 )
+
+INF, NAN = float("inf"), float("nan")
 
 QConfigOf = Callable[[ModuleType], Any]
 
@@ -442,6 +449,134 @@ def test_a_copy_is_prepared_and_converted_unless_inplace() -> None:
     assert tree(model) == before
     assert fq.convert(model, inplace=True) is model
     assert tree(model) == tree(copied) != before
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_weights_are_quantized_as_torch_does_it(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple))
+    low, high = data.draw(st.sampled_from([(-128, 127), (-127, 127), (-8, 7)]))
+    factory = data.draw(
+        st.sampled_from([fq.PerChannelMinMaxObserver, tq.PerChannelMinMaxObserver])
+    ).with_args(
+        ch_axis=data.draw(st.integers(0, len(shape) - 1)),
+        dtype=torch.qint8,
+        qscheme=data.draw(st.sampled_from([torch.per_channel_symmetric, torch.per_channel_affine])),
+        quant_min=low,
+        quant_max=high,
+    )
+    observer = factory()
+    weight = torch.randn(
+        shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    )
+    observer(weight)
+    # Ties, values beyond the range, and those that are no numbers.
+    every = weight.flatten().clone()
+    every[::3] = torch.round(every[::3] * 64) / 64 * 1.5
+    every[1::7], every[2::11], every[3::11], every[4::13] = NAN, INF, -INF, 1e30
+    weight = every.reshape(shape)
+    if len(shape) == 4 and observer.ch_axis == 0 and data.draw(st.booleans()):
+        weight = weight.to(memory_format=torch.channels_last)
+    before = _C.isa()
+    try:
+        for isa in _C.isas():
+            _C.set_isa(isa)
+            got, expected = (
+                quantize_weight(weight, observer),
+                torch_quantize_weight(weight, observer),
+            )
+            assert got.dtype == expected.dtype
+            assert got.qscheme() == expected.qscheme()
+            assert got.q_per_channel_axis() == expected.q_per_channel_axis()
+            for part in ("int_repr", "q_per_channel_scales", "q_per_channel_zero_points"):
+                assert_same(getattr(got, part)(), getattr(expected, part)())
+    finally:
+        _C.set_isa(before)
+
+
+@pytest.mark.parametrize("threads_used", [1, 2])
+def test_large_weights_are_quantized_as_torch_does_it(threads_used: int, threads: None) -> None:
+    torch.set_num_threads(threads_used)
+    observer = fq.default_per_channel_weight_observer()
+    weight = torch.randn(129, 1031)
+    observer(weight)
+    got, expected = quantize_weight(weight, observer), torch_quantize_weight(weight, observer)
+    assert torch.equal(got.int_repr(), expected.int_repr())
+
+
+def test_packed_biases_need_gradients_where_torchs_do() -> None:
+    case = STATIC_CASES["conv_net"]
+    ours, theirs = (
+        [
+            module.bias().requires_grad
+            for module in ns.convert(prepared(ns, case, STATIC_QCONFIGS["x86"])).modules()
+            if isinstance(module, (nnq.Conv2d, nnq.Linear)) and module.bias() is not None
+        ]
+        for ns in (fq, tq)
+    )
+    assert ours == theirs
+    assert ours
+
+
+class Learning(fq.PerChannelMinMaxObserver):
+    """Takes a gradient as it observes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.detach().clone().requires_grad_()
+        (y * y).sum().backward()
+        assert_same(y.grad, 2 * y.detach())
+        return super().forward(x)
+
+
+def test_observers_of_weights_can_take_gradients() -> None:
+    model = Stubbed(fq, nn.Linear(4, 4))
+    weight = Learning.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
+    model.qconfig = fq.QConfig(fq.default_observer, weight)
+    prepared = fq.prepare(model.eval())
+    prepared(torch.randn(2, 4))
+    assert any(isinstance(module, nnq.Linear) for module in fq.convert(prepared).modules())
+
+
+class Counted(nn.Module):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
+        self.copies = getattr(self, "copies", 0) + 1
+        return type(self)()
+
+
+class Pickled(nn.Module):
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "pickled": True}
+
+
+def test_modules_are_copied_as_they_copy_themselves() -> None:
+    counted, pickled = Counted(), Pickled()
+    model = nn.Sequential(counted, pickled, nn.ReLU(), nn.Sequential(counted, pickled))
+    model.notes = {"of": [counted], "names": ["a"]}
+    copied = fq.convert(model)
+    assert counted.copies == 1
+    assert copied[0] is copied[3][0] is copied.notes["of"][0] is not counted
+    assert copied[1] is copied[3][1] is not pickled
+    assert copied[1].pickled
+    assert copied.notes["names"] is not model.notes["names"]
+    for original, module in zip(model.modules(), copied.modules(), strict=True):
+        assert type(original) is type(module)
+        ours, theirs = (
+            {k: v for k, v in vars(m).items() if k[0] == "_"} for m in (module, original)
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(ours[k] is not theirs[k] for k in ours if isinstance(ours[k], dict))
+
+
+def test_a_converted_copy_that_keeps_its_configs_has_its_own() -> None:
+    model = prepared(fq, STATIC_CASES["residual"], STATIC_QCONFIGS["x86"])
+
+    def parts(root: nn.Module) -> set[int]:
+        configs = [m.qconfig for m in root.modules() if getattr(m, "qconfig", None)]
+        return {id(part) for config in configs for part in (config, *config)}
+
+    kept = fq.convert(model, remove_qconfig=False)
+    assert parts(kept)
+    assert not parts(kept) & parts(model)
 
 
 def test_conversion_removes_configs_observers_and_hooks_unless_told_not_to() -> None:

@@ -111,6 +111,20 @@ void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, 
   });
 }
 
+void quantize(const Dense& x, const Array& scale, int64_t quant_min, int64_t quant_max, int8_t* out) {
+  check_count(scale, x.channels);
+  const int64_t n = x.numel();
+  if (n == 0) return;
+  const std::vector<float> scales = read_values<float>(scale);
+  const float low = static_cast<float>(quant_min), high = static_cast<float>(quant_max);
+  for_pieces(n, piece_count(n), 1, [&](int64_t, int64_t first, int64_t last) {
+    for_segments(x, first, last, [&](int64_t channel, int64_t begin, int64_t end) {
+      kernels().quantize(static_cast<const float*>(x.data) + begin, out + begin, end - begin,
+                         1.0f / scales[channel], low, high);
+    });
+  });
+}
+
 void fill_mask(uint64_t* mask, int64_t numel) {
   std::fill(mask, mask + numel / kMaskWord, ~uint64_t{0});
   if (numel % kMaskWord != 0) mask[numel / kMaskWord] = (uint64_t{1} << (numel % kMaskWord)) - 1;

@@ -88,6 +88,9 @@ struct Kernels {
   // counts by the width of a bin, in float.
   double (*quantization_error)(const float* density, int64_t bins, double bin_width, int64_t start_bin,
                                int64_t end_bin, double levels, float* scratch);
+
+  // out = x * inverse_scale, rounded with ties to even, between the whole numbers low and high; zero for NaN.
+  void (*quantize)(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high);
 };
 
 // Entries of one table of counts: the bins, and that of the elements outside.

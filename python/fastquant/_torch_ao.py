@@ -32,6 +32,7 @@ import torch.ao.nn.sparse.quantized.dynamic as nnsqd
 from torch import nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule as FusedModule
 from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as conv_bn_base
+from torch.ao.nn.quantized.modules.utils import _quantize_weight as quantize_weight
 from torch.ao.quantization import observer as _observer
 from torch.ao.quantization import quantization_mappings as _mappings
 from torch.ao.quantization.observer import (
@@ -99,6 +100,7 @@ __all__ = [
     "observer_forward_pre_hook",
     "original",
     "patch_torch_ao",
+    "quantize_weight",
     "quiet",
     "scriptable",
 ]

@@ -481,7 +481,7 @@ def convert(
     warn_of_nonfinite(module)
     settle = None
     if not inplace:
-        module, settle = copy_to_convert(module, mapping, custom)
+        module, settle = copy_to_convert(module, mapping, custom, remove_qconfig)
     _convert(
         module,
         mapping,

@@ -264,6 +264,17 @@ void compare_search(const Kernels& k, const Kernels& ref, int rounds) {
   }
 }
 
+void compare_quantize(const Kernels& k, const Kernels& ref, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t n = static_cast<int64_t>(rng() % 300), offset = static_cast<int64_t>(rng() % 5);
+    const auto x = random_buffer<float>(n, offset, rng() % 2 == 0);
+    std::vector<int8_t> out[2] = {std::vector<int8_t>(n), std::vector<int8_t>(n)};
+    for (int t = 0; t < 2; ++t) (t == 0 ? k : ref).quantize(x.get(), out[t].data(), n, 60.0f, -128.0f, 127.0f);
+    ++compared;
+    if (out[0] != out[1]) report(k.isa, "quantize", n, offset);
+  }
+}
+
 // Kernels keep no state: several threads at once, for ThreadSanitizer.
 void run_in_threads(const Kernels& k) {
   std::vector<float> x(100000, 0.25f);
@@ -293,6 +304,7 @@ int run(int rounds) {
     compare_type(k.isa, k.f16, ref.f16, rounds);
     compare_type(k.isa, k.bf16, ref.bf16, rounds);
     compare_search(k, ref, rounds * 20);
+    compare_quantize(k, ref, rounds * 20);
     run_in_threads(k);
     std::printf("%s: compared with scalar\n", k.isa);
   }
