@@ -103,9 +103,11 @@ Element element(const DLTensor& t) {
   return Element::other;
 }
 
-DLTensor big_tensor(PyObject* object) {
+// A tensor that may come from anywhere: its memory might hold the negatives of its values.
+DLTensor unnegated(PyObject* object) {
+  const DLTensor t = tensor(object);
   plain(!is_true(PyObject_CallFunctionObjArgs(is_neg, object, nullptr)));
-  return tensor(object);
+  return t;
 }
 
 Dense dense(const DLTensor& t, std::optional<int64_t> ch_axis) {
@@ -114,14 +116,14 @@ Dense dense(const DLTensor& t, std::optional<int64_t> ch_axis) {
   return dense(x, ch_axis);
 }
 
-Dense observed(PyObject* object, std::optional<int64_t> ch_axis) { return dense(big_tensor(object), ch_axis); }
-
-Array buffer(PyObject* object, const char* name) {
-  const DLTensor t = tensor(object);
+Array buffer(const DLTensor& t, const char* name) {
   const int64_t n = numel(t);
   plain(t.data != nullptr && n > 0 && (n == 1 || (t.ndim == 1 && t.strides[0] == 1)));
+  plain(element(t) != Element::other);
   return {t.data, element(t), n, name};
 }
+
+Array buffer(PyObject* object, const char* name) { return buffer(tensor(object), name); }
 
 Array single(PyObject* object, const char* name) {
   const Array a = buffer(object, name);
@@ -230,22 +232,37 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
+// One argument after the other.
+class Arguments {
+ public:
+  explicit Arguments(PyObject* const* next) : next_(next) {}
+
+  PyObject* next() { return *next_++; }
+
+ private:
+  PyObject* const* next_;
+};
+
+QParamsConfig config(Arguments* args) {
+  const int64_t quant_min = integer(args->next()), quant_max = integer(args->next());
+  const auto scheme = static_cast<Scheme>(integer(args->next()));
+  return {quant_min, quant_max, scheme, integer(args->next())};
+}
+
 // What f returns; None where it has to be left to the op. Whatever is thrown is thrown before a
 // statistic has changed.
 template <class F>
-PyObject* attempt(Py_ssize_t count, Py_ssize_t expected, const F& f) {
+PyObject* attempt(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, const F& f) {
   try {
     plain(count == expected);
     check_circumstances();
-    return f();
+    return f(Arguments(args));
   } catch (...) {
+    // Interruptions are not ours to drop.
+    if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
     PyErr_Clear();
     Py_RETURN_NONE;
   }
-}
-
-QParamsConfig config_of(PyObject* const* args) {
-  return {integer(args[0]), integer(args[1]), static_cast<Scheme>(integer(args[2])), integer(args[3])};
 }
 
 }  // namespace
@@ -271,56 +288,62 @@ PyObject* set_up_fast_calls(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
-PyObject* observe_minmax_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return attempt(count, 7, [&] {
-    const Dense x = observed(args[0], optional_integer(args[4]));
-    const Array low = buffer(args[1], "min_val"), high = buffer(args[2], "max_val");
-    const Array nonfinite_count = single(args[3], "nonfinite_count");
-    const auto averaging_constant = optional_number(args[5]);
-    const auto policy = static_cast<NonFinite>(integer(args[6]));
+PyObject* observe_minmax_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 7, [](Arguments args) {
+    PyObject* const observed = args.next();
+    const Array low = buffer(args.next(), "min_val"), high = buffer(args.next(), "max_val");
+    const Array nonfinite_count = single(args.next(), "nonfinite_count");
+    const Dense x = dense(unnegated(observed), optional_integer(args.next()));
+    const auto averaging_constant = optional_number(args.next());
+    const auto policy = static_cast<NonFinite>(integer(args.next()));
     const WithoutGil released(x.numel());
     observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
     return same(Py_True);
   });
 }
 
-PyObject* observe_histogram_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return attempt(count, 7, [&] {
-    const Dense x = observed(args[0], std::nullopt);
-    const Array histogram = buffer(args[1], "histogram");
-    const Array low = buffer(args[2], "min_val"), high = buffer(args[3], "max_val");
-    const Array nonfinite_count = single(args[4], "nonfinite_count");
-    const int64_t upsample_rate = integer(args[5]);
-    const auto policy = static_cast<NonFinite>(integer(args[6]));
+PyObject* observe_histogram_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 7, [](Arguments args) {
+    const Dense x = dense(unnegated(args.next()), std::nullopt);
+    const Array histogram = buffer(args.next(), "histogram");
+    const Array low = buffer(args.next(), "min_val"), high = buffer(args.next(), "max_val");
+    const Array nonfinite_count = single(args.next(), "nonfinite_count");
+    const int64_t upsample_rate = integer(args.next());
+    const auto policy = static_cast<NonFinite>(integer(args.next()));
     const WithoutGil released(x.numel());
     observe_histogram(x, histogram, low, high, nonfinite_count, upsample_rate, policy);
     return same(Py_True);
   });
 }
 
-PyObject* histogram_qparams_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return attempt(count, 11, [&] {
-    const Array histogram = buffer(args[0], "histogram");
-    const Array low = single(args[1], "min_val"), high = single(args[2], "max_val");
-    const Array eps = single(args[3], "eps");
-    const Array scale = single(args[9], "scale"), zero_point = single(args[10], "zero_point");
+PyObject* histogram_qparams_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 11, [](Arguments args) {
+    const Array histogram = buffer(args.next(), "histogram");
+    const Array low = single(args.next(), "min_val"), high = single(args.next(), "max_val");
+    const Array eps = single(args.next(), "eps");
+    const int64_t levels = integer(args.next());
+    const QParamsConfig chosen = config(&args);
+    const Array scale = single(args.next(), "scale"), zero_point = single(args.next(), "zero_point");
     double found[2];  // in the type of the buffers, whichever it is
     const Array new_min = {&found[0], low.type, 1, "new_min"}, new_max = {&found[1], high.type, 1, "new_max"};
-    search_histogram_range(histogram, low, high, integer(args[4]), new_min, new_max);
-    choose_qparams(new_min, new_max, eps, config_of(args + 5), scale, zero_point);
+    search_histogram_range(histogram, low, high, levels, new_min, new_max);
+    choose_qparams(new_min, new_max, eps, chosen, scale, zero_point);
     return same(Py_True);
   });
 }
 
-PyObject* fake_quantize_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return attempt(count, 8, [&] {
-    const DLTensor t = big_tensor(args[0]);
-    if (args[3] != Py_None && !flag(args[3])) return same(args[0]);
-    const Dense x = dense(t, optional_integer(args[4]));
-    const Array scale = buffer(args[1], "scale"), zero_point = buffer(args[2], "zero_point");
-    const int64_t quant_min = integer(args[5]), quant_max = integer(args[6]);
-    Output y(args[0], t);
-    const Mask mask(args[7] == Py_True, x.numel());
+PyObject* fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 8, [](Arguments args) {
+    PyObject* const object = args.next();
+    const DLTensor t = unnegated(object);
+    const Array scale = buffer(unnegated(args.next()), "scale");
+    const Array zero_point = buffer(unnegated(args.next()), "zero_point");
+    PyObject* const enabled = args.next();
+    if (enabled != Py_None && !flag(enabled)) return same(object);
+    const Dense x = dense(t, optional_integer(args.next()));
+    const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
+    Output y(object, t);
+    const Mask mask(args.next() == Py_True, x.numel());
     {
       const WithoutGil released(x.numel());
       fake_quantize(x, scale, zero_point, quant_min, quant_max, y.data(), mask.words());
@@ -329,47 +352,49 @@ PyObject* fake_quantize_call(PyObject*, PyObject* const* args, Py_ssize_t count)
   });
 }
 
-PyObject* observe_fake_quantize_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return attempt(count, 17, [&] {
-    const bool observes = flag(args[1]), quantizes = flag(args[2]);
-    const DLTensor t = big_tensor(args[0]);
-    const Dense x = dense(t, optional_integer(args[9]));
-    const Array low = buffer(args[3], "min_val"), high = buffer(args[4], "max_val");
-    const Array scale = buffer(args[5], "scale"), zero_point = buffer(args[6], "zero_point");
+PyObject* observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 17, [](Arguments args) {
+    PyObject* const object = args.next();
+    const DLTensor t = unnegated(object);
+    const bool observes = flag(args.next()), quantizes = flag(args.next());
+    const Array low = buffer(args.next(), "min_val"), high = buffer(args.next(), "max_val");
+    const Array scale = buffer(args.next(), "scale"), zero_point = buffer(args.next(), "zero_point");
     for (const Array& a : {high, scale, zero_point}) check_count(a, low.numel);
-    const Array nonfinite_count = single(args[7], "nonfinite_count"), eps = single(args[8], "eps");
-    for (const Array& a : {scale, zero_point, eps}) plain(a.type != Element::other);
-    const auto averaging_constant = optional_number(args[10]);
-    const QParamsConfig config = config_of(args + 11);
-    const auto policy = static_cast<NonFinite>(integer(args[15]));
+    const Array nonfinite_count = single(args.next(), "nonfinite_count"), eps = single(args.next(), "eps");
+    const Dense x = dense(t, optional_integer(args.next()));
+    const auto averaging_constant = optional_number(args.next());
+    const QParamsConfig chosen = config(&args);
+    const auto policy = static_cast<NonFinite>(integer(args.next()));
     std::optional<Output> y;
-    if (quantizes) y.emplace(args[0], t);
-    const Mask mask(quantizes && args[16] == Py_True, x.numel());
+    if (quantizes) y.emplace(object, t);
+    const Mask mask(quantizes && args.next() == Py_True, x.numel());
     {
       const WithoutGil released(x.numel());
       if (observes) {
         observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
-        choose_qparams(low, high, eps, config, scale, zero_point);
+        choose_qparams(low, high, eps, chosen, scale, zero_point);
       }
       if (quantizes) {
-        fake_quantize(x, scale, zero_point, config.quant_min, config.quant_max, y->data(), mask.words());
+        fake_quantize(x, scale, zero_point, chosen.quant_min, chosen.quant_max, y->data(), mask.words());
       }
     }
-    return quantizes ? mask.with(&*y) : same(args[0]);
+    return quantizes ? mask.with(&*y) : same(object);
   });
 }
 
-PyObject* mask_gradient_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return attempt(count, 3, [&] {
-    const DLTensor t = big_tensor(args[0]), mask = tensor(args[1]);
+PyObject* mask_gradient_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 3, [](Arguments args) {
+    PyObject* const object = args.next();
+    const DLTensor t = unnegated(object), mask = tensor(args.next());
+    PyObject* const stride = args.next();
     int64_t strides[kMaxDims];
-    plain(PyTuple_Check(args[2]) && PyTuple_Size(args[2]) == t.ndim && t.ndim <= kMaxDims);
-    for (int d = 0; d < t.ndim; ++d) strides[d] = integer(PyTuple_GetItem(args[2], d));
+    plain(PyTuple_Check(stride) && PyTuple_Size(stride) == t.ndim && t.ndim <= kMaxDims);
+    for (int d = 0; d < t.ndim; ++d) strides[d] = integer(PyTuple_GetItem(stride, d));
     plain(has_strides(t, strides));
     const Dense grad = dense(t, std::nullopt);
     plain(numel(mask) == mask_words(grad.numel()) * 8 && mask.ndim == 1 && mask.strides[0] == 1 &&
           reinterpret_cast<uintptr_t>(mask.data) % sizeof(uint64_t) == 0);
-    Output out(args[0], t);
+    Output out(object, t);
     {
       const WithoutGil released(grad.numel());
       mask_gradient(grad, static_cast<const uint64_t*>(mask.data), out.data());

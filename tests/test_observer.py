@@ -502,6 +502,30 @@ def test_non_linear_param_search_is_torchs() -> None:
         assert_same(mine, expected)
 
 
+def test_what_overrides_the_search_or_the_choice_is_asked() -> None:
+    def search(*_: Any) -> tuple[Tensor, Tensor]:
+        return torch.tensor(-1.0), torch.tensor(1.0)
+
+    def choose(*_: Any) -> tuple[Tensor, Tensor]:
+        return torch.tensor([7.0]), torch.tensor([1])
+
+    for name, function in (("_non_linear_param_search", search), ("_calculate_qparams", choose)):
+        cls = type("Mine", (observer.HistogramObserver,), {name: function})
+        of_instance = observer.HistogramObserver()
+        setattr(of_instance, name, function)
+        results = []
+        for ours in (cls(), of_instance):
+            ours(torch.randn(100))
+            results.append(ours.calculate_qparams())
+        theirs = torch_observer.HistogramObserver()
+        setattr(theirs, name, function)
+        with quiet():
+            theirs(torch.randn(100))
+            expected = theirs.calculate_qparams()
+        for scale, zero_point in results:
+            assert (float(scale), int(zero_point)) == (float(expected[0]), int(expected[1]))
+
+
 def test_a_histogram_of_another_size_is_refused() -> None:
     ours = observer.HistogramObserver(bins=16)
     ours(torch.randn(9))

@@ -1280,6 +1280,34 @@ def test_histogram_qparams_are_those_of_the_range_found(
     assert_equal(got, expected)
 
 
+def test_a_counter_that_nothing_can_be_kept_in_is_refused_and_changes_nothing() -> None:
+    x = torch.tensor([1.0, math.nan])
+    for dtype in (torch.int16, torch.uint8, torch.bool):
+        args = fused_arguments()
+        args[6] = counter().to(dtype)
+        low, high, *_ = args[2:]
+        for call in (
+            lambda args=args: _ops.apply_fused(x, *args),
+            lambda args=args: _ops.observe_minmax(x, args[2], args[3], args[6], None, 0.1, IGNORE),
+        ):
+            with pytest.raises(RuntimeError):
+                call()
+            assert_equal([low, high], unobserved())
+
+
+@pytest.mark.parametrize("run", [with_gradient, without_gradient])
+def test_qparams_that_lie_in_memory_as_their_negatives(run: Callable[..., Any]) -> None:
+    x, zero_point = random_values((9,), torch.float32, 0), torch.tensor([3], dtype=torch.int32)
+    scale = torch.tensor([0.1])
+    negated = torch._neg_view(-scale)
+    assert negated.is_neg()
+    results = [
+        run(lambda x, s: _ops.apply_fake_quantize(x, s, zero_point, None, -9, 9), x, s)
+        for s in (scale, negated)
+    ]
+    assert_equal(*results)
+
+
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_a_default_device_elsewhere_changes_nothing(needs_grad: bool) -> None:
     args, expected_args = fused_arguments(3), fused_arguments(3)

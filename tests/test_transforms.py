@@ -16,6 +16,7 @@ import torch
 import torch.ao.quantization as tq
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -151,6 +152,45 @@ def test_a_dispatch_mode_sees_the_op_and_decides(kind: str) -> None:
         ours(x)
     expected(x * 10)
     assert_same_buffers(ours, expected)
+
+
+class Interrupted(TorchFunctionMode):
+    """Somebody presses Ctrl-C whenever torch is asked for anything."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise KeyboardInterrupt
+
+
+@every_observer
+def test_an_interruption_is_not_dropped(kind: str) -> None:
+    module, _ = observing(kind)
+    before = snapshot(module)
+    x = torch.randn(4, 6)
+    with Interrupted(), pytest.raises(KeyboardInterrupt):
+        module(x)
+    assert_unchanged(module, before)
+
+
+class Names(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@every_observer
+def test_modes_and_the_profiler_see_ops(kind: str) -> None:
+    module, _ = observing(kind)
+    x = torch.randn(4, 6)
+    with torch.profiler.profile() as profile:
+        module(x)
+    assert any(e.name.startswith("fastquant::") for e in profile.events())
+    with Names() as names:
+        module(x)
+    assert any(name.startswith("fastquant.") for name in names.called)
 
 
 @every_observer
@@ -351,6 +391,73 @@ def test_a_traced_model_observes_when_traced_and_when_run(kind: str) -> None:
     found = dict(traced.named_buffers())
     for name, buffer in expected.named_buffers():
         assert_same(found[name], buffer, name)
+
+
+def conv_bn(qconfig: Any = None) -> tuple[nn.Module, Tensor]:
+    """A convolution with its batch norm, prepared for QAT, and a batch."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+    model = nn.Sequential(fq.fuse_modules_qat(body, [["0", "1", "2"]]))
+    model.qconfig = qconfig or fq.get_default_qat_qconfig("x86")
+    fq.prepare_qat(model, inplace=True)
+    x = torch.randn(2, 3, 6, 6)
+    model(x)
+    return model, x
+
+
+def without_observing(model: nn.Module) -> nn.Module:
+    model.apply(fq.disable_observer)
+    return model.apply(fq.disable_fake_quant)
+
+
+def test_a_traced_model_can_be_saved_and_its_flags_are_read_when_it_runs() -> None:
+    model, x = conv_bn()
+    model.eval()
+    with oracle(), torch.no_grad():
+        traced = torch.jit.trace(model, (x,), check_trace=False)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        assert_same(loaded(x * 3), model(x * 3))
+        for name, buffer in loaded.named_buffers():
+            assert_same(buffer, dict(model.named_buffers())[name], name)
+            if name.endswith("_enabled"):
+                buffer.zero_()
+        assert_same(loaded(x), without_observing(model)(x))
+
+
+def test_forward_mode_and_vmap_pass_modules_that_do_nothing() -> None:
+    quantize = fq.default_histogram_fake_quant
+    weight_quantize = fq.default_per_channel_weight_fake_quant
+    model, x = conv_bn(fq.QConfig(activation=quantize, weight=weight_quantize))
+    without_observing(model.eval())
+    plain = without_observing(copy.deepcopy(model))
+    plain.apply(lambda m: setattr(m, "weight_fake_quant", nn.Identity()))
+    weight, tangent = model[0][0].weight.detach(), torch.randn(4, 3, 3, 3)
+
+    def run(m: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+        return torch.func.functional_call(m, {"0.0.weight": weight}, (x,)).square().sum()
+
+    for derive in (
+        lambda m: torch.func.jvp(lambda w: run(m, w, x), (weight,), (tangent,))[1],
+        lambda m: torch.func.vmap(
+            torch.func.grad(lambda w, one: run(m, w, one[None])), in_dims=(None, 0)
+        )(weight, x),
+        lambda m: torch.func.hessian(lambda w: run(m, w, x))(weight),
+    ):
+        torch.testing.assert_close(derive(model), derive(plain))
+
+
+def test_a_weight_may_change_before_backward_where_its_scale_is_frozen() -> None:
+    model, x = conv_bn()
+    layer: Any = model[0][0]
+    layer.bn.requires_grad_(False)
+    y = model(x.clone().requires_grad_())
+    with torch.no_grad():
+        layer.weight += 1
+    y.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
 
 
 SCRIPTED = {

@@ -15,8 +15,8 @@ namespace {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Asks for memory that comes `bytes` after the next elements, read or to be written. Left to themselves,
-// processors fetch ahead no further than to the end of a page, and stores wait for their lines: a
+// Asks for memory that comes `distance` bytes after the next elements, read or to be written. Left to
+// themselves, processors fetch ahead no further than to the end of a page, and stores wait for their lines: a
 // tensor beyond the second-level cache takes 1.3 to 3 times as long.
 constexpr int kAhead = 4096;
 
@@ -630,6 +630,7 @@ void fake_quantize_rows_masked(const S* x, S* y, int64_t begin, int64_t end, con
 template <bool kMask, class V, class S, class T>
 void fake_quantize_periodic_masked(const S* x, S* y, int64_t begin, int64_t end, const QuantParams<T>& p,
                                    BitWriter* writer) {
+  constexpr int kGroup = 64;  // fetched at once
   int64_t phase = begin % p.period;
   const auto advance = [&](int64_t by) {
     phase += by;
@@ -638,8 +639,10 @@ void fake_quantize_periodic_masked(const S* x, S* y, int64_t begin, int64_t end,
   int64_t i = begin;
   if (!p.exact) {
     for (; i + V::N <= end; i += V::N, advance(V::N)) {
-      fetch_ahead<V::N>(x + i);
-      fetch_ahead<V::N>(y + i);
+      if (i % kGroup == 0) {
+        fetch_ahead<kGroup>(x + i);
+        fetch_ahead<kGroup>(y + i);
+      }
       const auto q = quantizer_at<V>(p, phase);
       const auto t = q.steps(V::load(x + i));
       V::store(y + i, q.value(t));

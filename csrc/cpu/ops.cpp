@@ -26,6 +26,7 @@ namespace {
 Array array(const Tensor& t, const char* name) {
   check(t.is_cpu(), name, " must be on the CPU as x is");
   check(t.is_contiguous(), name, " must be contiguous");
+  check(element(t.scalar_type()) != Element::other, name, " has a dtype that nothing can be kept in");
   return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), name};
 }
 

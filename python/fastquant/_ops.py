@@ -210,9 +210,9 @@ _mask_gradient: _Op = _MaskGradient.apply
 
 def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
     if _goes_fast():
-        fast = _C.mask_gradient(grad, mask, stride)
-        if fast is not None:
-            return fast
+        gradient: Tensor | None = _fast.mask_gradient(grad, mask, stride)
+        if gradient is not None:
+            return gradient
     # The mask has its bits in the order of the output's memory.
     if grad.stride() != stride:
         grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
@@ -342,12 +342,15 @@ _is_tracing = torch._C._is_tracing
 
 
 def _is_transformed() -> bool:
-    """Whether a gradient has to be a whole function of its tensors.
+    """Whether torch.func transforms, or forward-mode derivatives are taken (and refused)."""
+    return _innermost_transform() is not None or forward_ad._current_level >= 0
 
-    So it is for torch.func's transforms, for torch.jit.trace, and for forward-mode derivatives,
-    which are refused.
-    """
-    return _innermost_transform() is not None or _is_tracing() or forward_ad._current_level >= 0
+
+def has_plain_gradients() -> bool:
+    """Whether gradients are taken, and by autograd alone: nothing transforms, traces, compiles."""
+    return (
+        _is_grad_enabled() and not _is_compiling() and not _is_transformed() and not _is_tracing()
+    )
 
 
 def _set_up_fast_calls() -> bool:
@@ -356,12 +359,14 @@ def _set_up_fast_calls() -> bool:
         _C.set_up_fast_calls(
             torch.Tensor.__dlpack_c_exchange_api__,
             (Tensor, torch.nn.Parameter),
-            # What intercepts ops has to see them: modes (fake tensors, export), the transforms
-            # of torch.func, torch.jit.trace.
+            # What intercepts ops has to see them: modes (fake tensors, export, a default device),
+            # the transforms of torch.func, torch.jit.trace, the profiler.
             (
                 _modes,
+                torch._C._len_torch_function_stack,
                 _innermost_transform,
                 _is_tracing,
+                torch._C._autograd._profiler_enabled,
             ),
             Tensor.is_neg,
             torch.empty_like,
@@ -374,31 +379,28 @@ def _set_up_fast_calls() -> bool:
 
 # Whether plain CPU tensors go round the dispatcher (benchmarks/calls.py: what that saves).
 fast_calls = _set_up_fast_calls()
+_fast: Any = _C
 
 
 def _goes_fast() -> bool:
-    """Whether the functions of `_C` may be tried; they say None, with nothing done, where not."""
+    """Whether the functions of `_C` may be tried; they say None, with nothing done, where not.
+
+    What they cannot ask for themselves is asked here: they must not be seen while compiling, and
+    torch keeps the level of forward-mode derivatives in Python.
+    """
     return fast_calls and not _is_compiling() and forward_ad._current_level < 0
 
 
-def _fast_or_op(fast: _Op, op: _Op) -> _Op:
-    """`op`, by way of `fast` where that will do."""
-    if not fast_calls:
-        return op
-
-    def call(*args: Any) -> None:
-        if _is_compiling() or not fast(*args):
-            op(*args)
-
-    return call
+def observe_minmax(*args: Any) -> None:
+    """The op `observe_minmax_`."""
+    if not (_goes_fast() and _fast.observe_minmax(*args)):
+        observe_minmax_(*args)
 
 
-_fast_histogram_qparams: _Op = _C.histogram_qparams
-_fast_fake_quantize: _Op = _C.fake_quantize
-_fast_observe_fake_quantize: _Op = _C.observe_fake_quantize
-
-observe_minmax = _fast_or_op(_C.observe_minmax, observe_minmax_)
-observe_histogram = _fast_or_op(_C.observe_histogram, observe_histogram_)
+def observe_histogram(*args: Any) -> None:
+    """The op `observe_histogram_`."""
+    if not (_goes_fast() and _fast.observe_histogram(*args)):
+        observe_histogram_(*args)
 
 
 def histogram_qparams(
@@ -410,11 +412,11 @@ def histogram_qparams(
     *config: int,
 ) -> tuple[Tensor, Tensor]:
     """The op `choose_qparams` of what the op `search_histogram_range` finds; their arguments."""
-    if _goes_fast():
+    if min_val.is_cpu and _goes_fast():
         scale = min_val.new_empty(1)
         zero_point = min_val.new_empty(1, dtype=_zero_point_dtype(min_val, config[2]))
         observed = (histogram, min_val, max_val, eps, dst_nbins)
-        if _fast_histogram_qparams(*observed, *config, scale, zero_point):
+        if _fast.histogram_qparams(*observed, *config, scale, zero_point):
             return scale, zero_point
     found = search_histogram_range(histogram, min_val, max_val, dst_nbins)
     qparams: tuple[Tensor, Tensor] = choose_qparams(*found, eps, *config)
@@ -436,6 +438,15 @@ def _made_by(op: _Op, *args: Any) -> tuple[Tensor, Tensor]:
     return made
 
 
+def _can_read_flags(x: Tensor) -> bool:
+    """Whether a flag beside `x` may be read here, and not by the op where it lies.
+
+    To read one of another device would be to wait for it, one that a mode makes out to be a fake
+    tensor has no value, and in a graph it may change from call to call.
+    """
+    return x.is_cpu and not _is_compiling() and not _is_tracing() and not _modes()
+
+
 def apply_fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -453,19 +464,16 @@ def apply_fake_quantize(
     settings: tuple[Any, ...] = (scale, zero_point, enabled, ch_axis, quant_min, quant_max)
     y: Tensor
     if _goes_fast():
-        made = _fast_fake_quantize(x, *settings, needs_grad)
+        made = _fast.fake_quantize(x, *settings, needs_grad)
         if made is not None:
             return _attached(x, made)
-    compiling = _is_compiling()
-    # A flag that lies on another device is left to the op: to read it would be to wait for it.
-    # So is one that a mode makes out to be a fake tensor, which has no value.
-    if enabled is not None and not compiling and x.is_cpu and not _modes():
+    if enabled is not None and _can_read_flags(x):
         if not enabled.item():
             return x
         settings = (scale, zero_point, None, ch_axis, quant_min, quant_max)
-    if compiling:
+    if _is_compiling():
         y = fake_quantize_with_mask(x, *settings)[0] if needs_grad else fake_quantize(x, *settings)
-    elif _is_transformed():
+    elif _is_transformed() or (needs_grad and _is_tracing()):
         y, _ = _transformable_fake_quantize(x, *settings)
     elif needs_grad:
         y = _attached(x, _made_by(fake_quantize_with_mask, x, *settings))
@@ -485,18 +493,20 @@ def apply_fused(
     needs_grad = x.requires_grad and _is_grad_enabled()
     args = (x, observer_enabled, fake_quant_enabled, *settings)
     if _goes_fast():
-        made = _fast_observe_fake_quantize(*args, needs_grad)
+        made = _fast.observe_fake_quantize(*args, needs_grad)
         if made is not None:
             return _attached(x, made)
-    # In two steps while compiling, since an op that changes its arguments can have no gradient,
-    # and under transforms.
-    if (needs_grad and _is_compiling()) or (not _is_compiling() and _is_transformed()):
+    # In two steps while compiling or tracing, since an op that changes its arguments can have no
+    # gradient, and under transforms.
+    if (needs_grad and (_is_compiling() or _is_tracing())) or (
+        not _is_compiling() and _is_transformed()
+    ):
         observe_qparams_(x, observer_enabled, *settings)
         _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
         return apply_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
         )
-    if x.is_cpu and not _is_compiling() and not _modes() and not fake_quant_enabled.item():
+    if _can_read_flags(x) and not fake_quant_enabled.item():
         observe_qparams_(x, observer_enabled, *settings)
         return x
     if needs_grad:

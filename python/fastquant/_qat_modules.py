@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._ops import has_plain_gradients
 from ._torch_ao import conv_bn_base, nniqat
 from .fake_quantize import FakeQuantizeBase
 
@@ -35,36 +36,29 @@ class _Scaled(torch.autograd.Function):
     """weight * scale, with one scale for each of the weight's channels."""
 
     @staticmethod
-    def forward(weight: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
         return weight * scale
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         weight, scale = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1]
-        return grad * scale, _sum_of_products(grad, weight) if learns else None
+        return grad * scale, _sum_of_products(grad, weight)
 
 
 class _Unscaled(torch.autograd.Function):
     """weight / scale, likewise."""
 
     @staticmethod
-    def forward(weight: Tensor, scale: Tensor) -> Tensor:
-        return weight / scale
+    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
+        unscaled = weight / scale
+        ctx.save_for_backward(scale, unscaled)
+        return unscaled
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1], output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         scale, unscaled = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1]
-        return grad / scale, -_sum_of_products(grad, unscaled) / scale if learns else None
+        return grad / scale, -_sum_of_products(grad, unscaled) / scale
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
@@ -83,7 +77,10 @@ def _as_inference_sees_it(module: Any) -> Tensor:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     scale = scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    return _unscaled(module.weight_fake_quant(_scaled(weight, scale)), scale)
+    if scale.requires_grad and has_plain_gradients():
+        return _unscaled(module.weight_fake_quant(_scaled(weight, scale)), scale)
+    unscaled: Tensor = module.weight_fake_quant(weight * scale) / scale
+    return unscaled
 
 
 def _conv_bn(module: Any, x: Tensor) -> Tensor:

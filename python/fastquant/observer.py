@@ -379,6 +379,11 @@ def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> b
     return True
 
 
+def _is_method(method: object, function: object) -> bool:
+    """Whether a method is this function still, which neither a class nor an instance overrides."""
+    return getattr(method, "__func__", None) is function
+
+
 class _RangeObserver(UniformQuantizationObserverBase):
     """Keeps a range: buffers `min_val` and `max_val`, +inf and -inf where nothing was observed.
 
@@ -932,10 +937,10 @@ class HistogramObserver(_RangeObserver):
             raise QuantizationError(
                 f"histogram must have bins={self.bins} elements, got {histogram.numel()}"
             )
-        cls = type(self)
-        if (
-            cls._non_linear_param_search is HistogramObserver._non_linear_param_search
-            and cls._calculate_qparams is UniformQuantizationObserverBase._calculate_qparams
+        if _is_method(
+            self._non_linear_param_search, HistogramObserver._non_linear_param_search
+        ) and _is_method(
+            self._calculate_qparams, UniformQuantizationObserverBase._calculate_qparams
         ):
             scheme = self._scheme()
             return histogram_qparams(histogram, min_val, max_val, self.eps, self.dst_nbins, *scheme)
