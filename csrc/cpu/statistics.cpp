@@ -223,8 +223,11 @@ void add_nonfinite(const Array& nonfinite_count, int64_t left_out) {
 
 // -------------------------------------------------------------------------- histogram
 
+// Whole numbers, exact up to 2^53.
+using Counts = std::vector<double>;
+
 template <class S>
-void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, std::vector<int64_t>* counts) {
+void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, Counts* counts) {
   for (int64_t i = 0; i < n; ++i) {
     const int64_t bin = wide_bin(static_cast<double>(to_compute(x[i])), r, bins);
     if (bin >= 0) ++(*counts)[bin];
@@ -263,14 +266,14 @@ class Counter {
   // Whether an element was outside of the range, or NaN.
   bool left_out() const { return left_out_; }
 
-  std::vector<int64_t> totals() {
+  Counts totals() {
     drain();
     return std::move(totals_);
   }
 
  private:
   static constexpr int64_t kSmall = 4096;  // below it, summing four tables costs more than it saves
-  static constexpr int64_t kCounterMax = int64_t{1} << 31;  // elements that cannot overflow a counter
+  static constexpr int64_t kCounterMax = int64_t{1} << 30;  // elements whose count is an int32_t
 
   int64_t entries_left_out() const {
     int64_t sum = 0;
@@ -281,8 +284,11 @@ class Counter {
   void drain() {
     totals_.resize(bins_);
     const int64_t stride = histogram_stride(bins_);
-    for (int t = 0; t < tables_; ++t) {
-      for (int64_t b = 0; b < bins_; ++b) totals_[b] += scratch_[t * stride + b];
+    const uint32_t* const c = scratch_.data();
+    // Conversions from int32_t are the only ones that every processor has vectors of.
+    for (int64_t b = 0; tables_ == 1 && b < bins_; ++b) totals_[b] += static_cast<int32_t>(c[b]);
+    for (int64_t b = 0; tables_ == 4 && b < bins_; ++b) {
+      totals_[b] += static_cast<int32_t>(c[b] + c[b + stride] + c[b + 2 * stride] + c[b + 3 * stride]);
     }
   }
 
@@ -290,13 +296,13 @@ class Counter {
   int64_t bins_;
   int tables_;
   std::vector<uint32_t> scratch_;
-  std::vector<int64_t> totals_;
+  Counts totals_;
   int64_t counted_ = 0;
   bool left_out_ = false;
 };
 
-std::vector<int64_t> summed(std::vector<std::vector<int64_t>> parts) {
-  std::vector<int64_t> sum = std::move(parts.front());
+Counts summed(std::vector<Counts> parts) {
+  Counts sum = std::move(parts.front());
   for (size_t p = 1; p < parts.size(); ++p) {
     for (size_t b = 0; b < sum.size(); ++b) sum[b] += parts[p][b];
   }
@@ -304,14 +310,14 @@ std::vector<int64_t> summed(std::vector<std::vector<int64_t>> parts) {
 }
 
 template <class S>
-std::vector<int64_t> count_bins(const S* x, int64_t n, const HistogramRange& r, int64_t bins) {
+Counts count_bins(const S* x, int64_t n, const HistogramRange& r, int64_t bins) {
   if (!bin_formula_fits<Compute<S>>(r, bins)) {
-    std::vector<int64_t> counts(bins, 0);
+    Counts counts(bins, 0.0);
     count_wide(x, n, r, bins, &counts);
     return counts;
   }
   const int64_t pieces = piece_count(n);
-  std::vector<std::vector<int64_t>> partial(pieces);
+  std::vector<Counts> partial(pieces);
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
     Counter<S> counter(r, bins, end - begin);
     counter.add(x + begin, end - begin);
@@ -330,11 +336,10 @@ bool is_exact(const HistogramRange& r) {
 // Counts into a range that earlier tensors had. False, and the counts are of no use, where an element
 // is outside of it; that is noticed at the end of a block.
 template <class S>
-bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, int64_t bins,
-                            std::vector<int64_t>* counts) {
+bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, int64_t bins, Counts* counts) {
   constexpr int64_t kBlock = 8192;
   const int64_t pieces = piece_count(n);
-  std::vector<std::vector<int64_t>> partial(pieces);
+  std::vector<Counts> partial(pieces);
   std::atomic<bool> outside{false};
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
     Counter<S> counter(known, bins, end - begin);
@@ -392,9 +397,12 @@ std::vector<double> moved_histogram(const std::vector<double>& histogram, const 
                                                   : resample<float>(histogram, from, to, upsample_rate);
 }
 
-void add_counts(const Array& histogram, std::vector<double> total, const std::vector<int64_t>& counts) {
-  for (size_t b = 0; b < total.size(); ++b) total[b] += static_cast<double>(counts[b]);
-  write_values(histogram, total);
+void add_counts(const Array& histogram, const Counts& counts) {
+  with_buffer_type(histogram.type, [&](auto element) {
+    auto* const data = static_cast<decltype(element)*>(histogram.data);
+    for (size_t b = 0; b < counts.size(); ++b)
+      assign(data + b, static_cast<double>(number(data[b])) + counts[b]);
+  });
 }
 
 template <class S>
@@ -405,11 +413,11 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   const int64_t bins = histogram.numel;
   const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
   const bool first = is_unused(old);
-  std::vector<int64_t> counts;
+  Counts counts;
   // Mostly a tensor brings nothing beyond the range so far, and then one walk over it is enough.
   if (!first && bin_formula_fits<T>(old, bins) && is_exact<T>(old) &&
       count_into_known_range(x, d.numel(), old, bins, &counts)) {
-    add_counts(histogram, read_values<double>(histogram), counts);
+    add_counts(histogram, counts);
     return;
   }
   Extremes<T> range(1);
@@ -435,11 +443,17 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
     } else {
       counts = count_bins(x, d.numel(), counting_range<T>(now), bins);
     }
-    std::vector<double> total = first ? std::vector<double>(bins, 0.0) : read_values<double>(histogram);
-    if (!first && (now.low != old.low || now.high != old.high)) {
-      total = moved_histogram(total, old, now, upsample_rate, histogram.type == Element::f64);
+    if (first) {
+      write_values(histogram, counts);
+    } else if (now.low == old.low && now.high == old.high) {
+      add_counts(histogram, counts);
+    } else {
+      const std::vector<double> before = read_values<double>(histogram);
+      std::vector<double> total =
+          moved_histogram(before, old, now, upsample_rate, histogram.type == Element::f64);
+      for (int64_t b = 0; b < bins; ++b) total[b] += counts[b];
+      write_values(histogram, total);
     }
-    add_counts(histogram, std::move(total), counts);
     write_value(min_val, now.low);
     write_value(max_val, now.high);
   }
