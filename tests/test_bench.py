@@ -65,6 +65,7 @@ class Clock:
         self.now = 100.0
         monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(_timing, "_preemptions", lambda: 0)
+        monkeypatch.setattr(_timing, "_pace", lambda: 1.0)
 
     def work(self, seconds: float) -> None:
         self.now += seconds
@@ -113,6 +114,27 @@ def test_disturbed_rounds_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = timed_with(lambda number: number % 2 == 0, monkeypatch, patience=2)
     assert timed.undisturbed == 5
     assert timed.seconds["a"] == pytest.approx([0.0005] * 5)
+
+
+def test_rounds_beside_a_slow_processor_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    slow = {2, 3, 7}
+    paces = iter(range(100))
+    monkeypatch.setattr(_timing, "_pace", lambda: 2.0 if next(paces) in slow else 1.05)
+    times = iter(range(1, 100))
+    timed = time_rounds({"a": Case(lambda: clock.work(next(times)))}, rounds=5, patience=1000)
+    # The first call sizes blocks; then round n lies between paces n - 1 and n.
+    assert timed.seconds["a"] == [2 + n for n in (1, 5, 6, 9, 10)]
+    assert timed.undisturbed == 5
+
+
+def test_the_pace_is_beside_the_best_so_far() -> None:
+    assert _timing._pace() >= 1
+    _timing._least[torch.get_num_threads()] = 1e-9
+    try:
+        assert _timing._pace() > 100
+    finally:
+        _timing._least.clear()
 
 
 def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

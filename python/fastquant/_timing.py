@@ -98,8 +98,8 @@ def time_rounds(
 
     A round runs a block of each case, one after the other, each round beginning with another
     one: whatever slows the machine down meets all of them. A round in which the scheduler took
-    a processor away for other work is repeated, as far as patience goes. Garbage collection
-    waits meanwhile.
+    a processor away for other work, or before or after which the processors were slower than they
+    can be, is repeated, as far as patience goes. Garbage collection waits meanwhile.
 
     Args:
         cases: what to time, by name.
@@ -116,6 +116,7 @@ def time_rounds(
     undisturbed: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
     with _no_garbage_collection():
+        pace = _pace()
         while len(undisturbed) + len(disturbed) < rounds or (
             patience > 0 and len(undisturbed) < rounds
         ):
@@ -127,7 +128,8 @@ def time_rounds(
                 seconds[name] = _block(cases[name], calls[name])
                 if number < rounds:
                     on_block()
-            if _preemptions() == preemptions:
+            before, pace = pace, _pace()
+            if _preemptions() == preemptions and max(before, pace) <= _FULL_PACE:
                 undisturbed.append(seconds)
             else:
                 disturbed.append(seconds)
@@ -137,6 +139,25 @@ def time_rounds(
         {name: [seconds[name] for seconds in kept] for name in names},
         min(len(undisturbed), rounds),
     )
+
+
+# At how many times the least time for the same work a processor counts as slow. It is where it
+# shares its parts with others, as processors of virtual machines do; then by half and more.
+_FULL_PACE = 1.15
+_least: dict[int, float] = {}
+
+
+def _pace() -> float:
+    """Time of fixed arithmetic on all of torch's threads, over the least it has taken so far."""
+    threads = torch.get_num_threads()
+    x = torch.ones(threads * 32768)  # the least that torch gives a thread
+    seconds = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        x.exp()
+        seconds = min(seconds, time.perf_counter() - start)
+    least = _least[threads] = min(seconds, _least.get(threads, math.inf))
+    return seconds / least
 
 
 def _preemptions() -> int:
