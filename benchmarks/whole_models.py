@@ -7,7 +7,6 @@ Needs torchvision; `pip install --no-deps torchvision` is enough.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,39 +88,14 @@ def convert(suite: Suite, name: str, model: nn.Module) -> None:
         with torch.no_grad():
             prepared(normal(1, *BATCH[1:]))
         cases[side] = Case(converting(ns, prepared))
-    cases[PACKING] = Case(packing(fastquant.convert(prepared)))
     timed = time_rounds(cases, min(suite.rounds, MOST_ROUNDS))
-    input = "x86 qconfig"
     suite.add_rounds(
-        f"{name}: convert", input, timed, lambda t: t[THEIRS] / t[OURS], "x", at_least(3)
+        f"{name}: convert", "x86 qconfig", timed, lambda t: t[THEIRS] / t[OURS], "x", at_least(3)
     )
-    suite.add_rounds(
-        f"{name}: convert, {PACKING}", input, timed, lambda t: t[THEIRS] / t[PACKING], "x"
-    )
-
-
-# What is left to every convert, torch's own work.
-PACKING = "quantizing and packing weights alone"
 
 
 def converting(ns: Any, prepared: nn.Module) -> Any:
     return lambda: ns.convert(prepared)
-
-
-def packing(converted: nn.Module) -> Callable[[], None]:
-    layers = [module for module in converted.modules() if hasattr(module, "_weight_bias")]
-    weights = [layer._weight_bias() for layer in layers]
-    floats = [weight.dequantize() for weight, _ in weights]
-
-    def run() -> None:
-        for layer, (weight, bias), values in zip(layers, weights, floats, strict=True):
-            scales, zero_points = weight.q_per_channel_scales(), weight.q_per_channel_zero_points()
-            quantized = torch.quantize_per_channel(
-                values, scales, zero_points, weight.q_per_channel_axis(), weight.dtype
-            )
-            layer.set_weight_bias(quantized, bias)
-
-    return run
 
 
 def measure(suite: Suite) -> None:
