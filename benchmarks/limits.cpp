@@ -1,6 +1,6 @@
 // What bounds the histogram on one thread: counting elements whose bins are known already, beside
-// the whole kernel and beside reading. Every element is one increment in memory, and no vector
-// instruction makes fewer of them.
+// the whole kernel and beside reading. Every element is one increment in memory (but for values that
+// a tensor is full of, as zero after ReLU, which kernels-inl.h counts apart).
 //
 //   make limits
 #include <algorithm>
