@@ -63,7 +63,7 @@ bool is_true(PyObject* result) {
 void check_circumstances() {
   plain(exchange != nullptr);
   for (Py_ssize_t i = 0; i < PyTuple_Size(guards); ++i) {
-    plain(!is_true(PyObject_CallObject(PyTuple_GetItem(guards, i), nullptr)));
+    plain(!is_true(PyObject_CallNoArgs(PyTuple_GetItem(guards, i))));
   }
 }
 

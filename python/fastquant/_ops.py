@@ -393,13 +393,13 @@ def _goes_fast() -> bool:
 
 def observe_minmax(*args: Any) -> None:
     """The op `observe_minmax_`."""
-    if not (_goes_fast() and _fast.observe_minmax(*args)):
+    if not (_goes_fast() and _C.observe_minmax(*args)):
         observe_minmax_(*args)
 
 
 def observe_histogram(*args: Any) -> None:
     """The op `observe_histogram_`."""
-    if not (_goes_fast() and _fast.observe_histogram(*args)):
+    if not (_goes_fast() and _C.observe_histogram(*args)):
         observe_histogram_(*args)
 
 

@@ -929,7 +929,8 @@ class HistogramObserver(_RangeObserver):
         Raises:
             QuantizationError: the histogram does not have `bins` bins, or the span is no range.
         """
-        min_val, max_val, histogram = self.min_val, self.max_val, self.histogram
+        buffers: dict[str, Any] = self._buffers
+        min_val, max_val, histogram = buffers["min_val"], buffers["max_val"], buffers["histogram"]
         if not _is_observed(min_val, max_val):
             device = min_val.device
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
@@ -943,7 +944,8 @@ class HistogramObserver(_RangeObserver):
             self._calculate_qparams, UniformQuantizationObserverBase._calculate_qparams
         ):
             scheme = self._scheme()
-            return histogram_qparams(histogram, min_val, max_val, self.eps, self.dst_nbins, *scheme)
+            eps = buffers["eps"]
+            return histogram_qparams(histogram, min_val, max_val, eps, self.dst_nbins, *scheme)
         return self._calculate_qparams(*self._non_linear_param_search())
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
