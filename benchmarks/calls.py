@@ -40,23 +40,17 @@ def dispatcher(suite: Suite) -> None:
     histogram, fused = fastquant.HistogramObserver(), fastquant.FusedMovingAvgObsFakeQuantize()
     histogram(x)
     observe = (x, low, high, count, None, None, 0)
-    pairs: dict[str, tuple[Case, Case]] = {
-        "observe_minmax": (
-            Case(lambda: _ops.observe_minmax(*observe)),
-            Case(lambda: _ops.observe_minmax_(*observe)),
-        ),
-    }
-    for work, run in {
+    works: dict[str, Callable[[], object]] = {
+        "observe_minmax": lambda: _ops.observe_minmax(*observe),
         "fake_quantize": lambda: _ops.apply_fake_quantize(x, scale, zero_point, None, 0, 255),
         "FusedMovingAvgObsFakeQuantize": lambda: fused(x),
         "HistogramObserver.calculate_qparams": histogram.calculate_qparams,
-    }.items():
-        pairs[work] = going(run, fast=True), going(run, fast=False)
-    for work, (fast, op) in pairs.items():
+    }
+    for work, run in works.items():
         suite.add(
             f"{work}: round the dispatcher",
             describe(x),
-            {OURS: fast, THROUGH: op},
+            {OURS: going(run, fast=True), THROUGH: going(run, fast=False)},
             lambda t: t[THROUGH] / t[OURS],
             "x",
         )

@@ -213,11 +213,6 @@ class Mask {
   uint64_t* words_ = nullptr;
 };
 
-PyObject* same(PyObject* object) {
-  Py_INCREF(object);
-  return object;
-}
-
 // Lets other threads run Python while a big tensor is read.
 class WithoutGil {
  public:
@@ -279,11 +274,11 @@ PyObject* set_up_fast_calls(PyObject*, PyObject* args) {
     return PyErr_Format(PyExc_RuntimeError, "DLPack exchange API %u.%u is none that fastquant knows",
                         api->major, api->minor);
   }
-  tensor_types = same(types);
-  guards = same(guard_functions);
-  is_neg = same(functions[0]);
-  empty_like = same(functions[1]);
-  empty_bytes = same(functions[2]);
+  tensor_types = Py_NewRef(types);
+  guards = Py_NewRef(guard_functions);
+  is_neg = Py_NewRef(functions[0]);
+  empty_like = Py_NewRef(functions[1]);
+  empty_bytes = Py_NewRef(functions[2]);
   exchange = api;
   Py_RETURN_NONE;
 }
@@ -298,7 +293,7 @@ PyObject* observe_minmax_call(PyObject*, PyObject* const* given, Py_ssize_t coun
     const auto policy = static_cast<NonFinite>(integer(args.next()));
     const WithoutGil released(x.numel());
     observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
-    return same(Py_True);
+    return Py_NewRef(Py_True);
   });
 }
 
@@ -312,7 +307,7 @@ PyObject* observe_histogram_call(PyObject*, PyObject* const* given, Py_ssize_t c
     const auto policy = static_cast<NonFinite>(integer(args.next()));
     const WithoutGil released(x.numel());
     observe_histogram(x, histogram, low, high, nonfinite_count, upsample_rate, policy);
-    return same(Py_True);
+    return Py_NewRef(Py_True);
   });
 }
 
@@ -328,7 +323,7 @@ PyObject* histogram_qparams_call(PyObject*, PyObject* const* given, Py_ssize_t c
     const Array new_min = {&found[0], low.type, 1, "new_min"}, new_max = {&found[1], high.type, 1, "new_max"};
     search_histogram_range(histogram, low, high, levels, new_min, new_max);
     choose_qparams(new_min, new_max, eps, chosen, scale, zero_point);
-    return same(Py_True);
+    return Py_NewRef(Py_True);
   });
 }
 
@@ -339,7 +334,7 @@ PyObject* fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count
     const Array scale = buffer(unnegated(args.next()), "scale");
     const Array zero_point = buffer(unnegated(args.next()), "zero_point");
     PyObject* const enabled = args.next();
-    if (enabled != Py_None && !flag(enabled)) return same(object);
+    if (enabled != Py_None && !flag(enabled)) return Py_NewRef(object);
     const Dense x = dense(t, optional_integer(args.next()));
     const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
     Output y(object, t);
@@ -378,7 +373,7 @@ PyObject* observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize
         fake_quantize(x, scale, zero_point, chosen.quant_min, chosen.quant_max, y->data(), mask.words());
       }
     }
-    return quantizes ? mask.with(&*y) : same(object);
+    return quantizes ? mask.with(&*y) : Py_NewRef(object);
   });
 }
 

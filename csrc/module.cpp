@@ -49,6 +49,10 @@ PyObject* quantize(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+PyMethodDef fast_call(const char* name, fastquant::FastCall f, const char* doc) {
+  return {name, fastquant::as_method(f), METH_FASTCALL, doc};
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "isa() -> str\n\nInstruction set of the CPU kernels in use."},
     {"isas", isas, METH_NOARGS,
@@ -66,23 +70,24 @@ PyMethodDef methods[] = {
      "Makes the functions below usable: torch.Tensor's DLPack C exchange API, the exact types that\n"
      "they take, functions that say by a false result that nothing intercepts ops, torch.Tensor.is_neg,\n"
      "torch.empty_like, and what makes a CPU tensor of so many bytes."},
-    {"observe_minmax", fastquant::as_method(fastquant::observe_minmax_call), METH_FASTCALL,
-     "observe_minmax(...) -> True | None\n\nThe op observe_minmax_ without the dispatcher. None, with nothing "
-     "done, where\nonly the op will do."},
-    {"observe_histogram", fastquant::as_method(fastquant::observe_histogram_call), METH_FASTCALL,
-     "observe_histogram(...) -> True | None\n\nLikewise for observe_histogram_."},
-    {"histogram_qparams", fastquant::as_method(fastquant::histogram_qparams_call), METH_FASTCALL,
-     "histogram_qparams(...) -> True | None\n\nLikewise for search_histogram_range and, with its result, "
-     "choose_qparams into\nthe scale and zero point that are given."},
-    {"fake_quantize", fastquant::as_method(fastquant::fake_quantize_call), METH_FASTCALL,
-     "fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for fake_quantize and "
-     "fake_quantize_with_mask, but x itself where not enabled."},
-    {"observe_fake_quantize", fastquant::as_method(fastquant::observe_fake_quantize_call), METH_FASTCALL,
-     "observe_fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for "
-     "fused_observe_fake_quantize and fused_observe_fake_quantize_with_mask."},
-    {"mask_gradient", fastquant::as_method(fastquant::mask_gradient_call), METH_FASTCALL,
-     "mask_gradient(grad, mask, stride) -> gradient | None\n\nLikewise for fake_quantize_backward, where grad "
-     "has the stride of the output."},
+    fast_call("observe_minmax", fastquant::observe_minmax_call,
+              "observe_minmax(...) -> True | None\n\nThe op observe_minmax_ without the dispatcher. None, with "
+              "nothing done, where\nonly the op will do."),
+    fast_call("observe_histogram", fastquant::observe_histogram_call,
+              "observe_histogram(...) -> True | None\n\nLikewise for observe_histogram_."),
+    fast_call(
+        "histogram_qparams", fastquant::histogram_qparams_call,
+        "histogram_qparams(...) -> True | None\n\nLikewise for search_histogram_range and, with its result, "
+        "choose_qparams into\nthe scale and zero point that are given."),
+    fast_call("fake_quantize", fastquant::fake_quantize_call,
+              "fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for fake_quantize and "
+              "fake_quantize_with_mask, but x itself where not enabled."),
+    fast_call("observe_fake_quantize", fastquant::observe_fake_quantize_call,
+              "observe_fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for "
+              "fused_observe_fake_quantize and fused_observe_fake_quantize_with_mask."),
+    fast_call("mask_gradient", fastquant::mask_gradient_call,
+              "mask_gradient(grad, mask, stride) -> gradient | None\n\nLikewise for fake_quantize_backward, "
+              "where grad has the stride of the output."),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -453,7 +453,7 @@ def test_a_copy_is_prepared_and_converted_unless_inplace() -> None:
 
 @settings(max_examples=60)
 @given(st.data())
-def test_weights_are_quantized_as_torch_does_it(data: st.DataObject) -> None:
+def test_weights_are_quantized_as_torch_does_it(any_isa: list[str], data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple))
     low, high = data.draw(st.sampled_from([(-128, 127), (-127, 127), (-8, 7)]))
     factory = data.draw(
@@ -477,21 +477,17 @@ def test_weights_are_quantized_as_torch_does_it(data: st.DataObject) -> None:
     weight = every.reshape(shape)
     if len(shape) == 4 and observer.ch_axis == 0 and data.draw(st.booleans()):
         weight = weight.to(memory_format=torch.channels_last)
-    before = _C.isa()
-    try:
-        for isa in _C.isas():
-            _C.set_isa(isa)
-            got, expected = (
-                quantize_weight(weight, observer),
-                torch_quantize_weight(weight, observer),
-            )
-            assert got.dtype == expected.dtype
-            assert got.qscheme() == expected.qscheme()
-            assert got.q_per_channel_axis() == expected.q_per_channel_axis()
-            for part in ("int_repr", "q_per_channel_scales", "q_per_channel_zero_points"):
-                assert_same(getattr(got, part)(), getattr(expected, part)())
-    finally:
-        _C.set_isa(before)
+    for isa in any_isa:
+        _C.set_isa(isa)
+        got, expected = (
+            quantize_weight(weight, observer),
+            torch_quantize_weight(weight, observer),
+        )
+        assert got.dtype == expected.dtype
+        assert got.qscheme() == expected.qscheme()
+        assert got.q_per_channel_axis() == expected.q_per_channel_axis()
+        for part in ("int_repr", "q_per_channel_scales", "q_per_channel_zero_points"):
+            assert_same(getattr(got, part)(), getattr(expected, part)())
 
 
 @pytest.mark.parametrize("threads_used", [1, 2])

@@ -286,9 +286,12 @@ class Counter {
     const int64_t stride = histogram_stride(bins_);
     const uint32_t* const c = scratch_.data();
     // Conversions from int32_t are the only ones that every processor has vectors of.
-    for (int64_t b = 0; tables_ == 1 && b < bins_; ++b) totals_[b] += static_cast<int32_t>(c[b]);
-    for (int64_t b = 0; tables_ == 4 && b < bins_; ++b) {
-      totals_[b] += static_cast<int32_t>(c[b] + c[b + stride] + c[b + 2 * stride] + c[b + 3 * stride]);
+    if (tables_ == 1) {
+      for (int64_t b = 0; b < bins_; ++b) totals_[b] += static_cast<int32_t>(c[b]);
+    } else {
+      for (int64_t b = 0; b < bins_; ++b) {
+        totals_[b] += static_cast<int32_t>(c[b] + c[b + stride] + c[b + 2 * stride] + c[b + 3 * stride]);
+      }
     }
   }
 

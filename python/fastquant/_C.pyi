@@ -27,69 +27,11 @@ def set_up_fast_calls(
     empty_bytes: Callable[[int], Tensor],
     /,
 ) -> None: ...
-def observe_minmax(
-    x: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    nonfinite_count: Tensor,
-    ch_axis: int | None,
-    averaging_constant: float | None,
-    nonfinite: int,
-    /,
-) -> bool | None: ...
-def observe_histogram(
-    x: Tensor,
-    histogram: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    nonfinite_count: Tensor,
-    upsample_rate: int,
-    nonfinite: int,
-    /,
-) -> bool | None: ...
-def histogram_qparams(
-    histogram: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    eps: Tensor,
-    dst_nbins: int,
-    quant_min: int,
-    quant_max: int,
-    scheme: int,
-    symmetric_zero_point: int,
-    scale: Tensor,
-    zero_point: Tensor,
-    /,
-) -> bool | None: ...
-def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    enabled: Tensor | None,
-    ch_axis: int | None,
-    quant_min: int,
-    quant_max: int,
-    with_mask: bool,
-    /,
-) -> Tensor | tuple[Tensor, Tensor] | None: ...
-def observe_fake_quantize(
-    x: Tensor,
-    observer_enabled: Tensor,
-    fake_quant_enabled: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    nonfinite_count: Tensor,
-    eps: Tensor,
-    ch_axis: int | None,
-    averaging_constant: float | None,
-    quant_min: int,
-    quant_max: int,
-    scheme: int,
-    symmetric_zero_point: int,
-    nonfinite: int,
-    with_mask: bool,
-    /,
-) -> Tensor | tuple[Tensor, Tensor] | None: ...
-def mask_gradient(grad: Tensor, mask: Tensor, stride: tuple[int, ...], /) -> Tensor | None: ...
+
+# The fast calls take what their ops do; their docstrings say which, and what else.
+def observe_minmax(*args: Any) -> bool | None: ...
+def observe_histogram(*args: Any) -> bool | None: ...
+def histogram_qparams(*args: Any) -> bool | None: ...
+def fake_quantize(*args: Any) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def observe_fake_quantize(*args: Any) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def mask_gradient(*args: Any) -> Tensor | None: ...

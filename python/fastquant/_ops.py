@@ -210,7 +210,7 @@ _mask_gradient: _Op = _MaskGradient.apply
 
 def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
     if _goes_fast():
-        gradient: Tensor | None = _fast.mask_gradient(grad, mask, stride)
+        gradient = _C.mask_gradient(grad, mask, stride)
         if gradient is not None:
             return gradient
     # The mask has its bits in the order of the output's memory.
@@ -265,10 +265,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
-        y, mask = made
-        ctx.save_for_backward(mask)
-        ctx.stride = y.stride()
-        return y
+        _save_mask(ctx, (x, made), made)
+        return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -379,7 +377,6 @@ def _set_up_fast_calls() -> bool:
 
 # Whether plain CPU tensors go round the dispatcher (benchmarks/calls.py: what that saves).
 fast_calls = _set_up_fast_calls()
-_fast: Any = _C
 
 
 def _goes_fast() -> bool:
@@ -416,7 +413,7 @@ def histogram_qparams(
         scale = min_val.new_empty(1)
         zero_point = min_val.new_empty(1, dtype=_zero_point_dtype(min_val, config[2]))
         observed = (histogram, min_val, max_val, eps, dst_nbins)
-        if _fast.histogram_qparams(*observed, *config, scale, zero_point):
+        if _C.histogram_qparams(*observed, *config, scale, zero_point):
             return scale, zero_point
     found = search_histogram_range(histogram, min_val, max_val, dst_nbins)
     qparams: tuple[Tensor, Tensor] = choose_qparams(*found, eps, *config)
@@ -464,7 +461,7 @@ def apply_fake_quantize(
     settings: tuple[Any, ...] = (scale, zero_point, enabled, ch_axis, quant_min, quant_max)
     y: Tensor
     if _goes_fast():
-        made = _fast.fake_quantize(x, *settings, needs_grad)
+        made = _C.fake_quantize(x, *settings, needs_grad)
         if made is not None:
             return _attached(x, made)
     if enabled is not None and _can_read_flags(x):
@@ -493,7 +490,7 @@ def apply_fused(
     needs_grad = x.requires_grad and _is_grad_enabled()
     args = (x, observer_enabled, fake_quant_enabled, *settings)
     if _goes_fast():
-        made = _fast.observe_fake_quantize(*args, needs_grad)
+        made = _C.observe_fake_quantize(*args, needs_grad)
         if made is not None:
             return _attached(x, made)
     # In two steps while compiling or tracing, since an op that changes its arguments can have no

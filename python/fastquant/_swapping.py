@@ -142,7 +142,7 @@ def _quantize_per_channel(
 
 
 # Packing reads each scale and zero point by operators of their own. Autograd, which nothing here
-# needs, takes almost half of the 2 µs a channel that these come to.
+# needs, has a large part in what that takes.
 _DERIVATIVES = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality) | (
     torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 )
