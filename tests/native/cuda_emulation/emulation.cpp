@@ -294,7 +294,9 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::func
     if (block->live > 0) continue;
     const auto finished =
         std::find_if(under_way.begin(), under_way.end(), [&](const auto& b) { return b.get() == block; });
+    // Kernels read the words that lanes post, too; a later block may get that memory as shared.
     races_forget(block->shared.get(), shared_bytes);
+    races_forget(block->warps.data(), block->warps.size() * sizeof(Meeting));
     for (auto& f : block->fibers) spare.push_back(std::move(f));
     under_way.erase(finished);
   }
