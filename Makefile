@@ -13,7 +13,9 @@ SANITIZE ?=
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
+# Folders of Python too: an editable installation has to learn of files that come, go or move.
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f) \
+	$(shell find python/fastquant -type d ! -name __pycache__)
 NATIVE = $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp benchmarks/*.cpp)
 # Built against the torch of $(VENV): with isolation pip would download another one to build with.
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation \

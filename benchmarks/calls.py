@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastquant
 from fake_quant import forward_backward
-from fastquant import _ops
+from fastquant._native import fast_calls, routes
 from harness import OURS, THEIRS, Case, Suite, describe, main, normal
 
 THROUGH = "through the dispatcher"
@@ -25,14 +25,14 @@ def going(run: Callable[[], object], *, fast: bool) -> Case:
     """Round the dispatcher, or not."""
 
     def switch() -> None:
-        _ops.fast_calls = fast
+        fast_calls.fast_calls = fast
 
     return Case(run, before=switch)
 
 
 def dispatcher(suite: Suite) -> None:
     """Only torch releases that export tensors through DLPack's C API let us go round it."""
-    if not _ops.fast_calls:
+    if not fast_calls.fast_calls:
         return
     x = normal(128)
     scale, zero_point = torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32)
@@ -41,8 +41,8 @@ def dispatcher(suite: Suite) -> None:
     histogram(x)
     observe = (x, low, high, count, None, None, 0)
     works: dict[str, Callable[[], object]] = {
-        "observe_minmax": lambda: _ops.observe_minmax(*observe),
-        "fake_quantize": lambda: _ops.apply_fake_quantize(x, scale, zero_point, None, 0, 255),
+        "observe_minmax": lambda: routes.observe_minmax(*observe),
+        "fake_quantize": lambda: routes.apply_fake_quantize(x, scale, zero_point, None, 0, 255),
         "FusedMovingAvgObsFakeQuantize": lambda: fused(x),
         "HistogramObserver.calculate_qparams": histogram.calculate_qparams,
     }
@@ -54,7 +54,7 @@ def dispatcher(suite: Suite) -> None:
             lambda t: t[THROUGH] / t[OURS],
             "x",
         )
-    _ops.fast_calls = True
+    fast_calls.fast_calls = True
 
 
 def cold(suite: Suite) -> None:

@@ -19,7 +19,8 @@ import torch.ao.quantization as torch_ao
 from torch import Tensor, nn
 
 import fastquant
-from fastquant import _ops, bench
+from fastquant import bench
+from fastquant._native import ops
 from harness import (
     OURS,
     THEIRS,
@@ -126,7 +127,7 @@ def against_copying(suite: Suite, work: str, x: Tensor, run: Run, reads: int, co
 
 def minmax(suite: Suite, x: Tensor, axis: int | None, what: str) -> None:
     state = unobserved(None if axis is None else x.shape[axis])
-    run = lambda: _ops.observe_minmax_(x, *state, axis, None, 0)  # noqa: E731
+    run = lambda: ops.observe_minmax_(x, *state, axis, None, 0)  # noqa: E731
     against_reading(suite, what, x, run, at_most(1 / 0.85))
 
 
@@ -134,7 +135,7 @@ def histogram(suite: Suite, x: Tensor, what: str, fraction: float) -> None:
     """A histogram whose range has settled."""
     low, high, count = unobserved(None)
     counts = torch.zeros(2048, device=GPU)
-    run = lambda: _ops.observe_histogram_(x, counts, low, high, count, 16, 0)  # noqa: E731
+    run = lambda: ops.observe_histogram_(x, counts, low, high, count, 16, 0)  # noqa: E731
     against_reading(suite, f"histogram of {what} values", x, run, at_most(1 / fraction))
 
 
@@ -143,18 +144,18 @@ def fake_quantize(suite: Suite, x: Tensor, axis: int | None, what: str) -> None:
     scale = torch.full((channels,), 0.02, device=GPU)
     zero_point = torch.full((channels,), 128, dtype=torch.int32, device=GPU)
     settings = (scale, zero_point, None, axis, 0, 255)
-    run = lambda: _ops.fake_quantize(x, *settings)  # noqa: E731
-    with_mask = lambda: _ops.fake_quantize_with_mask(x, *settings)  # noqa: E731
+    run = lambda: ops.fake_quantize(x, *settings)  # noqa: E731
+    with_mask = lambda: ops.fake_quantize_with_mask(x, *settings)  # noqa: E731
     against_copying(suite, f"fake-quantize, {what}", x, run, 0, 1)
     against_copying(suite, f"the same with mask, {what}", x, with_mask, 0, 1)
     _, mask = with_mask()
-    backward = lambda: _ops.fake_quantize_backward(x, mask)  # noqa: E731
+    backward = lambda: ops.fake_quantize_backward(x, mask)  # noqa: E731
     against_copying(suite, f"its gradient, {what}", x, backward, 0, 1)
     on = torch.ones(1, dtype=torch.uint8, device=GPU)
     state = unobserved(None if axis is None else channels)
     eps = torch.tensor([1e-7], device=GPU)
     fused = (on, on, *state[:2], scale, zero_point, state[2], eps, axis, 0.01, 0, 255, 0, 0, 0)
-    run_fused = lambda: _ops.fused_observe_fake_quantize_with_mask(x, *fused)  # noqa: E731
+    run_fused = lambda: ops.fused_observe_fake_quantize_with_mask(x, *fused)  # noqa: E731
     against_copying(suite, f"fused, {what}", x, run_fused, 1, 1)
 
 

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastquant._timing import Case as Case
-from fastquant._timing import Rounds as Rounds
-from fastquant._timing import Summary, threads_set_to
-from fastquant._timing import machine as machine
-from fastquant._timing import readable_time as readable_time
-from fastquant._timing import time_rounds as time_rounds
+from fastquant.bench.timing import Case as Case
+from fastquant.bench.timing import Rounds as Rounds
+from fastquant.bench.timing import Summary, threads_set_to
+from fastquant.bench.timing import machine as machine
+from fastquant.bench.timing import readable_time as readable_time
+from fastquant.bench.timing import time_rounds as time_rounds
 
 OURS, THEIRS = "fastquant", "torch.ao"
 FORMAT = 1

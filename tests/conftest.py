@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastquant import _C, _ops  # noqa: F401  # _ops registers the ops
-from fastquant._torch_ao import conv_bn_base, nniqat
+from fastquant import _C
+from fastquant._torch.ao import conv_bn_base, nniqat
 
 settings.register_profile(
     "fastquant",

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import fastquant
-from fastquant import _timing, bench
-from fastquant._timing import (
+from fastquant import bench
+from fastquant.bench import timing as _timing
+from fastquant.bench.timing import (
     Case,
     Rounds,
     Summary,

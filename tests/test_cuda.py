@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import fastquant
 import op_calls
-from fastquant import _ops, _reference
+from fastquant._native import ops
+from fastquant._native import reference as reference_ops
 from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps
 from strategies import FLOATS, random_values
 
@@ -62,7 +63,7 @@ def on_gpu_all(args: tuple[Any, ...], device: torch.device = GPU) -> tuple[Any, 
 
 def assert_as_cpu(call: Call, device: torch.device = GPU) -> None:
     name, args = call
-    op = getattr(_ops, name)
+    op = getattr(ops, name)
     got = op_calls.outcome(op, on_gpu_all(args, device))
     expected = op_calls.outcome(op, op_calls.own_arguments(name, args))
     op_calls.assert_same_outcome(name, got, expected)
@@ -100,7 +101,7 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def test_every_op_has_a_cuda_kernel() -> None:
-    for name in _reference.OPS:
+    for name in reference_ops.OPS:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has_kernel(f"fastquant::{name}", "CUDA"), name
 
@@ -161,7 +162,7 @@ def assert_histograms_as_cpu(calls: list[Call]) -> None:
     for name, (x, *_, rate, policy) in calls:
         raises = policy == PROPAGATE and bool(x.isnan().any())  # the CPU; see the next test
         settings = (rate, IGNORE if raises else policy)
-        op = getattr(_ops, name)
+        op = getattr(ops, name)
         got = op_calls.outcome(op, (on_gpu(x), *ours, *settings))
         expected = op_calls.outcome(op, (x, *state, *settings))
         op_calls.assert_same_outcome(name, got, expected)
@@ -188,7 +189,7 @@ def test_nan_in_a_histogram_makes_its_range_nan(numel: int) -> None:
     x = values(numel)
     x[7] = float("nan")
     with waiting_is_an_error():
-        _ops.observe_histogram_(x, histogram, low, high, count, 16, PROPAGATE)
+        ops.observe_histogram_(x, histogram, low, high, count, 16, PROPAGATE)
     assert low.isnan()
     assert high.isnan()
     assert (histogram == 1).all()
@@ -200,7 +201,7 @@ def test_sums_are_the_same_every_time() -> None:
         channels = 1 if axis is None else x.shape[axis]
         scale = torch.full((channels,), 0.05, device=GPU)
         args = (torch.cos(x), x, scale, scale * 66, axis, 0, 15, 0.3)
-        first, *others = (_ops.learnable_fake_quantize_backward(*args) for _ in range(20))
+        first, *others = (ops.learnable_fake_quantize_backward(*args) for _ in range(20))
         for other in others:
             assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -232,14 +233,14 @@ def test_ranges_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     x = beyond_31_bits
     low, high = torch.tensor([INF, -INF], device=GPU)
     count = torch.zeros(1, dtype=torch.int64, device=GPU)
-    _ops.observe_minmax_(x, low, high, count, None, None, IGNORE)
+    ops.observe_minmax_(x, low, high, count, None, None, IGNORE)
     assert (low.item(), high.item(), count.item()) == (-3.0, 5.0, 1)
     for shape, axis, lows, highs in (
         ((3, -1), 0, [0.0, 0.0, -3.0], [1.0, 0.0, 5.0]),
         ((-1, 3), 1, [0.0, -3.0, 0.0], [1.0, 0.0, 5.0]),
     ):
         low, high = torch.full((3,), INF, device=GPU), torch.full((3,), -INF, device=GPU)
-        _ops.observe_minmax_(x.view(shape), low, high, count, axis, None, IGNORE)
+        ops.observe_minmax_(x.view(shape), low, high, count, axis, None, IGNORE)
         assert (low.tolist(), high.tolist()) == (lows, highs)
     assert count.item() == 3
 
@@ -248,7 +249,7 @@ def test_histograms_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     histogram, low, high = torch.zeros(16, device=GPU), *torch.tensor([INF, -INF], device=GPU)
     count = torch.zeros(1, dtype=torch.int64, device=GPU)
     for times in (1, 2):
-        _ops.observe_histogram_(beyond_31_bits, histogram, low, high, count, 16, IGNORE)
+        ops.observe_histogram_(beyond_31_bits, histogram, low, high, count, 16, IGNORE)
         assert (low.item(), high.item(), count.item()) == (-3.0, 5.0, times)
         # fp32 holds a multiple of 256 or 512 here.
         assert histogram[6].item() == pytest.approx(times * (BEYOND - 4), abs=512)
@@ -260,14 +261,14 @@ def test_fake_quantize_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     scale = torch.tensor([0.5], device=GPU)
     zero_point = torch.tensor([0], dtype=torch.int32, device=GPU)
     marked = [0, EDGE - 1, -2, -1]
-    y, mask = _ops.fake_quantize_with_mask(x, scale, zero_point, None, None, -4, 7)
+    y, mask = ops.fake_quantize_with_mask(x, scale, zero_point, None, None, -4, 7)
     assert y[marked].tolist() == [1.0, -2.0, 3.5, 3.5]
     assert mask.numel() == (BEYOND + 63) // 64 * 8
     assert mask[EDGE // 8 - 1 :].tolist() == [0b0111_1111, 0b1111_1111, *[0] * 7]
     del y
-    assert _ops.fake_quantize_backward(x, mask)[marked[:2]].tolist() == [1.0, 0.0]
+    assert ops.fake_quantize_backward(x, mask)[marked[:2]].tolist() == [1.0, 0.0]
     del mask
-    y = _ops.fake_quantize(
+    y = ops.fake_quantize(
         x.view(-1, 3), scale.expand(3).clone(), zero_point.expand(3).clone(), None, 1, -4, 7
     )
     assert y.view(-1)[marked].tolist() == [1.0, -2.0, 3.5, 3.5]
@@ -279,7 +280,7 @@ def test_fused_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     on = torch.ones(1, dtype=torch.uint8, device=GPU)
     count = torch.zeros(1, dtype=torch.int64, device=GPU)
     buffers = (on, on, low, high, scale, zero_point, count, eps().to(GPU))
-    y = _ops.fused_observe_fake_quantize(beyond_31_bits, *buffers, None, None, 0, 16, 0, 0, IGNORE)
+    y = ops.fused_observe_fake_quantize(beyond_31_bits, *buffers, None, None, 0, 16, 0, 0, IGNORE)
     assert (low.item(), high.item(), count.item()) == (-3.0, 5.0, 1)
     assert (scale.item(), zero_point.item()) == (0.5, 6)
     assert y[[0, 1, EDGE - 1, -2, -1]].tolist() == [1.0, 0.0, -3.0, 5.0, 5.0]
@@ -290,9 +291,9 @@ def test_learnable_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     x[-2] = 0.0  # in place of infinity, whose gradient none of this is about
     scale, zero_point = torch.tensor([0.5], device=GPU), torch.tensor([2.0], device=GPU)
     settings = (scale, zero_point, None, -2, 9, 1.0)
-    y = _ops.learnable_fake_quantize(x, *settings)
+    y = ops.learnable_fake_quantize(x, *settings)
     assert y[[0, 1, EDGE - 1, -1]].tolist() == [1.0, 0.0, -2.0, 3.5]
-    grads = _ops.learnable_fake_quantize_backward(y.fill_(1.0), x, *settings)
+    grads = ops.learnable_fake_quantize_backward(y.fill_(1.0), x, *settings)
     assert grads[0][[0, 1, EDGE - 1, -1]].tolist() == [1.0, 1.0, 0.0, 0.0]
     # Outside: quant_min - zero_point and quant_max - zero_point; -scale for each.
     assert grads[1].item() == -4.0 + 7.0
@@ -375,7 +376,7 @@ def test_raising_waits_and_leaves_everything() -> None:
     state = [torch.tensor(v, device=GPU) for v in (-1.0, 1.0)]
     count = torch.zeros(1, dtype=torch.int64, device=GPU)
     with pytest.raises(RuntimeError, match="1 non-finite"):
-        _ops.observe_minmax_(x, *state, count, None, None, RAISE)
+        ops.observe_minmax_(x, *state, count, None, None, RAISE)
     assert [s.item() for s in state] == [-1.0, 1.0]
 
 
@@ -412,15 +413,15 @@ def test_launches(shape: tuple[int, ...]) -> None:
     for x in (values(*shape), values(*shape).to(memory_format=torch.channels_last)):
         for axis in (None, 0, 1):
             minmax, fused = minmax_args(x, axis), fused_args(x, axis)
-            assert launches_of(lambda args=minmax: _ops.observe_minmax_(*args)) == 1
+            assert launches_of(lambda args=minmax: ops.observe_minmax_(*args)) == 1
             for op in (
-                _ops.fused_observe_fake_quantize,
-                _ops.fused_observe_fake_quantize_with_mask,
+                ops.fused_observe_fake_quantize,
+                ops.fused_observe_fake_quantize_with_mask,
             ):
                 assert launches_of(lambda op=op, args=fused: op(*args)) == (1 if small else 2)
         args = histogram_args(x)
-        assert launches_of(lambda args=args: _ops.observe_histogram_(*args)) == (1 if small else 2)
-        assert launches_of(lambda args=args: _ops.search_histogram_range(*args[1:4], 256)) == 1
+        assert launches_of(lambda args=args: ops.observe_histogram_(*args)) == (1 if small else 2)
+        assert launches_of(lambda args=args: ops.search_histogram_range(*args[1:4], 256)) == 1
 
 
 @pytest.mark.parametrize("shape", [X, SMALL])
@@ -430,16 +431,16 @@ def test_launches_of_the_rest(shape: tuple[int, ...], axis: int | None) -> None:
     channels = 1 if axis is None else x.shape[axis]
     scale, zero_point = torch.ones(channels, device=GPU), torch.zeros(channels, device=GPU)
     args = (x, scale, zero_point.int(), None, axis, 0, 255)
-    _, mask = _ops.fake_quantize_with_mask(*args)
+    _, mask = ops.fake_quantize_with_mask(*args)
     learnable = (x, scale, zero_point, axis, 0, 255, 1.0)
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-        (_ops.fake_quantize, args),
-        (_ops.fake_quantize_with_mask, args),
-        (_ops.fake_quantize_backward, (x, mask)),
-        (_ops.learnable_fake_quantize, learnable),
-        (_ops.learnable_fake_quantize_backward, (x, *learnable)),
-        (_ops.choose_qparams, (-scale, scale, eps().to(GPU), 0, 255, 0, 0)),
-        (_ops.observe_qparams_, (x, *fused_args(x, axis)[2:])),
+        (ops.fake_quantize, args),
+        (ops.fake_quantize_with_mask, args),
+        (ops.fake_quantize_backward, (x, mask)),
+        (ops.learnable_fake_quantize, learnable),
+        (ops.learnable_fake_quantize_backward, (x, *learnable)),
+        (ops.choose_qparams, (-scale, scale, eps().to(GPU), 0, 255, 0, 0)),
+        (ops.observe_qparams_, (x, *fused_args(x, axis)[2:])),
     ]
     for op, op_args in calls:
         assert launches_of(lambda op=op, op_args=op_args: op(*op_args)) == 1
@@ -449,11 +450,11 @@ def test_launches_of_the_rest(shape: tuple[int, ...], axis: int | None) -> None:
 def test_nothing_is_allocated_besides_results(shape: tuple[int, ...]) -> None:
     x = values(*shape)
     calls: list[tuple[Callable[..., Any], tuple[Any, ...], int]] = [
-        (_ops.observe_minmax_, minmax_args(x, None), 0),
-        (_ops.observe_minmax_, minmax_args(x, 1), 0),
-        (_ops.observe_histogram_, histogram_args(x), 0),
-        (_ops.fused_observe_fake_quantize, fused_args(x, None), 1),
-        (_ops.fused_observe_fake_quantize_with_mask, fused_args(x, 1), 2),
+        (ops.observe_minmax_, minmax_args(x, None), 0),
+        (ops.observe_minmax_, minmax_args(x, 1), 0),
+        (ops.observe_histogram_, histogram_args(x), 0),
+        (ops.fused_observe_fake_quantize, fused_args(x, None), 1),
+        (ops.fused_observe_fake_quantize_with_mask, fused_args(x, 1), 2),
     ]
     for op, args, results in calls:
         op(*args)
@@ -557,7 +558,7 @@ def test_streams_side_by_side() -> None:
         torch.cuda.synchronize()
         for args, stream in zip(results, streams, strict=True):
             with torch.cuda.stream(stream):
-                _ops.observe_minmax_(*args[:5], None, IGNORE)
+                ops.observe_minmax_(*args[:5], None, IGNORE)
     torch.cuda.synchronize()
     for x, (_, low, high, *_) in zip(xs, results, strict=True):
         assert torch.equal(low, x.amin((0, 2, 3)))
@@ -661,7 +662,7 @@ def test_graphs_do_not_wait() -> None:
     args = (*minmax_args(values(100_000), None)[:6], RAISE)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="graph"), torch.cuda.graph(graph):
-        _ops.observe_minmax_(*args)
+        ops.observe_minmax_(*args)
 
 
 # --------------------------------------------------------------------------------- devices
@@ -702,4 +703,4 @@ def test_buffers_elsewhere_are_refused() -> None:
     x = values(100)
     args = minmax_args(x, None)
     with pytest.raises(RuntimeError, match="device"):
-        _ops.observe_minmax_(x, args[1].cpu(), *args[2:])
+        ops.observe_minmax_(x, args[1].cpu(), *args[2:])

@@ -18,7 +18,8 @@ from torch import Tensor
 import cuda_emulation
 import op_calls
 from cuda_emulation import Emulation
-from fastquant import _ops, _reference
+from fastquant._native import ops
+from fastquant._native import reference as reference_ops
 from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps
 from strategies import random_values
 
@@ -49,7 +50,7 @@ def emulation(library: Emulation) -> Iterator[Emulation]:
 def assert_as_cpu(emulation: Emulation, call: Call) -> None:
     name, args = call
     got = op_calls.outcome(emulation.op(name), op_calls.own_arguments(name, args))
-    expected = op_calls.outcome(getattr(_ops, name), op_calls.own_arguments(name, args))
+    expected = op_calls.outcome(getattr(ops, name), op_calls.own_arguments(name, args))
     op_calls.assert_same_outcome(name, got, expected)
 
 
@@ -57,7 +58,7 @@ def assert_as_cpu(emulation: Emulation, call: Call) -> None:
 
 
 def test_every_op_has_a_cuda_kernel(emulation: Emulation) -> None:
-    for name in _reference.OPS:
+    for name in reference_ops.OPS:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has_kernel(f"fastquant_emulated::{name}", "CPU"), name
 
@@ -142,7 +143,7 @@ def assert_histograms_as_cpu(
         settings = (rate, IGNORE if raises else policy)
         emulation.capturing(capturing and policy != RAISE)
         got = op_calls.outcome(emulation.op(name), (x, *ours, *settings))
-        expected = op_calls.outcome(getattr(_ops, name), (x, *state, *settings))
+        expected = op_calls.outcome(getattr(ops, name), (x, *state, *settings))
         op_calls.assert_same_outcome(name, got, expected)
 
 

@@ -229,16 +229,3 @@ def test_what_fastquant_adds_is_there() -> None:
         assert name in fq.__all__
         assert hasattr(fq, name)
     assert fq.build_info()["version"] == fq.__version__
-
-
-def test_one_module_alone_imports_torch_ao() -> None:
-    from pathlib import Path
-
-    package = Path(fq.__file__).parent
-    importers = {
-        path.name
-        for path in package.glob("*.py")
-        for line in path.read_text().splitlines()
-        if line.lstrip().startswith(("from torch.ao", "import torch.ao", "from torch.quantization"))
-    }
-    assert importers == {"_torch_ao.py"}

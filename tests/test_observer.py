@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastquant import _reference, observer
+from fastquant import observer
+from fastquant._native import reference as reference_ops
 from fastquant.utils import QuantizationError
 from oracle import (
     DTYPES,
@@ -458,7 +459,9 @@ def test_the_search_respects_the_quantized_range(
     levels = quant_max - quant_min + 1 if search_levels == "range" else 2**32
     assert ours.dst_nbins == levels
     found = ours._non_linear_param_search()
-    expected = _reference.search_histogram_range(ours.histogram, ours.min_val, ours.max_val, levels)
+    expected = reference_ops.search_histogram_range(
+        ours.histogram, ours.min_val, ours.max_val, levels
+    )
     for value, wanted in zip(found, expected, strict=True):
         assert_same(value, wanted)
     assert ours.min_val <= found[0] <= found[1] <= ours.max_val

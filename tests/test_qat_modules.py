@@ -13,7 +13,7 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from fastquant._qat_modules import _scaled, _unscaled
+from fastquant.nn.qat.batch_norm import _scaled, _unscaled
 from zoo import oracle
 
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}

@@ -26,7 +26,7 @@ from torch.ao.nn.quantized.modules.utils import _quantize_weight as torch_quanti
 
 import fastquant as fq
 from fastquant import _C
-from fastquant._swapping import quantize_weight
+from fastquant._conversion.weights import quantize_weight
 from fastquant.quantize import (
     _add_observer_,
     _get_observer_dict,
@@ -603,7 +603,9 @@ def test_a_converted_copy_and_its_original_share_nothing(name: str) -> None:
     expected = converted(*case.inputs(2))
 
     assert_same(prepared.state_dict(), before)
-    assert not any(type(m).__module__ == "fastquant._swapping" for m in converted.modules())
+    assert not any(
+        type(m).__module__ == "fastquant._conversion.weights" for m in converted.modules()
+    )
     with torch.no_grad():
         for tensor in (*prepared.parameters(), *prepared.buffers()):
             tensor.zero_()

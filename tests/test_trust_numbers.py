@@ -11,7 +11,7 @@ from torch import nn
 
 import fastquant as fq
 from fastquant import observer as ob
-from fastquant._ops import observe_histogram
+from fastquant._native.routes import observe_histogram
 from oracle import assert_same, assert_same_state, quiet
 
 BIG, TINY = 3e38, 1e-45

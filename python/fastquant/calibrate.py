@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._model_checks import _listing, nonfinite_counts
+from ._conversion.checks import _listing, nonfinite_counts
 from .observer import _is_activation_post_process
 from .utils import _assert_and_get_unique_device
 

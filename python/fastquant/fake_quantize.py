@@ -9,35 +9,21 @@ flags are read where they lie, on the device.
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ._compiling import (
-    FIRST_FORWARD_IN_GRAPH,
-    may_be_run_in_graphs,
-    outside_graphs,
-    run_in_graph,
-)
-from ._ops import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
-from ._qparams import (
-    NONFINITE_CODES,
-    RESIZING,
-    KeepsState,
-    Nonfinite,
-    channel_count,
-    channel_error,
-    input_error,
-    misfit,
-    nonfinite_error,
-    qparams_error,
-    refill_buffer,
-    resize_buffer,
-)
-from ._torch_ao import scriptable
+from ._core.arguments import channel_count, channel_error, input_error, nonfinite_error
+from ._core.locks import RESIZING
+from ._core.schemes import NONFINITE_CODES, Nonfinite
+from ._core.state import ActivationPostProcess, misfit, qparams_error, refill_buffer, resize_buffer
+from ._native.graphs import FIRST_FORWARD_IN_GRAPH, may_be_run_in_graphs, run_in_graph
+from ._native.routes import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
+from ._torch.compiling import outside_graphs
+from ._torch.counterparts import scriptable
 from .observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -124,7 +110,7 @@ def _check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> Non
             )
 
 
-class FakeQuantizeBase(ABC, KeepsState):
+class FakeQuantizeBase(ActivationPostProcess):
     """Base of all fake-quantizers.
 
     Two buffers of one integer say what a call does, non-zero for on: `observer_enabled` and

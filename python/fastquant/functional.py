@@ -26,18 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._qparams import (
-    NONFINITE_CODES,
-    SCHEME_CODES,
-    Nonfinite,
+from ._core.arguments import (
     channel_error,
     check_nonfinite,
     input_error,
     nonfinite_error,
-    symmetric_zero_point,
     width_error,
 )
+from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, Nonfinite, symmetric_zero_point
+from ._native import ops, routes
 from .utils import calculate_qmin_qmax
 
 __all__ = [
@@ -361,7 +358,7 @@ def observe_minmax_(
         _check_floating("min_val", min_val.dtype)
         _check_floating("max_val", max_val.dtype)
         count = _count_or_throwaway(nonfinite_count, x)
-        _ops.observe_minmax(x, min_val, max_val, count, ch_axis, averaging_constant, code)
+        routes.observe_minmax(x, min_val, max_val, count, ch_axis, averaging_constant, code)
     except _REFUSALS as error:
         buffers = {"min_val": min_val, "max_val": max_val}
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
@@ -402,7 +399,7 @@ def observe_histogram_(
         raise ValueError(f"upsample_rate must be positive, got {upsample_rate}")
     try:
         count = _count_or_throwaway(nonfinite_count, x)
-        _ops.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, code)
+        routes.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, code)
     except _REFUSALS as error:
         if isinstance(x, Tensor) and isinstance(histogram, Tensor) and histogram.numel() == 0:
             raise ValueError("histogram must have at least one bin") from None
@@ -443,7 +440,7 @@ def histogram_range(
             raise ValueError(f"{name} must have one element, got shape {list(buffer.shape)}")
     if histogram.numel() == 0:
         raise ValueError("histogram must have at least one bin")
-    low, high = _ops.search_histogram_range(histogram, min_val, max_val, levels)
+    low, high = ops.search_histogram_range(histogram, min_val, max_val, levels)
     return low, high
 
 
@@ -495,7 +492,7 @@ def choose_qparams(
             f"{list(max_val.shape)}"
         )
     middle = symmetric_zero_point(dtype, low, high, customized)
-    scale, zero_point = _ops.choose_qparams(
+    scale, zero_point = ops.choose_qparams(
         min_val, max_val, _smallest_scale(eps, min_val), low, high, scheme, middle
     )
     return scale, zero_point
@@ -561,7 +558,7 @@ def fake_quantize(
     _check_scale(scale)
     _check_zero_point(zero_point, quant_min, quant_max)
     try:
-        return _ops.apply_fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max)
+        return routes.apply_fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max)
     except _REFUSALS as refusal:
         buffers = {"scale": scale, "zero_point": zero_point}
         raise _explained(refusal, x, ch_axis, buffers) from None
@@ -628,7 +625,7 @@ def fused_observe_fake_quantize(
     try:
         for name in ("min_val", "max_val", "scale"):
             _check_floating(name, buffers[name].dtype)
-        return _ops.apply_fused(
+        return routes.apply_fused(
             x,
             _flag(observe, x),
             _flag(quantize, x),
@@ -701,7 +698,7 @@ def learnable_fake_quantize(
         raise TypeError(f"zero_point must be a tensor, got {type(zero_point).__name__}")
     _check_floating("zero_point", zero_point.dtype)
     try:
-        return _ops.apply_learnable_fake_quantize(
+        return routes.apply_learnable_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, grad_factor
         )
     except _REFUSALS as refusal:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ._hooks import copy_forward_hooks, copy_forward_pre_hooks
+from ._torch.hooks import copy_forward_hooks, copy_forward_pre_hooks
 from .fuser_method_mappings import fuse_conv_bn, fuse_conv_bn_relu, get_fuser_method
 from .utils import QuantizationError, _parent_name, check_is_module, getattr_from_fqn
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ._torch_ao import MatchAllNode, Pattern, nni
+from ._torch.ao import MatchAllNode, Pattern, nni
 from .utils import QuantizationError
 
 __all__ = [

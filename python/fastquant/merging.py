@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._ops import choose_qparams, search_histogram_range
-from ._qparams import range_error, resize_buffer
-from ._reference import _widest_dtype, moved_histogram
+from ._core.ranges import range_error
+from ._core.state import resize_buffer
+from ._native.ops import choose_qparams, search_histogram_range
+from ._native.reference import _widest_dtype, moved_histogram
 from .fake_quantize import FakeQuantize, FakeQuantizeBase, LearnableFakeQuantize
 from .observer import _is_activation_post_process
 

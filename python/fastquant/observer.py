@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from abc import ABC, abstractmethod
+from abc import ABC as ABC  # code takes it from here, as from torch.ao's module of this name
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,35 +19,22 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ._compiling import FIRST_FORWARD_IN_GRAPH, outside_graphs
-from ._ops import (
-    choose_qparams,
-    histogram_qparams,
-    observe_histogram,
-    observe_minmax,
-    search_histogram_range,
-)
-from ._qparams import (
-    NONFINITE_CODES,
-    RESIZING,
-    SCHEME_CODES,
-    WIDE,
-    KeepsState,
-    Nonfinite,
+from ._core.arguments import (
     channel_count,
     channel_error,
     check_nonfinite,
     input_error,
-    misfit,
     nonfinite_error,
-    qparams_error,
-    range_error,
-    refill_buffer,
-    resize_buffer,
-    symmetric_zero_point,
     width_error,
 )
-from ._torch_ao import (
+from ._core.locks import RESIZING
+from ._core.ranges import range_error
+from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, WIDE, Nonfinite, symmetric_zero_point
+from ._core.state import ActivationPostProcess, misfit, qparams_error, refill_buffer, resize_buffer
+from ._native.graphs import FIRST_FORWARD_IN_GRAPH
+from ._native.ops import choose_qparams, search_histogram_range
+from ._native.routes import histogram_qparams, observe_histogram, observe_minmax
+from ._torch.ao import (
     AffineQuantizedObserverBase,
     Granularity,
     MappingType,
@@ -59,8 +47,9 @@ from ._torch_ao import (
     TorchAODType,
     ZeroPointDomain,
     get_block_size,
-    scriptable,
 )
+from ._torch.compiling import outside_graphs
+from ._torch.counterparts import scriptable
 from .utils import (
     QuantizationError,
     calculate_qmin_qmax,
@@ -176,7 +165,7 @@ def _with_callable_args(
 # Bases
 
 
-class ObserverBase(ABC, KeepsState):
+class ObserverBase(ActivationPostProcess):
     """Base of all observers.
 
     `forward(x)` updates statistics and returns `x`; `calculate_qparams()` turns them into
@@ -1147,11 +1136,8 @@ def _is_observer_script_module(mod: object, obs_type_name: str) -> bool:
 
 def _is_activation_post_process(module: object) -> bool:
     """Whether `module` is an observer or fake-quantizer, fastquant's or torch.ao's."""
-    from .fake_quantize import FakeQuantizeBase
-
-    # torch.ao's observers and fake-quantizers are virtual subclasses of ours.
     return isinstance(
-        module, (ObserverBase, FakeQuantizeBase, AffineQuantizedObserverBase)
+        module, (ActivationPostProcess, AffineQuantizedObserverBase)
     ) or _is_observer_script_module(module, "quantization.observer")
 
 

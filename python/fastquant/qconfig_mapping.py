@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._torch_ao import QConfigMapping
+from ._torch.ao import QConfigMapping
 from .fake_quantize import FixedQParamsFakeQuantize, default_weight_fake_quant
 from .observer import (
     default_fixed_qparams_range_0to1_observer,

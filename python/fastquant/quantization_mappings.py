@@ -11,13 +11,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ._torch_ao import (
-    DeQuantStub as TorchDeQuantStub,
-)
-from ._torch_ao import (
-    QuantStub as TorchQuantStub,
-)
-from ._torch_ao import (
+from ._torch.ao import DeQuantStub as TorchDeQuantStub
+from ._torch.ao import QuantStub as TorchQuantStub
+from ._torch.ao import (
     nni,
     nniq,
     nniqat,

@@ -11,14 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from . import _torch_ao
-from ._hooks import (
-    add_observer_hook,
-    copy_forward_hooks,
-    copy_forward_pre_hooks,
-    remove_observer_hooks,
-)
-from ._model_checks import (
+from ._conversion.checks import (
     Classes,
     check_prepared,
     has_qconfig,
@@ -28,8 +21,16 @@ from ._model_checks import (
     warn_of_training_mode,
     warn_of_uncalibrated,
 )
-from ._swapping import copy_to_convert, from_float
-from ._torch_ao import nnq, nnquantizable
+from ._conversion.weights import copy_to_convert, from_float
+from ._torch import ao
+from ._torch.ao import nnq, nnquantizable
+from ._torch.counterparts import IN_PREPARED_MODEL
+from ._torch.hooks import (
+    add_observer_hook,
+    copy_forward_hooks,
+    copy_forward_pre_hooks,
+    remove_observer_hooks,
+)
 from .observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -57,11 +58,7 @@ from .quantization_mappings import (
     no_observer_set,
 )
 from .stubs import QuantWrapper
-from .utils import (
-    QuantizationError,
-    check_is_module,
-    has_no_children_ignoring_parametrizations,
-)
+from .utils import QuantizationError, check_is_module, has_no_children_ignoring_parametrizations
 
 __all__ = [
     "add_quant_dequant",
@@ -79,8 +76,8 @@ __all__ = [
 _Module = TypeVar("_Module", bound=nn.Module)
 
 is_activation_post_process = _is_activation_post_process
-_observer_forward_hook = _torch_ao.observer_forward_hook
-_observer_forward_pre_hook = _torch_ao.observer_forward_pre_hook
+_observer_forward_hook = ao.observer_forward_hook
+_observer_forward_pre_hook = ao.observer_forward_pre_hook
 
 _DEFAULT_CUSTOM_CONFIG_DICT: dict[str, dict[type, type]] = {
     "float_to_observed_custom_module_class": {
@@ -230,7 +227,7 @@ def _insert_observer(
     module: nn.Module, device: torch.device | None, factory: Callable[[], nn.Module] | None = None
 ) -> None:
     """Attach an observer and its hook, unless there is no config or nothing to observe."""
-    if not has_qconfig(module) or isinstance(module, _torch_ao.DeQuantStub):
+    if not has_qconfig(module) or isinstance(module, ao.DeQuantStub):
         return
     qconfig: Any = module.qconfig
     observer = _make_observer(factory or qconfig.activation, device)
@@ -299,7 +296,7 @@ def _observe(
             # It calls its observer itself.
             if has_qconfig(child):
                 child.activation_post_process = _make_observer(child.qconfig.activation, device)  # type: ignore[union-attr, arg-type]
-        elif issubclass(kind, _torch_ao.FusedModule) or kind in wholes:
+        elif issubclass(kind, ao.FusedModule) or kind in wholes:
             _insert_observer(child, device)
         elif _has_special_act_post_process(child):
             _insert_observer(child, device, _get_special_act_post_process(child))
@@ -382,7 +379,7 @@ def _prepare(
     custom = prepare_custom_config_dict
     if custom is None:
         custom = _DEFAULT_CUSTOM_CONFIG_DICT
-    with _torch_ao.quiet():
+    with ao.quiet():
         propagate_qconfig_(model, prepare_custom_config_dict=custom)
         if not any(has_qconfig(module) for module in model.modules()):
             warnings.warn(
@@ -398,7 +395,7 @@ def _prepare(
         )
     for module in model.modules():
         if _is_activation_post_process(module):
-            module.__dict__[_torch_ao.IN_PREPARED_MODEL] = True
+            module.__dict__[IN_PREPARED_MODEL] = True
 
 
 def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = False) -> _Module:
@@ -429,7 +426,7 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
     if not inplace:
         model = copy.deepcopy(model)
     warn_of_root(model, mapping, "prepare_qat")
-    with _torch_ao.quiet():
+    with ao.quiet():
         propagate_qconfig_(model)
         _convert(model, mapping, inplace=True)
     _prepare(model, observer_non_leaf_module_list=mapping.values())
@@ -511,7 +508,7 @@ def _convert(
     if not inplace:
         module = copy.deepcopy(module)
     custom = _observed_to_quantized(convert_custom_config_dict)
-    with _torch_ao.quiet():
+    with ao.quiet():
         _swap_children(module, "", mapping, custom, use_precomputed_fake_quant, {})
     return module
 
@@ -578,7 +575,7 @@ def swap_module(
     Raises:
         QuantizationError: the module lies on several devices.
     """
-    with _torch_ao.quiet():
+    with ao.quiet():
         return _swap(mod, mapping, custom_module_class_mapping, use_precomputed_fake_quant)
 
 
@@ -701,7 +698,7 @@ def quantize_dynamic(
     if not inplace:
         model = copy.deepcopy(model)
     model.eval()
-    with _torch_ao.quiet():
+    with ao.quiet():
         propagate_qconfig_(model, qconfig_spec)
     warn_of_root(model, mapping, "quantize_dynamic")
     check_prepared(model, mapping, _observed_to_quantized(None))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import _torch_ao
+from ._torch import ao
 from .qconfig import QConfig
 
 __all__ = ["DeQuantStub", "QuantStub", "QuantWrapper"]
@@ -25,7 +25,7 @@ class _Stub(nn.Module):
         return x
 
 
-class QuantStub(_Stub, _torch_ao.QuantStub):  # type: ignore[misc]
+class QuantStub(_Stub, ao.QuantStub):  # type: ignore[misc]
     """Where tensors become quantized: observed once prepared, `nnq.Quantize` once converted.
 
     Args:
@@ -33,7 +33,7 @@ class QuantStub(_Stub, _torch_ao.QuantStub):  # type: ignore[misc]
     """
 
 
-class DeQuantStub(_Stub, _torch_ao.DeQuantStub):
+class DeQuantStub(_Stub, ao.DeQuantStub):
     """Where tensors become floating again: `nnq.DeQuantize` once converted.
 
     Args:
@@ -41,7 +41,7 @@ class DeQuantStub(_Stub, _torch_ao.DeQuantStub):
     """
 
 
-class QuantWrapper(_torch_ao.QuantWrapper):
+class QuantWrapper(ao.QuantWrapper):
     """A module between a `QuantStub` and a `DeQuantStub`.
 
     Args:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import _torch_ao
-from ._torch_ao import MatchAllNode, NodePattern, Pattern
+from ._core.errors import QuantizationError as QuantizationError
+from ._torch import ao
+from ._torch.ao import MatchAllNode, NodePattern, Pattern
 from .quant_type import QuantType
 
 if TYPE_CHECKING:
@@ -53,14 +54,6 @@ DEPRECATION_WARNING = (
     "torch.ao.quantization is deprecated in torch; fastquant keeps its eager-mode interface."
 )
 """Kept because code imports the name. fastquant itself emits no deprecation warning."""
-
-
-class QuantizationError(ValueError, AssertionError):
-    """A model, config or argument that cannot be quantized as asked.
-
-    Both a ValueError, which it is, and an AssertionError, which torch.ao raises for the same
-    mistakes, so `except` clauses written for either keep working.
-    """
 
 
 _K = TypeVar("_K")
@@ -162,7 +155,7 @@ def get_qparam_dict(observer_or_fake_quant: Any) -> dict[str, Any]:
     """
     source = observer_or_fake_quant
     qscheme = getattr(source, "qscheme", None)
-    if not qscheme or isinstance(source, _torch_ao.PlaceholderObserver):
+    if not qscheme or isinstance(source, ao.PlaceholderObserver):
         return {"qscheme": None, "dtype": source.dtype}
     qparams: dict[str, Any] = {"dtype": source.dtype}
     if is_per_tensor(qscheme):

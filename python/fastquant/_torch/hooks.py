@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ._compiling import when_compiling
-from ._torch_ao import observer_forward_hook, observer_forward_pre_hook
+from .ao import observer_forward_hook, observer_forward_pre_hook
+from .compiling import when_compiling
 
 _OBSERVER_HOOKS = (observer_forward_hook, observer_forward_pre_hook)
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from . import _C, _torch_ao
-from ._hooks import has_hooks_of_its_own
-from ._model_checks import Classes, has_qconfig, is_swapped_whole
-from ._torch_ao import nni, nniq, nnq
-from .utils import get_qparam_dict
+from .. import _C
+from .._torch import ao
+from .._torch.ao import nni, nniq, nnq
+from .._torch.hooks import has_hooks_of_its_own
+from ..utils import get_qparam_dict
+from .checks import Classes, has_qconfig, is_swapped_whole
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -76,7 +77,7 @@ def _is_calibrated(target: Any, mod: nn.Module) -> bool:
 
 def _layer(mod: Any) -> Any:
     """What has the weight."""
-    return mod[0] if isinstance(mod, _torch_ao.FusedModule) else mod
+    return mod[0] if isinstance(mod, ao.FusedModule) else mod
 
 
 def _from_calibrated(lean: Any, mod: Any) -> nn.Module:
@@ -123,7 +124,7 @@ def quantize_weight(weight: Tensor, observer: Any) -> Tensor:
             limits = getattr(observer, "activation_post_process", observer)
             low, high = max(limits.quant_min, -128), min(limits.quant_max, 127)
             return _quantize_per_channel(weight, scales, zero_points, axis, low, high)
-    quantized: Tensor = _torch_ao.quantize_weight(weight, observer)  # type: ignore[no-untyped-call]
+    quantized: Tensor = ao.quantize_weight(weight, observer)  # type: ignore[no-untyped-call]
     return quantized
 
 
@@ -264,7 +265,7 @@ def _is_only_read(module: nn.Module, mapping: Classes, custom: Classes) -> bool:
         and (mapping.get(kind) in _SCALED or _packs(mapping.get(kind)))
         # Not training modules, which observe their weight once more, and fold their batch norm;
         # nor what has modules of its own, which are swapped first.
-        and (not parts or (issubclass(kind, _torch_ao.FusedModule) and parts <= {"0", "1"}))
+        and (not parts or (issubclass(kind, ao.FusedModule) and parts <= {"0", "1"}))
         and "weight_fake_quant" not in module._modules
         and not has_hooks_of_its_own(module)
     )
@@ -277,7 +278,7 @@ def _shell(module: nn.Module) -> Any:
         (name, value.copy() if isinstance(value, dict | set) else value)
         for name, value in vars(module).items()
     )
-    if isinstance(module, _torch_ao.FusedModule):
+    if isinstance(module, ao.FusedModule):
         shell._modules["0"] = _shell(module._modules["0"])
     elif (bias := module._parameters.get("bias")) is not None:
         shell._parameters["bias"] = nn.Parameter(bias.detach().clone(), bias.requires_grad)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._ops import has_plain_gradients
-from ._torch_ao import conv_bn_base, nniqat
-from .fake_quantize import FakeQuantizeBase
+from ..._native.fast_calls import has_plain_gradients
+from ..._torch.ao import conv_bn_base, nniqat
+from ...fake_quantize import FakeQuantizeBase
 
 _Forward = Callable[[Any, Tensor], Tensor]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _C
-from ._version import __version__
+from .. import _C
+from .._version import __version__
 
 
 def _cuda() -> dict[str, Any]:
@@ -20,9 +20,9 @@ def _cuda() -> dict[str, Any]:
     elif torch.version.cuda is None:
         why = f"torch {torch.__version__} is a CPU build"
     else:
-        from . import _ops
+        from . import library
 
-        why = _ops.why_no_cuda_kernels
+        why = library.why_no_cuda_kernels
     return {"built": built, "loaded": built and why is None, "why_not": why}
 
 

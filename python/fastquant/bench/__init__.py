@@ -38,13 +38,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from . import _torch_ao, qconfig
-from ._timing import Case, Summary, machine, readable_time, threads_set_to, time_rounds
-from .fake_quantize import disable_fake_quant, enable_fake_quant
-from .fuse_modules import fuse_modules, fuse_modules_qat
-from .observer import _is_activation_post_process
-from .quantize import prepare, prepare_qat
-from .stubs import DeQuantStub, QuantStub
+from .. import patching, qconfig
+from ..fake_quantize import disable_fake_quant, enable_fake_quant
+from ..fuse_modules import fuse_modules, fuse_modules_qat
+from ..observer import _is_activation_post_process
+from ..quantize import prepare, prepare_qat
+from ..stubs import DeQuantStub, QuantStub
+from .timing import Case, Summary, machine, readable_time, threads_set_to, time_rounds
 
 __all__ = [
     "BenchError",
@@ -417,7 +417,7 @@ class _Side:
 
 
 def _sides() -> tuple[_Side, _Side]:
-    theirs = _torch_ao.original()
+    theirs = patching.original()
     return (
         _Side(OURS, prepare, prepare_qat, qconfig),
         _Side(THEIRS, theirs.prepare, theirs.prepare_qat, theirs),
@@ -837,8 +837,3 @@ def _write_json(report: Report, path: str, argv: Sequence[str] | None) -> None:
         Path(path).write_text(text)
     except OSError as error:
         raise BenchError(f"cannot write {path!r}", error) from error
-
-
-if __name__ == "__main__":
-    # Models are looked for where the command is given, as `python -m` does.
-    sys.exit(main())

@@ -12,16 +12,16 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from . import _torch_ao
-from ._torch_ao import nnq
-from .fake_quantize import FakeQuantizeBase
-from .observer import _is_activation_post_process
-from .quantization_mappings import (
+from .._torch import ao
+from .._torch.ao import nnq
+from ..fake_quantize import FakeQuantizeBase
+from ..observer import _is_activation_post_process
+from ..quantization_mappings import (
     DEFAULT_QAT_MODULE_MAPPINGS,
     DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
     MADE_FROM_OBSERVER,
 )
-from .utils import QuantizationError
+from ..utils import QuantizationError
 
 Classes: TypeAlias = Mapping[Any, Any]
 """A class to swap in, by the class that it stands for."""
@@ -35,7 +35,7 @@ def has_qconfig(module: nn.Module) -> bool:
 def is_swapped_whole(module: nn.Module, custom: Classes) -> bool:
     """Whether a module is swapped without its submodules being swapped first."""
     kind = type_before_parametrizations(module)
-    return issubclass(kind, _torch_ao.FusedModule) or kind in custom
+    return issubclass(kind, ao.FusedModule) or kind in custom
 
 
 def _listing(names: Iterable[str], limit: int = 10) -> str:
@@ -64,7 +64,7 @@ def warn_of_training_mode(model: nn.Module) -> None:
         name
         for name, m in modules.items()
         if has_qconfig(m)
-        and isinstance(m, _torch_ao.FusedModule)
+        and isinstance(m, ao.FusedModule)
         and type(m) in DEFAULT_QAT_MODULE_MAPPINGS
         and type(m) not in DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
     ]

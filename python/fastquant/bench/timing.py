@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from . import _C
-from ._version import __version__
+from .. import _C
+from .._version import __version__
 
 # A block of calls this long drowns the clock's own cost, and ends before a scheduler takes the
 # processor away, most of the time; one call may be longer.

@@ -1,0 +1,1 @@
+"""From a prepared model to a quantized one."""

@@ -1,0 +1,89 @@
+"""What each op returns where tensors have no values: shapes and dtypes, for compilers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import Op
+
+
+def _on_one_device(kernel: Op) -> Op:
+    """A fake kernel also runs where only some tensors are on the meta device: refuse that."""
+
+    @functools.wraps(kernel)
+    def fake(*args: Any) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
+        return kernel(*args)
+
+    return fake
+
+
+def _changes_in_place(*_: Any) -> None:
+    return None
+
+
+def _empty_mask(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel() + 63) // 64 * 8, dtype=torch.uint8)
+
+
+def _empty_like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _empty_with_mask(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _empty_mask(x)
+
+
+def _empty_range(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, dst_nbins: int
+) -> tuple[Tensor, Tensor]:
+    return min_val.new_empty(()), max_val.new_empty(())
+
+
+def zero_point_dtype(min_val: Tensor, scheme: int) -> torch.dtype:
+    """What `choose_qparams` gives zero points, by the code of the scheme."""
+    return (torch.int32, torch.int64, min_val.dtype)[scheme]
+
+
+def _empty_qparams(
+    min_val: Tensor,
+    max_val: Tensor,
+    eps: Tensor,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    n = min_val.numel()
+    dtype = zero_point_dtype(min_val, scheme)
+    return min_val.new_empty(n), min_val.new_empty(n, dtype=dtype)
+
+
+def _empty_gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(scale), torch.empty_like(zero_point)
+
+
+_FAKE_KERNELS: dict[str, Op] = {
+    "observe_minmax_": _changes_in_place,
+    "observe_histogram_": _changes_in_place,
+    "observe_qparams_": _changes_in_place,
+    "search_histogram_range": _empty_range,
+    "choose_qparams": _empty_qparams,
+    "fake_quantize": _empty_like_first,
+    "fake_quantize_with_mask": _empty_with_mask,
+    "fake_quantize_backward": _empty_like_first,
+    "fused_observe_fake_quantize": _empty_like_first,
+    "fused_observe_fake_quantize_with_mask": _empty_with_mask,
+    "learnable_fake_quantize": _empty_like_first,
+    "learnable_fake_quantize_backward": _empty_gradients,
+}
+for _name, _op in _FAKE_KERNELS.items():
+    torch.library.register_fake(f"fastquant::{_name}", _on_one_device(_op))

@@ -1,0 +1,61 @@
+"""Loads the native libraries, or says why they do not load."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+MINIMUM_TORCH = (2, 10)
+
+
+def _load_library() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < MINIMUM_TORCH:
+        raise ImportError(
+            f"fastquant needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, found "
+            f"{torch.__version__}: pip install --upgrade torch"
+        )
+    try:
+        importlib.import_module("fastquant._C")
+    except ImportError as error:
+        raise ImportError(
+            f"fastquant's native library does not load ({error}). It is built when fastquant is "
+            "installed: run `pip install .` in the source directory, or `pip install -e . "
+            "--no-build-isolation` to work on it."
+        ) from error
+
+
+_load_library()
+
+
+def _load_cuda_library() -> str | None:
+    """Load the kernels for CUDA tensors, where they were built and torch has CUDA.
+
+    Returns why they do not load, if so: the environment variable FASTQUANT_CUDA_KERNELS=0 says
+    not to, or they cannot.
+    """
+    setting = os.environ.get("FASTQUANT_CUDA_KERNELS") or "1"
+    if setting not in ("0", "1"):
+        raise ImportError(f"FASTQUANT_CUDA_KERNELS must be 0 or 1, and is {setting!r}")
+    if setting == "0":
+        return "FASTQUANT_CUDA_KERNELS=0 switches them off"
+    library = importlib.util.find_spec("fastquant._cuda")
+    if torch.version.cuda is None or library is None or library.origin is None:
+        return None
+    try:
+        torch.ops.load_library(library.origin)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        reason = str(error.__cause__ or error)
+        warnings.warn(
+            f"fastquant's CUDA kernels do not load; CUDA tensors take slower ones: {reason}",
+            stacklevel=2,
+        )
+        return reason
+    return None
+
+
+why_no_cuda_kernels = _load_cuda_library()

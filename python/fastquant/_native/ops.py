@@ -1,0 +1,41 @@
+"""Every op of `csrc/library.cpp`, bound once under its own name, with its fallback.
+
+The fallback, in plain torch ops, serves devices that have no kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import library as library  # loads the ops
+from . import reference
+
+Op = Callable[..., Any]
+
+
+def _bind(name: str) -> Op:
+    op: Op = getattr(torch.ops.fastquant, name).default
+    return op
+
+
+observe_minmax_ = _bind("observe_minmax_")
+observe_histogram_ = _bind("observe_histogram_")
+observe_qparams_ = _bind("observe_qparams_")
+search_histogram_range = _bind("search_histogram_range")
+choose_qparams = _bind("choose_qparams")
+fake_quantize = _bind("fake_quantize")
+fake_quantize_with_mask = _bind("fake_quantize_with_mask")
+fake_quantize_backward = _bind("fake_quantize_backward")
+fused_observe_fake_quantize = _bind("fused_observe_fake_quantize")
+fused_observe_fake_quantize_with_mask = _bind("fused_observe_fake_quantize_with_mask")
+learnable_fake_quantize = _bind("learnable_fake_quantize")
+learnable_fake_quantize_backward = _bind("learnable_fake_quantize_backward")
+
+# An op that has no autograd of its own leaves gradients on while its kernel runs, so the
+# fallback turns them off itself.
+_fallback: Any = torch.library.Library("fastquant", "IMPL")  # type: ignore[no-untyped-call]
+for _name, _op in reference.OPS.items():
+    _fallback.impl(_name, torch.no_grad()(_op), "CompositeExplicitAutograd")

@@ -1,0 +1,1 @@
+"""Torch as fastquant needs it: torch.ao, hooks, the compiler, private names."""

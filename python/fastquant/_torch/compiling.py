@@ -1,0 +1,70 @@
+"""What torch.compile has to be told, told when it is there.
+
+Importing torch._dynamo takes longer than importing torch, and most programs never compile. So
+`when_compiling` puts off until then whatever needs it.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_DYNAMO = "torch._dynamo"
+
+
+class _AfterDynamo(MetaPathFinder):
+    """Steps in where torch._dynamo is imported, for as long as that takes."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Callable[[], None]] = []
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _DYNAMO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                for task in self.tasks:
+                    task()
+
+            loader.exec_module = exec_module
+        return spec
+
+
+_after_dynamo = _AfterDynamo()
+
+
+def when_compiling(task: Callable[[], None]) -> Callable[[], None]:
+    """Run `task` once torch._dynamo is imported, which may be now. Usable as a decorator."""
+    if _DYNAMO in sys.modules:
+        task()
+        return task
+    if _after_dynamo not in sys.meta_path:
+        sys.meta_path.insert(0, _after_dynamo)
+    _after_dynamo.tasks.append(task)
+    return task
+
+
+def outside_graphs(owner: type, method: str, reason: str) -> None:
+    """Keep a method of a class out of compiled graphs; `reason` is what users read."""
+
+    def disable() -> None:
+        disabled: Any = torch.compiler.disable(  # type: ignore[no-untyped-call]
+            vars(owner)[method], reason=reason
+        )
+        setattr(owner, method, disabled)
+
+    when_compiling(disable)

@@ -1,0 +1,1 @@
+"""Modules that train with quantization in mind."""
