@@ -1,4 +1,4 @@
-#include "fast_calls.h"
+#include "python/fast_calls.h"
 
 #include <utility>
 

@@ -5,7 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/fake_quantize.h"
-#include "fast_calls.h"
+#include "python/fast_calls.h"
 
 namespace {
 
