@@ -160,6 +160,18 @@ struct ExactQuantizer {
   }
 };
 
+// ----------------------------------------------------------- symmetric, to integers
+
+// x / scale, rounded to nearest with ties to even, between the whole numbers low and high. NaN is 0, as
+// in torch.quantize_per_channel. Rounding by an addition is exact up to 2^22.
+FASTQUANT_HD inline int8_t quantized_to_int8(float x, float inverse_scale, float low, float high) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+  const float t = x * inverse_scale;
+  const float clamped = t < low ? low : t > high ? high : t;
+  const float rounded = (clamped + kMagic) - kMagic;
+  return static_cast<int8_t>(static_cast<int32_t>(t == t ? rounded : 0.0f));
+}
+
 // -------------------------------------------------------------------------- learnable
 
 // LSQ, https://openreview.net/pdf?id=rkgO66VKDS: inside the range the scale's gradient is

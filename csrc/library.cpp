@@ -44,6 +44,9 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, float? averaging_constant, int quant_min, "
       "int quant_max, int scheme, int symmetric_zero_point, int nonfinite) -> (Tensor, Tensor)");
 
+  // Quantize weights: int8, zero points of zero.
+  m.def("quantize_per_channel(Tensor x, Tensor scale, int ch_axis, int quant_min, int quant_max) -> Tensor");
+
   // Learnable scale and zero point (LSQ).
   m.def(
       "learnable_fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int? ch_axis, int quant_min, "

@@ -58,6 +58,11 @@ struct Dense {
   int64_t numel() const { return outer * channels * inner; }
 };
 
+inline void check_int8_range(int64_t quant_min, int64_t quant_max) {
+  check(-128 <= quant_min && quant_min < quant_max && quant_max <= 127, "quant_min ", quant_min,
+        " and quant_max ", quant_max, " must be ascending int8 values");
+}
+
 constexpr int kMaxDims = 64;
 
 inline bool is_dense(const View& x) {

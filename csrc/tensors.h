@@ -47,8 +47,9 @@ inline Tensor mask_words_of(const Tensor& mask) {
 }
 
 // Uninitialized, on the device of another tensor.
-inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType type,
                             const Tensor& like) {
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -58,17 +59,16 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   return Tensor(handle);
 }
 
-inline Tensor empty_as(const Tensor& like) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+inline Tensor empty_as(const Tensor& like, ScalarType type) {
   const auto sizes = like.sizes(), strides = like.strides();
-  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, like);
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, like);
 }
+
+inline Tensor empty_as(const Tensor& like) { return empty_as(like, like.scalar_type()); }
 
 inline Tensor empty_1d(int64_t count, ScalarType type, const Tensor& like) {
   const int64_t stride = 1;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  return empty_strided(1, &count, &stride, dtype, like);
+  return empty_strided(1, &count, &stride, type, like);
 }
 
 }  // namespace fastquant

@@ -129,6 +129,16 @@ def fake_quantize_backward(draw: st.DrawFn) -> Call:
 
 
 @st.composite
+def quantize_per_channel(draw: st.DrawFn) -> Call:
+    weights = tensors(st.just(torch.float32), sizes, nonfinite=True)
+    x, axis, channels = draw(with_axis(weights.filter(lambda x: x.dim() > 0), True))
+    scale, _ = draw(qparams(channels, -128, 127))
+    scale = scale.to(draw(st.sampled_from([torch.float32, torch.float64])))
+    quant_range = draw(st.sampled_from([(-128, 127), (-127, 127), (-8, 7), (0, 15)]))
+    return "quantize_per_channel", (x, scale, axis, *quant_range)
+
+
+@st.composite
 def learnable(draw: st.DrawFn, inputs: st.SearchStrategy[Tensor] = finite_inputs) -> Call:
     x, axis, channels = draw(with_axis(inputs))
     quant_range = draw(quant_ranges())
@@ -187,6 +197,7 @@ SINGLE_CALLS: dict[str, Callable[[], st.SearchStrategy[Call]]] = {
         fused,
         fake_quantize,
         fake_quantize_backward,
+        quantize_per_channel,
         learnable,
         search_histogram_range,
         choose_qparams,

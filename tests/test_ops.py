@@ -1032,6 +1032,45 @@ def test_learnable_of_an_empty_tensor_has_zero_gradients(axis: int | None) -> No
     assert [g.shape for g in grads] == [leaf.shape for leaf in leaves]
 
 
+# ------------------------------------------------------------------------- quantized weights
+
+
+@given(op_calls.quantize_per_channel())
+def test_weights_as_reference(call: op_calls.Call) -> None:
+    name, args = call
+    assert_as_reference(name, *args)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.*:UserWarning")
+def test_weights_as_torch_where_they_are_not_finite(any_isa: list[str]) -> None:
+    x = random_values((6, 50), torch.float32, 0, "outliers")
+    x[:, ::9], x[:, 1::9], x[:, 2::9], x[:, 3::9] = math.nan, INF, -INF, 3e38
+    scale = torch.linspace(0.01, 1.0, 6)
+    expected = torch.quantize_per_channel(
+        x, scale, torch.zeros(6, dtype=torch.int64), 0, torch.qint8
+    )
+    for isa in any_isa:
+        _C.set_isa(isa)
+        got = ops.quantize_per_channel(x, scale, 0, -128, 127)
+        assert_equal(got, expected.int_repr())
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "settings"),
+    [
+        (torch.randn(3, 4).double(), torch.ones(3), (0, -128, 127)),
+        (torch.randn(3, 4), torch.ones(2), (0, -128, 127)),
+        (torch.randn(3, 4), torch.ones(3), (2, -128, 127)),
+        (torch.randn(3, 4), torch.ones(3), (0, 0, 255)),
+        (torch.randn(3, 4), torch.ones(3), (0, 7, -8)),
+    ],
+    ids=["fp64", "another number of channels", "no such axis", "not int8", "no range"],
+)
+def test_weights_that_do_not_fit_are_refused(x: Tensor, scale: Tensor, settings: Any) -> None:
+    with pytest.raises(RuntimeError):
+        ops.quantize_per_channel(x, scale, *settings)
+
+
 # ------------------------------------------------------------------ every op, in every setting
 
 
@@ -1062,6 +1101,9 @@ def samples(
         args = (scale, zero_point + 0.4, axis, -128, 127, 0.5)
         yield "learnable_fake_quantize", (x, *args)
         yield "learnable_fake_quantize_backward", (torch.cos(x), x, *args)
+        if axis is not None and dtype == torch.float32:
+            for values in (x, odd):
+                yield "quantize_per_channel", (values, scale, axis, -127, 127)
     _, mask = ops.fake_quantize_with_mask(
         x, torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32), None, None, -128, 127
     )

@@ -111,8 +111,11 @@ void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, 
   });
 }
 
-void quantize(const Dense& x, const Array& scale, int64_t quant_min, int64_t quant_max, int8_t* out) {
+void quantize_per_channel(const Dense& x, const Array& scale, int64_t quant_min, int64_t quant_max,
+                          int8_t* out) {
   check_count(scale, x.channels);
+  check(x.type == Element::f32, "x must be float32");
+  check_int8_range(quant_min, quant_max);
   const int64_t n = x.numel();
   if (n == 0) return;
   const std::vector<float> scales = read_values<float>(scale);

@@ -15,8 +15,9 @@ inline int64_t mask_words(int64_t numel) { return (numel + kMaskWord - 1) / kMas
 void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, int64_t quant_min,
                    int64_t quant_max, void* y, uint64_t* mask);
 
-// Writes x to out as the integers that a scale a channel, and zero points of zero, make of it.
-void quantize(const Dense& x, const Array& scale, int64_t quant_min, int64_t quant_max, int8_t* out);
+// Quantizes fp32 x to int8 with one scale a channel and zero points of zero.
+void quantize_per_channel(const Dense& x, const Array& scale, int64_t quant_min, int64_t quant_max,
+                          int8_t* out);
 
 // The mask of a tensor that nothing was done to.
 void fill_mask(uint64_t* mask, int64_t numel);

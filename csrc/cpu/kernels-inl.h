@@ -738,16 +738,10 @@ LearnableSums learnable_backward(const S* grad, const S* x, S* grad_x, int64_t n
 
 // --------------------------------------------------------------------------- quantize
 
-// Compilers find the vectors in this themselves.
+// Compilers vectorize this loop themselves.
 template <class V>
 void quantize(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high) {
-  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: added and subtracted again, it rounds
-  for (int64_t i = 0; i < n; ++i) {
-    const float t = x[i] * inverse_scale;
-    const float inside = t < low ? low : t > high ? high : t;
-    const float rounded = (inside + kWhole) - kWhole;
-    out[i] = static_cast<int8_t>(static_cast<int32_t>(t == t ? rounded : 0.0f));
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = quantized_to_int8(x[i], inverse_scale, low, high);
 }
 
 // ------------------------------------------------------------------------------ table

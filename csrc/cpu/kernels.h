@@ -89,7 +89,7 @@ struct Kernels {
   double (*quantization_error)(const float* density, int64_t bins, double bin_width, int64_t start_bin,
                                int64_t end_bin, double levels, float* scratch);
 
-  // out = x * inverse_scale, rounded with ties to even, between the whole numbers low and high; zero for NaN.
+  // out = quantized_to_int8(x) (formulas.h).
   void (*quantize)(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high);
 };
 

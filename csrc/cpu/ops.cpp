@@ -166,6 +166,15 @@ Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
   return out;
 }
 
+Tensor quantize_per_channel_op(const Tensor x, const Tensor scale, int64_t ch_axis, int64_t quant_min,
+                               int64_t quant_max) {
+  const Tensor t = densified(x);
+  Tensor out = empty_as(t, ScalarType::Char);
+  quantize_per_channel(dense(view(t), ch_axis), array(scale, "scale"), quant_min, quant_max,
+                       static_cast<int8_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
 Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled,
                                    const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val,
                                    Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
@@ -228,6 +237,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
   m.impl("fake_quantize_with_mask", TORCH_BOX(&fake_quantize_with_mask));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_op));
   m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_observe_fake_quantize));
   m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_observe_fake_quantize_with_mask));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize));

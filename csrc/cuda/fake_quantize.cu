@@ -135,6 +135,27 @@ void launch_small(Launcher& launcher, const Dense& x, const MinMaxArgs& minmax, 
          row_grid<S>(x, alignment), quantize);
 }
 
+// ------------------------------------------------------------------------------- weights
+
+struct WeightArgs {
+  const float* x;
+  int8_t* out;
+  int64_t numel;
+  Divider inner, channels;
+  Buffer scale;
+  float low, high;
+};
+
+// Weights are quantized once: an element a thread is fast enough.
+__global__ void __launch_bounds__(kThreads) quantize_weight(const __grid_constant__ WeightArgs a) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= a.numel) return;
+  const int64_t row = a.inner.quotient(i);
+  const int64_t channel = row - a.channels.quotient(row) * a.channels.divisor();
+  const float inverse_scale = reciprocal(read<float>(a.scale, channel), false);
+  a.out[i] = quantized_to_int8(a.x[i], inverse_scale, a.low, a.high);
+}
+
 // ----------------------------------------------------------------------------- gradients
 
 struct GradientArgs {
@@ -175,6 +196,24 @@ __global__ void __launch_bounds__(kThreads) mask_tile(const __grid_constant__ Gr
 void fake_quantize(Launcher& launcher, const Dense& x, Flag enabled, const Array& scale,
                    const Array& zero_point, QuantRange range, void* y, uint64_t* mask) {
   launch_quantize(launcher, x, quantize_args(x, enabled, scale, zero_point, range, y, mask));
+}
+
+void quantize_per_channel(Launcher& launcher, const Dense& x, const Array& scale, QuantRange range,
+                          int8_t* out) {
+  check_count(scale, x.channels);
+  check(x.type == Element::f32, "x must be float32");
+  check_int8_range(range.min, range.max);
+  if (x.numel() == 0) return;
+  WeightArgs a = {};
+  a.x = static_cast<const float*>(x.data);
+  a.out = out;
+  a.numel = x.numel();
+  a.inner = Divider(x.inner);
+  a.channels = Divider(x.channels);
+  a.scale = Buffer(scale);
+  a.low = static_cast<float>(range.min);
+  a.high = static_cast<float>(range.max);
+  launch(launcher, quantize_weight, (a.numel + kThreads - 1) / kThreads, kThreads, 0, a);
 }
 
 void learnable_fake_quantize(Launcher& launcher, const Dense& x, const Array& scale, const Array& zero_point,

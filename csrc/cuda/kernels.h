@@ -87,6 +87,10 @@ void search_histogram_range(Launcher& launcher, const Array& histogram, const Ar
 void fake_quantize(Launcher& launcher, const Dense& x, Flag enabled, const Array& scale,
                    const Array& zero_point, QuantRange range, void* y, uint64_t* mask);
 
+// To int8, with zero points of zero.
+void quantize_per_channel(Launcher& launcher, const Dense& x, const Array& scale, QuantRange range,
+                          int8_t* out);
+
 // observe_qparams, then fake_quantize.
 void observe_and_fake_quantize(Launcher& launcher, const Dense& x, Flag observes, Flag quantizes,
                                const ObserveBuffers& buffers, const QParamBuffers& qparams,

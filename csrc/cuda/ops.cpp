@@ -184,6 +184,16 @@ Tensor fake_quantize_backward(const Tensor grad, const Tensor mask) {
   return out;
 }
 
+Tensor quantize_per_channel_op(const Tensor x, const Tensor scale, int64_t ch_axis, int64_t quant_min,
+                               int64_t quant_max) {
+  Call call(x);
+  const Tensor t = densified(x);
+  Tensor out = empty_as(t, ScalarType::Char);
+  quantize_per_channel(call.launcher(), dense(view(t), ch_axis), call.array(scale, "scale"),
+                       {quant_min, quant_max}, static_cast<int8_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
 struct FusedSettings {
   Tensor observer_enabled, fake_quant_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps;
   std::optional<int64_t> ch_axis;
@@ -281,6 +291,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
   m.impl("fake_quantize_with_mask", TORCH_BOX(&fake_quantize_with_mask));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_op));
   m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_observe_fake_quantize));
   m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_observe_fake_quantize_with_mask));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize_op));

@@ -4,7 +4,6 @@
 #include <Python.h>
 
 #include "cpu/dispatch.h"
-#include "cpu/fake_quantize.h"
 #include "python/fast_calls.h"
 
 namespace {
@@ -34,21 +33,6 @@ PyObject* set_isa(PyObject*, PyObject* arg) {
   Py_RETURN_NONE;
 }
 
-PyObject* quantize(PyObject*, PyObject* args) {
-  using fastquant::Element;
-  unsigned long long x, scale, out;
-  long long outer, channels, inner, quant_min, quant_max;
-  if (!PyArg_ParseTuple(args, "KKKLLLLL", &x, &scale, &out, &outer, &channels, &inner, &quant_min,
-                        &quant_max)) {
-    return nullptr;
-  }
-  const auto pointer = [](unsigned long long address) { return reinterpret_cast<void*>(address); };
-  fastquant::quantize({pointer(x), Element::f32, outer, channels, inner},
-                      {pointer(scale), Element::f32, channels, "scale"}, quant_min, quant_max,
-                      static_cast<int8_t*>(pointer(out)));
-  Py_RETURN_NONE;
-}
-
 PyMethodDef fast_call(const char* name, fastquant::FastCall f, const char* doc) {
   return {name, fastquant::as_method(f), METH_FASTCALL, doc};
 }
@@ -61,10 +45,6 @@ PyMethodDef methods[] = {
      "built_isas() -> list[str]\n\nInstruction sets that were built, best first."},
     {"set_isa", set_isa, METH_O,
      "set_isa(name)\n\nUse the kernels of this instruction set from now on, in every thread."},
-    {"quantize", quantize, METH_VARARGS,
-     "quantize(x, scale, out, outer, channels, inner, quant_min, quant_max)\n\nQuantizes fp32 to int8 with "
-     "zero points of zero; x, scale and out are the addresses of\ncontiguous memory: [outer, channels, inner], "
-     "fp32 [channels], and as x."},
     {"set_up_fast_calls", fastquant::set_up_fast_calls, METH_VARARGS,
      "set_up_fast_calls(exchange_api, tensor_types, guards, is_neg, empty_like, empty_bytes)\n\n"
      "Makes the functions below usable: torch.Tensor's DLPack C exchange API, the exact types that\n"

@@ -7,17 +7,6 @@ def isa() -> str: ...
 def isas() -> list[str]: ...
 def built_isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...
-def quantize(
-    x: int,
-    scale: int,
-    out: int,
-    outer: int,
-    channels: int,
-    inner: int,
-    quant_min: int,
-    quant_max: int,
-    /,
-) -> None: ...
 def set_up_fast_calls(
     exchange_api: object,
     tensor_types: tuple[type, ...],

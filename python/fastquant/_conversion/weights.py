@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .. import _C
+from .._native.ops import quantize_per_channel
 from .._torch import ao
 from .._torch.ao import nni, nniq, nnq
 from .._torch.hooks import has_hooks_of_its_own
@@ -123,22 +122,10 @@ def quantize_weight(weight: Tensor, observer: Any) -> Tensor:
             # A fake-quantizer has its range from its observer.
             limits = getattr(observer, "activation_post_process", observer)
             low, high = max(limits.quant_min, -128), min(limits.quant_max, 127)
-            return _quantize_per_channel(weight, scales, zero_points, axis, low, high)
+            # What torch makes of integers is contiguous.
+            integers = quantize_per_channel(weight.detach().contiguous(), scales, axis, low, high)
+            return torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis)
     quantized: Tensor = ao.quantize_weight(weight, observer)  # type: ignore[no-untyped-call]
-    return quantized
-
-
-def _quantize_per_channel(
-    weight: Tensor, scales: Tensor, zero_points: Tensor, axis: int, low: int, high: int
-) -> Tensor:
-    """To integers from `low` to `high`; zero points are zero."""
-    shape, weight, factors = weight.shape, weight.detach().contiguous(), scales.float().contiguous()
-    quantized: Tensor = torch._empty_per_channel_affine_quantized(
-        shape, scales=scales, zero_points=zero_points, axis=axis, dtype=torch.qint8
-    )
-    addresses = (weight.data_ptr(), factors.data_ptr(), quantized.data_ptr())
-    sizes = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-    _C.quantize(*addresses, *sizes, low, high)
     return quantized
 
 

@@ -36,6 +36,10 @@ def _empty_like_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _empty_int8(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8)
+
+
 def _empty_with_mask(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), _empty_mask(x)
 
@@ -80,6 +84,7 @@ _FAKE_KERNELS: dict[str, Op] = {
     "fake_quantize": _empty_like_first,
     "fake_quantize_with_mask": _empty_with_mask,
     "fake_quantize_backward": _empty_like_first,
+    "quantize_per_channel": _empty_int8,
     "fused_observe_fake_quantize": _empty_like_first,
     "fused_observe_fake_quantize_with_mask": _empty_with_mask,
     "learnable_fake_quantize": _empty_like_first,

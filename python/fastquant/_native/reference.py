@@ -535,6 +535,17 @@ def fake_quantize_backward(grad: Tensor, mask: Tensor) -> Tensor:
     return grad * _unpack_bits(mask, grad)
 
 
+def quantize_per_channel(
+    x: Tensor, scale: Tensor, ch_axis: int, quant_min: int, quant_max: int
+) -> Tensor:
+    _check(x.dtype == torch.float32, f"x must be float32, got {x.dtype}")
+    _check(-128 <= quant_min < quant_max <= 127, "quant_min and quant_max must be of int8")
+    _check_input(x, ch_axis, scale=scale)
+    steps = torch.round(x * _along_channels(_inverse(scale.to(torch.float32)), x, ch_axis))
+    integers = steps.clamp(quant_min, quant_max).nan_to_num(0.0)
+    return torch.empty_like(x, dtype=torch.int8).copy_(integers)
+
+
 def fused_observe_fake_quantize_with_mask(
     x: Tensor,
     observer_enabled: Tensor,
@@ -643,6 +654,7 @@ OPS: dict[str, Callable[..., Any]] = {
         fake_quantize,
         fake_quantize_with_mask,
         fake_quantize_backward,
+        quantize_per_channel,
         fused_observe_fake_quantize,
         fused_observe_fake_quantize_with_mask,
         learnable_fake_quantize,
