@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastquant._core.schemes import NonFinite, Scheme
 from strategies import (
     FLOATS,
     LAYOUTS,
@@ -23,8 +24,8 @@ from strategies import (
 )
 
 INF = math.inf
-IGNORE, RAISE, PROPAGATE = 0, 1, 2
-AFFINE, SYMMETRIC, FLOAT_QPARAMS = 0, 1, 2
+IGNORE, RAISE, PROPAGATE = NonFinite
+AFFINE, SYMMETRIC, FLOAT_QPARAMS = Scheme
 
 Call = tuple[str, tuple[Any, ...]]
 

@@ -462,17 +462,21 @@ BAD = {
         TypeError,
         "histogram must be torch.float32 or torch.float64, got torch.int32",
     ),
-    "upsample_rate": (lambda: count(upsample_rate=0), ValueError, "upsample_rate must be positive"),
+    "upsample_rate": (
+        lambda: count(upsample_rate=0),
+        ValueError,
+        "upsample_rate must be at least 1",
+    ),
     # ranges, scales, schemes
     "empty range": (
         lambda: quantize(quant_min=7, quant_max=7),
         ValueError,
-        "quant_min must be less than quant_max, got 7 and 7",
+        "quant_min must be less than quant_max, got quant_min=7, quant_max=7",
     ),
     "learn empty range": (
         lambda: learn(quant_min=7, quant_max=-8),
         ValueError,
-        "quant_min must be less than quant_max, got 7 and -8",
+        "quant_min must be less than quant_max, got quant_min=7, quant_max=-8",
     ),
     "fused empty range": (
         lambda: fused(quant_min=9, quant_max=3),
@@ -510,7 +514,7 @@ BAD = {
     "fractional zero point": (
         lambda: quantize(zero_point=0.5),
         TypeError,
-        "zero_point must be a tensor or an integer",
+        "zero_point must be an integer, got 0.5",
     ),
     "learn integer zero point": (
         lambda: learn(zero_point=torch.zeros(1).int()),
@@ -537,7 +541,7 @@ BAD = {
         ValueError,
         r"one size, got shapes \[2\] and \[3\]",
     ),
-    "eps": (lambda: fused(eps=0.0), ValueError, "eps must be positive"),
+    "eps": (lambda: fused(eps=-0.5), ValueError, "eps must be finite and not negative"),
     "levels": (
         lambda: F.histogram_range(*F.histogram_state()[:3], levels=1),
         ValueError,
@@ -549,8 +553,8 @@ BAD = {
         "min_val must have one element",
     ),
     # state and policies
-    "channels of state": (lambda: F.minmax_state(0), ValueError, "channels must be a positive"),
-    "bins of state": (lambda: F.histogram_state(0), ValueError, "bins must be a positive"),
+    "channels of state": (lambda: F.minmax_state(0), ValueError, "channels must be at least 1"),
+    "bins of state": (lambda: F.histogram_state(0), ValueError, "bins must be at least 1"),
     "dtype of state": (lambda: F.minmax_state(dtype=torch.int8), TypeError, "floating dtype"),
     "policy": (
         lambda: observe(nonfinite="drop"),

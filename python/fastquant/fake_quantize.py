@@ -16,9 +16,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._core.arguments import channel_count, channel_error, input_error, nonfinite_error
+from ._core.arguments import (
+    channel_count,
+    channel_error,
+    check_fits_dtype,
+    check_integer,
+    check_quantized_range,
+    input_error,
+    nonfinite_error,
+)
 from ._core.locks import RESIZING
-from ._core.schemes import NONFINITE_CODES, Nonfinite
+from ._core.schemes import NONFINITE_CODES, NonFinitePolicy
 from ._core.state import ActivationPostProcess, misfit, qparams_error, refill_buffer, resize_buffer
 from ._native.graphs import FIRST_FORWARD_IN_GRAPH, may_be_run_in_graphs, run_in_graph
 from ._native.routes import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
@@ -96,18 +104,6 @@ def _is_symmetric_quant(qscheme: torch.qscheme) -> bool:
 
 def _is_float_qparams(qscheme: torch.qscheme) -> bool:
     return qscheme == torch.per_channel_affine_float_qparams
-
-
-def _check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
-    """Raise QuantizationError unless `dtype` can hold [quant_min, quant_max]."""
-    if dtype.is_floating_point:
-        raise QuantizationError(f"quant_min and quant_max need an integer dtype, got {dtype}")
-    limits = torch.iinfo(dtype)
-    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
-        if not limits.min <= value <= limits.max:
-            raise QuantizationError(
-                f"{name} out of bound: {dtype} holds {limits.min} to {limits.max}, got {value}"
-            )
 
 
 class FakeQuantizeBase(ActivationPostProcess):
@@ -205,15 +201,11 @@ class FakeQuantize(FakeQuantizeBase):
     ) -> None:
         super().__init__()
         if quant_min is not None and quant_max is not None:
-            if quant_min > quant_max:
-                raise QuantizationError(
-                    "quant_min must be less than or equal to quant_max, got "
-                    f"quant_min={quant_min}, quant_max={quant_max}"
-                )
+            quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
             # A partial observer may know its dtype.
             given = getattr(getattr(observer, "p", None), "keywords", {})
             dtype = given.get("dtype", observer_kwargs.get("dtype", torch.quint8))
-            _check_fits_dtype(quant_min, quant_max, dtype)
+            check_fits_dtype(quant_min, quant_max, dtype)
             observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
         made = observer(**observer_kwargs, is_dynamic=is_dynamic)
         self.activation_post_process = made
@@ -366,7 +358,7 @@ class FakeQuantize(FakeQuantizeBase):
         if cause is None and x.numel() == 0:
             return None
         cause = cause or channel_error(x, self._axis(), buffers)
-        nonfinite: Nonfinite = getattr(self.activation_post_process, "nonfinite", "ignore")
+        nonfinite: NonFinitePolicy = getattr(self.activation_post_process, "nonfinite", "ignore")
         if cause is None and nonfinite != "ignore":
             cause = nonfinite_error(x, nonfinite)
         return cause or error
@@ -570,17 +562,11 @@ class _LearnableFakeQuantize(FakeQuantizeBase):
         **observer_kwargs: Any,
     ) -> None:
         super().__init__()
-        if quant_min >= quant_max:
-            raise QuantizationError(
-                "quant_min must be strictly less than quant_max, got "
-                f"quant_min={quant_min}, quant_max={quant_max}"
-            )
-        if channel_len != -1 and not (isinstance(channel_len, int) and channel_len > 0):
-            raise QuantizationError(
-                f"channel_len must be a positive integer, or -1 for per tensor, got {channel_len}"
-            )
+        quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
+        if channel_len != -1:
+            channel_len = check_integer("channel_len (-1 for per tensor)", channel_len, least=1)
         made = observer(**{**observer_kwargs, "quant_min": quant_min, "quant_max": quant_max})
-        _check_fits_dtype(quant_min, quant_max, made.dtype)
+        check_fits_dtype(quant_min, quant_max, made.dtype)
         count = 1 if channel_len == -1 else channel_len
         self.scale = nn.Parameter(torch.full((count,), float(scale)))
         self.zero_point = nn.Parameter(torch.full((count,), float(zero_point)))

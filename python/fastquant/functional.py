@@ -28,12 +28,19 @@ from torch import Tensor
 
 from ._core.arguments import (
     channel_error,
+    check_averaging_constant,
+    check_dtype,
+    check_eps,
+    check_integer,
     check_nonfinite,
+    check_qscheme,
+    check_quantized_range,
     input_error,
     nonfinite_error,
     width_error,
 )
-from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, Nonfinite, symmetric_zero_point
+from ._core.qparams import symmetric_zero_point
+from ._core.schemes import PER_CHANNEL, NonFinitePolicy, Scheme
 from ._native import ops, routes
 from .utils import calculate_qmin_qmax
 
@@ -108,14 +115,6 @@ class FakeQuantizeState(NamedTuple):
     nonfinite_count: Tensor
 
 
-def _sizes(channels: int | None) -> tuple[int, ...]:
-    if channels is None:
-        return ()
-    if not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"channels must be a positive integer or None, got {channels!r}")
-    return (channels,)
-
-
 def _check_floating(name: str, dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating dtype, got {dtype}")
@@ -135,11 +134,11 @@ def minmax_state(
         device: where it lies, which must be x's device.
 
     Raises:
-        TypeError: `dtype` is not floating.
+        TypeError: `dtype` is not floating, or `channels` no integer.
         ValueError: `channels` is not positive.
     """
     _check_floating("minmax_state's dtype", dtype)
-    shape = _sizes(channels)
+    shape = () if channels is None else (check_integer("channels", channels, least=1),)
     return MinMaxState(
         torch.full(shape, _INF, dtype=dtype, device=device),
         torch.full(shape, -_INF, dtype=dtype, device=device),
@@ -161,12 +160,10 @@ def histogram_state(
         device: where they lie, which must be x's device.
 
     Raises:
-        TypeError: `dtype` is another.
+        TypeError: `dtype` is another, or `bins` no integer.
         ValueError: `bins` is not positive.
     """
-    if not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"bins must be a positive integer, got {bins!r}")
-    counts = torch.zeros(bins, dtype=dtype, device=device)
+    counts = torch.zeros(check_integer("bins", bins, least=1), dtype=dtype, device=device)
     error = width_error({"histogram_state's dtype": counts})
     if error is not None:
         raise error
@@ -190,53 +187,49 @@ def fake_quantize_state(
         device: where they lie, which must be x's device.
 
     Raises:
-        TypeError: `dtype` is not floating.
+        TypeError: `dtype` is not floating, or `channels` no integer.
         ValueError: `channels` is not positive, or `qscheme` is not a quantization scheme.
     """
-    zero_point_dtype = dtype if _scheme(qscheme) == 2 else torch.int32
+    floating = check_qscheme(qscheme) == Scheme.FLOAT_QPARAMS
     min_val, max_val, nonfinite_count = minmax_state(channels, dtype=dtype, device=device)
-    return FakeQuantizeState(
-        min_val,
-        max_val,
-        torch.ones(channels or 1, dtype=dtype, device=device),
-        torch.zeros(channels or 1, dtype=zero_point_dtype, device=device),
-        nonfinite_count,
-    )
+    scale = torch.ones(min_val.numel(), dtype=dtype, device=device)
+    zero_point = torch.zeros_like(scale, dtype=dtype if floating else torch.int32)
+    return FakeQuantizeState(min_val, max_val, scale, zero_point, nonfinite_count)
 
 
 # ---------------------------------------------------------------------------------------- checks
 
 
-def _scheme(qscheme: torch.qscheme) -> int:
-    if qscheme not in SCHEME_CODES:
-        accepted = ", ".join(map(str, SCHEME_CODES))
-        raise ValueError(f"qscheme must be one of {accepted}, got {qscheme!r}")
-    return SCHEME_CODES[qscheme]
+class _Grid(NamedTuple):
+    """What ops need to know to choose scale and zero point, in their order."""
+
+    quant_min: int
+    quant_max: int
+    scheme: Scheme
+    symmetric_zero_point: int
 
 
-def _nonfinite_code(nonfinite: Nonfinite) -> int:
-    check_nonfinite(nonfinite)
-    return NONFINITE_CODES[nonfinite]
-
-
-def _check_quant_range(quant_min: int, quant_max: int) -> None:
-    if not quant_min < quant_max:
-        raise ValueError(f"quant_min must be less than quant_max, got {quant_min} and {quant_max}")
-
-
-def _quant_range(
-    dtype: torch.dtype, quant_min: int | None, quant_max: int | None
-) -> tuple[int, int, bool]:
-    """Both ends of the quantized range, and whether they are other than the dtype's own."""
-    if (quant_min is None) != (quant_max is None):
+def _grid(
+    dtype: torch.dtype, qscheme: torch.qscheme, quant_min: int | None, quant_max: int | None
+) -> _Grid:
+    scheme = check_qscheme(qscheme)
+    check_dtype(dtype)
+    if quant_min is None and quant_max is None:
+        low, high = calculate_qmin_qmax(None, None, False, dtype, False)
+        return _Grid(low, high, scheme, symmetric_zero_point(dtype, low, high, False))
+    if quant_min is None or quant_max is None:
         raise ValueError(
             "quant_min and quant_max go together: give both or neither, "
             f"got {quant_min} and {quant_max}"
         )
-    customized = quant_min is not None
-    low, high = calculate_qmin_qmax(quant_min, quant_max, customized, dtype, False)
-    _check_quant_range(low, high)
-    return low, high, customized
+    low, high = check_quantized_range(quant_min, quant_max, holds_zero=True)
+    low, high = calculate_qmin_qmax(low, high, True, dtype, False)
+    return _Grid(low, high, scheme, symmetric_zero_point(dtype, low, high, True))
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -245,8 +238,7 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _check_scale(scale: Tensor) -> None:
-    if not isinstance(scale, Tensor):
-        raise TypeError(f"scale must be a tensor, got {type(scale).__name__}")
+    _require_tensor("scale", scale)
     _check_floating("scale", scale.dtype)
     if not _readable(scale):
         return
@@ -259,8 +251,7 @@ def _check_scale(scale: Tensor) -> None:
 
 
 def _check_zero_point(zero_point: Tensor, quant_min: int, quant_max: int) -> None:
-    if not isinstance(zero_point, Tensor):
-        raise TypeError(f"zero_point must be a tensor, got {type(zero_point).__name__}")
+    _require_tensor("zero_point", zero_point)
     if zero_point.is_floating_point() or not _readable(zero_point):
         return
     if zero_point.numel() == 1:
@@ -274,16 +265,14 @@ def _check_zero_point(zero_point: Tensor, quant_min: int, quant_max: int) -> Non
         )
 
 
-def _per_channel_scheme(qscheme: torch.qscheme, ch_axis: int | None) -> int:
-    code = _scheme(qscheme)
-    per_channel = qscheme not in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+def _check_axis(qscheme: torch.qscheme, ch_axis: int | None) -> None:
+    per_channel = qscheme in PER_CHANNEL
     if per_channel != (ch_axis is not None):
         raise ValueError(
             f"{qscheme} needs ch_axis"
             if per_channel
             else f"{qscheme} does not go with ch_axis={ch_axis}: give a per_channel qscheme"
         )
-    return code
 
 
 def _count_or_throwaway(nonfinite_count: Tensor | None, x: Tensor) -> Tensor | None:
@@ -297,7 +286,7 @@ def _explained(
     x: object,
     ch_axis: int | None,
     buffers: dict[str, Tensor],
-    nonfinite: Nonfinite = "ignore",
+    nonfinite: NonFinitePolicy = "ignore",
 ) -> Exception:
     """Why an op refused its arguments, in words; `error` itself where there is nothing to add."""
     cause = input_error(x)
@@ -330,7 +319,7 @@ def observe_minmax_(
     *,
     ch_axis: int | None = None,
     averaging_constant: float | None = None,
-    nonfinite: Nonfinite = "ignore",
+    nonfinite: NonFinitePolicy = "ignore",
 ) -> None:
     """Fold the smallest and largest value of `x` into a range, in place.
 
@@ -353,12 +342,14 @@ def observe_minmax_(
         ValueError: `ch_axis` is out of range; a buffer has not one element per channel, or lies
             on another device; `x` has non-finite elements under "raise".
     """
-    code = _nonfinite_code(nonfinite)
+    policy = check_nonfinite(nonfinite)
+    if averaging_constant is not None:
+        check_averaging_constant(averaging_constant)
     try:
         _check_floating("min_val", min_val.dtype)
         _check_floating("max_val", max_val.dtype)
         count = _count_or_throwaway(nonfinite_count, x)
-        routes.observe_minmax(x, min_val, max_val, count, ch_axis, averaging_constant, code)
+        routes.observe_minmax(x, min_val, max_val, count, ch_axis, averaging_constant, policy)
     except _REFUSALS as error:
         buffers = {"min_val": min_val, "max_val": max_val}
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
@@ -372,7 +363,7 @@ def observe_histogram_(
     nonfinite_count: Tensor | None = None,
     *,
     upsample_rate: int = 16,
-    nonfinite: Nonfinite = "ignore",
+    nonfinite: NonFinitePolicy = "ignore",
 ) -> None:
     """Count the elements of `x` in a histogram that grows with the range of values, in place.
 
@@ -394,12 +385,11 @@ def observe_histogram_(
         ValueError: a buffer has the wrong size or lies on another device; `upsample_rate` is not
             positive; `x` has elements that `nonfinite` refuses.
     """
-    code = _nonfinite_code(nonfinite)
-    if upsample_rate < 1:
-        raise ValueError(f"upsample_rate must be positive, got {upsample_rate}")
+    policy = check_nonfinite(nonfinite)
+    upsample_rate = check_integer("upsample_rate", upsample_rate, least=1)
     try:
         count = _count_or_throwaway(nonfinite_count, x)
-        routes.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, code)
+        routes.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, policy)
     except _REFUSALS as error:
         if isinstance(x, Tensor) and isinstance(histogram, Tensor) and histogram.numel() == 0:
             raise ValueError("histogram must have at least one bin") from None
@@ -429,12 +419,10 @@ def histogram_range(
         TypeError: an argument is no tensor, or not floating.
         ValueError: `levels` is less than 2, or a tensor has the wrong size.
     """
-    if levels < 2:
-        raise ValueError(f"levels must be at least 2, got {levels}")
+    levels = check_integer("levels", levels, least=2)
     named = {"histogram": histogram, "min_val": min_val, "max_val": max_val}
     for name, buffer in named.items():
-        if not isinstance(buffer, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
+        _require_tensor(name, buffer)
         _check_floating(name, buffer.dtype)
         if name != "histogram" and buffer.numel() != 1:
             raise ValueError(f"{name} must have one element, got shape {list(buffer.shape)}")
@@ -480,27 +468,22 @@ def choose_qparams(
         TypeError: `min_val` or `max_val` is no tensor, or not floating.
         ValueError: they differ in size; an empty range of integers; an unknown `qscheme`.
     """
-    scheme = _scheme(qscheme)
-    low, high, customized = _quant_range(dtype, quant_min, quant_max)
+    grid = _grid(dtype, qscheme, quant_min, quant_max)
     for name, buffer in (("min_val", min_val), ("max_val", max_val)):
-        if not isinstance(buffer, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
+        _require_tensor(name, buffer)
         _check_floating(name, buffer.dtype)
     if min_val.numel() != max_val.numel():
         raise ValueError(
             f"min_val and max_val must be of one size, got shapes {list(min_val.shape)} and "
             f"{list(max_val.shape)}"
         )
-    middle = symmetric_zero_point(dtype, low, high, customized)
-    scale, zero_point = ops.choose_qparams(
-        min_val, max_val, _smallest_scale(eps, min_val), low, high, scheme, middle
-    )
+    smallest = _smallest_scale(eps, min_val)
+    scale, zero_point = ops.choose_qparams(min_val, max_val, smallest, *grid)
     return scale, zero_point
 
 
 def _smallest_scale(eps: float, like: Tensor) -> Tensor:
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    check_eps(eps)
     return torch.full((1,), eps, dtype=like.dtype, device=like.device)
 
 
@@ -544,7 +527,7 @@ def fake_quantize(
             zero point outside the range; `ch_axis` out of range; not one scale and zero point
             per channel, or on another device than x.
     """
-    _check_quant_range(quant_min, quant_max)
+    quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
     error = input_error(x)
     if error is not None:
         raise error
@@ -552,8 +535,7 @@ def fake_quantize(
         precision = torch.float64 if x.dtype == torch.float64 else torch.float32
         scale = torch.tensor([float(scale)], dtype=precision, device=x.device)
     if not isinstance(zero_point, Tensor):
-        if not isinstance(zero_point, int):
-            raise TypeError(f"zero_point must be a tensor or an integer, got {zero_point!r}")
+        zero_point = check_integer("zero_point", zero_point)
         zero_point = torch.tensor([zero_point], dtype=torch.int32, device=x.device)
     _check_scale(scale)
     _check_zero_point(zero_point, quant_min, quant_max)
@@ -581,7 +563,7 @@ def fused_observe_fake_quantize(
     eps: float = _EPS,
     observe: bool | Tensor = True,
     quantize: bool | Tensor = True,
-    nonfinite: Nonfinite = "ignore",
+    nonfinite: NonFinitePolicy = "ignore",
 ) -> Tensor:
     """One step of quantization-aware training: observe `x`, then fake-quantize it.
 
@@ -618,9 +600,11 @@ def fused_observe_fake_quantize(
             `ch_axis` out of range; a buffer that has not one element per channel, or lies on
             another device; `x` has non-finite elements under "raise".
     """
-    scheme = _per_channel_scheme(qscheme, ch_axis)
-    low, high, customized = _quant_range(dtype, quant_min, quant_max)
-    code = _nonfinite_code(nonfinite)
+    grid = _grid(dtype, qscheme, quant_min, quant_max)
+    _check_axis(qscheme, ch_axis)
+    policy = check_nonfinite(nonfinite)
+    if averaging_constant is not None:
+        check_averaging_constant(averaging_constant)
     buffers = {"min_val": min_val, "max_val": max_val, "scale": scale, "zero_point": zero_point}
     try:
         for name in ("min_val", "max_val", "scale"):
@@ -637,11 +621,8 @@ def fused_observe_fake_quantize(
             _smallest_scale(eps, min_val),
             ch_axis,
             averaging_constant,
-            low,
-            high,
-            scheme,
-            symmetric_zero_point(dtype, low, high, customized),
-            code,
+            *grid,
+            policy,
         )
     except _REFUSALS as error:
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
@@ -689,13 +670,12 @@ def learnable_fake_quantize(
         ValueError: `quant_min >= quant_max`; a scale that is not positive and finite; `ch_axis`
             out of range; not one scale and zero point per channel, or on another device than x.
     """
-    _check_quant_range(quant_min, quant_max)
+    quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
     error = input_error(x)
     if error is not None:
         raise error
     _check_scale(scale)
-    if not isinstance(zero_point, Tensor):
-        raise TypeError(f"zero_point must be a tensor, got {type(zero_point).__name__}")
+    _require_tensor("zero_point", zero_point)
     _check_floating("zero_point", zero_point.dtype)
     try:
         return routes.apply_learnable_fake_quantize(

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._core.ranges import range_error
+from ._core.ranges import INF, is_unobserved, kinds_of_range, range_error
 from ._core.state import resize_buffer
 from ._native.ops import choose_qparams, search_histogram_range
 from ._native.reference import _widest_dtype, moved_histogram
@@ -31,8 +31,6 @@ from .fake_quantize import FakeQuantize, FakeQuantizeBase, LearnableFakeQuantize
 from .observer import _is_activation_post_process
 
 __all__ = ["merge"]
-
-_INF = float("inf")
 
 _Mergeable = TypeVar("_Mergeable", nn.Module, Mapping[str, Any])
 _Reduction = Callable[[Tensor], Tensor]
@@ -195,7 +193,7 @@ def merged(
     def range_of(s: Statistics, size: int) -> tuple[Tensor, Tensor]:
         if s.min_val.numel() == size:
             return on_device(s.min_val), on_device(s.max_val)
-        nothing = torch.full((size,), _INF, dtype=wide, device=device)
+        nothing = torch.full((size,), INF, dtype=wide, device=device)
         return nothing, -nothing
 
     # The first round: extremes. NaN, which "propagate" lets in, is no number to be the larger of.
@@ -205,7 +203,7 @@ def merged(
         for s, size in zip(source, sizes, strict=True):
             low, high = range_of(s, size)
             for extreme in (-low, high):
-                parts += [extreme.nan_to_num(-_INF, _INF, -_INF), extreme.isnan().to(wide)]
+                parts += [extreme.nan_to_num(-INF, INF, -INF), extreme.isnan().to(wide)]
         flats.append(torch.cat(parts))
     extremes = across_max(torch.stack(flats).amax(0)).split_with_sizes(
         [size for size in sizes for _ in range(4)]
@@ -227,7 +225,7 @@ def merged(
             parts.append(_count(s.nonfinite_count, device, wide))
             own_low, own_high = range_of(s, size)
             if s.averages:
-                seen = ~((own_low == _INF) & (own_high == -_INF))
+                seen = ~kinds_of_range(own_low, own_high).unobserved
                 zero = torch.zeros((), dtype=wide, device=device)
                 parts += [
                     seen.to(wide),
@@ -306,7 +304,7 @@ def _refresh_qparams(module: nn.Module) -> None:
     low, high = observer._buffers["min_val"], observer._buffers["max_val"]
     assert low is not None
     assert high is not None
-    if low.numel() == 0 or bool(((low == _INF) & (high == -_INF)).all()):
+    if is_unobserved(low, high):
         return
     if isinstance(module, LearnableFakeQuantize):
         if module.static_enabled:
@@ -448,8 +446,7 @@ def _merged_states(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         if s.histogram is not None and m.histogram is not None:
             result[f"{prefix}histogram"] = m.histogram.to(s.histogram.dtype)
         owner = prefix.removesuffix("activation_post_process.")
-        seen = low.numel() > 0 and not bool(((low == _INF) & (high == -_INF)).all())
-        if owner != prefix and f"{owner}scale" in result and seen:
+        if owner != prefix and f"{owner}scale" in result and not is_unobserved(low, high):
             recipe = _recipe(states[0], s.name)
             if s.histogram is not None:
                 low, high = search_histogram_range(

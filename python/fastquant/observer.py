@@ -22,14 +22,20 @@ from torch import Tensor, nn
 from ._core.arguments import (
     channel_count,
     channel_error,
+    check_averaging_constant,
+    check_dtype,
+    check_eps,
+    check_integer,
     check_nonfinite,
+    check_qscheme,
     input_error,
     nonfinite_error,
     width_error,
 )
 from ._core.locks import RESIZING
-from ._core.ranges import range_error
-from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, WIDE, Nonfinite, symmetric_zero_point
+from ._core.qparams import symmetric_zero_point
+from ._core.ranges import INF, UNOBSERVED, is_observed, range_error
+from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, WIDE, NonFinitePolicy, Scheme
 from ._core.state import ActivationPostProcess, misfit, qparams_error, refill_buffer, resize_buffer
 from ._native.graphs import FIRST_FORWARD_IN_GRAPH
 from ._native.ops import choose_qparams, search_histogram_range
@@ -104,23 +110,6 @@ __all__ = [
 ]
 
 _EPS = torch.finfo(torch.float32).eps
-_INF = float("inf")
-_UNOBSERVED = (("min_val", _INF), ("max_val", -_INF))
-
-_DTYPES = (
-    torch.qint8,
-    torch.quint8,
-    torch.quint4x2,
-    torch.qint32,
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.int32,
-    torch.float8_e5m2,
-    torch.float8_e4m3fn,
-    torch.uint16,
-)
-
 
 # --------------------------------------------------------------------------------------------
 # Constructors with some arguments given
@@ -243,22 +232,17 @@ class UniformQuantizationObserverBase(ObserverBase):
         is_dynamic: bool = False,
         **kwargs: Any,
     ) -> None:
-        if qscheme not in SCHEME_CODES:
-            raise QuantizationError(
-                f"qscheme must be one of {', '.join(map(str, SCHEME_CODES))}, got {qscheme}"
-            )
-        if dtype not in _DTYPES:
-            raise QuantizationError(
-                f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}"
-            )
-        if not 0 <= eps < _INF:
-            raise QuantizationError(f"eps must be finite and not negative, got {eps}")
+        check_qscheme(qscheme)
+        check_dtype(dtype)
+        check_eps(eps)
         super().__init__(dtype=dtype, is_dynamic=is_dynamic, **kwargs)
         self.qscheme = qscheme
         self.reduce_range = reduce_range
         self.register_buffer("eps", torch.tensor([eps], **_factory(factory_kwargs)))
         self.has_customized_qrange = quant_min is not None and quant_max is not None
         if quant_min is not None and quant_max is not None:
+            quant_min = check_integer("quant_min", quant_min)
+            quant_max = check_integer("quant_max", quant_max)
             self._validate_qmin_qmax(quant_min, quant_max)
         self.quant_min, self.quant_max = calculate_qmin_qmax(
             quant_min, quant_max, self.has_customized_qrange, dtype, reduce_range
@@ -274,7 +258,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         """
         quant_min, quant_max = self.quant_min, self.quant_max
         scheme = SCHEME_CODES[self.qscheme]
-        if scheme != 1:
+        if scheme != Scheme.SYMMETRIC:
             return quant_min, quant_max, scheme, 0
         middle = symmetric_zero_point(self.dtype, quant_min, quant_max, self.has_customized_qrange)
         return quant_min, quant_max, scheme, middle
@@ -294,12 +278,15 @@ class UniformQuantizationObserverBase(ObserverBase):
         Raises:
             QuantizationError: a range that is no range: min above max, NaN or infinite.
         """
-        # Moving averages of one value may round past each other.
-        if not _is_observed(min_val, max_val, may_cross="averaging_constant" in self.__dict__):
+        if not is_observed(min_val, max_val, self._is_average, stacklevel=3):
             device = min_val.device
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
         scale, zero_point = choose_qparams(min_val, max_val, self.eps, *self._scheme())
         return scale, zero_point
+
+    def _is_average(self) -> bool:
+        """Whether the range is one of moving averages."""
+        return getattr(self, "averaging_constant", None) is not None
 
     def reset_min_max_vals(self) -> None:
         """Forget what was observed."""
@@ -325,47 +312,9 @@ def _eps_error(eps: object) -> str | None:
     """What makes a saved eps none; None where nothing does, or there is none."""
     if not isinstance(eps, Tensor) or eps.is_meta:
         return None
-    if eps.is_floating_point() and bool(((eps >= 0) & (eps.float() < _INF)).all()):
+    if eps.is_floating_point() and bool(((eps >= 0) & (eps.float() < INF)).all()):
         return None
     return f"eps must be finite and not negative, got {eps.tolist()}"
-
-
-def _is_observed(min_val: Tensor, max_val: Tensor, may_cross: bool = False) -> bool:
-    """Whether there is a range to quantize; warns where nothing, or not all, was observed.
-
-    Raises:
-        QuantizationError: a minimum above its maximum, NaN or infinity.
-    """
-    if min_val.numel() == 1:
-        # The usual case, without the launch of a dozen tensor operations.
-        low, high = min_val.item(), max_val.item()
-        if -_INF < low < _INF and -_INF < high < _INF and (low <= high or may_cross):
-            return True
-    valid = (min_val.abs() < _INF) & (max_val.abs() < _INF)
-    if not may_cross:
-        valid &= min_val <= max_val
-    if valid.numel() and bool(valid.all()):
-        return True
-    unobserved = (min_val == _INF) & (max_val == -_INF)
-    wrong = ~(valid | unobserved)
-    if bool(wrong.any()):
-        raise QuantizationError(
-            "cannot quantize a range that is not finite or has its minimum above its maximum: "
-            f"min_val={min_val[wrong].tolist()}, max_val={max_val[wrong].tolist()}"
-            + (f" at channels {wrong.nonzero().flatten().tolist()}" if wrong.dim() else "")
-        )
-    if min_val.dim() == 0 or not min_val.numel():
-        warnings.warn(
-            "must run observer before calling calculate_qparams. Returning default values.",
-            stacklevel=4,
-        )
-        return False
-    warnings.warn(
-        f"channels {unobserved.nonzero().flatten().tolist()} never had a finite value; "
-        "they get a default scale",
-        stacklevel=4,
-    )
-    return True
 
 
 def _is_method(method: object, function: object) -> bool:
@@ -393,7 +342,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         qscheme: torch.qscheme,
         is_dynamic: bool,
         factory_kwargs: dict[str, Any] | None = None,
-        nonfinite: Nonfinite = "ignore",
+        nonfinite: NonFinitePolicy = "ignore",
         **kwargs: Any,
     ) -> None:
         cls = type(self).__name__
@@ -408,10 +357,10 @@ class _RangeObserver(UniformQuantizationObserverBase):
         super().__init__(
             qscheme=qscheme, is_dynamic=is_dynamic, factory_kwargs=factory_kwargs, **kwargs
         )
-        self.nonfinite: Nonfinite = nonfinite
+        self.nonfinite: NonFinitePolicy = nonfinite
         factory = _factory(factory_kwargs)
         shape = (0,) if self._per_channel else ()
-        for name, unobserved in _UNOBSERVED:
+        for name, unobserved in UNOBSERVED:
             self.register_buffer(name, torch.full(shape, unobserved, **factory))
         count = torch.zeros(1, dtype=torch.int64, device=factory.get("device"))
         self.register_buffer("nonfinite_count", count, persistent=False)
@@ -427,7 +376,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
     def reset_min_max_vals(self) -> None:
         """Forget what was observed."""
         shape = (0,) if self._per_channel else self.min_val.shape
-        for name, unobserved in _UNOBSERVED:
+        for name, unobserved in UNOBSERVED:
             resize_buffer(self, name, shape).fill_(unobserved)
         self.nonfinite_count.zero_()
 
@@ -442,7 +391,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         cause = cause or channel_error(
             x,
             self.__dict__.get("ch_axis"),
-            {name: self._buffers[name] for name, _ in _UNOBSERVED},
+            {name: self._buffers[name] for name, _ in UNOBSERVED},
         )
         if cause is None and self.nonfinite != "ignore":
             cause = nonfinite_error(x, self.nonfinite)
@@ -456,7 +405,8 @@ class _RangeObserver(UniformQuantizationObserverBase):
             "averaging_constant": self.__dict__.get("averaging_constant"),
             "levels": self.__dict__.get("dst_nbins", 0),
             "nonfinite": self.nonfinite,
-            "scheme": list(self._scheme()),
+            # Plain numbers: torch.load refuses classes it does not know.
+            "scheme": list(map(int, self._scheme())),
             "upsample_rate": self.__dict__.get("upsample_rate", 1),
         }
 
@@ -477,7 +427,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         error_msgs: list[str],
     ) -> None:
         """Load a state whole or, where it is not whole or not sound, not at all."""
-        for name, unobserved in _UNOBSERVED:
+        for name, unobserved in UNOBSERVED:
             key, old_key = prefix + name, prefix + name + "s"
             if old_key in state_dict:
                 state_dict.setdefault(key, state_dict.pop(old_key))
@@ -498,7 +448,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
 
         def load() -> None:
             if self._per_channel:
-                for name, _ in _UNOBSERVED:
+                for name, _ in UNOBSERVED:
                     resize_buffer(self, name, statistics[name].shape)
             super(_RangeObserver, self)._load_from_state_dict(
                 state_dict,
@@ -531,7 +481,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
                 # What is beyond a narrower buffer is not finite there.
                 held[name] = value.to(buffer.dtype)
         finite = self.nonfinite != "propagate"
-        return range_error(**held, finite=finite, may_cross="averaging_constant" in self.__dict__)
+        return range_error(**held, finite=finite, may_cross=self._is_average())
 
 
 # --------------------------------------------------------------------------------------------
@@ -548,7 +498,7 @@ class _MinMax(_RangeObserver):
     def __init__(
         self, *, dtype: torch.dtype, qscheme: torch.qscheme, reduce_range: bool, **kwargs: Any
     ) -> None:
-        if reduce_range and dtype == torch.quint8 and SCHEME_CODES.get(qscheme) == 1:
+        if reduce_range and dtype == torch.quint8 and SCHEME_CODES.get(qscheme) == Scheme.SYMMETRIC:
             raise NotImplementedError("reduce_range does not go with a symmetric quint8 range")
         super().__init__(dtype=dtype, qscheme=qscheme, reduce_range=reduce_range, **kwargs)
 
@@ -593,12 +543,12 @@ class _MinMax(_RangeObserver):
         channels = channel_count(x, self.__dict__["ch_axis"])
         with RESIZING:
             if self.max_val.numel() == 0:
-                for name, unobserved in _UNOBSERVED:
+                for name, unobserved in UNOBSERVED:
                     refill_buffer(self, name, (channels,), unobserved)
                 try:
                     return self.forward(x)
                 except Exception:
-                    for name, _ in _UNOBSERVED:
+                    for name, _ in UNOBSERVED:
                         resize_buffer(self, name, (0,))
                     raise
         # Another thread's tensor came first.
@@ -640,7 +590,7 @@ class MinMaxObserver(_MinMax):
         eps: float = _EPS,
         is_dynamic: bool = False,
         *,
-        nonfinite: Nonfinite = "ignore",
+        nonfinite: NonFinitePolicy = "ignore",
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -654,13 +604,6 @@ class MinMaxObserver(_MinMax):
             is_dynamic=is_dynamic,
             nonfinite=nonfinite,
             **kwargs,
-        )
-
-
-def _check_averaging_constant(averaging_constant: float) -> None:
-    if not 0 <= averaging_constant <= 1:
-        raise QuantizationError(
-            f"averaging_constant must be between 0 and 1, got {averaging_constant}"
         )
 
 
@@ -694,7 +637,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         is_dynamic: bool = False,
         **kwargs: Any,
     ) -> None:
-        _check_averaging_constant(averaging_constant)
+        check_averaging_constant(averaging_constant)
         self.averaging_constant = averaging_constant
         super().__init__(
             dtype=dtype,
@@ -744,7 +687,7 @@ class PerChannelMinMaxObserver(_MinMax):
         eps: float = _EPS,
         is_dynamic: bool = False,
         *,
-        nonfinite: Nonfinite = "ignore",
+        nonfinite: NonFinitePolicy = "ignore",
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -759,7 +702,7 @@ class PerChannelMinMaxObserver(_MinMax):
             nonfinite=nonfinite,
             **kwargs,
         )
-        self.ch_axis = ch_axis
+        self.ch_axis = check_integer("ch_axis", ch_axis)
 
     def _measures_anew(self) -> bool:
         return False
@@ -801,7 +744,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
             is_dynamic=is_dynamic,
             **kwargs,
         )
-        _check_averaging_constant(averaging_constant)
+        check_averaging_constant(averaging_constant)
         self.averaging_constant = averaging_constant
 
 
@@ -848,12 +791,11 @@ class HistogramObserver(_RangeObserver):
         eps: float = _EPS,
         is_dynamic: bool = False,
         *,
-        nonfinite: Nonfinite = "ignore",
+        nonfinite: NonFinitePolicy = "ignore",
         search_levels: Literal["dtype", "range"] = "dtype",
         **kwargs: Any,
     ) -> None:
-        if bins < 1:
-            raise QuantizationError(f"bins must be at least 1, got {bins}")
+        bins = check_integer("bins", bins, least=1)
         if search_levels not in ("dtype", "range"):
             raise QuantizationError(
                 f"search_levels must be 'dtype' or 'range', got {search_levels!r}"
@@ -873,7 +815,7 @@ class HistogramObserver(_RangeObserver):
         self.bins = bins
         self.register_buffer("histogram", torch.zeros(bins, **_factory(factory_kwargs)))
         # As torch.ao registers them: the order in which state_dict lists them.
-        for name, _ in _UNOBSERVED:
+        for name, _ in UNOBSERVED:
             self._buffers[name] = self._buffers.pop(name)
         if search_levels == "range":
             self.dst_nbins = self.quant_max - self.quant_min + 1
@@ -920,7 +862,7 @@ class HistogramObserver(_RangeObserver):
         """
         buffers: dict[str, Any] = self._buffers
         min_val, max_val, histogram = buffers["min_val"], buffers["max_val"], buffers["histogram"]
-        if not _is_observed(min_val, max_val):
+        if not is_observed(min_val, max_val, self._is_average, stacklevel=2):
             device = min_val.device
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
         if self.bins != histogram.numel():

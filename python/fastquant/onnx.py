@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._core.ranges import has_seen_nothing
 from .fake_quantize import FakeQuantizeBase
 from .observer import ObserverBase
 from .utils import QuantizationError, is_per_channel
@@ -108,9 +109,7 @@ def _frozen(name: str, module: nn.Module) -> nn.Module | None:
         if not bool(source.fake_quant_enabled):
             return nn.Identity()
         observer = source.activation_post_process
-        observed = getattr(observer, "min_val", None)
-        unobserved = observed is not None and not bool(observed.isfinite().all() & observed.numel())
-        if unobserved and bool(source.observer_enabled):
+        if has_seen_nothing(observer) and bool(source.observer_enabled):
             raise QuantizationError(
                 f"{name} has observed nothing yet: run the model before it is exported"
             )

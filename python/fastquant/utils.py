@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -11,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._core.arguments import check_quantized_range
 from ._core.errors import QuantizationError as QuantizationError
+from ._core.qparams import qparams_of_range, symmetric_zero_point
+from ._core.ranges import is_unobserved, warn_of_unobserved
+from ._core.schemes import INT8, INT32, PER_CHANNEL, PER_TENSOR, SCHEME_CODES, UINT8, Scheme
 from ._torch import ao
 from ._torch.ao import MatchAllNode, NodePattern, Pattern
 from .quant_type import QuantType
@@ -59,24 +62,21 @@ DEPRECATION_WARNING = (
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
-_INT8 = (torch.qint8, torch.int8)
-_UINT8 = (torch.quint8, torch.uint8)
-_INT32 = (torch.qint32, torch.int32)
 _FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 _STATIC_ACTIVATION = frozenset(
-    (*_INT8, *_UINT8, *_INT32, torch.int16, torch.float16, *_FLOAT8),
+    (*INT8, *UINT8, *INT32, torch.int16, torch.float16, *_FLOAT8),
 )
 _QUANTIZED_WEIGHT = frozenset(
-    (*_INT8, *_UINT8, torch.int32, torch.int16, torch.float16, torch.quint4x2, *_FLOAT8),
+    (*INT8, *UINT8, torch.int32, torch.int16, torch.float16, torch.quint4x2, *_FLOAT8),
 )
 _INTEGER_LIKE = frozenset(
-    (*_INT8, *_UINT8, *_INT32, torch.int16, torch.quint4x2, *_FLOAT8),
+    (*INT8, *UINT8, *INT32, torch.int16, torch.quint4x2, *_FLOAT8),
 )
 
 _QUANT_RANGE = {
-    **dict.fromkeys(_INT8, (-128, 127)),
-    **dict.fromkeys(_UINT8, (0, 255)),
-    **dict.fromkeys(_INT32, (-(2**31), 2**31 - 1)),
+    **dict.fromkeys(INT8, (-128, 127)),
+    **dict.fromkeys(UINT8, (0, 255)),
+    **dict.fromkeys(INT32, (-(2**31), 2**31 - 1)),
     torch.int16: (-(2**15), 2**15 - 1),
     torch.uint16: (0, 2**16 - 1),
 }
@@ -113,16 +113,12 @@ def get_combined_dict(
 
 def is_per_tensor(qscheme: torch.qscheme) -> bool:
     """Whether `qscheme` has one scale and zero point for the whole tensor."""
-    return qscheme in (torch.per_tensor_affine, torch.per_tensor_symmetric)
+    return qscheme in PER_TENSOR
 
 
 def is_per_channel(qscheme: torch.qscheme) -> bool:
     """Whether `qscheme` has one scale and zero point per channel."""
-    return qscheme in (
-        torch.per_channel_affine,
-        torch.per_channel_symmetric,
-        torch.per_channel_affine_float_qparams,
-    )
+    return qscheme in PER_CHANNEL
 
 
 def getattr_from_fqn(obj: Any, fqn: str) -> Any:
@@ -225,12 +221,12 @@ def activation_is_dynamically_quantized(qconfig: QConfig | None) -> bool:
 
 def activation_is_int8_quantized(qconfig: QConfig | None) -> bool:
     """Whether activations get an 8-bit integer dtype."""
-    return activation_dtype(qconfig) in (*_INT8, *_UINT8)
+    return activation_dtype(qconfig) in (*INT8, *UINT8)
 
 
 def activation_is_int32_quantized(qconfig: QConfig | None) -> bool:
     """Whether activations get a 32-bit integer dtype."""
-    return activation_dtype(qconfig) in _INT32
+    return activation_dtype(qconfig) in INT32
 
 
 def weight_is_quantized(qconfig: QConfig | None) -> bool:
@@ -240,13 +236,13 @@ def weight_is_quantized(qconfig: QConfig | None) -> bool:
 
 def weight_is_statically_quantized(qconfig: QConfig | None) -> bool:
     """Whether weights get an 8-bit integer dtype."""
-    return weight_dtype(qconfig) in (*_INT8, *_UINT8)
+    return weight_dtype(qconfig) in (*INT8, *UINT8)
 
 
 def op_is_int8_dynamically_quantized(qconfig: QConfig | None) -> bool:
     """Whether an op has int8 weights and activations quantized to 8 unsigned bits at each call."""
     act_dtype, wt_dtype, is_dynamic = get_qconfig_dtypes(qconfig)
-    return act_dtype in _UINT8 and wt_dtype in _INT8 and is_dynamic
+    return act_dtype in UINT8 and wt_dtype in INT8 and is_dynamic
 
 
 def get_qconfig_dtypes(qconfig: QConfig | None) -> tuple[torch.dtype, torch.dtype, bool]:
@@ -282,14 +278,9 @@ def check_min_max_valid(min_val: Tensor, max_val: Tensor) -> bool:
     Raises:
         QuantizationError: a minimum lies above its maximum.
     """
-    unobserved = min_val.numel() == 0 or max_val.numel() == 0
-    if not unobserved and (min_val.dim() == 0 or max_val.dim() == 0):
-        unobserved = bool(min_val == float("inf")) and bool(max_val == float("-inf"))
-    if unobserved:
-        warnings.warn(
-            "must run observer before calling calculate_qparams. Returning default values.",
-            stacklevel=2,
-        )
+    scalar = min_val.dim() == 0 or max_val.dim() == 0
+    if min_val.numel() == 0 or max_val.numel() == 0 or (scalar and is_unobserved(min_val, max_val)):
+        warn_of_unobserved(stacklevel=2)
         return False
     if bool((min_val > max_val).any()):
         raise QuantizationError(f"min {min_val} should be less than max {max_val}")
@@ -317,7 +308,7 @@ def calculate_qmin_qmax(
                 f"a customized range needs both ends, got quant_min={quant_min}, "
                 f"quant_max={quant_max}"
             )
-        bits = 8 if dtype in _INT8 else 32 if dtype in _INT32 else None
+        bits = 8 if dtype in INT8 else 32 if dtype in INT32 else None
         if bits is not None and not 0 < quant_max - quant_min + 1 <= 2**bits:
             raise QuantizationError(
                 "quantization range should be positive and not exceed the maximum bit range "
@@ -326,7 +317,7 @@ def calculate_qmin_qmax(
         reduce = reduce_range
     else:
         quant_min, quant_max = _QUANT_RANGE.get(dtype, _FOUR_BIT_RANGE)
-        reduce = reduce_range and dtype in (*_INT8, *_UINT8)
+        reduce = reduce_range and dtype in (*INT8, *UINT8)
     return (quant_min // 2, quant_max // 2) if reduce else (quant_min, quant_max)
 
 
@@ -336,16 +327,7 @@ def validate_qmin_qmax(quant_min: int, quant_max: int) -> None:
     Raises:
         QuantizationError: the range excludes 0 or is empty.
     """
-    if not quant_min <= 0 <= quant_max:
-        raise QuantizationError(
-            "the quantization range must include 0, "
-            f"got quant_min={quant_min}, quant_max={quant_max}"
-        )
-    if quant_min >= quant_max:
-        raise QuantizationError(
-            f"quant_min must be less than quant_max, got quant_min={quant_min}, "
-            f"quant_max={quant_max}"
-        )
+    check_quantized_range(quant_min, quant_max, holds_zero=True)
 
 
 def determine_qparams(
@@ -379,21 +361,17 @@ def determine_qparams(
     if not check_min_max_valid(min_val, max_val):
         device = min_val.device
         return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
-    eps = eps.to(min_val.device)
-    levels = float(quant_max - quant_min)
-    low, high = min_val.clamp(max=0), max_val.clamp(min=0)
-    if qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric):
-        scale = torch.maximum(torch.maximum(-low, high) / (levels / 2), eps)
-        middle = (quant_min + quant_max) // 2 if has_customized_qrange else 128
-        zero_point = torch.full_like(low, middle if dtype in _UINT8 else 0)
-    elif qscheme == torch.per_channel_affine_float_qparams:
-        scale = (max_val - min_val) / levels
-        scale = torch.where(scale > eps, scale, torch.ones_like(scale))
-        zero_point = -min_val / scale
-    else:
-        scale = torch.maximum((high - low) / levels, eps)
-        zero_point = quant_min - torch.round(low / scale).to(torch.int64)
-        zero_point = zero_point.clamp(quant_min, quant_max)
+    # Here, unlike in observers, torch.ao gives uint16 no middle.
+    middle = symmetric_zero_point(dtype, quant_min, quant_max, has_customized_qrange)
+    scale, zero_point = qparams_of_range(
+        min_val,
+        max_val,
+        eps.to(min_val.device),
+        quant_min,
+        quant_max,
+        SCHEME_CODES.get(qscheme, Scheme.AFFINE),
+        middle if dtype in UINT8 else 0,
+    )
     return scale.reshape(-1).to(torch.float64), zero_point.reshape(-1).to(torch.int64)
 
 

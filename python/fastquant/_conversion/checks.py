@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._core.ranges import has_seen_nothing
 from .._torch import ao
 from .._torch.ao import nnq
 from ..fake_quantize import FakeQuantizeBase
@@ -153,11 +154,7 @@ def _is_uncalibrated(module: nn.Module) -> bool:
     observer = getattr(module, "activation_post_process", None)
     if not _is_activation_post_process(observer):
         return False
-    observer = getattr(observer, "activation_post_process", observer)
-    low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
-    if not isinstance(low, Tensor) or not isinstance(high, Tensor):
-        return False
-    return low.numel() == 0 or bool((low > high).all())
+    return has_seen_nothing(getattr(observer, "activation_post_process", observer))
 
 
 def nonfinite_counts(model: nn.Module) -> dict[str, int]:

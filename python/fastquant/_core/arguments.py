@@ -1,26 +1,127 @@
-"""Why an argument does not fit, in words.
+"""What an argument may be: one check for each, whoever takes it.
 
-The ops check little and say it tersely. Callers let an op fail first and come here to find
-out why, so a call that goes well pays for no checks.
+`check_…` raises for an argument of a constructor or function that does not fit. Every error is
+a QuantizationError, which is a ValueError, or a TypeError for what is of the wrong kind.
+
+`…_error` says why an op has refused its tensors. Ops check little and say it tersely; callers
+let an op fail first and come here for the words, so a call that goes well pays for no checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .errors import QuantizationError
-from .schemes import FLOATING, NONFINITE_CODES, WIDE, Nonfinite
+from .schemes import (
+    FLOATING,
+    NONFINITE_CODES,
+    QUANTIZED,
+    SCHEME_CODES,
+    WIDE,
+    NonFinite,
+    NonFinitePolicy,
+    Scheme,
+)
+
+# --------------------------------------------------------------------------------------------
+# Arguments of constructors and functions
 
 
-def check_nonfinite(nonfinite: str) -> None:
-    """Raise QuantizationError unless `nonfinite` names a policy."""
-    if nonfinite not in NONFINITE_CODES:
+def _listed(accepted: Iterable[object]) -> str:
+    return ", ".join(map(str, accepted))
+
+
+def check_nonfinite(nonfinite: str) -> NonFinite:
+    """The code of a policy for NaN and infinities."""
+    if not isinstance(nonfinite, str) or nonfinite not in NONFINITE_CODES:
         raise QuantizationError(
-            f"nonfinite must be one of {', '.join(map(repr, NONFINITE_CODES))}, got {nonfinite!r}"
+            f"nonfinite must be one of {_listed(map(repr, NONFINITE_CODES))}, got {nonfinite!r}"
         )
+    return NONFINITE_CODES[nonfinite]
+
+
+def check_qscheme(qscheme: torch.qscheme) -> Scheme:
+    """The code of a quantization scheme."""
+    if not isinstance(qscheme, torch.qscheme) or qscheme not in SCHEME_CODES:
+        raise QuantizationError(f"qscheme must be one of {_listed(SCHEME_CODES)}, got {qscheme!r}")
+    return SCHEME_CODES[qscheme]
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """A quantized dtype for which scale and zero point can be chosen."""
+    if dtype not in QUANTIZED:
+        raise QuantizationError(f"dtype must be one of {_listed(QUANTIZED)}, got {dtype!r}")
+
+
+def check_eps(eps: float) -> None:
+    """The smallest scale: 0 or more, as in torch.ao; a scale of 0 is never made from it."""
+    _check_number("eps", eps, 0, math.inf, "finite and not negative")
+
+
+def check_averaging_constant(averaging_constant: float) -> None:
+    """The weight of the newest tensor in a moving average."""
+    _check_number("averaging_constant", averaging_constant, 0, 1, "between 0 and 1")
+
+
+def _check_number(name: str, value: float, least: float, most: float, wanted: str) -> None:
+    try:
+        fits = least <= value <= most and value < math.inf
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not fits:
+        raise QuantizationError(f"{name} must be {wanted}, got {value}")
+
+
+def check_integer(name: str, value: int, least: int | None = None) -> int:
+    """`value` as a plain integer: torch.ao takes any number, so 255.0 is 255."""
+    try:
+        whole = int(value) if isinstance(value, float) else operator.index(value)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != value:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if least is not None and whole < least:
+        raise QuantizationError(f"{name} must be at least {least}, got {value}")
+    return whole
+
+
+def check_quantized_range(quant_min: int, quant_max: int, *, holds_zero: bool) -> tuple[int, int]:
+    """Both ends of a quantized range.
+
+    Args:
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+        holds_zero: whether 0 must be among the values, as torch.ao asks of ranges for which
+            scale and zero point are chosen.
+    """
+    low, high = check_integer("quant_min", quant_min), check_integer("quant_max", quant_max)
+    got = f"got quant_min={quant_min}, quant_max={quant_max}"
+    if low >= high:
+        raise QuantizationError(f"quant_min must be less than quant_max, {got}")
+    if holds_zero and not low <= 0 <= high:
+        raise QuantizationError(f"the quantization range must include 0, {got}")
+    return low, high
+
+
+def check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
+    """A quantized range that `dtype` can hold."""
+    if dtype.is_floating_point:
+        raise QuantizationError(f"quant_min and quant_max need an integer dtype, got {dtype}")
+    limits = torch.iinfo(dtype)
+    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
+        if not limits.min <= value <= limits.max:
+            raise QuantizationError(
+                f"{name} out of bound: {dtype} holds {limits.min} to {limits.max}, got {value}"
+            )
+
+
+# --------------------------------------------------------------------------------------------
+# Tensors that an op has refused
 
 
 def input_error(x: object) -> Exception | None:
@@ -92,7 +193,7 @@ def width_error(buffers: Mapping[str, Tensor | None]) -> Exception | None:
     return None
 
 
-def nonfinite_error(x: Tensor, nonfinite: Nonfinite) -> Exception | None:
+def nonfinite_error(x: Tensor, nonfinite: NonFinitePolicy) -> Exception | None:
     """Why `x` is refused under this policy; None where every element is finite."""
     count = x.numel() - int(x.isfinite().sum())
     if not count:

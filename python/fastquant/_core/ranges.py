@@ -1,10 +1,116 @@
-"""What a range is: observed, unobserved, crossed by rounding, or none at all."""
+"""What is this range: observed, unobserved, crossed by rounding, or none at all?"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor
 
+from .errors import QuantizationError
 from .schemes import FLOATING
+
+INF = float("inf")
+UNOBSERVED = (("min_val", INF), ("max_val", -INF))
+"""What the buffers of a range hold before anything was observed."""
+
+# Moving averages of one and the same value take the same steps but for rounding, which may put
+# the minimum above the maximum by a few units in the last place. The distance then shrinks as
+# slowly as the averages move, so allow for more than a few, but for no real disorder.
+_ROUNDING = 2.0**-10
+
+
+class Kinds(NamedTuple):
+    """What each pair of ends is, as masks of one element per tensor or channel.
+
+    Each pair is of one kind at most, and no range at all where it is of none: with NaN or an
+    infinity in it, or with its minimum above its maximum for another reason than rounding.
+
+    Attributes:
+        observed: finite and in order.
+        unobserved: inf and -inf, where observers begin.
+        crossed: finite, and out of order by no more than rounding can do.
+    """
+
+    observed: Tensor
+    unobserved: Tensor
+    crossed: Tensor
+
+    def valid(self, *, may_cross: bool) -> Tensor:
+        """What can be quantized to; crossed ranges only where they are moving averages."""
+        return self.observed | self.crossed if may_cross else self.observed
+
+
+def kinds_of_range(min_val: Tensor, max_val: Tensor) -> Kinds:
+    """What each channel of a range is. Every question about a range is answered from this."""
+    finite = (min_val.abs() < INF) & (max_val.abs() < INF)
+    ordered = min_val <= max_val
+    # Halves, whose difference does not overflow.
+    distance = min_val / 2 - max_val / 2
+    near = distance <= _ROUNDING * min_val.abs().maximum(max_val.abs())
+    unobserved = (min_val == INF) & (max_val == -INF)
+    return Kinds(finite & ordered, unobserved, finite & ~ordered & near)
+
+
+def is_unobserved(min_val: Tensor, max_val: Tensor) -> bool:
+    """Whether nothing at all was observed: no channels yet, or none with a value."""
+    return min_val.numel() == 0 or bool(kinds_of_range(min_val, max_val).unobserved.all())
+
+
+def has_seen_nothing(observer: object) -> bool:
+    """Whether an observer keeps a range in which nothing was observed."""
+    low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+    return isinstance(low, Tensor) and isinstance(high, Tensor) and is_unobserved(low, high)
+
+
+def is_observed(
+    min_val: Tensor, max_val: Tensor, may_cross: Callable[[], bool], stacklevel: int
+) -> bool:
+    """Whether there is a range to quantize to; warns where nothing, or not all, was observed.
+
+    Args:
+        min_val: smallest values, 0-dim or one per channel.
+        max_val: largest values, likewise.
+        may_cross: says whether they are moving averages; asked where it matters.
+        stacklevel: whom a warning points to, 1 for the caller.
+
+    Raises:
+        QuantizationError: a range that is none.
+    """
+    if min_val.numel() == 1:
+        # The usual case, without the launch of a dozen tensor operations.
+        low, high = min_val.item(), max_val.item()
+        if -INF < low <= high < INF:
+            return True
+    kinds = kinds_of_range(min_val, max_val)
+    valid = kinds.valid(may_cross=may_cross())
+    if valid.numel() and bool(valid.all()):
+        return True
+    wrong = ~(valid | kinds.unobserved)
+    if bool(wrong.any()):
+        raise QuantizationError(
+            "cannot quantize a range that is not finite or has its minimum above its maximum: "
+            f"min_val={min_val[wrong].tolist()}, max_val={max_val[wrong].tolist()}"
+            + (f" at channels {wrong.nonzero().flatten().tolist()}" if wrong.dim() else "")
+        )
+    if min_val.dim() == 0 or not min_val.numel():
+        warn_of_unobserved(stacklevel + 1)
+        return False
+    warnings.warn(
+        f"channels {kinds.unobserved.nonzero().flatten().tolist()} never had a finite value; "
+        "they get a default scale",
+        stacklevel=stacklevel + 1,
+    )
+    return True
+
+
+def warn_of_unobserved(stacklevel: int) -> None:
+    """torch.ao's warning, which code filters by its words."""
+    warnings.warn(
+        "must run observer before calling calculate_qparams. Returning default values.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def range_error(
@@ -22,7 +128,7 @@ def range_error(
         max_val: largest values, likewise.
         histogram: counts over the range; None where there is no histogram.
         finite: whether NaN and infinities are wrong in a range that is not an unobserved one.
-        may_cross: whether the ends may have passed each other, as moving averages of one value.
+        may_cross: whether they are moving averages.
     """
     named = {"min_val": min_val, "max_val": max_val}
     if histogram is not None:
@@ -41,22 +147,18 @@ def range_error(
         )
     if min_val.is_meta or max_val.is_meta:
         return None
-    right = (min_val == float("inf")) & (max_val == -float("inf"))
-    right |= (
-        (min_val.abs() < float("inf"))
-        & (max_val.abs() < float("inf"))
-        & ((min_val <= max_val) | may_cross)
-    )
-    if finite and not bool(right.all()):
+    kinds = kinds_of_range(min_val, max_val)
+    wrong = ~(kinds.valid(may_cross=may_cross) | kinds.unobserved)
+    if finite and bool(wrong.any()):
         return (
             "min_val and max_val must be finite and in order, or inf and -inf where nothing was "
-            f"observed, got {_first_few(min_val[~right])} and {_first_few(max_val[~right])}"
-            + (f" at channels {_first_few((~right).nonzero())}" if right.dim() else "")
+            f"observed, got {_first_few(min_val[wrong])} and {_first_few(max_val[wrong])}"
+            + (f" at channels {_first_few(wrong.nonzero())}" if wrong.dim() else "")
         )
     if isinstance(histogram, Tensor) and not histogram.is_meta:
-        wrong = ~((histogram >= 0) & (histogram < float("inf")))
-        if bool(wrong.any()):
-            return f"histogram must hold counts of 0 or more, got {_first_few(histogram[wrong])}"
+        negative = ~((histogram >= 0) & (histogram < INF))
+        if bool(negative.any()):
+            return f"histogram must hold counts of 0 or more, got {_first_few(histogram[negative])}"
     return None
 
 

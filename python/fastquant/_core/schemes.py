@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Literal
 
 import torch
 
-Nonfinite = Literal["ignore", "raise", "propagate"]
 
-NONFINITE_CODES: dict[str, int] = {"ignore": 0, "raise": 1, "propagate": 2}
+class Scheme(IntEnum):
+    """How scale and zero point follow from a range; `enum class Scheme` in C++."""
 
-SCHEME_CODES: dict[torch.qscheme, int] = {
-    torch.per_tensor_affine: 0,
-    torch.per_channel_affine: 0,
-    torch.per_tensor_symmetric: 1,
-    torch.per_channel_symmetric: 1,
-    torch.per_channel_affine_float_qparams: 2,
+    AFFINE = 0
+    SYMMETRIC = 1
+    FLOAT_QPARAMS = 2
+
+
+class NonFinite(IntEnum):
+    """What observing does about NaN and infinities; `enum class NonFinite` in C++."""
+
+    IGNORE = 0
+    RAISE = 1
+    PROPAGATE = 2
+
+
+NonFinitePolicy = Literal["ignore", "raise", "propagate"]
+"""The names by which users choose a policy."""
+
+NONFINITE_CODES: dict[str, NonFinite] = {policy.name.lower(): policy for policy in NonFinite}
+
+SCHEME_CODES: dict[torch.qscheme, Scheme] = {
+    torch.per_tensor_affine: Scheme.AFFINE,
+    torch.per_channel_affine: Scheme.AFFINE,
+    torch.per_tensor_symmetric: Scheme.SYMMETRIC,
+    torch.per_channel_symmetric: Scheme.SYMMETRIC,
+    torch.per_channel_affine_float_qparams: Scheme.FLOAT_QPARAMS,
 }
 
+PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
+PER_CHANNEL = tuple(qscheme for qscheme in SCHEME_CODES if qscheme not in PER_TENSOR)
+
+# What the ops take as x.
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # What histograms can be kept in: counts stall in anything narrower, at 256 in bf16.
 WIDE = (torch.float32, torch.float64)
 
-_UINT8 = (torch.quint8, torch.uint8)
-
-
-def symmetric_zero_point(
-    dtype: torch.dtype, quant_min: int, quant_max: int, has_customized_qrange: bool
-) -> int:
-    """Zero point of a symmetric scheme: the middle of an unsigned dtype, 0 of a signed one.
-
-    A customized range of an 8-bit unsigned dtype has its own middle, rounded down. These are
-    the rules of torch.ao.quantization's `UniformQuantizationObserverBase`.
-    """
-    if dtype in _UINT8:
-        return (quant_min + quant_max) // 2 if has_customized_qrange else 128
-    return 2**15 if dtype == torch.uint16 else 0
+# What observers can choose a scale and zero point for.
+QUANTIZED = (
+    torch.qint8,
+    torch.quint8,
+    torch.quint4x2,
+    torch.qint32,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.float8_e5m2,
+    torch.float8_e4m3fn,
+    torch.uint16,
+)
+INT8 = (torch.qint8, torch.int8)
+UINT8 = (torch.quint8, torch.uint8)
+INT32 = (torch.qint32, torch.int32)

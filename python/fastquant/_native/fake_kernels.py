@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.qparams import zero_point_dtype
 from .ops import Op
 
 
@@ -48,11 +49,6 @@ def _empty_range(
     histogram: Tensor, min_val: Tensor, max_val: Tensor, dst_nbins: int
 ) -> tuple[Tensor, Tensor]:
     return min_val.new_empty(()), max_val.new_empty(())
-
-
-def zero_point_dtype(min_val: Tensor, scheme: int) -> torch.dtype:
-    """What `choose_qparams` gives zero points, by the code of the scheme."""
-    return (torch.int32, torch.int64, min_val.dtype)[scheme]
 
 
 def _empty_qparams(

@@ -1,7 +1,7 @@
 """Every op in plain, obvious torch ops.
 
 The fallback on devices that have no kernels of their own, and the truth that tests compare
-native kernels with. Nothing here waits for the device, except where `nonfinite` is 1 (raise)
+native kernels with. Nothing here waits for the device, except where `nonfinite` is RAISE
 and in `search_histogram_range`. Signatures are the schemas' (`csrc/library.cpp`); what each op
 means is written in `docs/architecture.md`.
 """
@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE, RAISE, PROPAGATE = 0, 1, 2
-AFFINE, SYMMETRIC, AFFINE_FLOAT_QPARAMS = 0, 1, 2
+from .._core.qparams import qparams_of_range, zero_point_dtype
+from .._core.schemes import FLOATING, WIDE, NonFinite
 
 INF = math.inf
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # From here on fp32 cannot tell neighbouring integers apart.
 _FP32_INTEGERS = 2**24
 
@@ -40,7 +39,7 @@ def _widest_dtype(device: torch.device) -> torch.dtype:
 
 
 def _check_input(x: Tensor, ch_axis: int | None, **buffers: Tensor) -> None:
-    _check(x.dtype in _FLOATING, f"x must have a floating dtype, got {x.dtype}")
+    _check(x.dtype in FLOATING, f"x must have a floating dtype, got {x.dtype}")
     channels = 1
     if ch_axis is not None:
         _check(
@@ -101,7 +100,7 @@ def _observed(
     values = _rows_of_channels(x, ch_axis)
     finite = values.isfinite()
     skipped = (~finite).sum()
-    if nonfinite == PROPAGATE:
+    if nonfinite == NonFinite.PROPAGATE:
         low, high = values.aminmax(dim=1)
     else:
         low = torch.where(finite, values, INF).amin(1)
@@ -131,8 +130,8 @@ def _observed(
     new_max = updated(max_val, high, torch.maximum)
 
     zero = torch.zeros_like(skipped)
-    counted = skipped if nonfinite == IGNORE else zero
-    refused = skipped if nonfinite == RAISE else zero
+    counted = skipped if nonfinite == NonFinite.IGNORE else zero
+    refused = skipped if nonfinite == NonFinite.RAISE else zero
     return new_min, new_max, counted, refused
 
 
@@ -151,7 +150,7 @@ def observe_minmax_(
     new_min, new_max, counted, refused = _observed(
         x, min_val, max_val, ch_axis, averaging_constant, nonfinite
     )
-    if nonfinite == RAISE:
+    if nonfinite == NonFinite.RAISE:
         _check_finite(refused)
     min_val.copy_(new_min)
     max_val.copy_(new_max)
@@ -186,7 +185,7 @@ def observe_qparams_(
         new_min, new_max, counted, refused = _observed(
             x, min_val, max_val, ch_axis, averaging_constant, nonfinite
         )
-        if nonfinite == RAISE:
+        if nonfinite == NonFinite.RAISE:
             _check_finite(enabled & (refused > 0))
     new_scale, new_zero_point = choose_qparams(
         new_min, new_max, eps, quant_min, quant_max, scheme, symmetric_zero_point
@@ -282,8 +281,7 @@ def observe_histogram_(
     _check(histogram.numel() > 0 and upsample_rate > 0, "a histogram needs bins")
     for name, buffer in (("histogram", histogram), ("min_val", min_val), ("max_val", max_val)):
         # Counts stall in anything narrower, at 256 in bf16.
-        wide_enough = buffer.dtype in (torch.float32, torch.float64)
-        _check(wide_enough, f"{name} must be float32 or float64")
+        _check(buffer.dtype in WIDE, f"{name} must be float32 or float64")
     _check_input(x, None, min_val=min_val, max_val=max_val)
     if x.numel() == 0:
         return
@@ -293,9 +291,9 @@ def observe_histogram_(
     finite = values.isfinite()
     skipped = (~finite).sum()
     # Infinities never enter a histogram, and NaN raises where torch's would.
-    if nonfinite == RAISE:
+    if nonfinite == NonFinite.RAISE:
         _check_finite(skipped)
-    elif nonfinite == PROPAGATE:
+    elif nonfinite == NonFinite.PROPAGATE:
         _check_finite(values.isnan().any())
 
     low, high = min_val.reshape(()).to(wide), max_val.reshape(()).to(wide)
@@ -318,7 +316,7 @@ def observe_histogram_(
     histogram.copy_(torch.where(nothing, histogram.to(wide), combined))
     min_val.copy_(torch.where(nothing, low, new_low).reshape(min_val.shape))
     max_val.copy_(torch.where(nothing, high, new_high).reshape(max_val.shape))
-    if nonfinite == IGNORE:
+    if nonfinite == NonFinite.IGNORE:
         nonfinite_count.add_(skipped)
 
 
@@ -420,27 +418,12 @@ def choose_qparams(
     _check(min_val.numel() == max_val.numel(), "min_val and max_val must be of one size")
     compute = _compute_dtype(min_val)
     low, high = min_val.reshape(-1).to(compute), max_val.reshape(-1).to(compute)
-    smallest = eps.to(compute)
     unobserved = (low == INF) & (high == -INF)
-    # Divisors are tensors: by a number, some devices multiply with the reciprocal instead.
-    levels = low.new_full((), quant_max - quant_min)
-
-    if scheme == AFFINE_FLOAT_QPARAMS:
-        scale = (high - low) / levels
-        scale = torch.where(scale > smallest, scale, 1.0)
-        zero_point = (-low / scale).to(min_val.dtype)
-    elif scheme == SYMMETRIC:
-        reach = torch.maximum(-low.clamp(max=0), high.clamp(min=0))
-        scale = torch.maximum(reach / low.new_full((), (quant_max - quant_min) / 2), smallest)
-        zero_point = torch.full_like(low, symmetric_zero_point, dtype=torch.int64)
-    else:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = torch.maximum((high - low) / levels, smallest)
-        steps = torch.round(low / scale).nan_to_num(0.0).to(torch.int64)
-        zero_point = (quant_min - steps).clamp(quant_min, quant_max).to(torch.int32)
-    # Where eps is zero, nothing but zeros would make it zero.
-    scale = torch.where(unobserved | (scale == 0), 1.0, scale).to(min_val.dtype)
-    return scale, torch.where(unobserved, 0, zero_point)
+    config = (quant_min, quant_max, scheme, symmetric_zero_point)
+    scale, zero_point = qparams_of_range(low, high, eps.to(compute), *config)
+    scale = torch.where(unobserved, 1.0, scale).to(min_val.dtype)
+    zero_point = torch.where(unobserved, 0, zero_point)
+    return scale, zero_point.to(zero_point_dtype(min_val, scheme))
 
 
 # ------------------------------------------------------------------------------- fake-quantize

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _C
-from .fake_kernels import zero_point_dtype
+from .._core.qparams import zero_point_dtype
 from .fast_calls import goes_fast, is_compiling, is_grad_enabled, is_tracing, is_transformed, modes
 from .gradients import (
     below_autograd,
