@@ -30,8 +30,10 @@ from ._core.schemes import NONFINITE_CODES, NonFinitePolicy
 from ._core.state import ActivationPostProcess, misfit, qparams_error, refill_buffer, resize_buffer
 from ._native.graphs import FIRST_FORWARD_IN_GRAPH, may_be_run_in_graphs, run_in_graph
 from ._native.routes import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
+from ._torch.ao import _is_fake_quant_script_module
 from ._torch.compiling import outside_graphs
 from ._torch.counterparts import scriptable
+from ._torch.private import is_exporting
 from .observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -39,7 +41,6 @@ from .observer import (
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
-    _script_type,
     _with_args,
     default_fixed_qparams_range_0to1_observer,
     default_fixed_qparams_range_neg1to1_observer,
@@ -75,7 +76,6 @@ __all__ = [
 ]
 
 _is_compiling = torch.compiler.is_compiling
-_compiler: Any = torch.compiler
 
 _Self = TypeVar("_Self", bound="_LearnableFakeQuantize")
 
@@ -287,8 +287,7 @@ class FakeQuantize(FakeQuantizeBase):
         error = input_error(x)
         if error is not None:
             raise error
-        # Not is_exporting(), which is true in every graph of torch 2.11.
-        if _is_compiling() and not _compiler._is_exporting_flag:
+        if _is_compiling() and not is_exporting():
             run_in_graph(self, "_observe_in_steps", x)
         else:
             self._observe_in_steps(x)
@@ -677,16 +676,9 @@ LearnableFakeQuantize = _LearnableFakeQuantize
 # Switches for model.apply
 
 
-def _is_fake_quant_script_module(mod: object) -> bool:
-    """Whether `mod` is a scripted fake-quantizer."""
-    return _script_type(mod).endswith(
-        (".fake_quantize.FakeQuantize", ".fake_quantize.FusedMovingAvgObsFakeQuantize")
-    )
-
-
 def _is_fake_quant(mod: object) -> bool:
     # torch.ao's fake-quantizers are virtual subclasses of ours.
-    return isinstance(mod, FakeQuantizeBase) or _is_fake_quant_script_module(mod)
+    return isinstance(mod, FakeQuantizeBase) or _is_fake_quant_script_module(mod)  # type: ignore[no-untyped-call]
 
 
 def disable_fake_quant(mod: Any) -> None:

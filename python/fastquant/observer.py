@@ -7,7 +7,6 @@ observer's buffers where they lie; nothing is read back from the device.
 
 from __future__ import annotations
 
-import re
 import warnings
 from abc import ABC as ABC  # code takes it from here, as from torch.ao's module of this name
 from abc import abstractmethod
@@ -52,6 +51,8 @@ from ._torch.ao import (
     PerToken,
     TorchAODType,
     ZeroPointDomain,
+    _is_observer_script_module,
+    _is_per_channel_script_obs_instance,
     get_block_size,
 )
 from ._torch.compiling import outside_graphs
@@ -1064,31 +1065,11 @@ class ReuseInputObserver(_UnobservingObserver):
 # Which modules observe, and their state
 
 
-def _script_type(mod: object) -> str:
-    """The dotted name of a scripted module's type; empty for other modules."""
-    if not isinstance(mod, torch.jit.ScriptModule):
-        return ""
-    return re.sub(r"\.___torch_mangle_\d+", "", mod._c.qualified_name)
-
-
-def _is_observer_script_module(mod: object, obs_type_name: str) -> bool:
-    """Whether `mod` is a scripted observer of this (dotted) type."""
-    return obs_type_name in _script_type(mod)
-
-
 def _is_activation_post_process(module: object) -> bool:
     """Whether `module` is an observer or fake-quantizer, fastquant's or torch.ao's."""
     return isinstance(
         module, (ActivationPostProcess, AffineQuantizedObserverBase)
-    ) or _is_observer_script_module(module, "quantization.observer")
-
-
-def _is_per_channel_script_obs_instance(module: object) -> bool:
-    """Whether `module` is a scripted per-channel min/max observer."""
-    return any(
-        _is_observer_script_module(module, f"quantization.observer.{name}")
-        for name in ("PerChannelMinMaxObserver", "MovingAveragePerChannelMinMaxObserver")
-    )
+    ) or _is_observer_script_module(module, "quantization.observer")  # type: ignore[no-untyped-call]
 
 
 def _names_observer(mod: nn.Module) -> str:
@@ -1128,7 +1109,7 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> Non
         ):
             continue
         loaded.append((module, {k: v.clone() for k, v in module.state_dict().items()}))
-        scripted = _is_per_channel_script_obs_instance(module)
+        scripted = _is_per_channel_script_obs_instance(module)  # type: ignore[no-untyped-call]
         load = module._load_from_state_dict_script if scripted else module._load_from_state_dict
         cast(Any, load)(state, prefix, metadata.get(name, {}), True, missing, [], errors)
     part = _names_observer(mod)

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .._core.ranges import has_seen_nothing
 from .._torch import ao
 from .._torch.ao import nnq
+from .._torch.private import BatchNorm, Dropout
 from ..fake_quantize import FakeQuantizeBase
 from ..observer import _is_activation_post_process
 from ..quantization_mappings import (
@@ -52,7 +53,7 @@ def warn_of_training_mode(model: nn.Module) -> None:
     observers = [m for m in modules.values() if _is_activation_post_process(m)]
     trains = any(isinstance(m, FakeQuantizeBase) for m in observers)
     calibrates = not trains and any(hasattr(m, "min_val") for m in observers)
-    moody = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    moody = (BatchNorm, Dropout)
     training = [name for name, m in modules.items() if isinstance(m, moody) and m.training]
     if calibrates and training:
         warnings.warn(

@@ -18,6 +18,7 @@ from .._native.ops import quantize_per_channel
 from .._torch import ao
 from .._torch.ao import nni, nniq, nnq
 from .._torch.hooks import has_hooks_of_its_own
+from .._torch.private import per_channel_quantized, without_derivatives
 from ..utils import get_qparam_dict
 from .checks import Classes, has_qconfig, is_swapped_whole
 
@@ -124,16 +125,9 @@ def quantize_weight(weight: Tensor, observer: Any) -> Tensor:
             low, high = max(limits.quant_min, -128), min(limits.quant_max, 127)
             # What torch makes of integers is contiguous.
             integers = quantize_per_channel(weight.detach().contiguous(), scales, axis, low, high)
-            return torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis)
+            return per_channel_quantized(integers, scales, zero_points, axis)  # type: ignore[no-any-return]
     quantized: Tensor = ao.quantize_weight(weight, observer)  # type: ignore[no-untyped-call]
     return quantized
-
-
-# Packing reads each scale and zero point by operators of their own. Autograd, which nothing here
-# needs, has a large part in what that takes.
-_DERIVATIVES = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality) | (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-)
 
 
 @functools.cache
@@ -149,7 +143,9 @@ def _lean(target: Any) -> Any:
     class Lean(target):  # type: ignore[misc]
         def set_weight_bias(self, w: Tensor, b: Tensor | None) -> None:
             if "scale" in vars(self):  # which constructors set last
-                with torch._C._ExcludeDispatchKeyGuard(_DERIVATIVES):
+                # Packing reads each scale and zero point by an op of its own, and autograd takes
+                # a large part of their time.
+                with without_derivatives():
                     super().set_weight_bias(w, b)
 
     class LeanLinear(Lean):

@@ -6,20 +6,18 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import _C
+from .._torch import private
+from .._torch.private import is_tracing, takes_forward_derivatives
 
 is_compiling = torch.compiler.is_compiling
 is_grad_enabled = torch.is_grad_enabled
-modes = torch._C._len_torch_dispatch_stack
-_innermost_transform = torch._C._functorch.peek_interpreter_stack
-is_tracing = torch._C._is_tracing
 
 
 def is_transformed() -> bool:
     """Whether torch.func transforms, or forward-mode derivatives are taken (and refused)."""
-    return _innermost_transform() is not None or forward_ad._current_level >= 0
+    return private.innermost_transform() is not None or takes_forward_derivatives()
 
 
 def has_plain_gradients() -> bool:
@@ -29,24 +27,26 @@ def has_plain_gradients() -> bool:
 
 def _set_up_fast_calls() -> bool:
     """Let `_C` reach tensors without the dispatcher, where torch has what that takes."""
+    if private.exchange_api is None:
+        return False
     try:
         _C.set_up_fast_calls(
-            torch.Tensor.__dlpack_c_exchange_api__,
+            private.exchange_api,
             (Tensor, torch.nn.Parameter),
             # What intercepts ops has to see them: modes (fake tensors, export, a default device),
             # the transforms of torch.func, torch.jit.trace, the profiler.
             (
-                modes,
-                torch._C._len_torch_function_stack,
-                _innermost_transform,
+                private.dispatch_modes,
+                private.function_modes,
+                private.innermost_transform,
                 is_tracing,
-                torch._C._autograd._profiler_enabled,
+                private.is_profiling,
             ),
             Tensor.is_neg,
             torch.empty_like,
             functools.partial(torch.empty, dtype=torch.uint8, device=torch.device("cpu")),
         )
-    except (AttributeError, RuntimeError):
+    except RuntimeError:
         return False
     return True
 
@@ -61,4 +61,4 @@ def goes_fast() -> bool:
     What they cannot ask for themselves is asked here: they must not be seen while compiling, and
     torch keeps the level of forward-mode derivatives in Python.
     """
-    return fast_calls and not is_compiling() and forward_ad._current_level < 0
+    return fast_calls and not is_compiling() and not takes_forward_derivatives()

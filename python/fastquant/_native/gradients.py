@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .._torch.private import below_autograd
 from .fast_calls import goes_fast
 from .ops import (
     Op,
@@ -89,8 +90,6 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "fastquant::learnable_fake_quantize", _learnable_gradients, setup_context=_save_learnable
 )
-
-below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -9,16 +9,10 @@ import warnings
 
 import torch
 
-MINIMUM_TORCH = (2, 10)
+from .._torch import private as private  # refuses a torch that is too old
 
 
 def _load_library() -> None:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < MINIMUM_TORCH:
-        raise ImportError(
-            f"fastquant needs torch {'.'.join(map(str, MINIMUM_TORCH))} or newer, found "
-            f"{torch.__version__}: pip install --upgrade torch"
-        )
     try:
         importlib.import_module("fastquant._C")
     except ImportError as error:

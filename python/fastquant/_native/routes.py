@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .. import _C
 from .._core.qparams import zero_point_dtype
-from .fast_calls import goes_fast, is_compiling, is_grad_enabled, is_tracing, is_transformed, modes
+from .._torch.private import below_autograd, dispatch_modes, is_tracing
+from .fast_calls import goes_fast, is_compiling, is_grad_enabled, is_transformed
 from .gradients import (
-    below_autograd,
     learnable_with_gradients,
     transformable_fake_quantize,
     transformable_learnable,
@@ -84,7 +84,7 @@ def _can_read_flags(x: Tensor) -> bool:
     To read one of another device would be to wait for it, one that a mode makes out to be a fake
     tensor has no value, and in a graph it may change from call to call.
     """
-    return x.is_cpu and not is_compiling() and not is_tracing() and not modes()
+    return x.is_cpu and not is_compiling() and not is_tracing() and not dispatch_modes()
 
 
 def apply_fake_quantize(

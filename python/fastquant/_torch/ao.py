@@ -9,46 +9,52 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch.ao.nn.intrinsic as nni
-import torch.ao.nn.intrinsic.qat as nniqat
-import torch.ao.nn.intrinsic.quantized as nniq
-import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
-import torch.ao.nn.qat as nnqat
-import torch.ao.nn.qat.dynamic as nnqatd
-import torch.ao.nn.quantizable as nnquantizable
-import torch.ao.nn.quantized as nnq
-import torch.ao.nn.quantized.dynamic as nnqd
-import torch.ao.nn.quantized.reference as nnqr
-import torch.ao.nn.sparse.quantized as nnsq
-import torch.ao.nn.sparse.quantized.dynamic as nnsqd
-from torch.ao.nn.intrinsic.modules.fused import _FusedModule as FusedModule
-from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as conv_bn_base
-from torch.ao.nn.quantized.modules.utils import _quantize_weight as quantize_weight
-from torch.ao.quantization import observer as _observer
-from torch.ao.quantization import quantization_mappings as mappings
-from torch.ao.quantization.observer import (
-    AffineQuantizedObserverBase,
-    Granularity,
-    MappingType,
-    PerAxis,
-    PerBlock,
-    PerGroup,
-    PerRow,
-    PerTensor,
-    PerToken,
-    TorchAODType,
-    ZeroPointDomain,
-    get_block_size,
-)
-from torch.ao.quantization.qconfig_mapping import QConfigMapping
-from torch.ao.quantization.quantize import (
-    _observer_forward_hook as observer_forward_hook,
-)
-from torch.ao.quantization.quantize import (
-    _observer_forward_pre_hook as observer_forward_pre_hook,
-)
-from torch.ao.quantization.stubs import DeQuantStub, QuantStub, QuantWrapper
-from torch.ao.quantization.utils import MatchAllNode, NodePattern, Pattern
+from .private import required
+
+with required():
+    import torch.ao.nn.intrinsic as nni
+    import torch.ao.nn.intrinsic.qat as nniqat
+    import torch.ao.nn.intrinsic.quantized as nniq
+    import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
+    import torch.ao.nn.qat as nnqat
+    import torch.ao.nn.qat.dynamic as nnqatd
+    import torch.ao.nn.quantizable as nnquantizable
+    import torch.ao.nn.quantized as nnq
+    import torch.ao.nn.quantized.dynamic as nnqd
+    import torch.ao.nn.quantized.reference as nnqr
+    import torch.ao.nn.sparse.quantized as nnsq
+    import torch.ao.nn.sparse.quantized.dynamic as nnsqd
+    from torch.ao.nn.intrinsic.modules.fused import _FusedModule as FusedModule
+    from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as conv_bn_base
+    from torch.ao.nn.quantized.modules.utils import _quantize_weight as quantize_weight
+    from torch.ao.quantization import observer as _observer
+    from torch.ao.quantization import quantization_mappings as mappings
+    from torch.ao.quantization.fake_quantize import _is_fake_quant_script_module
+    from torch.ao.quantization.observer import (
+        AffineQuantizedObserverBase,
+        Granularity,
+        MappingType,
+        PerAxis,
+        PerBlock,
+        PerGroup,
+        PerRow,
+        PerTensor,
+        PerToken,
+        TorchAODType,
+        ZeroPointDomain,
+        _is_observer_script_module,
+        _is_per_channel_script_obs_instance,
+        get_block_size,
+    )
+    from torch.ao.quantization.qconfig_mapping import QConfigMapping
+    from torch.ao.quantization.quantize import (
+        _observer_forward_hook as observer_forward_hook,
+    )
+    from torch.ao.quantization.quantize import (
+        _observer_forward_pre_hook as observer_forward_pre_hook,
+    )
+    from torch.ao.quantization.stubs import DeQuantStub, QuantStub, QuantWrapper
+    from torch.ao.quantization.utils import MatchAllNode, NodePattern, Pattern
 
 __all__ = [
     "AffineQuantizedObserverBase",
@@ -71,6 +77,9 @@ __all__ = [
     "QuantWrapper",
     "TorchAODType",
     "ZeroPointDomain",
+    "_is_fake_quant_script_module",
+    "_is_observer_script_module",
+    "_is_per_channel_script_obs_instance",
     "conv_bn_base",
     "get_block_size",
     "mappings",

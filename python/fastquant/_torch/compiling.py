@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_DYNAMO = "torch._dynamo"
+from .private import DYNAMO
 
 
 class _AfterDynamo(MetaPathFinder):
@@ -27,7 +27,7 @@ class _AfterDynamo(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _DYNAMO:
+        if fullname != DYNAMO:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -49,7 +49,7 @@ _after_dynamo = _AfterDynamo()
 
 def when_compiling(task: Callable[[], None]) -> Callable[[], None]:
     """Run `task` once torch._dynamo is imported, which may be now. Usable as a decorator."""
-    if _DYNAMO in sys.modules:
+    if DYNAMO in sys.modules:
         task()
         return task
     if _after_dynamo not in sys.meta_path:

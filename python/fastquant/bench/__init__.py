@@ -35,10 +35,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from .. import patching, qconfig
+from .._torch.private import tree_leaves
 from ..fake_quantize import disable_fake_quant, enable_fake_quant
 from ..fuse_modules import fuse_modules, fuse_modules_qat
 from ..observer import _is_activation_post_process

@@ -1,0 +1,152 @@
+"""Every private name of torch that fastquant uses; those of torch.ao are in `ao`.
+
+A release of torch may rename or drop any of them. Each is therefore looked up once, when fastquant
+is imported, and has something in its place: a slower public way, an answer that makes callers take
+the slower way, or an error that names the supported releases. tests/test_private_names.py takes
+each of `NAMES` away and runs a model through prepare, training and convert.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .._version import __version__
+
+OLDEST, NEWEST = "2.10", "2.14"
+
+# What is looked up here, as paths below `torch`.
+NAMES: list[str] = []
+
+
+def _unsupported(reason: object) -> str:
+    return (
+        f"fastquant {__version__} supports torch {OLDEST} to {NEWEST} and found "
+        f"{torch.__version__}: {reason}"
+    )
+
+
+@contextmanager
+def required() -> Iterator[None]:
+    """Let an import that fails name the supported releases of torch."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(_unsupported(error)) from error
+
+
+def _find(path: str, otherwise: Any) -> Any:
+    """What is at `path` below torch, or `otherwise`."""
+    NAMES.append(path)
+    try:
+        return operator.attrgetter(path)(torch)
+    except AttributeError:
+        return otherwise
+
+
+def _assume_so() -> bool:
+    """For the place of a question: with this answer, callers take the way that is always right."""
+    return True
+
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+    raise ImportError(_unsupported("pip install --upgrade torch"))
+
+# --- what surrounds a call ------------------------------------------------------------------
+
+dispatch_modes = _find("_C._len_torch_dispatch_stack", _assume_so)
+function_modes = _find("_C._len_torch_function_stack", _assume_so)
+innermost_transform = _find("_C._functorch.peek_interpreter_stack", _assume_so)
+is_profiling = _find("_C._autograd._profiler_enabled", _assume_so)
+# The public function is a Python one, and asks about scripting too.
+is_tracing = _find("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+
+_missing = SimpleNamespace(_current_level=0, _is_exporting_flag=None)
+_levels: Any = _missing if _find("autograd.forward_ad._current_level", None) is None else forward_ad
+_flags: Any = _missing if _find("compiler._is_exporting_flag", None) is None else torch.compiler
+
+
+def takes_forward_derivatives() -> bool:
+    """Whether forward-mode derivatives are being taken; torch keeps their level in Python."""
+    return _levels._current_level >= 0  # type: ignore[no-any-return]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces.
+
+    torch.compiler.is_exporting serves only where the flag is missing: it returns True in every
+    graph of torch 2.11, exported or compiled.
+    """
+    flag = _flags._is_exporting_flag
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
+# --- tensors and dispatch -------------------------------------------------------------------
+
+# How `_C` reaches the memory of tensors without the dispatcher; without it, nothing does.
+exchange_api = _find("Tensor.__dlpack_c_exchange_api__", None)
+
+below_autograd = _find("_C._AutoDispatchBelowAutograd", torch.no_grad)
+
+
+def _without_derivatives() -> Callable[[], AbstractContextManager[Any]]:
+    exclude = _find("_C._ExcludeDispatchKeyGuard", None)
+    key_set = _find("_C.DispatchKeySet", None)
+    key = _find("_C.DispatchKey", None)
+    if exclude is None or key_set is None or key is None:
+        return torch.no_grad
+    return functools.partial(
+        exclude, key_set(key.AutogradFunctionality) | key_set(key.ADInplaceOrView)
+    )
+
+
+# A context in which ops go past autograd; under no_grad they go through it and record nothing.
+without_derivatives = _without_derivatives()
+
+
+def _quantized_again(integers: Tensor, scales: Tensor, zero_points: Tensor, axis: int) -> Tensor:
+    shape = [-1 if i == axis else 1 for i in range(integers.dim())]
+    values = (integers - zero_points.reshape(shape)) * scales.reshape(shape)
+    return torch.quantize_per_channel(values.float(), scales, zero_points, axis, torch.qint8)
+
+
+per_channel_quantized = _find("_make_per_channel_quantized_tensor", _quantized_again)
+
+# --- modules --------------------------------------------------------------------------------
+
+BatchNorm = _find(
+    "nn.modules.batchnorm._BatchNorm",
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+)
+Dropout = _find(
+    "nn.modules.dropout._DropoutNd",
+    (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if not isinstance(tree, (list, tuple)):
+        return [tree]
+    return [leaf for part in tree for leaf in _leaves(part)]
+
+
+tree_leaves = _find("utils._pytree.tree_leaves", _leaves)
+
+# --- the compiler ---------------------------------------------------------------------------
+
+# `compiling` waits for the import of this module, which has no public name.
+DYNAMO = "torch._dynamo"
+NAMES.append(DYNAMO.removeprefix("torch."))
+if importlib.util.find_spec(DYNAMO) is None:
+    raise ImportError(_unsupported(f"it has no {DYNAMO}"))
