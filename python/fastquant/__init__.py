@@ -35,7 +35,6 @@ from .fuse_modules import *
 from .fuse_modules import __all__ as _fuse_modules_names
 from .fuser_method_mappings import *
 from .merging import merge
-from .nn.qat import batch_norm as _batch_norm  # noqa: F401  (it teaches torch.ao's QAT modules)
 from .observer import *
 from .patching import Patch, adopt, patch_torch_ao
 from .qconfig import *

@@ -31,6 +31,7 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
+from .nn.qat.batch_norm import teach_torch_ao
 from .observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -426,6 +427,7 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
     if not inplace:
         model = copy.deepcopy(model)
     warn_of_root(model, mapping, "prepare_qat")
+    teach_torch_ao()
     with ao.quiet():
         propagate_qconfig_(model)
         _convert(model, mapping, inplace=True)
