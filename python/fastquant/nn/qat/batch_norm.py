@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._native.fast_calls import has_plain_gradients, modes
+from ..._native.fast_calls import has_plain_gradients
+from ..._native.routes import may_be_read
 from ..._torch.ao import conv_bn_base, nniqat
 from ...fake_quantize import FakeQuantizeBase
 
@@ -38,12 +39,9 @@ _Forward = Callable[[Any, Tensor], Tensor]
 
 
 def _zeros(scale: Tensor) -> Tensor | None:
-    """Which scales are 0; None where none is, which is asked beforehand of scales on the CPU only.
-
-    Another device would have to be waited for, and fake tensors have no values.
-    """
+    """Which scales are 0; None where it can be seen beforehand that none is."""
     # A list, since a model runs these few values through `in` faster than through an op.
-    if type(scale) is Tensor and scale.is_cpu and not modes() and 0.0 not in scale.tolist():
+    if type(scale) is Tensor and may_be_read(scale) and 0.0 not in scale.tolist():
         return None
     return scale == 0
 
