@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.ao.quantization as torch_quantization
 import torch.ao.quantization.fake_quantize as torch_fake_quantize
 import torch.ao.quantization.observer as torch_observer
 from torch import Tensor, nn
 
+import fastquant
 from fastquant import fake_quantize, observer
 from fastquant.observer import get_observer_state_dict, load_observer_state_dict
 from oracle import assert_same, assert_same_state, assert_unchanged, quiet, snapshot
@@ -147,6 +151,35 @@ def test_what_is_missing_or_unexpected_is_reported(name: str) -> None:
     del state["max_val"]
     with pytest.raises(RuntimeError, match=r'Missing key.*"max_val"'):
         ours(name).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_keys_are_torchs(name: str) -> None:
+    """Whatever is missing, in a fake-quantizer or in the observer inside it."""
+    expected_module, module = nn.Sequential(theirs(name)), nn.Sequential(ours(name))
+    state = nn.Sequential(theirs(name)).state_dict()
+    partial_states: list[Any] = [{}]
+    for key in state:
+        partial_states.append(state.copy())
+        partial_states[-1]._metadata = state._metadata
+        del partial_states[-1][key]
+    for partial in partial_states:
+        expected = expected_module.load_state_dict(partial, strict=False)
+        actual = module.load_state_dict(partial, strict=False)
+        assert set(actual.missing_keys) == set(expected.missing_keys)
+        assert set(actual.unexpected_keys) == set(expected.unexpected_keys)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_lacks_something_is_not_loaded(name: str) -> None:
+    state = calibrate(ours(name)).state_dict()
+    module = calibrate(ours(name), seed=1)
+    before = snapshot(module)
+    missing = "scale" if "scale" in state else "min_val"
+    del state[missing]
+    assert module.load_state_dict(state, strict=False).missing_keys == [missing]
+    if name != "learnable":
+        assert_unchanged(module, before)
 
 
 def test_a_histogram_of_another_size_does_not_load() -> None:
@@ -288,6 +321,181 @@ def test_modules_convert_to_other_dtypes(name: str, dtype: torch.dtype, when: st
 def test_fixed_qparams_stay_shared_in_a_copy() -> None:
     copied = copy.deepcopy(ours("default_fixed_qparams_range_0to1_fake_quant"))
     assert copied.scale is copied.activation_post_process.scale
+
+
+def torchs_pickled(name: str, calibrated: bool) -> Any:
+    """What torch.ao has pickled, read under the patch."""
+    module = theirs(name)
+    if calibrated:
+        calibrate(module)
+    data = pickle.dumps(module)
+    with fastquant.patch_torch_ao():
+        return pickle.loads(data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_modules_that_torch_pickled_work_under_the_patch(name: str, calibrated: bool) -> None:
+    if "fused" in name and calibrated:
+        pytest.skip("torch's fused op has qparams of its own")
+    module = torchs_pickled(name, calibrated)
+    expected = ours(name)
+    assert type(module) is type(expected)
+    if calibrated:
+        calibrate(expected)
+    assert_goes_on_like(module, expected)
+    copied = copy.deepcopy(torchs_pickled(name, calibrated))
+    assert_goes_on_like(pickled(copied), expected_after(name, calibrated))
+    assert not {key for key in module.state_dict() if "nonfinite" in key}
+
+
+def expected_after(name: str, calibrated: bool) -> Any:
+    return calibrate(ours(name)) if calibrated else ours(name)
+
+
+def test_models_that_torch_pickled_work_under_the_patch() -> None:
+    model = nn.Sequential(torch_quantization.QuantStub(), nn.Linear(4, 3)).eval()
+    model.qconfig = torch_quantization.get_default_qconfig("x86")  # type: ignore[assignment]
+    x = torch.randn(5, 4)
+    with quiet():
+        prepared = torch_quantization.prepare(model)
+        for module in prepared.modules():
+            vars(module).pop("qconfig", None)  # which torch.ao has made one that cannot be pickled
+        prepared(x)
+        data = pickle.dumps(prepared)
+        with fastquant.patch_torch_ao():
+            read = pickle.loads(data)
+        for each in (prepared, read):
+            each(2 * x)
+    for own, expected in zip(read, prepared, strict=True):
+        assert type(own.activation_post_process) is observer.HistogramObserver
+        assert_same_state(own, expected)
+
+
+# Written by version 0.1.0: modules that have seen data[0] and data[1], prepared models that have
+# seen images.
+PICKLED = Path(__file__).parent / "data" / "pickled_modules.pt"
+
+
+def test_modules_that_an_older_version_pickled_go_on_where_they_were() -> None:
+    with quiet():
+        read = torch.load(PICKLED, weights_only=False)
+    data, images, modules = read["data"], read["images"], read["modules"]
+    fresh: dict[str, Any] = {
+        "minmax": observer.MinMaxObserver(),
+        "average": observer.MovingAverageMinMaxObserver(),
+        "channels": observer.PerChannelMinMaxObserver(
+            dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+        ),
+        "average_channels": observer.MovingAveragePerChannelMinMaxObserver(),
+        "histogram": observer.HistogramObserver(bins=64),
+        "fixed": observer.default_fixed_qparams_range_0to1_observer(),
+        "fake_quantize": fake_quantize.default_fake_quant(),
+        "fused": fake_quantize.default_fused_per_channel_wt_fake_quant(),
+        "fixed_fake_quantize": fake_quantize.default_fixed_qparams_range_0to1_fake_quant(),
+        "learnable": fake_quantize.LearnableFakeQuantize(observer.MovingAverageMinMaxObserver),
+    }
+    prepared = {modules.pop("prepared"), modules.pop("prepared_for_training")}
+    assert modules.keys() == fresh.keys()
+    for name, module in modules.items():
+        for x in data[:2]:
+            fresh[name](x)
+        assert_same_state(module, fresh[name])
+        for again in (module, pickled(module)):
+            assert_same(again(data[2]), copy.deepcopy(fresh[name])(data[2]))
+            again(data[1])
+        fresh[name](data[2])
+        fresh[name](data[1])
+        assert_same_state(module, fresh[name])
+    for model in prepared:
+        with quiet():
+            model(images)
+            converted = fastquant.convert(model.eval())
+        assert type(converted[1]).__name__ == "ConvReLU2d"
+        assert converted(images).isfinite().all()
+
+
+# ---------------------------------------------------------------------- devices and meta tensors
+
+
+def prepared_for_training(device: str) -> nn.Module:
+    with torch.device(device):
+        model = nn.Sequential(fastquant.QuantStub(), nn.Linear(4, 4), fastquant.DeQuantStub())
+        model.train().qconfig = fastquant.get_default_qat_qconfig("x86")  # type: ignore[assignment]
+        return fastquant.prepare_qat(model)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_models_made_on_meta_are_whole_once_a_state_is_loaded(assign: bool) -> None:
+    written, read = prepared_for_training("cpu"), prepared_for_training("meta")
+    x = torch.randn(8, 4)
+    written(x)
+    if not assign:
+        read.to_empty(device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read.load_state_dict(saved(written), assign=assign)
+    assert_unchanged(read, snapshot(written))
+    assert_same(read(2 * x), written(2 * x))
+    assert_same_state(read, written)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*NaN")
+        fastquant.convert(read.eval())
+
+
+def poison(fill: int) -> Callable[..., Tensor]:
+    """torch.empty_like as unlucky as it may be."""
+    empty_like = torch.empty_like
+    return lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(fill)
+
+
+@pytest.mark.parametrize("start", ["cpu", "meta"])
+def test_to_empty_leaves_no_count_undefined(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = observer.MinMaxObserver(factory_kwargs={"device": start})
+    if start == "cpu":
+        module(torch.tensor([1.0, float("nan")]))
+    monkeypatch.setattr(torch, "empty_like", poison(10**18))
+    module.to_empty(device="cpu")
+    assert module.min_val > 1e17
+    assert int(module.nonfinite_count) == (1 if start == "cpu" else 0)
+
+
+def test_loading_a_state_starts_the_count_anew() -> None:
+    """What a state's statistics have left out is not known."""
+    module = observer.MinMaxObserver()
+    module(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({})
+    assert int(module.nonfinite_count) == 1
+    module.load_state_dict(calibrate(observer.MinMaxObserver()).state_dict())
+    assert int(module.nonfinite_count) == 0
+
+
+def test_counts_move_with_their_observer() -> None:
+    module = observer.MinMaxObserver()
+    module(torch.tensor([1.0, float("nan")]))
+    for move in (module.double, module.cpu, module.share_memory):
+        move()
+        assert int(module.nonfinite_count) == 1
+    module.to("meta")
+    assert module.nonfinite_count.is_meta
+
+
+@pytest.mark.parametrize("name", ["MinMaxObserver", "PerChannelMinMaxObserver"])
+def test_a_state_loads_into_parameters_in_the_place_of_buffers(name: str) -> None:
+    written, read = calibrate(ours(name)), ours(name)
+    for key in ("min_val", "max_val"):
+        value = getattr(read, key).clone()
+        delattr(read, key)
+        setattr(read, key, nn.Parameter(value, requires_grad=key == "min_val"))
+    read.load_state_dict(written.state_dict())
+    for key in ("min_val", "max_val"):
+        assert isinstance(getattr(read, key), nn.Parameter)
+        assert_same(getattr(read, key).detach(), getattr(written, key))
+    wrong = {**written.state_dict(), "min_val": torch.tensor(float("nan")).expand_as(read.min_val)}
+    with pytest.raises(RuntimeError, match="finite and in order"):
+        read.load_state_dict(wrong)
+    assert_same(read.min_val.detach(), written.min_val)
 
 
 # ------------------------------------------------------------------- states of observers alone

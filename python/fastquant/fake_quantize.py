@@ -27,7 +27,7 @@ from ._core.arguments import (
 )
 from ._core.locks import RESIZING
 from ._core.schemes import NONFINITE_CODES, NonFinitePolicy
-from ._core.state import ActivationPostProcess, misfit, qparams_error, refill_buffer, resize_buffer
+from ._core.state import ActivationPostProcess, does_not_fit, qparams_error, refill, resized
 from ._native.graphs import FIRST_FORWARD_IN_GRAPH, may_be_run_in_graphs, run_in_graph
 from ._native.routes import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
 from ._torch.ao import _is_fake_quant_script_module
@@ -298,8 +298,8 @@ class FakeQuantize(FakeQuantizeBase):
         if not self.observer_enabled.is_meta and self.observer_enabled:
             self.activation_post_process(x.detach())
             scale, zero_point = self.calculate_qparams()
-            resize_buffer(self, "scale", scale.shape).copy_(scale)
-            resize_buffer(self, "zero_point", zero_point.shape).copy_(zero_point)
+            resized(self, "scale", scale.shape).copy_(scale)
+            resized(self, "zero_point", zero_point.shape).copy_(zero_point)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         observer = self.activation_post_process
@@ -341,12 +341,12 @@ class FakeQuantize(FakeQuantizeBase):
             before = [getattr(module, name).clone() for module, name, _ in buffers]
             for module, name, unobserved in buffers:
                 if getattr(module, name).numel() != channels:
-                    refill_buffer(module, name, (channels,), unobserved)
+                    refill(module, name, (channels,), unobserved)
             try:
                 return self.forward(x)
             except Exception:
                 for (module, name, _), old in zip(buffers, before, strict=True):
-                    resize_buffer(module, name, old.shape).copy_(old)
+                    resized(module, name, old.shape).copy_(old)
                 raise
 
     def _explained(
@@ -389,22 +389,25 @@ class FakeQuantize(FakeQuantizeBase):
         error_msgs: list[str],
     ) -> None:
         """Load a state whole, the observer's with it, or not at all."""
+        of_observer = f"{prefix}activation_post_process."
+        observers = {
+            key.removeprefix(of_observer): value
+            for key, value in state_dict.items()
+            if key.startswith(of_observer)
+        }
         saved = {
             name: state_dict[prefix + name]
             for name in ("scale", "zero_point")
             if prefix + name in state_dict
         }
-        of_observer = f"{prefix}activation_post_process."
-        if self._observer_refuses(state_dict, of_observer, strict):
-            return  # and the observer says so itself
 
         def load() -> None:
             problem = qparams_error(saved, self.is_per_channel)
             if problem is not None:
-                error_msgs.append(misfit(prefix, problem))
+                error_msgs.append(does_not_fit(prefix, problem))
                 return
             for name, value in saved.items():
-                resize_buffer(self, name, value.shape)
+                resized(self, name, value.shape)
             super(FakeQuantize, self)._load_from_state_dict(
                 state_dict,
                 prefix,
@@ -415,21 +418,25 @@ class FakeQuantize(FakeQuantizeBase):
                 error_msgs,
             )
 
-        if not self._load_whole(load, missing_keys, error_msgs):
-            # What comes next is the observer's turn: it is to stay as it is, too.
+        # What is missing or wrong with the observer's part, it says itself, in its turn.
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        accepted = self._observer_takes(observers, assign)
+        if self._load_whole(load, missing_keys, error_msgs, wanted=accepted):
+            return
+        if observers and accepted:
+            # It is to stay as it is, too.
             own = self.activation_post_process.state_dict(keep_vars=True)
             state_dict.update({of_observer + name: value for name, value in own.items()})
 
-    def _observer_refuses(self, state_dict: Mapping[str, Any], prefix: str, strict: bool) -> bool:
-        """Whether the observer will not load its part of a state."""
-        part = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        if not part:
-            return False
+    def _observer_takes(self, state: Mapping[str, Any], assign: bool) -> bool:
+        """Whether the observer can load its part of a state, or there is none."""
+        if not state:
+            return True
         trial = copy.deepcopy(self.activation_post_process)
         try:
-            return strict and bool(trial.load_state_dict(part, strict=False).missing_keys)
+            return not trial.load_state_dict(state, strict=False, assign=assign).missing_keys
         except RuntimeError:
-            return True
+            return False
 
 
 outside_graphs(FakeQuantize, "_forward_first", FIRST_FORWARD_IN_GRAPH)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ._core.ranges import INF, is_unobserved, kinds_of_range, range_error
-from ._core.state import resize_buffer
+from ._core.state import resized
 from ._native.ops import choose_qparams, search_histogram_range
 from ._native.reference import _widest_dtype, moved_histogram
 from .fake_quantize import FakeQuantize, FakeQuantizeBase, LearnableFakeQuantize
@@ -287,7 +287,7 @@ def write(model: nn.Module, statistics: Sequence[Statistics], new: Sequence[Merg
     for s, m in zip(statistics, new, strict=True):
         module = modules[s.name]
         for name, value in (("min_val", m.min_val), ("max_val", m.max_val)):
-            resize_buffer(module, name, value.shape).copy_(value)
+            resized(module, name, value.shape).copy_(value)
         if s.histogram is not None and m.histogram is not None:
             s.histogram.copy_(m.histogram.reshape(s.histogram.shape))
         if s.nonfinite_count is not None:
@@ -315,8 +315,8 @@ def _refresh_qparams(module: nn.Module) -> None:
         isinstance(module, FakeQuantizeBase) and {"scale", "zero_point"} <= module._buffers.keys()
     ):
         scale, zero_point = module.calculate_qparams()
-        resize_buffer(module, "scale", scale.shape).copy_(scale)
-        resize_buffer(module, "zero_point", zero_point.shape).copy_(zero_point)
+        resized(module, "scale", scale.shape).copy_(scale)
+        resized(module, "zero_point", zero_point.shape).copy_(zero_point)
 
 
 # --------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from ._core.locks import RESIZING
 from ._core.qparams import symmetric_zero_point
 from ._core.ranges import INF, UNOBSERVED, is_observed, range_error
 from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, WIDE, NonFinitePolicy, Scheme
-from ._core.state import ActivationPostProcess, misfit, qparams_error, refill_buffer, resize_buffer
+from ._core.state import ActivationPostProcess, does_not_fit, qparams_error, refill, resized
 from ._native.graphs import FIRST_FORWARD_IN_GRAPH
 from ._native.ops import choose_qparams, search_histogram_range
 from ._native.routes import histogram_qparams, observe_histogram, observe_minmax
@@ -327,10 +327,11 @@ class _RangeObserver(UniformQuantizationObserverBase):
     """Keeps a range: buffers `min_val` and `max_val`, +inf and -inf where nothing was observed.
 
     Per tensor they are 0-dim. Per channel they are `[channels]`, and `[0]` until the first
-    tensor comes. A third buffer, `nonfinite_count` (int64 `[1]`, not saved), counts the
-    elements that were left out under `nonfinite="ignore"`.
+    tensor comes. A third buffer, `nonfinite_count` (int64 `[1]`), counts the elements that were
+    left out under `nonfinite="ignore"`. It is in no state, and starts at zero when one is loaded.
     """
 
+    _counters = ("nonfinite_count",)
     _per_channel: ClassVar[bool] = False
 
     min_val: Tensor
@@ -363,7 +364,17 @@ class _RangeObserver(UniformQuantizationObserverBase):
         shape = (0,) if self._per_channel else ()
         for name, unobserved in UNOBSERVED:
             self.register_buffer(name, torch.full(shape, unobserved, **factory))
-        count = torch.zeros(1, dtype=torch.int64, device=factory.get("device"))
+        self._register_counter(factory.get("device"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A module that torch.ao pickled, read while its classes are patched to be ours.
+        self.__dict__.setdefault("nonfinite", "ignore")
+        if "nonfinite_count" not in self._buffers:
+            self._register_counter(self.eps.device)
+
+    def _register_counter(self, device: torch.device | None) -> None:
+        count = torch.zeros(1, dtype=torch.int64, device=device)
         self.register_buffer("nonfinite_count", count, persistent=False)
 
     def _measures_anew(self) -> bool:
@@ -378,7 +389,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         """Forget what was observed."""
         shape = (0,) if self._per_channel else self.min_val.shape
         for name, unobserved in UNOBSERVED:
-            resize_buffer(self, name, shape).fill_(unobserved)
+            resized(self, name, shape).fill_(unobserved)
         self.nonfinite_count.zero_()
 
     def extra_repr(self) -> str:
@@ -435,22 +446,24 @@ class _RangeObserver(UniformQuantizationObserverBase):
             value = state_dict.get(key)
             if not self._per_channel and isinstance(value, Tensor) and value.shape == (0,):
                 state_dict[key] = value.new_full((), unobserved)
-        candidates: tuple[str, ...] = ("histogram", "min_val", "max_val")
-        names = [n for n in candidates if n in self._buffers]
-        missing = [prefix + n for n in names if prefix + n not in state_dict]
-        if missing:
-            missing_keys += missing
-            return
-        statistics = {n: state_dict[prefix + n] for n in names}
-        problem = self._state_error(statistics) or _eps_error(state_dict.get(prefix + "eps"))
-        if problem is not None:
-            error_msgs.append(misfit(prefix, problem))
-            return
+        if self._per_channel:
+            # torch.ao does not ask for it here.
+            state_dict.setdefault(prefix + "eps", self.eps)
+        own = self._buffers.keys() | self._parameters.keys()
+        names = [name for name in ("histogram", "min_val", "max_val") if name in own]
+        statistics: dict[str, Any] = {
+            name: state_dict[prefix + name] for name in names if prefix + name in state_dict
+        }
+        if len(statistics) == len(names):
+            problem = self._state_error(statistics) or _eps_error(state_dict.get(prefix + "eps"))
+            if problem is not None:
+                error_msgs.append(does_not_fit(prefix, problem))
+                return
 
         def load() -> None:
             if self._per_channel:
-                for name, _ in UNOBSERVED:
-                    resize_buffer(self, name, statistics[name].shape)
+                for name, value in statistics.items():
+                    resized(self, name, value.shape)
             super(_RangeObserver, self)._load_from_state_dict(
                 state_dict,
                 prefix,
@@ -467,8 +480,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         """What is wrong with saved statistics; None where they fit this observer."""
         held = dict(statistics)
         for name, value in statistics.items():
-            buffer = self._buffers[name]
-            assert buffer is not None
+            buffer: Tensor = getattr(self, name)
             if not isinstance(value, Tensor):
                 return f"{name} must be a tensor, got {type(value).__name__}"
             if name != "histogram" and self._per_channel:
@@ -481,6 +493,8 @@ class _RangeObserver(UniformQuantizationObserverBase):
             if value.is_floating_point():
                 # What is beyond a narrower buffer is not finite there.
                 held[name] = value.to(buffer.dtype)
+        if not held.keys() >= {"min_val", "max_val"}:
+            return None  # plain tensors in their place, which no state has
         finite = self.nonfinite != "propagate"
         return range_error(**held, finite=finite, may_cross=self._is_average())
 
@@ -545,12 +559,12 @@ class _MinMax(_RangeObserver):
         with RESIZING:
             if self.max_val.numel() == 0:
                 for name, unobserved in UNOBSERVED:
-                    refill_buffer(self, name, (channels,), unobserved)
+                    refill(self, name, (channels,), unobserved)
                 try:
                     return self.forward(x)
                 except Exception:
                     for name, _ in UNOBSERVED:
-                        resize_buffer(self, name, (0,))
+                        resized(self, name, (0,))
                     raise
         # Another thread's tensor came first.
         return self.forward(x)
@@ -962,7 +976,7 @@ class FixedQParamsObserver(ObserverBase):
             {n: state_dict[prefix + n] for n in names if prefix + n in state_dict}, False
         )
         if problem is not None:
-            args[-1].append(misfit(prefix, problem))
+            args[-1].append(does_not_fit(prefix, problem))
             return
         load = partial(super()._load_from_state_dict, state_dict, prefix, *args)
         self._load_whole(load, args[2], args[4])
@@ -1125,12 +1139,8 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> Non
 def _put_back(module: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Give a module back the state it had, sizes included."""
     for key, value in before.items():
-        *path, name = key.split(".")
-        owner = module.get_submodule(".".join(path))
-        if isinstance(owner._buffers.get(name), Tensor):
-            resize_buffer(owner, name, value.shape).copy_(value)
-        elif isinstance(owner._parameters.get(name), Tensor):
-            owner._parameters[name].data.copy_(value)  # type: ignore[union-attr]
+        path, _, name = key.rpartition(".")
+        resized(module.get_submodule(path), name, value.shape).copy_(value)
 
 
 # --------------------------------------------------------------------------------------------

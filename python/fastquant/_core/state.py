@@ -18,22 +18,26 @@ class KeepsState(nn.Module):
     No conversion makes those in `_kept_precise` narrower than fp32, `half()` for one: ranges and
     scales are too large or too small for fp16 soon, and neither moving averages nor counts move in
     it once they are large beside what is added. A state loads whole or not at all.
+
+    Those in `_counters` are in no state. They begin at zero when a state is loaded, follow the
+    other buffers wherever these go, and are never left undefined.
     """
 
     _kept_precise: ClassVar[tuple[str, ...]] = ()
+    _counters: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: self._buffers.get(name) for name in self._kept_precise}
+        kept = (*self._kept_precise, *self._counters)
+        before = {name: self._buffers.get(name) for name in kept}
         result: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers.get(name)
-            if (
-                old is not None
-                and new is not None
-                and new.is_floating_point()
-                and new.dtype not in WIDE
-                and old.dtype in WIDE
-            ):
+            if old is None or new is None or new is old:
+                continue
+            if name in self._counters:
+                # `fn` may be that of `to_empty`.
+                new.zero_() if old.is_meta else new.copy_(old)
+            elif new.is_floating_point() and new.dtype not in WIDE and old.dtype in WIDE:
                 self._buffers[name] = old.to(new.device)
         return result
 
@@ -45,17 +49,42 @@ class KeepsState(nn.Module):
                 state_dict[key] = value.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _load_whole(self, load: Callable[[], None], *faults: list[str]) -> bool:
-        """Run `load`; where it adds to `faults`, put back what buffers held, and return False."""
-        before = [(k, b, b.clone()) for k, b in self._buffers.items() if b is not None]
+    def _load_whole(
+        self, load: Callable[[], None], *faults: list[str], wanted: bool = True
+    ) -> bool:
+        """Run `load`; unless it is `wanted` and adds nothing to `faults`, undo what it did.
+
+        Returns:
+            Whether what was loaded stays.
+        """
+        owners: tuple[dict[str, Any], ...] = (self._buffers, self._parameters)
+        before = [
+            (owner, name, tensor, tensor.detach().clone())
+            for owner in owners
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
         count = sum(map(len, faults))
         load()
-        if sum(map(len, faults)) == count:
+        if wanted and sum(map(len, faults)) == count:
+            self._restart_counters()
             return True
-        for name, buffer, value in before:
-            self._buffers[name] = buffer
-            resize_buffer(self, name, value.shape).copy_(value)
+        for owner, name, tensor, value in before:
+            owner[name] = tensor
+            resized(self, name, value.shape).copy_(value)
         return False
+
+    def _restart_counters(self) -> None:
+        """Count from zero, where the other buffers lie now."""
+        others = (b for n, b in self._buffers.items() if b is not None and n not in self._counters)
+        device = next((buffer.device for buffer in others), None)
+        for name in self._counters:
+            counter = self._buffers[name]
+            assert counter is not None
+            if device in (None, counter.device):
+                counter.zero_()
+            else:
+                self._buffers[name] = torch.zeros_like(counter, device=device)
 
 
 class ActivationPostProcess(ABC, KeepsState):
@@ -65,7 +94,7 @@ class ActivationPostProcess(ABC, KeepsState):
     """
 
 
-def misfit(prefix: str, problem: str) -> str:
+def does_not_fit(prefix: str, problem: str) -> str:
     """What `load_state_dict` is to say of the state of the module at `prefix`."""
     where = f" of {prefix[:-1]}" if prefix else ""
     return f"the state{where} does not fit: {problem}"
@@ -100,27 +129,26 @@ def qparams_error(saved: Mapping[str, object], per_channel: bool) -> str | None:
     return None
 
 
-def resize_buffer(module: nn.Module, name: str, shape: Sequence[int]) -> Tensor:
-    """Give a buffer of `module` another shape, in place where its storage allows that.
+def resized(module: nn.Module, name: str, shape: Sequence[int]) -> Tensor:
+    """A tensor of `module`, given another shape, to be written to.
 
-    Storage from `torch.load` does not. What the buffer holds afterwards is undefined.
+    Mostly a buffer; users put parameters and plain tensors in the place of buffers. What it holds
+    afterwards is undefined where the shape was another one.
     """
-    buffer = module._buffers[name]
-    assert buffer is not None
-    if buffer.shape == tuple(shape):
-        return buffer
-    # An inference tensor could not be updated outside inference mode.
-    with torch.inference_mode(False):
-        if buffer.untyped_storage().resizable():
-            buffer.resize_(shape)
-        else:
-            buffer = module._buffers[name] = buffer.new_empty(shape)
-    return buffer
+    tensor: Tensor = getattr(module, name)
+    if tensor.shape != tuple(shape):
+        # An inference tensor could not be updated outside inference mode.
+        with torch.inference_mode(False):
+            if tensor.untyped_storage().resizable() and not tensor.requires_grad:
+                tensor.resize_(shape)
+            else:
+                # As from torch.load.
+                tensor.data = tensor.new_empty(shape)
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
-def refill_buffer(module: nn.Module, name: str, shape: Sequence[int], value: float) -> None:
-    """Give a buffer another shape and one value; other threads see it before or after that."""
-    buffer = module._buffers[name]
-    assert buffer is not None
+def refill(module: nn.Module, name: str, shape: Sequence[int], value: float) -> None:
+    """Give a tensor of `module` another shape and one value; other threads see both or neither."""
+    tensor: Tensor = getattr(module, name)
     with torch.inference_mode(False):
-        buffer.data = torch.full(shape, value, dtype=buffer.dtype, device=buffer.device)
+        tensor.data = torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
