@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ._conversion.checks import _listing, nonfinite_counts
+from ._conversion.checks import listed, nonfinite_counts
 from .observer import _is_activation_post_process
 from .utils import _assert_and_get_unique_device
 
@@ -221,6 +221,6 @@ def _warn_of_nonfinite(before: Mapping[str, int], after: Mapping[str, int]) -> N
     if seen:
         warnings.warn(
             "NaN or infinite values met in calibration were left out of the statistics, by layer: "
-            + _listing(seen),
+            + listed(seen),
             stacklevel=3,
         )

@@ -11,17 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ._conversion.checks import (
-    Classes,
-    check_prepared,
-    has_qconfig,
-    is_swapped_whole,
-    warn_of_nonfinite,
-    warn_of_root,
-    warn_of_training_mode,
-    warn_of_uncalibrated,
-)
-from ._conversion.weights import copy_to_convert, from_float
+from ._conversion import checks, swapping
+from ._conversion.plan import Classes, Entry, Plan, has_qconfig, look_up
 from ._torch import ao
 from ._torch.ao import nnq, nnquantizable
 from ._torch.counterparts import IN_PREPARED_MODEL
@@ -31,7 +22,6 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
-from .nn.qat.batch_norm import teach_torch_ao
 from .observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -367,7 +357,7 @@ def prepare(
     if not inplace:
         model = copy.deepcopy(model)
     _prepare(model, allow_list, observer_non_leaf_module_list, prepare_custom_config_dict)
-    warn_of_training_mode(model)
+    checks.warn_of_training_mode(model)
     return model
 
 
@@ -426,11 +416,11 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
         mapping = get_default_qat_module_mappings()
     if not inplace:
         model = copy.deepcopy(model)
-    warn_of_root(model, mapping, "prepare_qat")
-    teach_torch_ao()
     with ao.quiet():
         propagate_qconfig_(model)
-        _convert(model, mapping, inplace=True)
+    plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None))
+    checks.warn_of_root(plan)
+    swapping.swap(plan)
     _prepare(model, observer_non_leaf_module_list=mapping.values())
     return model
 
@@ -471,26 +461,38 @@ def convert(
             module cannot be converted, which it names.
     """
     check_is_module("convert", module)
-    if mapping is None:
-        mapping = _default_mapping(is_reference)
-    custom = _observed_to_quantized(convert_custom_config_dict)
-    check_prepared(module, mapping, custom)
-    warn_of_root(module, mapping, "convert")
-    warn_of_uncalibrated(module, mapping, custom)
-    warn_of_nonfinite(module)
-    settle = None
-    if not inplace:
-        module, settle = copy_to_convert(module, mapping, custom, remove_qconfig)
-    _convert(
+    return _check_and_convert(
+        "convert",
         module,
         mapping,
-        inplace=True,
-        is_reference=is_reference,
-        convert_custom_config_dict=convert_custom_config_dict,
-        use_precomputed_fake_quant=use_precomputed_fake_quant,
+        inplace,
+        remove_qconfig,
+        is_reference,
+        convert_custom_config_dict,
+        use_precomputed_fake_quant,
     )
-    if settle is not None:
-        settle()
+
+
+def _check_and_convert(
+    function: str,
+    module: _Module,
+    mapping: Classes | None = None,
+    inplace: bool = True,
+    remove_qconfig: bool = True,
+    is_reference: bool = False,
+    convert_custom_config_dict: Mapping[str, Any] | None = None,
+    use_precomputed_fake_quant: bool = False,
+) -> _Module:
+    """`convert`, called by `function`, which messages name."""
+    if mapping is None:
+        mapping = _default_mapping(is_reference)
+    plan = Plan(function, module, mapping, _observed_to_quantized(convert_custom_config_dict))
+    checks.check(plan)
+    checks.warn(plan)
+    if inplace:
+        swapping.swap(plan, use_precomputed_fake_quant)
+    else:
+        module = swapping.swap_in_copy(plan, use_precomputed_fake_quant, remove_qconfig)
     if remove_qconfig:
         _remove_qconfig(module)
     return module
@@ -510,8 +512,7 @@ def _convert(
     if not inplace:
         module = copy.deepcopy(module)
     custom = _observed_to_quantized(convert_custom_config_dict)
-    with ao.quiet():
-        _swap_children(module, "", mapping, custom, use_precomputed_fake_quant, {})
+    swapping.swap(Plan("convert", module, mapping, custom), use_precomputed_fake_quant)
     return module
 
 
@@ -526,31 +527,6 @@ def _observed_to_quantized(config: Mapping[str, Any] | None) -> Classes:
         config = _DEFAULT_CUSTOM_CONFIG_DICT
     classes: Classes = config.get("observed_to_quantized_custom_module_class", {})
     return classes
-
-
-def _swap_children(
-    module: nn.Module,
-    path: str,
-    mapping: Classes,
-    custom: Classes,
-    use_precomputed: bool,
-    swapped: dict[nn.Module, nn.Module],
-) -> None:
-    """Swap what is below `module`; a module that is there twice stays one module."""
-    for name, child in list(module._modules.items()):
-        if child is None:
-            continue
-        if child not in swapped:
-            child_path = f"{path}.{name}" if path else name
-            if not is_swapped_whole(child, custom):
-                _swap_children(child, child_path, mapping, custom, use_precomputed, swapped)
-            try:
-                swapped[child] = _swap(child, mapping, custom, use_precomputed)
-            except QuantizationError:
-                raise
-            except AssertionError as error:
-                raise QuantizationError(f"cannot convert {child_path}: {error}") from error
-        module._modules[name] = swapped[child]
 
 
 def swap_module(
@@ -577,24 +553,14 @@ def swap_module(
     Raises:
         QuantizationError: the module lies on several devices.
     """
-    with ao.quiet():
-        return _swap(mod, mapping, custom_module_class_mapping, use_precomputed_fake_quant)
-
-
-def _swap(mod: nn.Module, mapping: Classes, custom: Classes, use_precomputed: bool) -> nn.Module:
-    kind = type_before_parametrizations(mod)
-    if not has_qconfig(mod) or (kind not in custom and kind not in mapping):
+    target, how = look_up(mod, mapping, custom_module_class_mapping)
+    if how is None or not has_qconfig(mod):
         return mod
-    device = _unique_device(mod, "convert")
-    swapped: nn.Module
-    if kind in custom:
-        swapped = custom[kind].from_observed(mod)
-    else:
-        swapped = from_float(mapping[kind], mod, use_precomputed)
-    if swapped is not mod:
-        copy_forward_pre_hooks(mod, swapped)
-        copy_forward_hooks(mod, swapped)
-    return swapped if device is None else swapped.to(device)
+    entry = Entry("the module", None, "", mod, target, how)
+    with ao.quiet():
+        return swapping.replacement(
+            "swap_module", entry, use_precomputed_fake_quant, shortcuts=False
+        )
 
 
 # --- the whole way in one call ------------------------------------------------------------------
@@ -625,7 +591,7 @@ def quantize(
     model.eval()
     prepare(model, inplace=True)
     run_fn(model, *run_args)
-    return convert(model, mapping, inplace=True)
+    return _check_and_convert("quantize", model, mapping)
 
 
 def quantize_qat(
@@ -648,7 +614,7 @@ def quantize_qat(
     model.train()
     prepare_qat(model, inplace=True)
     run_fn(model, *run_args)
-    return convert(model, inplace=True)
+    return _check_and_convert("quantize_qat", model)
 
 
 _RECURRENT_AND_LINEAR = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)
@@ -702,9 +668,10 @@ def quantize_dynamic(
     model.eval()
     with ao.quiet():
         propagate_qconfig_(model, qconfig_spec)
-    warn_of_root(model, mapping, "quantize_dynamic")
-    check_prepared(model, mapping, _observed_to_quantized(None))
-    _convert(model, mapping, inplace=True)
+    plan = Plan("quantize_dynamic", model, mapping, _observed_to_quantized(None))
+    checks.warn_of_root(plan)
+    checks.check(plan)
+    swapping.swap(plan)
     _remove_qconfig(model)
     return model
 

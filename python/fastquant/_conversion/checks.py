@@ -1,20 +1,19 @@
-"""What can be told to be wrong with a model before work on it begins.
-
-Functions named `warn_…` are called by those that users call, and point their warnings there.
-"""
+"""What can be told to be wrong with a model before it is prepared or converted."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._core.ranges import has_seen_nothing
 from .._torch import ao
-from .._torch.ao import nnq
+from .._torch.ao import nnq, nnquantizable
 from .._torch.private import BatchNorm, Dropout
 from ..fake_quantize import FakeQuantizeBase
 from ..observer import _is_activation_post_process
@@ -24,27 +23,28 @@ from ..quantization_mappings import (
     MADE_FROM_OBSERVER,
 )
 from ..utils import QuantizationError
-
-Classes: TypeAlias = Mapping[Any, Any]
-"""A class to swap in, by the class that it stands for."""
+from .plan import Entry, How, Plan, has_qconfig
 
 
-def has_qconfig(module: nn.Module) -> bool:
-    """Whether the module is to be quantized."""
-    return getattr(module, "qconfig", None) is not None
-
-
-def is_swapped_whole(module: nn.Module, custom: Classes) -> bool:
-    """Whether a module is swapped without its submodules being swapped first."""
-    kind = type_before_parametrizations(module)
-    return issubclass(kind, ao.FusedModule) or kind in custom
-
-
-def _listing(names: Iterable[str], limit: int = 10) -> str:
-    """Names for a message, the first few of them if there are many."""
+def listed(names: Iterable[str], limit: int = 10) -> str:
+    """Layer names for a message, the first few of them if there are many."""
     names = [name or "the model itself" for name in names]
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _warn(message: str) -> None:
+    """Warn at the line of the user's that called into the package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+_PACKAGE = str(Path(__file__).parent.parent)
+
+
+# --- before preparing -------------------------------------------------------------------------
 
 
 def warn_of_training_mode(model: nn.Module) -> None:
@@ -53,14 +53,14 @@ def warn_of_training_mode(model: nn.Module) -> None:
     observers = [m for m in modules.values() if _is_activation_post_process(m)]
     trains = any(isinstance(m, FakeQuantizeBase) for m in observers)
     calibrates = not trains and any(hasattr(m, "min_val") for m in observers)
-    moody = (BatchNorm, Dropout)
-    training = [name for name, m in modules.items() if isinstance(m, moody) and m.training]
+    # Their output in training mode is not their output in eval mode.
+    mode_dependent = (BatchNorm, Dropout)
+    training = [name for name, m in modules.items() if isinstance(m, mode_dependent) and m.training]
     if calibrates and training:
-        warnings.warn(
+        _warn(
             "prepare: the model is in training mode, so calibration would update batch norms "
-            f"and drop activations at random ({_listing(training)}); call model.eval() first, "
-            "or prepare_qat to train",
-            stacklevel=3,
+            f"and drop activations at random ({listed(training)}); call model.eval() first, "
+            "or prepare_qat to train"
         )
     fused_for_qat = [
         name
@@ -71,91 +71,150 @@ def warn_of_training_mode(model: nn.Module) -> None:
         and type(m) not in DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
     ]
     if fused_for_qat:
-        warnings.warn(
-            f"prepare: {_listing(fused_for_qat)} were fused for training and convert leaves them "
-            "floating; use prepare_qat, or fuse with fuse_modules in eval mode",
-            stacklevel=3,
+        _warn(
+            f"prepare: {listed(fused_for_qat)} were fused for training and convert leaves them "
+            "floating; use prepare_qat, or fuse with fuse_modules in eval mode"
         )
 
 
-def _to_be_swapped(
-    module: nn.Module, mapping: Classes, custom: Classes, path: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
-    """(path, submodule) for each that `convert` looks up, whether it has a config or not."""
-    for name, child in module.named_children():
-        child_path = f"{path}.{name}" if path else name
-        if not is_swapped_whole(child, custom):
-            yield from _to_be_swapped(child, mapping, custom, child_path)
-        kind = type_before_parametrizations(child)
-        if kind in custom or kind in mapping:
-            yield child_path, child
+# --- before swapping --------------------------------------------------------------------------
 
 
-def check_prepared(model: nn.Module, mapping: Classes, custom: Classes) -> None:
+def check(plan: Plan) -> None:
+    """Raise QuantizationError for modules that cannot be swapped, or not without wrong numbers."""
+    _check_prepared(plan)
+    refused = [
+        f"{entry.path} ({reason})"
+        for entry in plan.first_places()
+        if entry.how is not How.SKIPPED and (reason := _wrong_when_quantized(entry)) is not None
+    ]
+    if refused:
+        raise QuantizationError(
+            f"{plan.function}: torch's quantized modules would give wrong numbers for "
+            f"{listed(refused)}. Set qconfig = None on these modules to keep them floating"
+        )
+
+
+def _check_prepared(plan: Plan) -> None:
     """Raise if modules that need an observer to be converted have a config and no observer."""
-    configured = [path for path, module in model.named_modules() if has_qconfig(module)]
-    # No observer anywhere: prepare was never called, so nobody has handed configs down yet.
-    handed_down = any(_is_activation_post_process(module) for module in model.modules())
+    model = plan.model
+    # Where no module has an observer, prepare was never called and configs not handed down.
+    prepared = any(map(_has_observer, model.modules()))
+    configured = {} if prepared else _configured(model)
     missing = [
-        path
-        for path, module in _to_be_swapped(model, mapping, custom)
-        if mapping.get(type_before_parametrizations(module)) in MADE_FROM_OBSERVER
-        and not hasattr(getattr(module, "activation_post_process", None), "calculate_qparams")
-        and (
-            has_qconfig(module)
-            or (not handed_down and any(not c or path.startswith(f"{c}.") for c in configured))
-        )
+        entry.path
+        for entry in plan.first_places()
+        if entry.how is not How.CUSTOM
+        and entry.target in MADE_FROM_OBSERVER
+        and not _has_observer(entry.module)
+        and (entry.how is not How.SKIPPED or _inherits(entry.path, configured))
     ]
     if missing:
         raise QuantizationError(
-            f"convert: these modules have a qconfig but no observer: {_listing(missing)}. Call "
-            "prepare (or prepare_qat) and calibrate first; for dynamic quantization, which "
+            f"{plan.function}: these modules have a qconfig but no observer: {listed(missing)}. "
+            "Call prepare (or prepare_qat) and calibrate first; for dynamic quantization, which "
             "needs neither, use quantize_dynamic"
         )
 
 
-def warn_of_root(model: nn.Module, mapping: Classes, function: str) -> None:
-    if type_before_parametrizations(model) in mapping and has_qconfig(model):
-        warnings.warn(
-            f"{function} swaps submodules, so the {type(model).__name__} that it was given stays "
-            "as it is; wrap it, e.g. in QuantWrapper or nn.Sequential",
-            stacklevel=3,
-        )
+def _has_observer(module: nn.Module) -> bool:
+    """Whether a module's output is observed, by whatever can choose qparams."""
+    return hasattr(getattr(module, "activation_post_process", None), "calculate_qparams")
 
 
-def warn_of_uncalibrated(model: nn.Module, mapping: Classes, custom: Classes) -> None:
-    """Warn once of all layers whose observer has seen nothing."""
+def _configured(model: nn.Module) -> dict[str, bool]:
+    """For each path with a `qconfig` attribute, whether there is a config in it."""
+    return {
+        path: module.qconfig is not None
+        for path, module in model.named_modules()
+        if hasattr(module, "qconfig")
+    }
+
+
+def _inherits(path: str, configured: dict[str, bool]) -> bool:
+    """Whether prepare would give a config to the module at `path`: the nearest one above counts."""
+    while path and path not in configured:
+        path = path.rpartition(".")[0]
+    return configured.get(path, False)
+
+
+def _wrong_when_quantized(entry: Entry) -> str | None:
+    """Why the replacement would not compute what the module does; None where it would."""
+    module: Any = entry.module
+    if type(module) is nnquantizable.MultiheadAttention and module.batch_first:
+        return "batch_first=True mixes up heads and positions"
+    if entry.target not in (nnq.Embedding, nnq.EmbeddingBag):
+        return None
+    weight, is_bag = module.weight.detach(), entry.target is nnq.EmbeddingBag
+    if is_bag and module.mode != "sum":
+        return f"mode={module.mode!r} becomes a sum"
+    if is_bag and module.padding_idx is not None and weight[module.padding_idx].any():
+        return f"padding_idx={module.padding_idx} is added, and its row is not zero"
+    if module.max_norm is not None:
+        norms = torch.linalg.vector_norm(weight, module.norm_type, dim=1)
+        # Rows that were looked up are as long as max_norm, up to rounding.
+        if (norms > module.max_norm * 1.0001).any():
+            return f"max_norm={module.max_norm} is not applied, and rows of the weight exceed it"
+    return None
+
+
+def warn(plan: Plan) -> None:
+    """Warn of what makes a statically quantized model come out wrong; once for each kind."""
+    warn_of_root(plan)
+    _warn_of_uncalibrated(plan)
+    _warn_of_nonfinite(plan)
+    _warn_of_float_input(plan)
+
+
+def warn_of_root(plan: Plan) -> None:
+    """Warn where the model itself would have to be swapped."""
+    for entry in plan.entries:
+        if entry.owner is None and has_qconfig(entry.module):
+            _warn(
+                f"{plan.function} swaps submodules, so the {type(entry.module).__name__} that it "
+                "was given stays as it is; wrap it, e.g. in QuantWrapper or nn.Sequential"
+            )
+
+
+def _warn_of_uncalibrated(plan: Plan) -> None:
     names = []
-    for path, module in _to_be_swapped(model, mapping, custom):
-        if not has_qconfig(module):
-            continue
-        if type_before_parametrizations(module) in custom:
+    for entry in plan.first_places():
+        if entry.how is How.CUSTOM:
             # A module of the user's own, or torch's LSTM: its observers are inside.
-            observed = module.named_modules(prefix=path)
-        elif mapping[type_before_parametrizations(module)] in MADE_FROM_OBSERVER:
-            observed = iter([(path, module)])
+            observed = entry.module.named_modules(prefix=entry.path)
+        elif entry.how is How.FLOAT and entry.target in MADE_FROM_OBSERVER:
+            observed = iter([(entry.path, entry.module)])
         else:
             continue
         names += [
             name
-            for name, m in observed
+            for name, module in observed
             # One that only multiplies by scalars, as MultiheadAttention's, observes nothing.
-            if not isinstance(m, nnq.FloatFunctional) and _is_uncalibrated(m)
+            if not isinstance(module, nnq.FloatFunctional) and _is_uncalibrated(module)
         ]
     if names:
-        warnings.warn(
-            f"convert: the observers of these layers have seen no data: {_listing(names)}. They "
-            "get scale 1 and zero point 0; run data through the prepared model first",
-            stacklevel=3,
+        _warn(
+            f"{plan.function}: the observers of these layers have seen no data: {listed(names)}. "
+            "They get scale 1 and zero point 0; run data through the prepared model first"
         )
 
 
 def _is_uncalibrated(module: nn.Module) -> bool:
-    """Whether a module's observer holds an empty range."""
+    """Whether a module's observer has seen nothing."""
     observer = getattr(module, "activation_post_process", None)
     if not _is_activation_post_process(observer):
         return False
     return has_seen_nothing(getattr(observer, "activation_post_process", observer))
+
+
+def _warn_of_nonfinite(plan: Plan) -> None:
+    counts = nonfinite_counts(plan.model)
+    names = [f"{layer} ({count})" for layer, count in counts.items() if count]
+    if names:
+        _warn(
+            f"{plan.function}: the observers of these layers met NaN or infinite values, which "
+            f"were left out of the statistics: {listed(names)}"
+        )
 
 
 def nonfinite_counts(model: nn.Module) -> dict[str, int]:
@@ -171,12 +230,25 @@ def nonfinite_counts(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def warn_of_nonfinite(model: nn.Module) -> None:
-    """Warn once of all layers whose observers have left out NaN or infinities."""
-    names = [f"{layer} ({count})" for layer, count in nonfinite_counts(model).items() if count]
-    if names:
-        warnings.warn(
-            "convert: the observers of these layers met NaN or infinite values, which were left "
-            f"out of the statistics: {_listing(names)}",
-            stacklevel=3,
+def _warn_of_float_input(plan: Plan) -> None:
+    """Warn where modules that take quantized tensors come, and nothing that quantizes any.
+
+    Nothing is said where a class that torch.ao's mapping does not know is swapped in: it may
+    quantize.
+    """
+    targets = {e.path: e.target for e in plan.first_places() if e.how is not How.SKIPPED}
+    takers = [path for path, target in targets.items() if target in MADE_FROM_OBSERVER]
+    if (
+        takers
+        and set(targets.values()) <= _STATIC_TARGETS - {nnq.Quantize}
+        and not any(isinstance(module, nnq.Quantize) for module in plan.model.modules())
+    ):
+        _warn(
+            f"{plan.function}: the model has no QuantStub, and its quantized layers take only "
+            f"quantized tensors: unless it is given such tensors, {takers[0]} will fail. Put a "
+            "QuantStub where quantization begins and a DeQuantStub where it ends, or wrap the "
+            "model in QuantWrapper"
         )
+
+
+_STATIC_TARGETS = set(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values())

@@ -13,3 +13,11 @@ class QuantizationError(ValueError, AssertionError):
 
 # Where users import it from, and where pickles look for it.
 QuantizationError.__module__ = "fastquant.utils"
+
+
+class ConversionError(QuantizationError, RuntimeError):
+    """A module that cannot be converted.
+
+    torch.ao lets through what a module's `from_float` raises, most often the RuntimeError of an
+    op that packs weights; so code written for torch.ao may catch that.
+    """

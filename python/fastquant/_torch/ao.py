@@ -117,6 +117,7 @@ _REPEATED_WARNINGS = (
     ("must run observer before calling calculate_qparams", UserWarning),
     # fastquant's own, from a convert inside a convert under `patch_torch_ao`.
     ("convert: the observers of these layers have seen no data", UserWarning),
+    ("convert: the model has no QuantStub", UserWarning),
 )
 
 

@@ -123,6 +123,9 @@ per_channel_quantized = _find("_make_per_channel_quantized_tensor", _quantized_a
 
 # --- modules --------------------------------------------------------------------------------
 
+# Not empty: where torch keeps them elsewhere, there may be some.
+global_forward_hooks = _find("nn.modules.module._global_forward_hooks", {"unknown": None})
+
 BatchNorm = _find(
     "nn.modules.batchnorm._BatchNorm",
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),

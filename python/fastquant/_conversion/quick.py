@@ -1,0 +1,377 @@
+"""A short cut through a conversion: nothing is copied that is only read, weights are packed once.
+
+`convert` deep-copies a model, and torch's `from_float` makes a quantized module with a weight of
+its own, packs that, observes and quantizes the real one, and packs that too. For the layers that
+models have most, the same modules are made here at a fraction of the time.
+
+All of it leans on how torch builds `nn.Module` and its quantized modules. `is_trusted` checks
+that torch is built so; where it is not, models are deep-copied and `target.from_float` is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from .._torch import ao
+from .._torch.ao import nni, nniq, nniqat, nnq, nnqat
+from .._torch.hooks import has_hooks_of_its_own
+from .._torch.private import global_forward_hooks, without_derivatives
+from ..fake_quantize import FakeQuantizeBase
+from .plan import Entry, How, Plan
+from .weights import quantize_weight
+
+_FLOAT_SOURCES: dict[type, type] = {
+    **{getattr(nnq, name): getattr(nn, name) for name in ("Conv1d", "Conv2d", "Conv3d", "Linear")},
+    **{
+        getattr(nniq, name): getattr(nni, name)
+        for name in ("ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU")
+    },
+}
+_TRAINED_SOURCES: dict[type, tuple[type, ...]] = {
+    nnq.Conv1d: (nniqat.ConvBn1d,),
+    nnq.Conv2d: (nniqat.ConvBn2d, nnqat.Conv2d),
+    nnq.Conv3d: (nniqat.ConvBn3d, nnqat.Conv3d),
+    nnq.Linear: (nniqat.LinearBn1d, nnqat.Linear),
+    nniq.ConvReLU1d: (nniqat.ConvBnReLU1d,),
+    nniq.ConvReLU2d: (nniqat.ConvBnReLU2d, nniqat.ConvReLU2d),
+    nniq.ConvReLU3d: (nniqat.ConvBnReLU3d, nniqat.ConvReLU3d),
+    nniq.LinearReLU: (nniqat.LinearReLU,),
+}
+_TRAINED = {source for sources in _TRAINED_SOURCES.values() for source in sources}
+# Modules that keep a scale and a zero point; made by from_float, which reads an observer.
+_SCALED = (nnq.Quantize, nnq.QFunctional)
+
+
+# --- whether torch is as this module knows it ---------------------------------------------------
+
+
+def is_trusted() -> bool:
+    """Whether torch builds its modules as known here, and nobody has replaced their methods."""
+    return _is_built_as_known() and _methods() == _KNOWN_METHODS
+
+
+def _methods() -> list[Any]:
+    """What decides how quantized modules are made, wherever it is defined."""
+    names = ("__init__", "__setstate__", "_init", "from_float", "get_qconv", "set_weight_bias")
+    return [
+        vars(cls).get(name)
+        for target in (*_FLOAT_SOURCES, *_SCALED)
+        for cls in target.__mro__[:-1]
+        for name in names
+    ]
+
+
+_KNOWN_METHODS = _methods()
+
+
+@functools.cache
+def _is_built_as_known() -> bool:
+    """Whether modules made here have the attributes of those that torch's constructors make.
+
+    And whether torch's methods were its own when this module was imported.
+    """
+
+    def attributes(module: nn.Module) -> dict[str, Any]:
+        return {
+            name: list(value) if isinstance(value, dict) else (type(value), str(value))
+            for name, value in vars(module).items()
+        }
+
+    for method in _KNOWN_METHODS:
+        if not getattr(method, "__module__", "torch.").startswith("torch."):
+            return False
+    target: Any
+    for target in _FLOAT_SOURCES:
+
+        class Unpacked(target):  # type: ignore[misc]
+            """Packing takes 20 ms where it has not been used in the process."""
+
+            def set_weight_bias(self, weight: Tensor, bias: Tensor | None) -> None:
+                pass
+
+        try:
+            theirs: Any = Unpacked(1, 1) if issubclass(target, nnq.Linear) else Unpacked(1, 1, 1)
+            ours = _quantized_layer(Unpacked, theirs, torch.empty(0), None)
+        except Exception:
+            return False
+        if attributes(ours) != attributes(theirs):
+            return False
+    return True
+
+
+# --- making quantized modules -------------------------------------------------------------------
+
+
+def can_make(target: Any, module: nn.Module) -> bool:
+    """Whether `make` gives what `target.from_float` would."""
+    if not _is_known(target, module):
+        return False
+    observer: Any = module._modules.get("activation_post_process")
+    layer = _layer(module)
+    return (
+        observer is not None
+        and getattr(observer, "dtype", torch.float) != torch.float
+        and (isinstance(layer, nn.Linear) or _has_usual_geometry(layer))
+        and _is_on_cpu(module)
+    )
+
+
+def _is_known(target: Any, module: nn.Module) -> bool:
+    """Whether `module` is a layer as float models or training have it, and becomes a `target`."""
+    if not isinstance(target, type):
+        return False
+    if type(module) in _TRAINED_SOURCES.get(target, ()):
+        return "weight_fake_quant" in module._modules
+    return type(module) is _FLOAT_SOURCES.get(target) and not any(
+        hasattr(m, "weight_fake_quant") for m in (module, _layer(module))
+    )
+
+
+def _layer(module: Any) -> Any:
+    """What has the weight: a fused module's first part, or the module itself."""
+    is_trained = "weight_fake_quant" in module._modules
+    return module[0] if isinstance(module, ao.FusedModule) and not is_trained else module
+
+
+def _has_usual_geometry(conv: Any) -> bool:
+    """Whether a constructor would take a convolution's settings as they are."""
+    dims = conv.weight.dim() - 2
+    sizes = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return conv.padding_mode in ("zeros", "reflect") and all(
+        type(size) is tuple and len(size) == dims for size in sizes
+    )
+
+
+def _is_on_cpu(module: nn.Module) -> bool:
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return all(tensor is None or tensor.is_cpu for tensor in tensors) and all(
+        child is None or _is_on_cpu(child) for child in module._modules.values()
+    )
+
+
+def make(target: Any, module: Any, use_precomputed_fake_quant: bool = False) -> nn.Module:
+    """The quantized module that `target.from_float(module)` would make."""
+    layer = _layer(module)
+    weight, bias = _folded(module) if "bn" in module._modules else (layer.weight, layer.bias)
+    observer = getattr(module, "weight_fake_quant", None)
+    if observer is None:
+        observer = layer.qconfig.weight()
+    # As torch has it, which observes the weights of convolutions in any case.
+    if not (use_precomputed_fake_quant and isinstance(layer, nn.Linear)):
+        _observe(observer, weight)
+    if observer.dtype != torch.qint8:
+        raise AssertionError(
+            f"weights must be torch.qint8, and their observer's is {observer.dtype}"
+        )
+    made = _quantized_layer(target, layer, quantize_weight(weight.float(), observer), bias)
+    scale, zero_point = module.activation_post_process.calculate_qparams()
+    made.scale, made.zero_point = float(scale), int(zero_point)
+    return made  # type: ignore[no-any-return]
+
+
+def _folded(module: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias with the batch norm folded in."""
+    bn = module.bn
+    fold = fuse_linear_bn_weights if isinstance(module, nn.Linear) else fuse_conv_bn_weights
+    with torch.no_grad():
+        return fold(
+            *(module.weight, module.bias, bn.running_mean, bn.running_var),
+            *(bn.eps, bn.weight, bn.bias),
+        )
+
+
+def _observe(observer: Any, weight: Tensor) -> None:
+    """Have a weight observed; a fake-quantizer of ours need not fake-quantize it, too."""
+    spared = isinstance(observer, FakeQuantizeBase) and _is_plain_observer(observer)
+    if not spared or global_forward_hooks:
+        observer(weight)
+        return
+    enabled = bool(observer.fake_quant_enabled)
+    observer.disable_fake_quant()
+    try:
+        observer(weight)
+    finally:
+        observer.enable_fake_quant(enabled)
+
+
+def _quantized_layer(target: Any, layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """A `target` with this weight, and otherwise with the settings of `layer`."""
+    made: Any
+    if issubclass(target, nnq.Linear):
+        # The constructor packs a weight of this size, which is soon packed.
+        made = target(1, 1)
+        made.in_features, made.out_features = layer.in_features, layer.out_features
+        with without_derivatives():
+            made.set_weight_bias(weight, bias)
+        return made
+    # As a copy or a pickle of one is made. Packing reads each channel's scale and zero point by an
+    # op of its own, and autograd takes a large part of their time.
+    made = target.__new__(target)
+    nn.Module.__init__(made)
+    with without_derivatives():
+        made.__setstate__(
+            (
+                *(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride),
+                *(
+                    layer.padding,
+                    layer.dilation,
+                    False,
+                    (0,) * len(layer.kernel_size),
+                    layer.groups,
+                ),
+                *(layer.padding_mode, weight, bias, 1.0, 0, True),
+            )
+        )
+    return made
+
+
+# --- copying ------------------------------------------------------------------------------------
+
+
+def copy_to_convert(plan: Plan, remove_qconfig: bool) -> tuple[Any, Callable[[], None]]:
+    """A deep copy of the plan's model, but for what is only read of modules that are swapped.
+
+    Those are shells: their weights and observers are the original's. Nor does the copy have
+    configs of its own where `remove_qconfig` says that they will be removed.
+
+    Returns:
+        The copy, and what to call when it has been converted: shells that something other than
+        the model still refers to get parts of their own.
+    """
+    if not is_trusted():
+        return copy.deepcopy(plan.model), lambda: None
+    memo: dict[int, Any] = {}
+    if remove_qconfig:
+        configs = (vars(module).get("qconfig") for module in plan.model.modules())
+        memo.update((id(config), config) for config in configs)
+    shells = {id(e.module): _shell(e.module, memo) for e in plan.first_places() if _is_only_read(e)}
+    copied = _copy(plan.model, memo)
+    remaining = weakref.WeakSet(shells.values())
+    for key in shells:
+        del memo[key]
+    shells.clear()
+
+    def finish() -> None:
+        memo.update((id(shell), shell) for shell in remaining)
+        for shell in list(remaining):
+            vars(shell).update(copy.deepcopy(vars(shell), memo))
+
+    return copied, finish
+
+
+def _is_only_read(entry: Entry) -> bool:
+    """Whether what the entry's module becomes keeps nothing of it."""
+    module, target = entry.module, entry.target
+    expected = {"activation_post_process"}
+    if _is_known(target, module):
+        expected |= {"weight_fake_quant", "bn"} if type(module) in _TRAINED else {"0", "1"}
+    elif target not in _SCALED:
+        return False
+    return (
+        entry.how is How.FLOAT
+        # What has modules of its own may have some that are swapped first.
+        and module._modules.keys() <= expected
+        and not has_hooks_of_its_own(module)
+    )
+
+
+def _shell(module: Any, memo: dict[int, Any]) -> Any:
+    """A module of the same class whose attributes are the original's, where they are only read."""
+    shell = memo[id(module)] = _shallow_copy(module)
+    children = shell._modules
+    if "0" in children:
+        children["0"] = _shell(children["0"], memo)
+    if "weight_fake_quant" in children:
+        # It observes the weight once more, and a moving average moves.
+        children["weight_fake_quant"] = _copy_observer(children["weight_fake_quant"], memo)
+    observer = children.get("activation_post_process")
+    if observer is not None and not _is_plain_observer(observer):
+        children["activation_post_process"] = _copy(observer, memo)
+    # Packed weights keep their bias.
+    if (bias := module._parameters.get("bias")) is not None:
+        shell._parameters["bias"] = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return shell
+
+
+def _shallow_copy(module: Any) -> Any:
+    """Another module with the same attributes, whose own dicts and sets can change."""
+    cls: Any = type(module)
+    copied = cls.__new__(cls)
+    vars(copied).update(
+        (name, value.copy() if isinstance(value, dict | set) else value)
+        for name, value in vars(module).items()
+    )
+    return copied
+
+
+def _copy_observer(observer: Any, memo: dict[int, Any]) -> Any:
+    """A copy that can observe: of a plain one, its buffers alone."""
+    if id(observer) in memo:
+        return memo[id(observer)]
+    if not _is_plain_observer(observer):
+        return _copy(observer, memo)
+    copied = memo[id(observer)] = _shallow_copy(observer)
+    for name, buffer in observer._buffers.items():
+        copied._buffers[name] = None if buffer is None else buffer.detach().clone()
+    for name, child in observer._modules.items():
+        copied._modules[name] = _copy_observer(child, memo)
+    return copied
+
+
+def _is_plain_observer(observer: Any) -> bool:
+    """Whether an observer or fake-quantizer is a library's own, in class and in attributes."""
+    return (
+        type(observer).__module__.startswith(("fastquant.", "torch.ao.quantization."))
+        and not observer._parameters
+        and not observer._forward_hooks
+        and not observer._forward_pre_hooks
+        and not any(type(value) is MethodType for value in vars(observer).values())
+        and all(child is not None and _is_plain_observer(child) for child in observer.children())
+    )
+
+
+_IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype, torch.qscheme))
+
+
+def _copy(module: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, which spends most of its time on a module's empty dicts."""
+    if module is None or id(module) in memo:
+        return memo.get(id(module))
+    cls: Any = type(module)
+    if not _copies_as_its_attributes(cls) or hasattr(module, "__deepcopy__"):
+        return copy.deepcopy(module, memo)
+    copied = memo[id(module)] = cls.__new__(cls)
+    for name, value in vars(module).items():
+        kind = type(value)
+        if name == "_modules":
+            new = kind((key, _copy(child, memo)) for key, child in value.items())
+        elif kind in (dict, OrderedDict, set) and not value:
+            new = kind()
+        elif kind in _IMMUTABLE:
+            new = value
+        else:
+            new = copy.deepcopy(value, memo)
+        vars(copied)[name] = new
+    return copied
+
+
+_COPYING = (
+    *("__deepcopy__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__new__"),
+    *("__reduce__", "__reduce_ex__", "__setstate__"),
+)
+
+
+@functools.cache
+def _copies_as_its_attributes(cls: Any) -> bool:
+    """Whether a deep copy is a new object with copies of its attributes, and nothing else."""
+    return all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _COPYING)

@@ -1,0 +1,116 @@
+"""Carries out a plan: makes each replacement and puts it in its place."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._core.errors import ConversionError
+from .._torch import ao
+from .._torch.hooks import copy_forward_hooks, copy_forward_pre_hooks
+from ..utils import QuantizationError, get_qparam_dict
+from . import quick
+from .plan import Entry, How, Plan
+
+
+def swap(plan: Plan, use_precomputed_fake_quant: bool = False) -> None:
+    """Swap the modules of the plan's model, in place; one in several places stays one module.
+
+    Raises:
+        QuantizationError: a module cannot be swapped. It is named, the cause is chained, and a
+            RuntimeError it is as well.
+    """
+    made: dict[int, nn.Module] = {}
+    with ao.quiet():
+        shortcuts = quick.is_trusted()
+        for entry in plan.swaps():
+            key = id(entry.module)
+            if key not in made:
+                made[key] = replacement(plan.function, entry, use_precomputed_fake_quant, shortcuts)
+            if made[key] is not entry.module:
+                assert entry.owner is not None
+                entry.owner._modules[entry.name] = made[key]
+
+
+def swap_in_copy(plan: Plan, use_precomputed_fake_quant: bool, remove_qconfig: bool) -> Any:
+    """A copy of the plan's model, swapped; the model stays as it is.
+
+    Args:
+        plan: for the model.
+        use_precomputed_fake_quant: as for `convert`.
+        remove_qconfig: whether configs will be removed from the copy, which then has none of its
+            own.
+    """
+    with ao.quiet():
+        copied, finish = quick.copy_to_convert(plan, remove_qconfig)
+    swap(plan.for_copy(copied), use_precomputed_fake_quant)
+    finish()
+    return copied
+
+
+def replacement(
+    function: str, entry: Entry, use_precomputed_fake_quant: bool, shortcuts: bool
+) -> nn.Module:
+    """What takes the place of the entry's module: on its device, with the user's hooks.
+
+    Args:
+        function: what the user called, for the error.
+        entry: the module and what it becomes.
+        use_precomputed_fake_quant: as for `convert`.
+        shortcuts: whether `quick` may make it.
+
+    Raises:
+        QuantizationError: as for `swap`.
+    """
+    try:
+        return _make(entry, use_precomputed_fake_quant, shortcuts)
+    except Exception as error:
+        target = entry.target
+        name = f"{target.__module__}.{target.__qualname__}" if inspect.isclass(target) else target
+        raise ConversionError(
+            f"{function}: cannot convert {entry.path}: {type(error).__name__}: {error}. It is a "
+            f"{type(entry.module).__name__}, and was to become {name}; with qconfig = None it "
+            "stays as it is"
+        ) from error
+
+
+def _make(entry: Entry, use_precomputed_fake_quant: bool, shortcuts: bool) -> nn.Module:
+    module, target = entry.module, entry.target
+    device = None
+    made: nn.Module
+    if shortcuts and entry.how is How.FLOAT and quick.can_make(target, module):
+        made = quick.make(target, module, use_precomputed_fake_quant)
+    else:
+        device = _device(module)
+        made = _made_by_target(entry, use_precomputed_fake_quant)
+    if made is not module:
+        copy_forward_pre_hooks(module, made)
+        copy_forward_hooks(module, made)
+    return made if device is None else made.to(device)
+
+
+def _made_by_target(entry: Entry, use_precomputed_fake_quant: bool) -> Any:
+    module, target = entry.module, entry.target
+    if entry.how is How.CUSTOM:
+        return target.from_observed(module)
+    if entry.how is How.REFERENCE:
+        observer: Any = module.qconfig.weight()  # type: ignore[union-attr, operator]
+        observer(module.weight)
+        return target.from_float(module, get_qparam_dict(observer))
+    if "use_precomputed_fake_quant" in inspect.signature(target.from_float).parameters:
+        return target.from_float(module, use_precomputed_fake_quant=use_precomputed_fake_quant)
+    return target.from_float(module)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """The device of a module's tensors; None where it has none, `meta` left out."""
+    tensors = (t for ts in (module.parameters(), module.buffers()) for t in ts)
+    devices = {tensor.device for tensor in tensors if tensor.device.type != "meta"}
+    if len(devices) > 1:
+        raise QuantizationError(
+            f"its tensors must be on one device, got {', '.join(sorted(map(str, devices)))}"
+        )
+    return next(iter(devices), None)
