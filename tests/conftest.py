@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -21,9 +20,6 @@ settings.register_profile(
 )
 settings.load_profile("fastquant")
 
-# A warning from torch about its own deprecated parts says nothing about fastquant.
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
-
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
@@ -36,6 +32,12 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For small models, which threads cost more than they give."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

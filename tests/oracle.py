@@ -96,6 +96,14 @@ def make_both(ours: Callable[..., Any], theirs: Callable[..., Any], **config: An
     return actual, expected
 
 
+def feed(modules: Any, stream: list[Tensor]) -> None:
+    """Have each of the modules observe each tensor, which they hand on as it is."""
+    with quiet():
+        for x in stream:
+            for module in modules:
+                assert module(x) is x
+
+
 def rounded_past(theirs: Any) -> bool:
     """Whether torch.ao's moving averages of one value have rounded past each other.
 
@@ -104,19 +112,66 @@ def rounded_past(theirs: Any) -> bool:
     return "Moving" in type(theirs).__name__ and bool((theirs.min_val > theirs.max_val).any())
 
 
-def assert_same(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Same dtype, shape and values, bit for bit up to the sign of zero."""
-    torch.testing.assert_close(
-        actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}"
-    )
+def _comparable(value: Any) -> Any:
+    """Quantized tensors as values, scales and zero points, and sequences as tuples."""
+    if isinstance(value, Tensor) and value.is_quantized:
+        if value.qscheme() in PER_CHANNEL:
+            qparams = (value.q_per_channel_scales(), value.q_per_channel_zero_points())
+        else:
+            qparams = (torch.tensor(value.q_scale()), torch.tensor(value.q_zero_point()))
+        return (value.dequantize(), *qparams)
+    # Packed weights show nothing; outputs must tell.
+    return str(value) if isinstance(value, torch.ScriptObject) else value
+
+
+def assert_same(actual: Any, expected: Any, what: str = "", *, strides: bool = False) -> None:
+    """Same dtypes, shapes and values, bit for bit up to the sign of zero; `strides` on request.
+
+    Takes tensors, quantized ones too, and tuples, lists and dictionaries of them, as states and
+    outputs are.
+    """
+    actual, expected = _comparable(actual), _comparable(expected)
+    if isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor), what
+        torch.testing.assert_close(
+            actual,
+            expected,
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            # Strides of a tensor without elements mean nothing.
+            check_stride=strides and expected.numel() > 0,
+            msg=lambda m: f"{what}: {m}",
+        )
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected), what
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{what} {key}", strides=strides)
+    elif isinstance(expected, (tuple, list)):
+        assert len(actual) == len(expected), what
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(a, b, f"{what}[{i}]", strides=strides)
+    else:
+        assert actual == expected, what
+
+
+def assert_same_qparams(actual: Any, expected: Any) -> None:
+    """The same scales and zero points from two observers or fake-quantizers."""
+    with quiet():
+        assert_same(actual.calculate_qparams(), expected.calculate_qparams())
 
 
 def assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
     """The same state_dict: names, their order, and tensors."""
-    mine, theirs = actual.state_dict(), expected.state_dict()
-    assert list(mine) == list(theirs)
-    for name, value in theirs.items():
-        assert_same(mine[name], value, name)
+    assert_same(actual.state_dict(), expected.state_dict())
+
+
+def assert_usable_qparams(module: Any) -> None:
+    """Finite positive scales, and zero points that are quantized values."""
+    scale, zero_point = module.calculate_qparams()
+    assert bool(scale.isfinite().all())
+    assert bool((scale > 0).all())
+    assert bool(((zero_point >= module.quant_min) & (zero_point <= module.quant_max)).all())
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +184,4 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
-    after = snapshot(module)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        assert_same(after[name], value, name)
+    assert_same(snapshot(module), before)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import threading
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import fastquant
 from fastquant import calibrate
 from fastquant.calibrate import _to_device
+from fastquant.observer import get_observer_state_dict, load_observer_state_dict
+from oracle import assert_same, assert_same_state
+from zoo import OBSERVERS, every_observer
 
 BATCHES = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (3, 5, 2)]
 SAMPLES = sum(map(len, BATCHES))
@@ -62,12 +66,6 @@ def prepared(q: Any = fastquant, qconfig: str = "default_qconfig", prepare: str 
 def statistics(model: nn.Module) -> dict[str, Tensor]:
     names = ("min_val", "max_val", "histogram", "scale", "zero_point")
     return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith(names)}
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=0, msg=f"{name} differs")
 
 
 def after(batches: list[Tensor], model: Net | None = None) -> dict[str, Tensor]:
@@ -268,6 +266,21 @@ def test_runs_in_any_thread() -> None:
     thread.join()
     assert [result.batches for result in results] == [len(BATCHES)]
     assert_same(statistics(model), after(BATCHES))
+
+
+@every_observer
+def test_interrupted_calibration_goes_on_from_its_saved_state(name: str) -> None:
+    batches = [torch.randn(6, 5) for _ in range(6)]
+    whole, first, second = (
+        nn.Sequential(OrderedDict(activation_post_process=OBSERVERS[name]())) for _ in range(3)
+    )
+    calibrate(whole, batches, progress=False)
+    calibrate(first, batches[:2], progress=False)
+    file = io.BytesIO()
+    torch.save(get_observer_state_dict(first), file)
+    load_observer_state_dict(second, torch.load(io.BytesIO(file.getvalue())))
+    calibrate(second, batches[2:], progress=False)
+    assert_same_state(second, whole)
 
 
 # --- devices --------------------------------------------------------------------------------

@@ -17,8 +17,11 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from oracle import assert_same, assert_unchanged, snapshot
-from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
+from oracle import assert_same, assert_unchanged, quiet, snapshot
+
+# Models are small here: threads would cost them more than they give.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 needs_a_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "c++", "clang++"))),
@@ -49,7 +52,7 @@ def body() -> nn.Module:
 def prepared(kind: str, ns: ModuleType = fq) -> nn.Module:
     """A network that has seen a batch: prepared ("min_max", "histogram") or "qat"."""
     model = body()
-    with oracle():
+    with quiet():
         if kind == "qat":
             model.train().qconfig = fq.get_default_qat_qconfig("x86")
             model = ns.prepare_qat(model)
@@ -190,7 +193,7 @@ IN_STEPS = {
 def in_steps(kind: str) -> nn.Module:
     """A network with fake-quantizers that do what no single op does."""
     torch.manual_seed(0)
-    with oracle():
+    with quiet():
         a, b = (fq.FakeQuantize(IN_STEPS[kind]) for _ in range(2))
     if kind == "hooked":
         for module in (a, b):
@@ -217,7 +220,7 @@ def test_any_observer_may_be_in_a_fake_quantizer_of_a_graph(kind: str, backend: 
     )
     for i in range(6):
         x = torch.randn(8 + i, 6) * (1 + i)
-        with oracle():
+        with quiet():
             y, z = compiled(x), expected(x)
         same(y, z)
         y.square().sum().backward()

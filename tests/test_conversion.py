@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from fastquant._conversion import quick
-from zoo import STATIC_CASES, Case, Residual, Stubbed, assert_same, one_thread, oracle, tree
+from oracle import assert_same, quiet
+from zoo import STATIC_CASES, Case, Residual, Stubbed, tree
 
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+# Models are small here: threads would cost them more than they give.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 NAN, INF = float("nan"), float("inf")
 
@@ -80,7 +83,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def assert_same_models(ours: nn.Module, theirs: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     assert tree(ours) == tree(theirs)
     assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
-    with oracle():
+    with quiet():
         assert_same(ours.eval()(*inputs), theirs.eval()(*inputs))
 
 
@@ -93,7 +96,7 @@ def test_a_converted_model_is_the_one_that_torch_makes(
     name: str, inplace: bool, shortcuts: bool
 ) -> None:
     model = MODELS[name]()
-    with oracle():
+    with quiet():
         expected = tq.convert(copy.deepcopy(model))
     converted = fq.convert(model, inplace=inplace)
     assert (converted is model) == inplace
@@ -124,7 +127,7 @@ QAT_QCONFIGS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("qconfig", QAT_QCONFIGS)
 @pytest.mark.parametrize("name", ["conv_net", "linear_bn"])
 def test_training_leads_to_torchs_model_by_any_qconfig(name: str, qconfig: str) -> None:
-    with oracle():
+    with quiet():
         model = trained(name, QAT_QCONFIGS[qconfig]())
         expected = tq.convert(copy.deepcopy(model))
         converted = fq.convert(model)
@@ -366,7 +369,7 @@ def test_plain_modules_can_be_observers_beside_layers_without_qconfig() -> None:
         model = nn.Sequential(*layers).eval()
         model.qconfig = ns.QConfig(activation=Peak, weight=ns.default_weight_observer)
         model[3].qconfig = None
-        with oracle():
+        with quiet():
             model = ns.prepare(model)
             model(torch.randn(8, 4))
             return ns.convert(model)
@@ -430,7 +433,7 @@ def test_parts_in_torchscript_stay_as_they_are(
         model = nn.Sequential(
             part, ns.QuantStub(), nn.Linear(4, 4), ns.DeQuantStub(), nn.Sequential(part, nn.ReLU())
         )
-        with oracle():
+        with quiet():
             return way(ns, model)
 
     ours, theirs = converted(fq), converted(tq)
@@ -465,7 +468,7 @@ def test_whatever_goes_wrong_the_layer_is_named(kind: str, shortcuts: bool) -> N
     model.qconfig = qconfig or fq.get_default_qconfig("x86")
     model = fq.prepare(model)
     model(torch.randn(shape))
-    with oracle(), pytest.raises(raised) as theirs:
+    with quiet(), pytest.raises(raised) as theirs:
         tq.convert(copy.deepcopy(model))
     with pytest.raises(
         fq.QuantizationError, match=r"(?s)convert: cannot convert body\.0\.0: .*qconfig = None"
@@ -709,7 +712,7 @@ def test_embedding_bags_that_torch_would_sum_otherwise_are_refused(
         if dtype == torch.quint8
         else fq.float_qparams_weight_only_qconfig_4bit
     )
-    with oracle():
+    with quiet():
         theirs = tq.quantize_dynamic(nn.Sequential(bag), {nn.EmbeddingBag: qconfig}, dtype=dtype)
         error = theirs[0](indices, offsets) - copy.deepcopy(bag)(indices, offsets)
     assert error.abs().max() > 0.5

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastquant
 from fastquant import _C
+from oracle import assert_same
 from strategies import FLOATS, LAYOUTS, dtypes, random_values, seeds, tensors
 
 # Where work begins to be cut into pieces, and what the pieces are multiples of: words of 64
@@ -93,12 +94,6 @@ def per_channel_results(x: Tensor, axis: int) -> Results:
         )
         fake_quantize(results, str(qscheme), module, x)
     return results
-
-
-def assert_same(results: Results, expected: Results) -> None:
-    assert results.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(results[name], expected[name])]
-    assert not different
 
 
 def under(threads: int, isa: str, work: Callable[[], Results]) -> Results:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastquant as fq
-from oracle import assert_same, assert_unchanged, snapshot
-from zoo import one_thread, oracle  # noqa: F401  # one_thread is a fixture
+from oracle import assert_same, assert_unchanged, quiet, snapshot
+
+# Models are small here: threads would cost them more than they give.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prepared(kind: str) -> nn.Module:
@@ -73,7 +75,7 @@ def exported(model: nn.Module, *args: Tensor, **options: Any) -> Any:
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime to run the result")
     from fastquant import onnx
 
-    with oracle():
+    with quiet():
         program = onnx.export(model, args, verbose=False, **options)
     session = runtime.InferenceSession(
         program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]

@@ -16,15 +16,12 @@ from torch.ao.quantization import fake_quantize as torch_fake_quantize
 from torch.ao.quantization import observer as torch_observer
 
 from fastquant import functional as F
+from oracle import assert_same
 from strategies import FLOATS, quant_ranges, random_values, shapes, streams, with_axis
 
 INF = math.inf
 float32 = st.just(torch.float32)
 full_shapes = shapes().filter(lambda shape: 0 not in shape)
-
-
-def assert_equal(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------------------------- state
@@ -74,8 +71,8 @@ def test_observe_minmax_is_the_extremes_of_all_that_was_seen(
         F.observe_minmax_(x, *state, ch_axis=axis)
     everything = torch.stack(stream)
     dims = [d for d in range(everything.dim()) if axis is None or d != axis % stream[0].dim() + 1]
-    assert_equal(state.min_val, everything.amin(dims))
-    assert_equal(state.max_val, everything.amax(dims))
+    assert_same(state.min_val, everything.amin(dims))
+    assert_same(state.max_val, everything.amax(dims))
 
 
 def test_observe_minmax_moves_averages() -> None:
@@ -156,7 +153,7 @@ def test_choose_qparams_as_torch_ao(
         theirs.min_val, theirs.max_val, dtype=dtype, qscheme=qscheme, **given_range
     )
     for ours, expected in zip(got, theirs.calculate_qparams(), strict=True):
-        assert_equal(ours.double(), expected.double())
+        assert_same(ours.double(), expected.double())
 
 
 def test_choose_qparams_keeps_the_scale_above_eps() -> None:
@@ -184,9 +181,9 @@ def test_fake_quantize_as_torch(
             x, scale, zero_point, axis % x.dim(), low, high
         )
     y = F.fake_quantize(x, scale, zero_point, quant_min=low, quant_max=high, ch_axis=axis)
-    assert_equal(y, expected)
+    assert_same(y, expected)
     grad = torch.randn_like(expected)
-    assert_equal(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad))
+    assert_same(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -194,14 +191,14 @@ def test_fake_quantize_takes_numbers(dtype: torch.dtype) -> None:
     x = random_values((40,), dtype, 0)
     y = F.fake_quantize(x, 0.25, 3, quant_min=0, quant_max=15)
     expected = ((x.double() / 0.25).round() + 3).clamp(0, 15).sub(3).mul(0.25).to(dtype)
-    assert_equal(y, expected)
+    assert_same(y, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_on_the_grid_stays(dtype: torch.dtype) -> None:
     x = torch.arange(-8, 8, dtype=dtype) * 0.5
     y = F.fake_quantize(x, 0.5, 0, quant_min=-8, quant_max=7)
-    assert_equal(y, x)
+    assert_same(y, x)
     assert y.data_ptr() != x.data_ptr()
 
 
@@ -233,11 +230,11 @@ def test_fused_as_torch_ao_fake_quantize(qscheme: torch.qscheme) -> None:
         x = random_values((4, 30), torch.float32, seed).requires_grad_()
         expected = theirs(x)
         y = F.fused_observe_fake_quantize(x, *state, qscheme=qscheme, **settings)
-        assert_equal(state.scale, theirs.scale)
-        assert_equal(state.zero_point, theirs.zero_point)
-        assert_equal(y, expected)
+        assert_same(state.scale, theirs.scale)
+        assert_same(state.zero_point, theirs.zero_point)
+        assert_same(y, expected)
         grad = torch.randn_like(expected)
-        assert_equal(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad))
+        assert_same(torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad))
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -248,16 +245,16 @@ def test_fused_does_what_is_switched_on(as_tensor: bool) -> None:
     x = random_values((20,), torch.float32, 0)
     state = F.fake_quantize_state()
     y = F.fused_observe_fake_quantize(x, *state, observe=switch(False), quantize=switch(False))
-    assert_equal(y, x)
+    assert_same(y, x)
     assert state.min_val == INF
     y = F.fused_observe_fake_quantize(x, *state, quantize=switch(False))
-    assert_equal(y, x)
-    assert_equal(state.min_val, x.min())
+    assert_same(y, x)
+    assert_same(state.min_val, x.min())
     before = [t.clone() for t in state]
     y = F.fused_observe_fake_quantize(x * 2, *state, observe=switch(False))
-    assert_equal(list(state), before)
+    assert_same(list(state), before)
     expected = F.fake_quantize(x * 2, state.scale, state.zero_point, quant_min=0, quant_max=255)
-    assert_equal(y, expected)
+    assert_same(y, expected)
 
 
 def test_a_training_loop_without_modules() -> None:
@@ -611,7 +608,7 @@ def test_what_is_refused_changes_nothing() -> None:
     for x in (odd, X.long(), "x"):
         with pytest.raises((ValueError, TypeError)):
             F.observe_histogram_(x, *histogram, nonfinite="raise")
-    assert_equal([*state, *histogram], before)
+    assert_same([*state, *histogram], before)
 
 
 # ------------------------------------------------------------------------------ compiling
@@ -633,4 +630,4 @@ def test_functions_compile_to_one_graph() -> None:
         leaves = [leaf.requires_grad_() for leaf in leaves]
         y = run(*leaves, *state)
         outcomes.append([y.detach(), *state, *torch.autograd.grad(y.sum(), leaves)])
-    assert_equal(outcomes[1], outcomes[0])
+    assert_same(outcomes[1], outcomes[0])

@@ -20,7 +20,8 @@ from fastquant.fuser_method_mappings import (
     _sequential_wrapper2,
 )
 from fastquant.utils import MatchAllNode
-from zoo import ConvNet, assert_same, tree
+from oracle import assert_same
+from zoo import ConvNet, tree
 
 LAYERS: dict[type, Callable[[], nn.Module]] = {
     nn.Conv1d: lambda: nn.Conv1d(3, 4, 2),

@@ -16,16 +16,12 @@ import torch.quantization
 from torch import Tensor, nn
 
 import fastquant as fq
-from zoo import (
-    STATIC_CASES,
-    ConvNet,
-    Stubbed,
-    assert_same,
-    one_thread,  # noqa: F401  # a fixture
-    oracle,
-    torchvision_model,
-    tree,
-)
+from oracle import assert_same, quiet
+from zoo import STATIC_CASES, ConvNet, Stubbed, torchvision_model, tree
+
+# Models are small here: threads would cost them more than they give.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 SHARED_CLASSES = [
     name
@@ -83,7 +79,7 @@ def test_any_mix_of_namespaces_gives_the_same_model(name: str) -> None:
     def run(prepare: ModuleType, convert: ModuleType, config: ModuleType, stubs: ModuleType) -> Any:
         model = case.make(stubs)
         model.qconfig = config.default_per_channel_qconfig
-        with oracle():
+        with quiet():
             model = prepare.prepare(model)
             model(*case.inputs(0))
             model = convert.convert(model)
@@ -103,7 +99,7 @@ def test_any_mix_of_namespaces_trains_the_same_model(config: ModuleType) -> None
     def run(prepare: ModuleType, convert: ModuleType, config: ModuleType) -> Tensor:
         model = case.make(tq).train()
         model.qconfig = config.get_default_qat_qconfig("x86", 0)
-        with oracle():
+        with quiet():
             model = prepare.prepare_qat(model)
             model(*case.inputs(0)).sum().backward()
             assert model.body.conv1.weight.grad.abs().sum() > 0
@@ -127,7 +123,7 @@ def test_torchs_observers_stay_torchs() -> None:
 def test_uncalibrated_torch_observers_are_named_too(ns: ModuleType) -> None:
     model = Stubbed(tq, nn.Linear(2, 2)).eval()
     model.qconfig = tq.default_qconfig
-    with oracle():
+    with quiet():
         model = ns.prepare(model)
     with pytest.warns(UserWarning, match="have seen no data: quant, body"):
         fq.convert(model)
@@ -148,7 +144,7 @@ def test_stubs_work_in_either_world() -> None:
     assert wrapper.quant.qconfig is wrapper.dequant.qconfig is fq.default_qconfig
     assert_same(wrapper(x), linear(x))
     # torch's compiler of scripts knows wrappers by their class.
-    with oracle():
+    with quiet():
         scripted = torch.jit.script(fq.QuantWrapper(nn.Linear(3, 3).eval()))
     assert scripted(x).shape == x.shape
 
@@ -183,7 +179,7 @@ def torchvision_flow(ns: ModuleType, name: str, qat: bool) -> tuple[nn.Module, T
     ("name", "qat"), [("resnet18", False), ("mobilenet_v2", False), ("resnet18", True)]
 )
 def test_torchvisions_models_come_out_as_torchs(name: str, qat: bool) -> None:
-    with oracle():
+    with quiet():
         their_model, theirs = torchvision_flow(tq, name, qat)
     our_model, ours = torchvision_flow(fq, name, qat)
     assert tree(our_model) == tree(their_model)
@@ -201,7 +197,7 @@ def test_a_patch_reaches_code_that_cannot_be_edited() -> None:
         model.fuse_model = lambda: None
         x = torch.randn(2, 3, 8, 8)
         handle = fq.patch_torch_ao() if patched else None
-        with oracle():
+        with quiet():
             utils.quantize_model(model, "fbgemm")
         if handle is not None:
             handle.undo()
@@ -318,7 +314,7 @@ def test_patched_code_gives_torchs_models(name: str) -> None:
         model = tq.convert(model)
         return model, model(*case.inputs(9))
 
-    with oracle():
+    with quiet():
         _, expected = run()
     with fq.patch_torch_ao():
         model, found = run()
@@ -334,7 +330,7 @@ def test_a_model_prepared_under_a_patch_is_converted_without_it() -> None:
         model.qconfig = tq.default_qconfig
         model = tq.prepare(model)
     model(*case.inputs(0))
-    with oracle():
+    with quiet():
         by_torch = tq.convert(model)
     assert_same(by_torch(*case.inputs(9)), fq.convert(model)(*case.inputs(9)))
 
@@ -371,7 +367,7 @@ def graph_flow(ns: ModuleType, qat: bool) -> tuple[Any, Tensor]:
 
 @pytest.mark.parametrize("qat", [False, True])
 def test_fx_graph_mode_takes_our_observers(qat: bool) -> None:
-    with oracle():
+    with quiet():
         their_model, theirs = graph_flow(tq, qat)
         our_model, ours = graph_flow(fq, qat)
     assert str(our_model.graph) == str(their_model.graph)
@@ -382,7 +378,7 @@ def test_fx_graph_mode_takes_our_observers(qat: bool) -> None:
 
 
 def test_fx_graph_mode_works_under_a_patch() -> None:
-    with oracle():
+    with quiet():
         _, expected = graph_flow(tq, False)
         with fq.patch_torch_ao():
             _, ours_by_name = graph_flow(tq, False)

@@ -6,6 +6,7 @@ import math
 import struct
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.ao.quantization import observer as torch_observer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import op_calls
+import oracle
 from fastquant import _C
 from fastquant._native import fast_calls, ops, routes
 from fastquant._native import reference as reference_ops
@@ -67,17 +69,7 @@ def eps(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor([EPS], dtype=dtype)
 
 
-def assert_equal(got: Any, expected: Any, message: str = "") -> None:
-    torch.testing.assert_close(
-        got,
-        expected,
-        rtol=0,
-        atol=0,
-        equal_nan=True,
-        # Strides of a tensor without elements mean nothing.
-        check_stride=not (isinstance(got, Tensor) and got.numel() == 0),
-        msg=lambda text: f"{message}\n{text}",
-    )
+assert_same = partial(oracle.assert_same, strides=True)
 
 
 def called(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, list[Tensor], bool]:
@@ -95,9 +87,9 @@ def assert_as_reference(name: str, *args: Any) -> None:
     results, arguments, raised = called(getattr(ops, name), args)
     expected_results, expected_arguments, expected_raised = called(reference_ops.OPS[name], args)
     assert raised == expected_raised
-    assert_equal(arguments, expected_arguments, f"arguments of {name}")
+    assert_same(arguments, expected_arguments, f"arguments of {name}")
     if results is not None:
-        assert_equal(results, expected_results, f"results of {name}")
+        assert_same(results, expected_results, f"results of {name}")
 
 
 def bits_of(mask: Tensor, numel: int) -> list[int]:
@@ -168,8 +160,8 @@ def test_observe_minmax_as_torch_ao(
     for x in stream:
         theirs(x)
         ops.observe_minmax_(x, low, high, counter(), axis, constant, IGNORE)
-        assert_equal(low, theirs.min_val)
-        assert_equal(high, theirs.max_val)
+        assert_same(low, theirs.min_val)
+        assert_same(high, theirs.max_val)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -187,12 +179,12 @@ def test_nonfinite_policies(dtype: torch.dtype, axis: int | None) -> None:
     before = [t.clone() for t in (low, high, count)]
     with pytest.raises(RuntimeError):
         ops.observe_minmax_(x, low, high, count, axis, None, RAISE)
-    assert_equal([low, high, count], before)
+    assert_same([low, high, count], before)
 
     low, high, count = *unobserved(channels), counter()
     ops.observe_minmax_(x, low, high, count, axis, None, PROPAGATE)
-    assert_equal(low, x.float().amin(axis if axis is None else 0))
-    assert_equal(high, x.float().amax(axis if axis is None else 0))
+    assert_same(low, x.float().amin(axis if axis is None else 0))
+    assert_same(high, x.float().amax(axis if axis is None else 0))
     assert count.item() == 0
 
 
@@ -235,7 +227,7 @@ def test_observe_histogram_as_reference(
             except RuntimeError:
                 outcomes.append(False)
         assert outcomes[0] == outcomes[1]
-        assert_equal(ours[1:], reference[1:])
+        assert_same(ours[1:], reference[1:])
         # Masses are added up in fp64, in an order of each one's own.
         tolerance = torch.finfo(buffer_dtype).eps
         torch.testing.assert_close(ours[0], reference[0], rtol=tolerance, atol=1e-9)
@@ -248,9 +240,9 @@ def test_first_histogram_is_torch_histc(kind: str, dtype: torch.dtype) -> None:
     histogram, (low, high) = torch.zeros(2048), unobserved()
     ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
     computed = x if dtype == torch.float64 else x.float()
-    assert_equal(low, computed.min().float())
-    assert_equal(high, computed.max().float())
-    assert_equal(histogram, torch.histc(computed, 2048).float())
+    assert_same(low, computed.min().float())
+    assert_same(high, computed.max().float())
+    assert_same(histogram, torch.histc(computed, 2048).float())
 
 
 @given(
@@ -289,7 +281,7 @@ def test_counts_are_torchs_where_one_value_prevails(
         state = [torch.zeros(bins, dtype=torch.float64), *unobserved(dtype=torch.float64)]
         for times in (1, 2):
             ops.observe_histogram_(x, *state, counter(), 16, IGNORE)
-            assert_equal(state, [expected * times, *ends])
+            assert_same(state, [expected * times, *ends])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -307,7 +299,7 @@ def test_counts_are_torchs_on_the_borders_of_bins(
         _C.set_isa(isa)
         state = [torch.zeros(bins, dtype=torch.float64), *unobserved(dtype=torch.float64)]
         ops.observe_histogram_(x, *state, counter(), 16, IGNORE)
-        assert_equal(state[0], expected)
+        assert_same(state[0], expected)
 
 
 @pytest.mark.parametrize("outlier", [-9.0, 9.0, INF, -INF, math.nan])
@@ -329,7 +321,7 @@ def test_one_element_beyond_the_range_so_far(
             state = [torch.zeros(2048), *unobserved(), counter()]
             for x in (first, second):
                 ops.observe_histogram_(x, *state, 16, IGNORE)
-            assert_equal(state[1:], expected[1:])
+            assert_same(state[1:], expected[1:])
             torch.testing.assert_close(state[0], expected[0], rtol=1e-6, atol=1e-9)
 
 
@@ -353,8 +345,8 @@ def test_histogram_of_a_stream_as_torch_ao(stream: list[Tensor], bins: int) -> N
         theirs(x)
         ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
         elements += x.numel()
-        assert_equal(low, theirs.min_val)
-        assert_equal(high, theirs.max_val)
+        assert_same(low, theirs.min_val)
+        assert_same(high, theirs.max_val)
         # torch.linspace rounds in a way of its own at each vector length, so a part that lies
         # on a boundary may fall on the other side of it; nothing is lost either way.
         torch.testing.assert_close(histogram.sum().item(), float(elements), rtol=1e-5, atol=0)
@@ -398,7 +390,7 @@ def assert_refused_when_narrow(op: Any, which: int, dtype: torch.dtype) -> None:
     before = [t.clone() for t in state]
     with pytest.raises(RuntimeError, match="must be float32 or float64"):
         op(torch.randn(5), *state, 16, IGNORE)
-    assert_equal(state, before)
+    assert_same(state, before)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -456,7 +448,7 @@ def test_averages_move_across_the_whole_range(dtype: torch.dtype) -> None:
         ops.observe_minmax_(*args)
     expected = (most * 0.5) * 0.75 + most * 0.25
     torch.testing.assert_close(float(low), expected, rtol=1e-2, atol=0)
-    assert_equal(low, high)
+    assert_same(low, high)
 
 
 @pytest.mark.parametrize("bins", [7, 2048])
@@ -470,9 +462,9 @@ def test_a_histogram_counts_what_is_beyond_its_range_at_the_ends(bins: int, poli
         x = torch.randn(300_001, dtype=torch.float64, generator=generator) * factor
         for op, state in ((ops, ours), (reference_ops, reference)):
             op.observe_histogram_(x, *state, 16, policy)
-        assert_equal(ours[1:], reference[1:])
+        assert_same(ours[1:], reference[1:])
         torch.testing.assert_close(ours[0], reference[0], rtol=1e-6, atol=1e-6)
-    assert_equal(ours[1:3], [torch.tensor(-most), torch.tensor(most)])
+    assert_same(ours[1:3], [torch.tensor(-most), torch.tensor(most)])
     assert ours[0].sum() == 900_003
     # Half of the second tensor at each end.
     assert float(ours[0][0]) > 149_000
@@ -519,7 +511,7 @@ def test_search_of_a_range_as_wide_as_numbers_go(bins: int, dtype: torch.dtype) 
 def test_search_for_one_value_finds_it(kind: str) -> None:
     histogram, low, high = a_histogram(0, 64, kind)
     assert_as_reference("search_histogram_range", histogram, low, high, 16)
-    assert_equal(ops.search_histogram_range(histogram, low, high, 16), (low, high))
+    assert_same(ops.search_histogram_range(histogram, low, high, 16), (low, high))
 
 
 @searches
@@ -529,7 +521,7 @@ def test_search_as_torch_ao(kind: str, bins: int, levels: int) -> None:
     theirs.dst_nbins = levels
     theirs.histogram, theirs.min_val, theirs.max_val = state = a_histogram(7, bins, kind)
     expected = theirs._non_linear_param_search()
-    assert_equal(ops.search_histogram_range(*state, levels), expected)
+    assert_same(ops.search_histogram_range(*state, levels), expected)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30, 1e-38])
@@ -615,7 +607,7 @@ def test_choose_qparams_as_torch_ao(
     expected = theirs.calculate_qparams()
     middle = 2**15 if dtype == torch.uint16 else 0
     got = ops.choose_qparams(low, high, eps(), *quant_range, SCHEMES[qscheme], middle)
-    assert_equal(got, expected)
+    assert_same(got, expected)
 
 
 @pytest.mark.parametrize("quant_range", [(-(2**31), 2**31 - 1), (0, 2**31 - 1)])
@@ -711,11 +703,11 @@ def test_fake_quantize_as_torch(
         routes.apply_fake_quantize(x, scale, zero_point, axis, *quant_range),
         ops.fake_quantize_with_mask(x, scale, zero_point, None, axis, *quant_range)[0],
     ):
-        assert_equal(y.detach(), expected.detach())
+        assert_same(y.detach(), expected.detach())
         (got,) = torch.autograd.grad(y, x, grad)
         torch.testing.assert_close(got, expected_grad, rtol=0, atol=0)
     with torch.no_grad():
-        assert_equal(
+        assert_same(
             routes.apply_fake_quantize(x, scale, zero_point, axis, *quant_range), expected.detach()
         )
 
@@ -736,7 +728,7 @@ def test_fp64_keeps_its_precision() -> None:
     scale, zero_point = torch.tensor([1 / 3], dtype=torch.float64), torch.tensor([3])
     y = ops.fake_quantize(x, scale, zero_point, None, None, -128, 127)
     exact = ((x * (1 / scale)).round() + 3).clamp(-128, 127) - 3
-    assert_equal(y, exact * scale)
+    assert_same(y, exact * scale)
     # torch gives a result of fp32 precision.
     expected = torch.fake_quantize_per_tensor_affine(x, scale, zero_point.int(), -128, 127)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
@@ -765,7 +757,7 @@ def test_wide_quantized_ranges_as_torch(quant_range: tuple[int, int]) -> None:
     for scale, zero_point in [(1e-6, 0), (1e-3, 7), (0.37, -100000)]:
         s, z = torch.tensor([scale]), torch.tensor([zero_point], dtype=torch.int32)
         expected = torch.fake_quantize_per_tensor_affine(x, s, z, *quant_range)
-        assert_equal(ops.fake_quantize(x, s, z, None, None, *quant_range), expected)
+        assert_same(ops.fake_quantize(x, s, z, None, None, *quant_range), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -808,7 +800,7 @@ def test_gradients_of_gradients() -> None:
         leaf = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(fake_quantize(leaf**2).sum(), leaf, create_graph=True)
         results.append(torch.autograd.grad((first**3).sum(), leaf)[0])
-    assert_equal(results[1], results[0])
+    assert_same(results[1], results[0])
     assert results[0].abs().sum() > 0
 
 
@@ -820,7 +812,7 @@ def test_a_flag_that_is_off_gives_x_back() -> None:
         assert routes.apply_fake_quantize(x, scale, zero_point, None, -8, 7, off) is x
         assert routes.apply_fake_quantize(x, scale, zero_point, None, -8, 7, on) is not x
         y = ops.fake_quantize(x, scale, zero_point, off, None, -8, 7)
-        assert_equal(y, x)
+        assert_same(y, x)
         assert y.data_ptr() != x.data_ptr()
 
 
@@ -902,18 +894,18 @@ def test_fused_is_its_three_steps(channels: int | None, quantize: bool, needs_gr
         y = routes.apply_fused(x, *args)
         ops.observe_minmax_(x.detach(), low, high, counter(), axis, 0.1, IGNORE)
         scale, zero_point = ops.choose_qparams(low, high, eps(), -128, 127, AFFINE, 0)
-        assert_equal(args[2:6], [low, high, scale, zero_point])
+        assert_same(args[2:6], [low, high, scale, zero_point])
         if not quantize:
             assert y is x
             continue
         expected = ops.fake_quantize(x.detach(), scale, zero_point, None, axis, -128, 127)
-        assert_equal(y.detach(), expected)
+        assert_same(y.detach(), expected)
         assert y.requires_grad == needs_grad
         if needs_grad:
             grad = torch.randn_like(y)
             (got,) = torch.autograd.grad(y, x, grad)
             steps = routes.apply_fake_quantize(x, scale, zero_point, axis, -128, 127)
-            assert_equal(got, torch.autograd.grad(steps, x, grad)[0])
+            assert_same(got, torch.autograd.grad(steps, x, grad)[0])
 
 
 def test_fused_without_observing_leaves_every_buffer() -> None:
@@ -921,7 +913,7 @@ def test_fused_without_observing_leaves_every_buffer() -> None:
     before = [a.clone() for a in args if isinstance(a, Tensor)]
     for x in (torch.randn(9), torch.full((3,), math.nan), torch.randn(9, requires_grad=True)):
         routes.apply_fused(x, *args)
-    assert_equal([a for a in args if isinstance(a, Tensor)], before)
+    assert_same([a for a in args if isinstance(a, Tensor)], before)
 
 
 # ------------------------------------------------------------------------------ learnable
@@ -937,7 +929,7 @@ def test_learnable_as_reference(data: st.DataObject, quant_range: tuple[int, int
     args = (grad, x, scale, zero_point, *settings)
     got = ops.learnable_fake_quantize_backward(*args)
     expected = reference_ops.learnable_fake_quantize_backward(*args)
-    assert_equal(got[0], expected[0])
+    assert_same(got[0], expected[0])
     for ours, theirs, bound in zip(got[1:], expected[1:], sum_bounds(*args), strict=True):
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
@@ -989,8 +981,8 @@ def test_learnable_as_torch(axis: int | None, quant_range: tuple[int, int]) -> N
         results.append((y.detach(), torch.autograd.grad(y, leaves, grad)))
     expected, expected_grads = results[0]
     for y, grads in results[1:]:
-        assert_equal(y, expected)
-        assert_equal(grads[0], expected_grads[0])
+        assert_same(y, expected)
+        assert_same(grads[0], expected_grads[0])
         torch.testing.assert_close(grads[1:], expected_grads[1:], rtol=1e-4, atol=1e-3)
 
 
@@ -1003,7 +995,7 @@ def test_learnable_gradient_belongs_to_the_forward_pass() -> None:
     dx, dscale, dzero_point = torch.autograd.grad(y.sum(), leaves)
     quantized = (x / 0.5).round() - 4
     inside = (quantized >= -8) & (quantized <= 7)
-    assert_equal(dx, inside.float())
+    assert_same(dx, inside.float())
     error = torch.where(inside, (y.detach() - x) / 0.5, (y.detach() / 0.5))
     torch.testing.assert_close(dscale, error.sum().reshape(1))
     torch.testing.assert_close(dzero_point, -0.5 * (~inside).sum().reshape(1))
@@ -1052,7 +1044,7 @@ def test_weights_as_torch_where_they_are_not_finite(any_isa: list[str]) -> None:
     for isa in any_isa:
         _C.set_isa(isa)
         got = ops.quantize_per_channel(x, scale, 0, -128, 127)
-        assert_equal(got, expected.int_repr())
+        assert_same(got, expected.int_repr())
 
 
 @pytest.mark.parametrize(
@@ -1248,7 +1240,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change: str, values: A
     ):
         with pytest.raises(RuntimeError):
             call()
-        assert_equal(buffers, before)
+        assert_same(buffers, before)
 
 
 @pytest.mark.parametrize("name", ["fake_quantize", "fake_quantize_with_mask"])
@@ -1308,7 +1300,7 @@ def test_round_the_dispatcher_or_through_it_is_the_same(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fast_calls, "fast_calls", fast and fast_calls.fast_calls)
             outcomes.append(called(lambda *own: run(function, *own), args))
-    assert_equal(outcomes[0], outcomes[1])
+    assert_same(outcomes[0], outcomes[1])
 
 
 @given(op_calls.search_histogram_range(), op_calls.schemes())
@@ -1320,7 +1312,7 @@ def test_histogram_qparams_are_those_of_the_range_found(
     found = ops.search_histogram_range(histogram, low, high, levels)
     expected = ops.choose_qparams(*found, smallest, *config)
     got = routes.histogram_qparams(histogram, low, high, smallest, levels, *config)
-    assert_equal(got, expected)
+    assert_same(got, expected)
 
 
 def test_a_counter_that_nothing_can_be_kept_in_is_refused_and_changes_nothing() -> None:
@@ -1337,7 +1329,7 @@ def test_a_counter_that_nothing_can_be_kept_in_is_refused_and_changes_nothing() 
         ):
             with pytest.raises(RuntimeError):
                 call()
-            assert_equal([low, high], unobserved())
+            assert_same([low, high], unobserved())
 
 
 @pytest.mark.parametrize("run", [with_gradient, without_gradient])
@@ -1350,7 +1342,7 @@ def test_qparams_that_lie_in_memory_as_their_negatives(run: Callable[..., Any]) 
         run(lambda x, s: routes.apply_fake_quantize(x, s, zero_point, None, -9, 9), x, s)
         for s in (scale, negated)
     ]
-    assert_equal(*results)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("needs_grad", [True, False])
@@ -1361,7 +1353,7 @@ def test_a_default_device_elsewhere_changes_nothing(needs_grad: bool) -> None:
     expected = run(routes.apply_fused, x, *expected_args)
     with torch.device("meta"):
         y, gradient = run(routes.apply_fused, x, *args)
-    assert_equal((y, gradient, args), (*expected, expected_args))
+    assert_same((y, gradient, args), (*expected, expected_args))
 
 
 # ------------------------------------------------------------------------ autocast, compiling
@@ -1390,11 +1382,11 @@ def test_fused_compiles_to_one_graph(needs_grad: bool, quantize: bool) -> None:
     for seed in range(2):
         x = random_values((3, 20), torch.float32, seed).requires_grad_(needs_grad)
         expected, y = step(x, eager_args), compiled(x, compiled_args)
-        assert_equal(y.detach(), expected.detach())
-        assert_equal(compiled_args, eager_args)
+        assert_same(y.detach(), expected.detach())
+        assert_same(compiled_args, eager_args)
         assert y.requires_grad == needs_grad
         if needs_grad:
-            assert_equal(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
+            assert_same(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
 
 
 def test_other_ops_compile_to_one_graph() -> None:
@@ -1412,7 +1404,7 @@ def test_other_ops_compile_to_one_graph() -> None:
         low, high = unobserved()
         y = run(*leaves, low, high)
         outcomes.append([y.detach(), low, high, *torch.autograd.grad(y.sum(), leaves)])
-    assert_equal(outcomes[1], outcomes[0])
+    assert_same(outcomes[1], outcomes[0])
 
 
 def test_no_op_warns() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from fastquant.nn.qat.batch_norm import _scaled, _unscaled
-from zoo import oracle
+from oracle import quiet
 
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
 
@@ -111,7 +111,7 @@ def test_torchs_own_fake_quantize_keeps_torchs_method(
         if not folded:
             cls = next(c for c in type(qat(module)).__mro__ if "_forward_approximate" in vars(c))
             monkeypatch.setattr(cls, "_forward_approximate", cls._forward_approximate.__wrapped__)
-        with oracle():
+        with quiet():
             model = nn.Sequential(copy.deepcopy(module)).train()
             model.qconfig = tq.get_default_qat_qconfig("x86")
             results.append(step(tq.prepare_qat(model)[0], x))

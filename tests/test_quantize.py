@@ -35,6 +35,7 @@ from fastquant.quantize import (
     _register_activation_post_process_hook,
     _remove_qconfig,
 )
+from oracle import assert_same, quiet
 from zoo import (
     STATIC_CASES,
     Case,
@@ -45,11 +46,12 @@ from zoo import (
     Residual,
     Stubbed,
     Zoo,
-    assert_same,
-    one_thread,  # noqa: F401  # a fixture
-    oracle,
     tree,
 )
+
+# Models are small here: threads would cost them more than they give.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 INF, NAN = float("inf"), float("nan")
 
@@ -148,7 +150,7 @@ def _combinations(static: bool) -> Iterator[Any]:
 @pytest.mark.filterwarnings("ignore:All inputs of this cat operator")
 @pytest.mark.parametrize(("case", "qconfig", "fuse"), combinations(static=True))
 def test_static_quantization_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
-    with oracle():
+    with quiet():
         theirs = prepared(tq, case, STATIC_QCONFIGS[qconfig], fuse)
         expected = qparams(theirs)
         their_int8 = tq.convert(theirs)
@@ -168,7 +170,7 @@ def test_static_quantization_matches_torch(case: Case, qconfig: str, fuse: bool)
 @pytest.mark.usefixtures("torchs_batch_norm_folding")
 @pytest.mark.parametrize(("case", "qconfig", "fuse"), combinations(static=False))
 def test_qat_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
-    with oracle():
+    with quiet():
         theirs = trained(tq, case, QAT_QCONFIGS[qconfig], fuse)
         their_int8 = tq.convert(theirs)
     ours = trained(fq, case, QAT_QCONFIGS[qconfig], fuse)
@@ -185,7 +187,7 @@ def test_qat_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
 @pytest.mark.parametrize("fuse", [False, True])
 def test_fused_qat_op_comes_close_to_torch(fuse: bool) -> None:
     case = STATIC_CASES["conv_net"]
-    with oracle():
+    with quiet():
         theirs = trained(tq, case, lambda ns: ns.get_default_qat_qconfig("x86"), fuse)
         their_int8 = tq.convert(theirs)
     ours = trained(fq, case, lambda ns: ns.get_default_qat_qconfig("x86"), fuse)
@@ -204,7 +206,7 @@ def test_fused_qat_op_comes_close_to_torch(fuse: bool) -> None:
 def test_reference_conversion_matches_torch(name: str) -> None:
     case = STATIC_CASES[name]
     qconfig = STATIC_QCONFIGS["minmax"]
-    with oracle():
+    with quiet():
         theirs = tq.convert(prepared(tq, case, qconfig), is_reference=True)
     ours = fq.convert(prepared(fq, case, qconfig), is_reference=True)
     assert tree(ours) == tree(theirs)
@@ -232,7 +234,7 @@ def test_dynamic_quantization_matches_torch(spec: str) -> None:
     dtype, qconfig_spec = DYNAMIC_SPECS[spec]
     torch.manual_seed(0)
     model = Zoo()
-    with oracle():
+    with quiet():
         theirs = tq.quantize_dynamic(model, qconfig_spec(tq), dtype)
     ours = fq.quantize_dynamic(model, qconfig_spec(fq), dtype)
     assert tree(ours) == tree(theirs)
@@ -246,7 +248,7 @@ def test_dynamic_quantization_matches_torch(spec: str) -> None:
 def test_embedding_quantization_matches_torch(dtype: torch.dtype, spec: Any) -> None:
     torch.manual_seed(0)
     model = Embedded()
-    with oracle():
+    with quiet():
         theirs = tq.quantize_dynamic(model, spec, dtype)
     ours = fq.quantize_dynamic(model, spec, dtype)
     assert tree(ours) == tree(theirs)
@@ -264,7 +266,7 @@ def test_embedding_training_matches_torch() -> None:
         model(torch.tensor([[0, 3], [5, 7]])).sum().backward()
         return model, ns.convert(model.eval(), ns.get_embedding_static_quant_module_mappings())
 
-    with oracle():
+    with quiet():
         theirs, their_int8 = run(tq)
     ours, our_int8 = run(fq)
     assert tree(ours) == tree(theirs)
@@ -322,7 +324,7 @@ def test_precomputed_fake_quant_keeps_trained_weight_ranges() -> None:
         model = ns.convert(model.eval(), use_precomputed_fake_quant=precomputed)
         return model[1].weight()
 
-    with oracle():
+    with quiet():
         expected = [weight(tq, precomputed) for precomputed in (False, True)]
     ours = [weight(fq, precomputed) for precomputed in (False, True)]
     assert_same(ours, expected)
@@ -976,7 +978,7 @@ def test_quantize_and_quantize_qat_do_the_whole_way() -> None:
             model = case.make(ns)
             static = ns_call == "quantize"
             model.qconfig = ns.default_qconfig if static else ns.get_default_qat_qconfig("x86", 0)
-            with oracle():
+            with quiet():
                 quantized = getattr(ns, ns_call)(model, feed, [2])
             assert model.qconfig is not None
             assert type(quantized.body.fc) is nnq.Linear
@@ -1250,7 +1252,7 @@ def test_fused_training_modules_are_the_expected_ones() -> None:
 def test_a_fused_module_is_observed_once_with_torchs_qparams() -> None:
     counts = {}
     for ns in (tq, fq):
-        with oracle():
+        with quiet():
             torch.manual_seed(0)
             model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
             model.qconfig = ns.QConfig(ns.HistogramObserver, ns.default_weight_observer)
@@ -1263,3 +1265,18 @@ def test_a_fused_module_is_observed_once_with_torchs_qparams() -> None:
     (theirs, their_qparams), (ours, our_qparams) = counts[tq], counts[fq]
     assert torch.equal(2 * ours, theirs)
     assert_same(our_qparams, their_qparams)
+
+
+def test_convert_names_layers_and_counts_what_was_left_out_once() -> None:
+    model = nn.Sequential(fq.QuantStub(), nn.Linear(3, 3)).eval()
+    model.qconfig = fq.default_qconfig
+    prepared = fq.prepare(model)
+    with quiet():
+        prepared(torch.tensor([[1.0, 2.0, float("nan")]]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fq.convert(prepared)
+    messages = [str(w.message) for w in caught if "NaN or infinite" in str(w.message)]
+    assert len(messages) == 1
+    assert "0 (1)" in messages[0]
+    assert "1 (3)" in messages[0]

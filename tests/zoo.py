@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,10 @@ import torch
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+import fastquant as fq
+from oracle import assert_same as assert_same
+from oracle import quiet as oracle  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -28,54 +31,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@contextmanager
-def oracle() -> Iterator[None]:
-    """Around calls of torch.ao: what it says about itself is not what is tested."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def tree(model: nn.Module) -> dict[str, str]:
     """The class of each submodule, by its path."""
     return {path: type(module).__name__ for path, module in model.named_modules()}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_quantized:
-        per_channel = value.qscheme() in (
-            torch.per_channel_affine,
-            torch.per_channel_affine_float_qparams,
-        )
-        qparams = (
-            (value.q_per_channel_scales(), value.q_per_channel_zero_points())
-            if per_channel
-            else (torch.tensor(value.q_scale()), torch.tensor(value.q_zero_point()))
-        )
-        return (value.dequantize(), *qparams)
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(item) for item in value)
-    # Packed weights show nothing; outputs must tell.
-    return str(value) if isinstance(value, torch.ScriptObject) else value
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Assert that two states, outputs or parts of them are equal in every bit."""
-    a, b = _plain(a), _plain(b)
-    if isinstance(a, Tensor):
-        assert isinstance(b, Tensor), where
-        assert a.dtype == b.dtype, where
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m: where + m)
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}{key}: ")
-    elif isinstance(a, tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}] ")
-    else:
-        assert a == b, where
+OBSERVERS: dict[str, Callable[[], nn.Module]] = {
+    "minmax": fq.MinMaxObserver,
+    "average": fq.MovingAverageMinMaxObserver,
+    "channels": fq.PerChannelMinMaxObserver,
+    "channel average": fq.MovingAveragePerChannelMinMaxObserver,
+    "histogram": lambda: fq.HistogramObserver(bins=64),
+}
+every_observer = pytest.mark.parametrize("name", OBSERVERS)
 
 
 class Stubbed(nn.Module):
