@@ -227,6 +227,10 @@ def _grid(
     return _Grid(low, high, scheme, symmetric_zero_point(dtype, low, high, True))
 
 
+def _checked_axis(ch_axis: int | None) -> int | None:
+    return None if ch_axis is None else check_integer("ch_axis", ch_axis)
+
+
 def _require_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -343,6 +347,7 @@ def observe_minmax_(
             on another device; `x` has non-finite elements under "raise".
     """
     policy = check_nonfinite(nonfinite)
+    ch_axis = _checked_axis(ch_axis)
     if averaging_constant is not None:
         check_averaging_constant(averaging_constant)
     try:
@@ -528,6 +533,7 @@ def fake_quantize(
             per channel, or on another device than x.
     """
     quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
+    ch_axis = _checked_axis(ch_axis)
     error = input_error(x)
     if error is not None:
         raise error
@@ -601,6 +607,7 @@ def fused_observe_fake_quantize(
             another device; `x` has non-finite elements under "raise".
     """
     grid = _grid(dtype, qscheme, quant_min, quant_max)
+    ch_axis = _checked_axis(ch_axis)
     _check_axis(qscheme, ch_axis)
     policy = check_nonfinite(nonfinite)
     if averaging_constant is not None:
@@ -671,6 +678,7 @@ def learnable_fake_quantize(
             out of range; not one scale and zero point per channel, or on another device than x.
     """
     quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
+    ch_axis = _checked_axis(ch_axis)
     error = input_error(x)
     if error is not None:
         raise error

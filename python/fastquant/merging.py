@@ -23,8 +23,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ._core.arguments import (
+    check_averaging_constant,
+    check_integer,
+    check_nonfinite,
+    check_quantized_range,
+)
 from ._core.ranges import INF, is_unobserved, kinds_of_range, range_error
-from ._core.state import resized
+from ._core.schemes import Scheme
+from ._core.state import eps_error, resized
 from ._native.ops import choose_qparams, search_histogram_range
 from ._native.reference import _widest_dtype, moved_histogram
 from .fake_quantize import FakeQuantize, FakeQuantizeBase, LearnableFakeQuantize
@@ -393,6 +400,19 @@ def _recipe(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             "average, as states from get_observer_state_dict of fastquant's observers do (copies "
             "of them as plain dicts do not); load the states into observers and merge those"
         )
+    try:
+        if recipe["averaging_constant"] is not None:
+            check_averaging_constant(recipe["averaging_constant"])
+        check_integer("upsample_rate", recipe["upsample_rate"], least=1)
+        check_nonfinite(recipe["nonfinite"])
+        quant_min, quant_max, scheme, symmetric_zero_point = recipe["scheme"]
+        check_quantized_range(quant_min, quant_max, holds_zero=True)
+        Scheme(scheme)
+        check_integer("symmetric_zero_point", symmetric_zero_point)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"cannot merge: what the state of {_named(name)} says of its observer is wrong: {error}"
+        ) from error
     return recipe  # type: ignore[no-any-return]
 
 
@@ -409,7 +429,9 @@ def _statistics_in(state: Mapping[str, Any], label: str) -> list[Statistics]:
         histogram = state.get(f"{prefix}histogram")
         finite = recipe["nonfinite"] != "propagate"
         may_cross = recipe["averaging_constant"] is not None
-        problem = range_error(low, high, histogram, finite=finite, may_cross=may_cross)
+        problem = range_error(
+            low, high, histogram, finite=finite, may_cross=may_cross
+        ) or eps_error(state.get(f"{prefix}eps"))
         if problem is not None:
             raise ValueError(f"cannot merge: {_named(name)} in {label}: {problem}")
         found.append(

@@ -33,9 +33,16 @@ from ._core.arguments import (
 )
 from ._core.locks import RESIZING
 from ._core.qparams import symmetric_zero_point
-from ._core.ranges import INF, UNOBSERVED, is_observed, range_error
+from ._core.ranges import UNOBSERVED, is_observed, range_error
 from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, WIDE, NonFinitePolicy, Scheme
-from ._core.state import ActivationPostProcess, does_not_fit, qparams_error, refill, resized
+from ._core.state import (
+    ActivationPostProcess,
+    does_not_fit,
+    eps_error,
+    qparams_error,
+    refill,
+    resized,
+)
 from ._native.graphs import FIRST_FORWARD_IN_GRAPH
 from ._native.ops import choose_qparams, search_histogram_range
 from ._native.routes import histogram_qparams, observe_histogram, observe_minmax
@@ -309,15 +316,6 @@ class UniformQuantizationObserverBase(ObserverBase):
 _ObserverBase = UniformQuantizationObserverBase
 
 
-def _eps_error(eps: object) -> str | None:
-    """What makes a saved eps none; None where nothing does, or there is none."""
-    if not isinstance(eps, Tensor) or eps.is_meta:
-        return None
-    if eps.is_floating_point() and bool(((eps >= 0) & (eps.float() < INF)).all()):
-        return None
-    return f"eps must be finite and not negative, got {eps.tolist()}"
-
-
 def _is_method(method: object, function: object) -> bool:
     """Whether a method is this function still, which neither a class nor an instance overrides."""
     return getattr(method, "__func__", None) is function
@@ -347,6 +345,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
         nonfinite: NonFinitePolicy = "ignore",
         **kwargs: Any,
     ) -> None:
+        check_qscheme(qscheme)
         cls = type(self).__name__
         fits, granularity = (
             (is_per_channel, "per-channel") if self._per_channel else (is_per_tensor, "per-tensor")
@@ -455,7 +454,7 @@ class _RangeObserver(UniformQuantizationObserverBase):
             name: state_dict[prefix + name] for name in names if prefix + name in state_dict
         }
         if len(statistics) == len(names):
-            problem = self._state_error(statistics) or _eps_error(state_dict.get(prefix + "eps"))
+            problem = self._state_error(statistics) or eps_error(state_dict.get(prefix + "eps"))
             if problem is not None:
                 error_msgs.append(does_not_fit(prefix, problem))
                 return

@@ -72,7 +72,7 @@ def _check_number(name: str, value: float, least: float, most: float, wanted: st
     try:
         fits = least <= value <= most and value < math.inf
     except (TypeError, RuntimeError):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not fits:
         raise QuantizationError(f"{name} must be {wanted}, got {value}")
 
@@ -110,9 +110,13 @@ def check_quantized_range(quant_min: int, quant_max: int, *, holds_zero: bool) -
 
 def check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:
     """A quantized range that `dtype` can hold."""
-    if dtype.is_floating_point:
-        raise QuantizationError(f"quant_min and quant_max need an integer dtype, got {dtype}")
-    limits = torch.iinfo(dtype)
+    try:
+        limits = torch.iinfo(dtype)
+    except TypeError:
+        check_dtype(dtype)
+        raise QuantizationError(
+            f"quant_min and quant_max need an integer dtype, got {dtype}"
+        ) from None
     for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
         if not limits.min <= value <= limits.max:
             raise QuantizationError(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .ranges import INF
 from .schemes import WIDE
 
 
@@ -98,6 +99,15 @@ def does_not_fit(prefix: str, problem: str) -> str:
     """What `load_state_dict` is to say of the state of the module at `prefix`."""
     where = f" of {prefix[:-1]}" if prefix else ""
     return f"the state{where} does not fit: {problem}"
+
+
+def eps_error(eps: object) -> str | None:
+    """What makes a saved eps none; None where nothing does, or there is none."""
+    if not isinstance(eps, Tensor) or eps.is_meta:
+        return None
+    if eps.is_floating_point() and bool(((eps >= 0) & (eps.float() < INF)).all()):
+        return None
+    return f"eps must be finite and not negative, got {eps.tolist()}"
 
 
 def qparams_error(saved: Mapping[str, object], per_channel: bool) -> str | None:
