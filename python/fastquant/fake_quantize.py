@@ -368,14 +368,17 @@ class FakeQuantize(FakeQuantizeBase):
     def _qparam_buffers(self) -> dict[str, Tensor | None]:
         return {"scale": self.scale, "zero_point": self.zero_point}
 
+    # What extra_repr shows, in torch.ao's order.
+    _shown: ClassVar[tuple[str, ...]] = (
+        *("fake_quant_enabled", "observer_enabled", "quant_min", "quant_max"),
+        *("dtype", "qscheme", "ch_axis", "scale", "zero_point"),
+    )
+
     def extra_repr(self) -> str:
-        observer = self.activation_post_process
-        return (
-            f"fake_quant_enabled={self.fake_quant_enabled}, "
-            f"observer_enabled={self.observer_enabled}, "
-            f"quant_min={observer.quant_min}, quant_max={observer.quant_max}, "
-            f"dtype={self.dtype}, qscheme={self.qscheme}, ch_axis={self.ch_axis}, "
-            f"scale={self.scale}, zero_point={self.zero_point}"
+        of_observer = ("quant_min", "quant_max", "reduce_range")
+        return ", ".join(
+            f"{name}={getattr(self.activation_post_process if name in of_observer else self, name)}"
+            for name in self._shown
         )
 
     def _load_from_state_dict(
@@ -452,6 +455,11 @@ class FixedQParamsFakeQuantize(FakeQuantize):
         QuantizationError: another observer, or one that is not per tensor.
     """
 
+    _shown = (
+        *("fake_quant_enabled", "observer_enabled", "scale", "zero_point"),
+        *("dtype", "quant_min", "quant_max", "qscheme"),
+    )
+
     def __init__(self, observer: Callable[..., Any]) -> None:
         super().__init__(observer=observer)
         made = self.activation_post_process
@@ -501,6 +509,7 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
     """
 
     _flag_dtype = torch.int64
+    _shown = (*FixedQParamsFakeQuantize._shown, "reduce_range")
 
     def __init__(
         self,
