@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastquant.bench.machine import machine as machine
 from fastquant.bench.timing import Case as Case
 from fastquant.bench.timing import Rounds as Rounds
 from fastquant.bench.timing import Summary, threads_set_to
-from fastquant.bench.timing import machine as machine
 from fastquant.bench.timing import readable_time as readable_time
 from fastquant.bench.timing import time_rounds as time_rounds
 

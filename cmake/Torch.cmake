@@ -7,8 +7,10 @@ execute_process(
   OUTPUT_VARIABLE _torch_dir OUTPUT_STRIP_TRAILING_WHITESPACE)
 if(NOT _torch_dir)
   message(FATAL_ERROR
-    "fastquant needs torch >= 2.10 at build time, and ${Python_EXECUTABLE} has none. "
-    "Install torch first, then build against it: pip install --no-build-isolation .")
+    "fastquant builds against the torch (2.10 or newer) that it will run with, and the Python of "
+    "this build, ${Python_EXECUTABLE}, finds none. If torch is installed, pip's build isolation "
+    "hides it: pip install scikit-build-core, then pip install --no-build-isolation . "
+    "Otherwise install torch first.")
 endif()
 
 file(STRINGS "${_torch_dir}/version.py" _version_line REGEX "^__version__ = ")

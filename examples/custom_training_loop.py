@@ -1,10 +1,10 @@
-"""Quantization-aware training in a loop of your own: no prepare, no convert.
-
-Handwritten digits, 2-bit weights with learned scales (LSQ) and 8-bit activations whose range
-follows a moving average. Shows three accuracies: in float, with fake-quantize put in and nothing
-trained, and after training with it.
+"""Quantization-aware training in your own loop, without prepare and convert.
 
     python examples/custom_training_loop.py
+
+Classifies handwritten digits with 2-bit weights, whose scales are learned (LSQ), and 8-bit
+activations, whose range follows a moving average. Prints three accuracies: of the float model,
+right after fake-quantize was inserted, and after training with it.
 """
 
 from __future__ import annotations
@@ -12,23 +12,30 @@ from __future__ import annotations
 import argparse
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fastquant import functional as F
 
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"custom_training_loop.py needs scikit-learn for its data ({error}): pip install "
+        "scikit-learn, or install this project with its extra `demo`"
+    ) from error
+
 WEIGHT_MIN, WEIGHT_MAX = -2, 1  # 2 bits
 
 
 class FakeQuantized(nn.Module):
-    """A layer whose input and weight are fake-quantized on their way in."""
+    """A layer that fake-quantizes its input and its weight before it uses them."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.layer = layer
-        # A range with its scale and zero point: plain tensors, updated in place.
+        # The input's range, scale and zero point: plain tensors, updated in place.
         self.input_state = F.fake_quantize_state()
 
         weight = layer.weight.detach()
@@ -45,7 +52,7 @@ class FakeQuantized(nn.Module):
         )
         self.scale = nn.Parameter(scale)
         self.zero_point = torch.zeros(channels)
-        # The factor that LSQ's authors recommend.
+        # The factor on the gradient of the scale that LSQ's authors recommend.
         self.grad_factor = (weight[0].numel() * WEIGHT_MAX) ** -0.5
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +71,7 @@ class FakeQuantized(nn.Module):
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, then those to test on."""
+    """Training images, training labels, test images, test labels."""
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     y = torch.tensor(labels)
@@ -86,13 +93,13 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int, rate: float) -> No
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Percent that `model` gets right."""
+    """Percent of the images that `model` classifies correctly."""
     return 100 * float((model.eval()(x).argmax(1) == y).float().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=600, help="training steps, each of two times")
+    parser.add_argument("--steps", type=int, default=600, help="steps of each of the two trainings")
     steps = parser.parse_args().steps
 
     torch.manual_seed(0)
@@ -113,7 +120,7 @@ def main() -> None:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             model[index] = FakeQuantized(layer)
     with torch.no_grad():
-        model.train()(train_x[:256])  # a first range for every input
+        model.train()(train_x[:256])  # gives every input its first range
     print(f"fake-quantized, not trained: {accuracy(model, test_x, test_y):.1f} %")
 
     print("Training with fake-quantize")

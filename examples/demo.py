@@ -1,9 +1,11 @@
-"""A real model on real data from float to int8, by fastquant and by torch.ao side by side.
+"""A real model on real data, quantized to int8 by fastquant and by torch.ao side by side.
 
-Trains a small residual CNN on scikit-learn's handwritten digits (bundled: nothing is
-downloaded), then quantizes it: static with histogram and with min/max observers, dynamic, and
-quantization-aware training. Both sides run the same code; only the module that the names are
-taken from differs. Every number printed is measured in this run: `make demo`.
+    python examples/demo.py    # or: make demo
+
+Trains a small residual CNN on the handwritten digits that come with scikit-learn (nothing is
+downloaded), then quantizes it four times: statically with histogram and with min/max observers,
+dynamically, and with quantization-aware training. Both libraries run the same code; only the module
+that the names are taken from differs. Every number printed is measured in this run.
 """
 
 from __future__ import annotations
@@ -20,14 +22,21 @@ from types import ModuleType
 
 import torch
 import torch.ao.quantization
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fastquant
+
+try:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"demo.py needs scikit-learn for its data ({error}): pip install scikit-learn, "
+        "or install this project with its extra `demo`"
+    ) from error
 
 SIDES = {"fastquant": fastquant, "torch.ao": torch.ao.quantization}
 TOLERANCE = 1.0  # points of accuracy that static and QAT int8 may lose against float
@@ -63,7 +72,7 @@ def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Net(nn.Module):
-    """A CNN with a skip connection, written for eager quantization; ``q`` gives the stubs."""
+    """A CNN with a skip connection, written for eager quantization; the stubs are ``q``'s."""
 
     def __init__(self, q: ModuleType) -> None:
         super().__init__()
@@ -186,7 +195,7 @@ def static(
 
 
 def dynamic(trained: nn.Module, digits: Digits) -> Row:
-    """Weights to int8 ahead of time, activations as they come: linear layers only."""
+    """Dynamic quantization: weights ahead of time, activations in each call; linear layers only."""
     models = {
         side: q.quantize_dynamic(load_into(q, trained).eval(), {nn.Linear}, dtype=torch.qint8)
         for side, q in SIDES.items()
@@ -195,7 +204,7 @@ def dynamic(trained: nn.Module, digits: Digits) -> Row:
 
 
 def aware(trained: nn.Module, digits: Digits, settings: Settings) -> Row:
-    """Quantization-aware fine-tuning; both sides take each step in turn, and it is timed."""
+    """Quantization-aware fine-tuning; both sides take each step in turn, and steps are timed."""
     models, optimizers = {}, {}
     for side, q in SIDES.items():
         model = q.fuse_modules_qat(load_into(q, trained).train(), FUSED)
@@ -236,7 +245,7 @@ def table(rows: list[Row]) -> str:
 
 
 def run(settings: Settings) -> list[Row]:
-    """All of the demo: the rows of its table, float first."""
+    """The whole demo; the rows of its table, float first."""
     digits = load()
     trained = train_float(digits, settings)
     engine = torch.backends.quantized.engine
@@ -253,11 +262,11 @@ def run(settings: Settings) -> list[Row]:
 
 
 def main() -> int:
-    # What torch.ao says of itself at each call, in its own name and in that of its caller.
+    # torch.ao warns of its own deprecation at each call, in its own name and in its caller's.
     warnings.filterwarnings("ignore", module=r"torch\.")
     warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
-    # The tensors are small: a second thread would spend its time waiting, most of all where
-    # other programs want the processor too, and the times would say little.
+    # The tensors are small: a second thread would mostly wait, even more so where other programs
+    # want the processor too, and the times would say little.
     torch.set_num_threads(1)
     info = fastquant.build_info()
     print(

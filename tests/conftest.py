@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from fastquant import _C
 from fastquant._torch.ao import conv_bn_base, nniqat
+from fastquant.nn.qat.batch_norm import teach_torch_ao
 
 settings.register_profile(
     "fastquant",
@@ -51,5 +52,6 @@ def any_isa() -> Iterator[list[str]]:
 @pytest.fixture
 def torchs_batch_norm_folding(monkeypatch: pytest.MonkeyPatch) -> None:
     """QAT modules with torch.ao's own arithmetic, for comparisons that want every bit."""
+    teach_torch_ao()
     for cls, name in ((conv_bn_base, "_forward_approximate"), (nniqat.LinearBn1d, "forward")):
         monkeypatch.setattr(cls, name, getattr(cls, name).__wrapped__)

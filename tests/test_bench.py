@@ -6,8 +6,10 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,12 +21,12 @@ from torch import Tensor, nn
 
 import fastquant
 from fastquant import bench
-from fastquant.bench import timing as _timing
+from fastquant.bench import disturbance, timing
+from fastquant.bench.machine import machine
 from fastquant.bench.timing import (
     Case,
     Rounds,
     Summary,
-    machine,
     readable_time,
     threads_set_to,
     time_rounds,
@@ -60,16 +62,37 @@ def test_rounds_are_interleaved_and_begin_with_each_case_in_turn() -> None:
 
 
 class Clock:
-    """A clock that only work moves: tests of timing that no busy machine can upset."""
+    """A clock that only work moves, and a machine that nobody else uses unless told so.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    Args:
+        disturbed: whether other work disturbs the round of this number.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        disturbed: Callable[[int], bool] = lambda number: False,
+    ) -> None:
+        clock = self
         self.now = 100.0
-        monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        monkeypatch.setattr(_timing, "_preemptions", lambda: 0)
-        monkeypatch.setattr(_timing, "_pace", lambda: 1.0)
+        self.disturbed = False
+
+        class Watch:
+            rounds = 0
+
+            def start(self) -> None:
+                clock.disturbed = disturbed(self.rounds)
+                self.rounds += 1
+
+            def undisturbed(self) -> bool:
+                was, clock.disturbed = clock.disturbed, False
+                return not was
+
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(timing, "Watch", Watch)
 
     def work(self, seconds: float) -> None:
-        self.now += seconds
+        self.now += seconds * (6 if self.disturbed else 1)
 
 
 def test_times_are_per_piece_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,32 +106,11 @@ def test_times_are_per_piece_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seconds["four"] == pytest.approx([2e-4] * 9)
 
 
-class Disturbance:
-    """Stands for the scheduler: work is slow in rounds that it disturbs."""
-
-    def __init__(self, disturbed: Callable[[int], bool], clock: Clock) -> None:
-        self._disturbed = disturbed
-        self._clock = clock
-        self._asked = 0
-        self.now = False
-
-    def preemptions(self) -> int:
-        """Is asked before and after each round."""
-        number, after = divmod(self._asked, 2)
-        self._asked += 1
-        self.now = not after and self._disturbed(number)
-        return self._asked if self._disturbed(number) else 0
-
-    def work(self) -> None:
-        self._clock.work(0.003 if self.now else 0.0005)
-
-
 def timed_with(
     disturbed: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> Rounds:
-    disturbance = Disturbance(disturbed, Clock(monkeypatch))
-    monkeypatch.setattr(_timing, "_preemptions", disturbance.preemptions)
-    return time_rounds({"a": Case(disturbance.work)}, rounds=5, patience=patience)
+    clock = Clock(monkeypatch, disturbed)
+    return time_rounds({"a": Case(lambda: clock.work(0.0005))}, rounds=5, patience=patience)
 
 
 def test_disturbed_rounds_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,31 +119,102 @@ def test_disturbed_rounds_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed.seconds["a"] == pytest.approx([0.0005] * 5)
 
 
-def test_rounds_beside_a_slow_processor_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    slow = {2, 3, 7}
-    paces = iter(range(100))
-    monkeypatch.setattr(_timing, "_pace", lambda: 2.0 if next(paces) in slow else 1.05)
-    times = iter(range(1, 100))
-    timed = time_rounds({"a": Case(lambda: clock.work(next(times)))}, rounds=5, patience=1000)
-    # The first call sizes blocks; then round n lies between paces n - 1 and n.
-    assert timed.seconds["a"] == [2 + n for n in (1, 5, 6, 9, 10)]
-    assert timed.undisturbed == 5
-
-
-def test_the_pace_is_beside_the_best_so_far() -> None:
-    assert _timing._pace() >= 1
-    _timing._least[torch.get_num_threads()] = 1e-9
-    try:
-        assert _timing._pace() > 100
-    finally:
-        _timing._least.clear()
-
-
 def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = timed_with(lambda number: number > 1, monkeypatch, patience=0.02)
     assert timed.undisturbed == 2
     assert sorted(timed.seconds["a"]) == pytest.approx([0.0005] * 2 + [0.003] * 3)
+
+
+class Machine:
+    """Stands for the kernel's count of waiting, and for the clock, of two threads."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.slower = 1.0
+        self._waited = {"1": 0.0, "2": 0.0}
+        self._tasks = tmp_path / "task"
+        self.passes(0, {})
+        monkeypatch.setattr(disturbance, "_TASKS", self._tasks)
+        monkeypatch.setattr(disturbance, "_best_seconds", {})
+        monkeypatch.setattr(disturbance, "time", SimpleNamespace(perf_counter=self._clock))
+
+    def _clock(self) -> float:
+        self.now += 1e-5 * self.slower
+        return self.now
+
+    def passes(self, seconds: float, waited: dict[str, float]) -> None:
+        """Time passes in which threads wait for a processor."""
+        self.now += seconds
+        for task, wait in waited.items():
+            self._waited[task] += wait
+        for task, wait in self._waited.items():
+            (self._tasks / task).mkdir(parents=True, exist_ok=True)
+            (self._tasks / task / "schedstat").write_text(f"1 {round(wait * 1e9)} 1\n")
+
+
+@pytest.mark.parametrize(
+    ("waited", "undisturbed"),
+    [
+        ({}, True),
+        # What a kernel's own threads take in a long round, thread by thread.
+        ({"1": 0.01, "2": 0.01}, True),
+        ({"2": 0.5}, False),
+    ],
+)
+def test_a_round_is_disturbed_by_the_time_that_its_threads_lose(
+    waited: dict[str, float], undisturbed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch)
+    machine.passes(10, {"1": 5})  # what was lost before the round does not count
+    watch = disturbance.Watch()
+    watch.start()
+    machine.passes(1, waited)
+    assert watch.undisturbed() is undisturbed
+
+
+def test_rounds_beside_a_slow_processor_are_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch)
+    watch = disturbance.Watch()
+    found = []
+    for slower in (1.05, 2.0, 1.0, 1.1):
+        watch.start()
+        machine.passes(1, {})
+        machine.slower = slower
+        found.append(watch.undisturbed())
+    # A slow processor at either end of a round disturbs it.
+    assert found == [True, False, False, True]
+
+
+def test_without_a_count_of_waiting_rounds_count_as_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch)
+    monkeypatch.setattr(disturbance, "_TASKS", tmp_path / "absent")
+    watch = disturbance.Watch()
+    watch.start()
+    machine.passes(1, {"1": 0.5})
+    assert watch.undisturbed()
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs the kernel's count")
+def test_work_beside_this_process_disturbs_it() -> None:
+    mine = os.sched_getaffinity(0)
+    core = {min(mine)}
+    os.sched_setaffinity(0, core)  # a child inherits it: both share one core
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        watch = disturbance.Watch()
+        watch.start()
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            pass
+        assert not watch.undisturbed()
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, mine)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -325,14 +398,63 @@ def test_a_range_that_differs_is_found() -> None:
 
 
 def test_an_observer_that_is_missing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = fastquant.prepare
+
     def prepare_too_little(model: nn.Module, **kwargs: Any) -> nn.Module:
         model.classifier.qconfig = None  # type: ignore[union-attr, assignment]
-        return fastquant.prepare(model, **kwargs)
+        return prepare(model, **kwargs)
 
-    monkeypatch.setattr(bench, "prepare", prepare_too_little)
+    monkeypatch.setattr(fastquant, "prepare", prepare_too_little)
     report = bench.run(bench.small_cnn(), torch.randn(1, 3, 16, 16), rounds=1, progress=False)
     assert report.differences == ["classifier"]
     assert report.largest_difference == math.inf
+
+
+def report_of(seconds: dict[str, list[float]], undisturbed: int) -> bench.Report:
+    summary = Summary(1e-4, 1e-4, 1e-4)
+    return bench.Report(
+        model="toy",
+        mode="calibrate",
+        qconfig="x86",
+        inputs=["3x4:float32"],
+        threads=1,
+        rounds=4,
+        undisturbed=undisturbed,
+        seconds=seconds,
+        layers=[bench.Layer("fc", "Linear", (3, 4), 1, dict.fromkeys(list(seconds)[1:], summary))],
+        same_ranges=True,
+        largest_difference=0.0,
+        differences=[],
+        torch_ao_error=None,
+    )
+
+
+STEADY = {"float": [0.01] * 4, "fastquant": [0.011] * 4, "torch.ao": [0.03, 0.031, 0.03, 0.029]}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "undisturbed", "says"),
+    [
+        (STEADY, 4, []),
+        (STEADY, 2, []),
+        (STEADY, 1, ["during 3 of 4 rounds"]),
+        ({**STEADY, "float": [0.01, 0.03, 0.01, 0.05]}, 4, ["times of float vary much"]),
+        (
+            {**STEADY, "torch.ao": [0.03, 0.09, 0.03, 0.06]},
+            0,
+            ["during 4 of 4 rounds", "times of torch.ao vary much"],
+        ),
+    ],
+)
+def test_doubtful_times_come_with_a_warning(
+    seconds: dict[str, list[float]], undisturbed: int, says: list[str]
+) -> None:
+    report = report_of(seconds, undisturbed)
+    warnings = [line for line in report.table().splitlines() if line.startswith("WARNING: ")]
+    assert len(warnings) == len(says)
+    assert all(words in warning for words, warning in zip(says, warnings, strict=True))
+    assert report.as_dict()["caveats"] == report.caveats()
+    assert len(report.caveats()) == len(says)
 
 
 def test_where_torch_ao_fails_fastquant_is_measured_alone() -> None:
@@ -439,7 +561,10 @@ def test_a_model_of_the_users(
         (["their_models:nothing", "--input", "3x4"], "no attribute 'nothing'"),
         (["their_models:number", "--input", "3x4"], "neither a module nor callable"),
         (["their_models:fails", "--input", "3x4"], "cannot be built: OSError: no weights"),
-        (["their_models:no_model", "--input", "3x4"], "must give a torch.nn.Module, gave dict"),
+        (
+            ["their_models:no_model", "--input", "3x4"],
+            "a torch.nn.Module, returned dict",
+        ),
         (["their_models:no_layers", "--input", "3x4"], "no layer to quantize"),
         (["their_models:build"], "needs --input or --inputs"),
         (["their_models:build", "--input", "3x5"], "does not run on the input"),

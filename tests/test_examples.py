@@ -17,7 +17,9 @@ EXAMPLES = ROOT / "examples"
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
-pytest.importorskip("sklearn")
+needs_sklearn = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def demo() -> ModuleType:
     return module
 
 
+@needs_sklearn
 @pytest.mark.filterwarnings("ignore")  # torch.ao's own
 def test_demo(demo: ModuleType) -> None:
     rows = demo.run(demo.Settings(epochs=6, qat_epochs=1, rounds=1))
@@ -57,6 +60,7 @@ def test_demo(demo: ModuleType) -> None:
         assert f"{row.accuracy['fastquant']:.1f}" in line
 
 
+@needs_sklearn
 def test_custom_training_loop() -> None:
     done = subprocess.run(
         [sys.executable, EXAMPLES / "custom_training_loop.py", "--steps", "30"],
@@ -74,6 +78,22 @@ def test_custom_training_loop() -> None:
     ]
     assert float(reached["fake-quantized, trained"]) > 70
     assert float(reached["fake-quantized, trained"]) > float(reached["fake-quantized, not trained"])
+
+
+@pytest.mark.parametrize("example", ["demo.py", "custom_training_loop.py"])
+def test_an_example_without_scikit_learn_says_what_to_install(example: str, tmp_path: Path) -> None:
+    (tmp_path / "sklearn.py").write_text("raise ModuleNotFoundError(\"No module named 'sklearn'\")")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / example],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"{example} needs scikit-learn" in done.stderr
+    assert "pip install scikit-learn" in done.stderr
 
 
 def test_readme_has_snippets() -> None:
@@ -103,3 +123,20 @@ def test_modules_run_in_the_readme_exist() -> None:
     named = re.findall(r"python -m ([\w.]+)", README)
     assert named
     assert all(importlib.util.find_spec(module) for module in named)
+
+
+def test_nothing_tells_people_to_install_a_package_of_this_name_from_an_index() -> None:
+    # On PyPI another project has the name: this one is installed from its sources.
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    command = re.compile(r"(pip install|uv add|uv pip install)\b[^\n`]*?['\" ]fastquant\b")
+    telling = [
+        name
+        for name in listed
+        if name.endswith((".py", ".md", ".toml", ".cmake", ".txt", ".h", ".cpp", "Makefile"))
+        and command.search((ROOT / name).read_text())
+    ]
+    assert telling == []

@@ -12,6 +12,7 @@ import torch.ao.quantization as tq
 from torch import nn
 
 import fastquant as fq
+from fastquant.fuse_modules import fuse_known_modules
 from fastquant.fuser_method_mappings import (
     _DEFAULT_OP_LIST_TO_FUSER_METHOD,
     _get_valid_patterns,
@@ -202,6 +203,32 @@ def test_runs_that_cannot_be_fused_are_refused() -> None:
             fq.fuse_modules(model, ["0", name])
     with pytest.raises(NotImplementedError, match=r"cannot fuse ReLU; accepted: Conv1d"):
         fq.fuse_conv_bn_relu(False, nn.ReLU().eval(), nn.BatchNorm2d(2).eval(), nn.ReLU().eval())
+
+
+@pytest.mark.parametrize("fuse", [fq.fuse_modules, fq.fuse_modules_qat])
+@pytest.mark.parametrize("names", [[], [[]], [["0"], []], "0", [0, 1], None, ["0", ["1"]], 3])
+def test_what_is_no_list_of_names_is_refused(fuse: Any, names: Any) -> None:
+    model, _ = build((nn.Conv2d, nn.ReLU))
+    with pytest.raises(AssertionError, match=r"modules_to_fuse must be a list of dotted names"):
+        fuse(model.train(fuse is fq.fuse_modules_qat), names)
+    assert tree(model) == {"": "Sequential", "0": "Conv2d", "1": "ReLU"}
+
+
+def test_names_may_come_from_any_iterable() -> None:
+    model, _ = build((nn.Conv2d, nn.ReLU))
+    for names in (("0", "1"), iter(["0", "1"]), (run for run in [("0", "1")])):
+        assert type(fq.fuse_modules(model.eval(), names)[0]) is nni.ConvReLU2d
+
+
+def test_one_module_alone_may_be_fused_by_a_method_of_ones_own() -> None:
+    model = nn.Sequential(nn.Tanh())
+    config = {"additional_fuser_method_mapping": {(nn.Tanh,): lambda is_qat, tanh: nn.ReLU()}}
+    assert tree(fq.fuse_modules(model, ["0"], fuse_custom_config_dict=config))["0"] == "ReLU"
+
+
+def test_no_modules_to_fuse_are_refused() -> None:
+    with pytest.raises(AssertionError, match="mod_list must hold the modules to fuse"):
+        fuse_known_modules([], False)
 
 
 # --------------------------------------------------------------------------------- fuser methods

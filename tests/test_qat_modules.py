@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -13,7 +16,6 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from fastquant.nn.qat.batch_norm import _scaled, _unscaled
 from oracle import quiet
 
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
@@ -48,10 +50,15 @@ CASES = {
 
 def qat(module: nn.Module) -> Any:
     model = nn.Sequential(copy.deepcopy(module)).train()
-    # Weights 16 bits wide: a last-bit difference may not become a whole step.
+    # Weights 16 bits wide, all in range: a last-bit difference may not become a whole step.
     fake = {"observer": fq.MovingAveragePerChannelMinMaxObserver, "dtype": torch.int32}
     weight = fq.FakeQuantize.with_args(
-        **fake, quant_min=-32768, quant_max=32767, qscheme=torch.per_channel_symmetric, ch_axis=0
+        **fake,
+        quant_min=-32767,
+        quant_max=32767,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        averaging_constant=1,
     )
     model.qconfig = fq.QConfig(activation=nn.Identity, weight=weight)
     return fq.prepare_qat(model)[0]
@@ -82,13 +89,164 @@ def test_the_function_and_its_gradients_are_torchs(
         )
 
 
-@pytest.mark.parametrize("function", [_scaled, _unscaled])
+class Smooth(fq.FakeQuantize):
+    """Rounds nothing, so that derivatives can be measured."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1
+
+
 @pytest.mark.parametrize("learns", [True, False])
-def test_gradients_of_scaling_are_its_derivatives(function: Any, learns: bool) -> None:
-    weight = torch.randn(3, 2, 2, dtype=torch.double, requires_grad=True)
-    scale = (torch.rand(3, 1, 1, dtype=torch.double) + 0.5).requires_grad_(learns)
-    assert torch.autograd.gradcheck(function, (weight, scale))
-    assert torch.autograd.gradgradcheck(function, (weight, scale))
+@pytest.mark.parametrize("gammas", [[1.5, -0.5], [1.5, 0.0]])
+def test_gradients_are_derivatives(learns: bool, gammas: list[float]) -> None:
+    conv = nni.ConvBn2d(nn.Conv2d(2, 2, 2), nn.BatchNorm2d(2))
+    conv.qconfig = fq.QConfig(nn.Identity, Smooth)
+    module = fq.prepare_qat(nn.Sequential(conv).train())[0].double()
+    x = torch.randn(3, 2, 3, 3, dtype=torch.double)
+    bn_names = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
+
+    def function(weight: Tensor, gamma: Tensor) -> Tensor:
+        # The same running statistics at each call.
+        buffers = {name: b.clone() for name, b in module.named_buffers() if name in bn_names}
+        state = {"weight": weight, "bn.weight": gamma, **buffers}
+        return torch.nn.utils.stateless._functional_call(module, state, (x,))
+
+    weight = torch.randn(2, 2, 2, 2, dtype=torch.double, requires_grad=True)
+    gamma = torch.tensor(gammas, dtype=torch.double, requires_grad=learns)
+    assert torch.autograd.gradcheck(function, (weight, gamma))
+    assert torch.autograd.gradgradcheck(function, (weight, gamma))
+
+
+def with_gammas(name: str, gammas: list[float]) -> tuple[nn.Module, Tensor]:
+    module, x = CASES[name]
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        module[1].weight[: len(gammas)] = torch.tensor(gammas)
+        module[1].bias.uniform_(0.5, 1)
+    return module, x
+
+
+@pytest.mark.parametrize("gammas", [[0.0, 0.0], [-1.0, 0.0], [-1e-3, 0.0, -0.0]])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "linear"])
+def test_channels_whose_gamma_is_zero_train_as_on_torchs_slow_path(
+    name: str, gammas: list[float]
+) -> None:
+    module, x = with_gammas(name, gammas)
+    ours, theirs = qat(module), qat(module)
+    # torch.ao's own answer to a gamma of zero, by a second convolution.
+    theirs._enable_slow_path_for_better_numerical_stability = True
+    for _ in range(2):
+        results = step(ours, x), step(theirs, x)
+        for key, value in results[0].items():
+            torch.testing.assert_close(
+                value, results[1][key], rtol=2e-3, atol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    assert results[0]["bn.weight"].abs().min() > 1e-3, "gamma can leave zero"
+
+
+def test_a_linear_layer_with_a_gamma_of_zero_trains_as_in_float() -> None:
+    module, x = with_gammas("linear", [0.0, -2.0])
+    prepared = qat(module)
+    prepared.apply(fq.disable_fake_quant)
+    rounded = step(qat(module), x)
+    exact = step(prepared, x)
+    for key, value in rounded.items():
+        torch.testing.assert_close(value, exact[key], rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_channel_whose_gamma_is_zero_is_converted_to_its_constant(name: str) -> None:
+    module, x = with_gammas(name, [0.0])
+    model = nn.Sequential(fq.QuantStub(), copy.deepcopy(module), fq.DeQuantStub()).train()
+    model.qconfig = fq.get_default_qat_qconfig("x86", version=0)
+    prepared = fq.prepare_qat(model)
+    for _ in range(20):
+        prepared(x).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in prepared.parameters())
+    constant = prepared[1].bn.bias[0].detach()
+    if "relu" in name.lower():
+        constant = constant.clamp(min=0)
+    with quiet():
+        y = fq.convert(prepared.eval())(x)[:, 0]
+    torch.testing.assert_close(y, constant.expand_as(y), rtol=0.02, atol=0.02)
+
+
+def test_a_pruned_channel_does_not_widen_the_range_of_the_others() -> None:
+    module, x = with_gammas("conv2d-plain-bias", [0.0])
+    with torch.no_grad():
+        module[0].weight[0] = 1000.0
+    model = nn.Sequential(module).train()
+    model.qconfig = fq.QConfig(nn.Identity, fq.default_weight_fake_quant)
+    prepared = fq.prepare_qat(model)
+    prepared(x)
+    assert prepared[0].weight_fake_quant.activation_post_process.max_val < 10
+
+
+def test_without_rounding_the_weight_itself_is_used() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    prepared = qat(module)
+    seen: list[Tensor] = []
+    prepared.weight_fake_quant.register_forward_hook(lambda m, inputs, y: seen.append(inputs[0]))
+    prepared.apply(fq.disable_fake_quant)
+    assert torch.equal(prepared(x), copy.deepcopy(module)(x))
+    # What observes the weight sees what inference will, all the same.
+    bn = module[1]
+    scale = bn.weight / torch.sqrt(torch.ones(5) + bn.eps)
+    torch.testing.assert_close(seen, [module[0].weight * scale[:, None, None, None]])
+
+
+def test_a_fake_quantizer_that_rounds_in_place_is_heard() -> None:
+    class InPlace(fq.FakeQuantize):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2)
+
+    module, x = CASES["conv2d-plain-bias"]
+    module = copy.deepcopy(module)
+    module.qconfig = fq.QConfig(nn.Identity, InPlace)
+    prepared = fq.prepare_qat(nn.Sequential(module).train())[0]
+    prepared.eval()
+    doubled = nn.Sequential(copy.deepcopy(module[0]), copy.deepcopy(module[1])).eval()
+    doubled[0].weight.data *= 2
+    torch.testing.assert_close(prepared(x), doubled(x))
+
+
+def test_blocks_take_their_input_by_name() -> None:
+    for name in CASES:
+        module, x = CASES[name]
+        prepared = qat(module).eval()
+        assert torch.equal(prepared(input=x), prepared(x)), name
+
+
+def test_torch_ao_is_taught_by_prepare_qat_and_not_by_the_import() -> None:
+    code = """
+        import sys, types
+        import torch, torch.ao.nn.intrinsic.qat, torch.ao.nn.qat, torch.ao.quantization
+        from torch import nn
+
+        def classes():
+            return {
+                (name, key): dict(vars(cls))
+                for name, module in list(sys.modules.items())
+                if name.startswith("torch.ao")
+                for key, cls in vars(module).items()
+                if isinstance(cls, type) and cls.__module__.startswith("torch.ao")
+            }
+
+        before = classes()
+        import fastquant as fq
+        after = classes()
+        assert all(after[key] == members for key, members in before.items())
+        model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).train()
+        fq.fuse_modules_qat(model, [["0.0", "0.1"]], inplace=True)
+        model.qconfig = fq.get_default_qat_qconfig()
+        with torch.no_grad():
+            model[0][0][1].weight.zero_()
+        prepared = fq.prepare_qat(model)
+        assert prepared(torch.randn(4, 2)).isfinite().all()
+    """
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True, timeout=120
+    )
 
 
 def test_the_output_is_not_passed_over_again() -> None:

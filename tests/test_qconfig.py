@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import pickle
@@ -32,6 +34,7 @@ from fastquant.quantization_mappings import (
     _has_special_act_post_process,
 )
 from oracle import assert_same, quiet
+from zoo import tree
 
 NAMED = [name for name in tq.qconfig.__all__ if isinstance(getattr(tq.qconfig, name), tq.QConfig)]
 BACKENDS = ("x86", "fbgemm", "qnnpack", "onednn")
@@ -146,6 +149,122 @@ def test_a_config_can_be_copied_and_pickled() -> None:
 
 def test_dynamic_config_defaults_to_identities() -> None:
     assert fq.QConfigDynamic() == (nn.Identity, nn.Identity)
+
+
+@dataclasses.dataclass
+class Configured:
+    """A factory that has a dataclass's `__eq__`, and so no hash."""
+
+    make: Any
+
+    def __call__(self, **kwargs: Any) -> nn.Module:
+        return self.make(**kwargs)
+
+    def method(self, **kwargs: Any) -> nn.Module:
+        return self.make(**kwargs)
+
+
+class Slotted:
+    """A factory to which no weak reference is possible."""
+
+    __slots__ = ("make",)
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __call__(self, **kwargs: Any) -> nn.Module:
+        return self.make(**kwargs)
+
+
+class EqualToAll(Slotted):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class WithArgs(EqualToAll):
+    """A factory with an observer's `with_args`, and equal to others that make other things."""
+
+    def with_args(self, **kwargs: Any) -> Any:
+        return self.make.with_args(**kwargs)
+
+    def with_callable_args(self, **kwargs: Any) -> Any:
+        return self.make.with_callable_args(**kwargs)
+
+
+FACTORIES = {
+    "class": lambda cls: cls,
+    "with_args": lambda cls: cls.with_args(),
+    "dataclass": Configured,
+    "method of an unhashable object": lambda cls: Configured(cls).method,
+    "slots": Slotted,
+    "equal to all": EqualToAll,
+    "equal to all, with_args": WithArgs,
+    "partial": functools.partial,
+    "lambda": lambda cls: lambda **kwargs: cls(**kwargs),  # noqa: PLW0108
+}
+
+
+@pytest.mark.parametrize("wrap", FACTORIES.values(), ids=FACTORIES)
+@pytest.mark.parametrize("qat", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_any_callable_is_a_factory(wrap: Any, qat: bool) -> None:
+    trees = []
+    for ns in (tq, fq):
+        activation, weight = (
+            (ns.FakeQuantize,) * 2 if qat else (ns.HistogramObserver, ns.MinMaxObserver)
+        )
+        model = nn.Sequential(ns.QuantStub(), nn.Linear(4, 3), ns.DeQuantStub()).train(qat)
+        model.qconfig = ns.QConfig(wrap(activation), wrap(weight))
+        prepared = (ns.prepare_qat if qat else ns.prepare)(model)
+        prepared(torch.randn(5, 4))
+        trees.append(tree(prepared))
+    assert trees[0] == trees[1]
+
+
+def test_factories_that_claim_to_be_equal_are_asked_each() -> None:
+    qconfig = fq.QConfig(WithArgs(fq.PlaceholderObserver), WithArgs(fq.MinMaxObserver))
+    bound = _add_module_to_qconfig_obs_ctr(qconfig, nn.Linear(2, 2, device="meta"))
+    assert type(bound.activation()) is fq.PlaceholderObserver
+    assert bound.weight().min_val.is_meta
+
+
+@pytest.mark.parametrize("weight", [None, Configured(fq.default_weight_observer)])
+def test_a_config_may_do_without_one_factory(weight: Any) -> None:
+    model = nn.Sequential(fq.QuantStub(), nn.ReLU(), fq.DeQuantStub()).eval()
+    model.qconfig = fq.QConfig(fq.MinMaxObserver, weight)
+    prepared = fq.prepare(model)
+    prepared(torch.randn(3))
+    quantized = fq.convert(prepared)
+    assert type(quantized[0]) is nnq.Quantize
+    dynamic = fq.quantize_dynamic(
+        nn.Sequential(nn.Linear(2, 2)), {nn.Linear: fq.QConfig(None, weight)}
+    )
+    assert type(dynamic[0]) is torch.ao.nn.quantized.dynamic.Linear
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_numeric_suite_compares_models() -> None:
+    from torch.ao.ns import _numeric_suite
+
+    x = torch.randn(3, 4)
+    results = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        with fq.patch_torch_ao() if patched else contextlib.nullcontext():
+            ns = fq if patched else tq
+            model = nn.Sequential(ns.QuantStub(), nn.Linear(4, 3), nn.ReLU(), ns.DeQuantStub())
+            model.eval().qconfig = ns.default_qconfig
+            prepared = ns.prepare(model)
+            prepared(x)
+            quantized = ns.convert(prepared)
+            logged = _numeric_suite.compare_model_outputs(model, quantized, x)
+            shadowed = _numeric_suite.compare_model_stub(model, quantized, [nn.Linear], x)
+            results.append(({k: v["float"] for k, v in logged.items()}, set(shadowed)))
+    assert list(results[0][0]) == ["0.stats", "1.stats"]
+    assert_same(results[1], results[0])
 
 
 def variants(ns: Any) -> list[Any]:

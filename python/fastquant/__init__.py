@@ -23,8 +23,8 @@ from . import (
     quantization_mappings,
     stubs,
 )
-from ._core.state import ActivationPostProcess
 from ._native.build_info import build_info
+from ._torch.elsewhere import missing as __getattr__  # noqa: F401 (Python calls it)
 from ._version import __version__
 
 # Submodules first: where one shares its name with a function, as `quantize` does, the package
@@ -35,9 +35,8 @@ from .fuse_modules import *
 from .fuse_modules import __all__ as _fuse_modules_names
 from .fuser_method_mappings import *
 from .merging import merge
-from .nn.qat import batch_norm as _batch_norm  # noqa: F401  (it teaches torch.ao's QAT modules)
 from .observer import *
-from .patching import Patch, adopt, patch_torch_ao
+from .patching import Patch, introduce_to_torch_ao, patch_torch_ao
 from .qconfig import *
 from .qconfig_mapping import *
 from .quant_type import *
@@ -75,10 +74,4 @@ __all__ = [
     *stubs.__all__,
 ]
 
-adopt(
-    (ActivationPostProcess, observer.ObserverBase, fake_quantize.FakeQuantizeBase),
-    {
-        stub: quantization_mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS[stub]
-        for stub in (stubs.QuantStub, stubs.DeQuantStub)
-    },
-)
+introduce_to_torch_ao()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -60,11 +60,13 @@ def fuse_known_modules(
     Raises:
         QuantizationError: no fused module exists for these types, or they do not fit together.
     """
+    if not mod_list:
+        raise QuantizationError("mod_list must hold the modules to fuse, got an empty list")
     first, last = mod_list[0], mod_list[-1]
     types = tuple(type_before_parametrizations(module) for module in mod_list)
     fuser_method = get_fuser_method(types, additional_fuser_method_mapping)
-    # Off before fusing, for a fuser may copy a module, and a hook that was copied and moved
-    # would run twice.
+    # Hooks are removed before fusing: a fuser may copy a module, and a hook that was both copied
+    # and moved would run twice.
     pre_hooks, hooks = dict(first._forward_pre_hooks), dict(last._forward_hooks)
     moved = nn.Module()
     copy_forward_pre_hooks(first, moved)
@@ -85,6 +87,26 @@ def fuse_known_modules(
     return [fused, *identities]
 
 
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+
+
+def _runs_of_names(modules_to_fuse: Any) -> list[list[str]]:
+    """`modules_to_fuse` as a list of lists of names.
+
+    Raises:
+        QuantizationError: it is neither a list of names nor a list of such lists, or one is empty.
+    """
+    given = _listed(modules_to_fuse)
+    runs = [given] if all(isinstance(name, str) for name in given) else list(map(_listed, given))
+    if not all(run and all(isinstance(name, str) for name in run) for run in runs):
+        raise QuantizationError(
+            'modules_to_fuse must be a list of dotted names, as ["conv", "bn"], or a list of such '
+            f"lists, none of them empty; got {modules_to_fuse!r}"
+        )
+    return runs
+
+
 def _fuse_modules(
     model: _Module,
     modules_to_fuse: Sequence[str] | Sequence[Sequence[str]],
@@ -94,11 +116,10 @@ def _fuse_modules(
     fuse_custom_config_dict: Mapping[str, Any] | None = None,
 ) -> _Module:
     check_is_module("fuse_modules_qat" if is_qat else "fuse_modules", model)
+    runs = _runs_of_names(modules_to_fuse)
     additional = (fuse_custom_config_dict or {}).get("additional_fuser_method_mapping", {})
     if not inplace:
         model = copy.deepcopy(model)
-    one_run = all(isinstance(name, str) for name in modules_to_fuse)
-    runs: Any = [modules_to_fuse] if one_run else modules_to_fuse
     for names in runs:
         modules = [_get_module(model, name) for name in names]
         try:

@@ -1,6 +1,6 @@
 """Export of models with fake-quantizers to ONNX, as QuantizeLinear and DequantizeLinear.
 
-Needs `pip install fastquant[onnx]`. Not imported by `import fastquant`.
+Needs `pip install onnx onnxscript`. Not imported by `import fastquant`.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def export(model: nn.Module, args: tuple[Any, ...], f: str | None = None, **opti
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"ONNX export needs onnx and onnxscript ({error}): pip install 'fastquant[onnx]'"
+            f"ONNX export needs onnx and onnxscript ({error}): pip install onnx onnxscript"
         ) from error
     root = nn.Sequential(copy.deepcopy(model).eval())
     _freeze(root, "", {})

@@ -6,11 +6,17 @@ import importlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+from ._core.state import ActivationPostProcess
 from ._torch import ao
 from ._torch.counterparts import COUNTERPARTS, subclasshook
+from ._torch.elsewhere import explain_missing_modules
+from .fake_quantize import FakeQuantizeBase
+from .observer import ObserverBase
+from .quantization_mappings import DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
+from .stubs import DeQuantStub, QuantStub
 
 __all__ = ["Patch", "patch_torch_ao"]
 
@@ -57,23 +63,26 @@ def _is_implementation(value: Any) -> bool:
     return isinstance(value, (dict, set)) or type(value).__name__ in ("QConfig", "_PartialWrapper")
 
 
-def adopt(bases: Iterable[type], stubs: dict[Callable[..., Any], Any]) -> None:
-    """Make torch.ao and fastquant take each other's observers, fake-quantizes and stubs.
+def introduce_to_torch_ao() -> None:
+    """Make torch.ao and fastquant take each other's observers, fake-quantizers and stubs.
 
-    Args:
-        bases: fastquant's abstract bases. Each class of fastquant below them becomes a virtual
-            subclass of torch.ao's class of the same name, and that one of ours.
-        stubs: quantized module by fastquant stub, for torch.ao's own convert.
+    This is all that importing fastquant does to others. Each of its observers and fake-quantizers
+    becomes a virtual subclass of torch.ao's class of the same name, and that one of fastquant's.
+    torch.ao's two tables of static quantization get entries for fastquant's stubs. The last finder
+    of modules, which is asked where all others found nothing, explains what is not in fastquant.
     """
-    bases = tuple(bases)
+    bases: tuple[Any, ...] = (ActivationPostProcess, ObserverBase, FakeQuantizeBase)
     for base in bases:
-        base.__subclasshook__ = classmethod(subclasshook)  # type: ignore[assignment,method-assign]
+        base.__subclasshook__ = classmethod(subclasshook)
     for _, ours, theirs in list(_twins()):
         if isinstance(ours, type) and issubclass(ours, bases):
             theirs.register(ours)
             COUNTERPARTS[theirs] = ours
-    ao.mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.update(stubs)
-    ao.mappings.DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS.update(stubs)
+    for stub in (QuantStub, DeQuantStub):
+        quantized = DEFAULT_STATIC_QUANT_MODULE_MAPPINGS[stub]
+        ao.mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS[stub] = quantized
+        ao.mappings.DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS[stub] = quantized
+    explain_missing_modules()
 
 
 class _Swap:

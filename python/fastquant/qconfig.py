@@ -93,8 +93,9 @@ class QConfig(_Factories):
     """How to quantize a module's activations and weights.
 
     Args:
-        activation: makes the observer or fake-quantize of the output: a class, or what its
-            `with_args` returns. Called once for each module.
+        activation: makes the observer or fake-quantizer of the output: a class, what its
+            `with_args` returns, or any other callable without arguments. Called once for each
+            module. None where no module will need one.
         weight: the same for the weight.
 
     Raises:
@@ -378,25 +379,46 @@ class _DeviceOf:
         return None
 
 
-# Whether a factory's product takes `factory_kwargs`: finding out means making one.
-_takes_factory_kwargs: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_accepts_factory_kwargs: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _takes_factory_kwargs(factory: Any) -> bool:
+    """Whether what a factory makes takes `factory_kwargs`, which is found out by making one."""
+
+    def tried() -> bool:
+        try:
+            factory.with_args(factory_kwargs=None)()
+        except (AttributeError, TypeError):
+            return False
+        return True
+
+    # Every module of a model asks, mostly of the same two factories. The answer is kept for what
+    # is equal to nothing but itself: what others are equal to may change.
+    compares: Any = type(factory).__eq__
+    if compares is not object.__eq__:
+        return tried()
+    try:
+        takes = _accepts_factory_kwargs.get(factory)
+        if takes is None:
+            takes = _accepts_factory_kwargs[factory] = tried()
+    except TypeError:  # no weak reference to it is possible
+        return tried()
+    return takes
 
 
 def _on_device_of(factory: Any, module: nn.Module) -> Any:
-    """`factory`, making its product on the module's device where that can be asked for."""
+    """`factory`, making its product on the module's device where that can be asked for.
+
+    Any callable may be a factory, and None is one that is never called. `with_args` and
+    `with_callable_args` are what observers' classes have, and what these return.
+    """
     bound = getattr(factory, "callable_args", {}).get("factory_kwargs")
-    if not isinstance(bound, _DeviceOf):
-        takes = _takes_factory_kwargs.get(factory)
-        if takes is None:
-            try:
-                factory.with_args(factory_kwargs=None)()
-                takes = True
-            except (AttributeError, TypeError):
-                takes = False
-            _takes_factory_kwargs[factory] = takes
-        if not takes:
-            return factory
-    return factory.with_callable_args(factory_kwargs=_DeviceOf(module))
+    if not (isinstance(bound, _DeviceOf) or _takes_factory_kwargs(factory)):
+        return factory
+    try:
+        return factory.with_callable_args(factory_kwargs=_DeviceOf(module))
+    except AttributeError:  # as FakeQuantize, which has `with_args` alone
+        return factory
 
 
 def _add_module_to_qconfig_obs_ctr(qconfig: Any, module: nn.Module | None) -> Any:

@@ -22,6 +22,7 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
+from .nn.qat.batch_norm import teach_torch_ao
 from .observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -416,6 +417,7 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
         mapping = get_default_qat_module_mappings()
     if not inplace:
         model = copy.deepcopy(model)
+    teach_torch_ao()
     with ao.quiet():
         propagate_qconfig_(model)
     plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None))

@@ -78,11 +78,11 @@ def _made_by(op: Op, *args: Any) -> tuple[Tensor, Tensor]:
     return made
 
 
-def _can_read_flags(x: Tensor) -> bool:
-    """Whether a flag beside `x` may be read here, and not by the op where it lies.
+def may_be_read(x: Tensor) -> bool:
+    """Whether Python may read `x`, or a flag beside it, instead of leaving that to an op.
 
-    To read one of another device would be to wait for it, one that a mode makes out to be a fake
-    tensor has no value, and in a graph it may change from call to call.
+    To read from another device would be to wait for it, what a mode makes out to be a fake tensor
+    has no value, and in a graph a value may change from call to call.
     """
     return x.is_cpu and not is_compiling() and not is_tracing() and not dispatch_modes()
 
@@ -107,7 +107,7 @@ def apply_fake_quantize(
         made = _C.fake_quantize(x, *settings, needs_grad)
         if made is not None:
             return _attached(x, made)
-    if enabled is not None and _can_read_flags(x):
+    if enabled is not None and may_be_read(x):
         if not enabled.item():
             return x
         settings = (scale, zero_point, None, ch_axis, quant_min, quant_max)
@@ -146,7 +146,7 @@ def apply_fused(
         return apply_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
         )
-    if _can_read_flags(x) and not fake_quant_enabled.item():
+    if may_be_read(x) and not fake_quant_enabled.item():
         observe_qparams_(x, observer_enabled, *settings)
         return x
     if needs_grad:

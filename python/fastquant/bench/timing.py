@@ -1,27 +1,21 @@
-"""Timings that stand comparison: interleaved rounds, medians, spread; and on what machine."""
+"""Timings that can be compared: interleaved rounds, medians, and their spread."""
 
 from __future__ import annotations
 
 import gc
 import math
-import os
-import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from .. import _C
-from .._version import __version__
+from .disturbance import Watch
 
-# A block of calls this long drowns the clock's own cost, and ends before a scheduler takes the
-# processor away, most of the time; one call may be longer.
+# Calls are timed in blocks of this length: long enough that reading the clock costs nothing beside
+# it, short enough that the scheduler rarely interrupts one. A single call may take longer.
 _BLOCK_SECONDS = 0.001
 _MOST_CALLS = 20_000
 
@@ -43,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Summary:
-    """Median and quartiles of numbers that rounds gave."""
+    """Median and quartiles of one number per round."""
 
     median: float
     low: float
@@ -57,32 +51,9 @@ class Summary:
         return cls(median, low, high)
 
 
-def _block(case: Case, calls: int) -> float:
-    """Seconds that a piece of the case's work takes, over so many runs."""
-    if case.before is not None:
-        case.before()
-    run = case.run
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / (calls * case.parts)
-
-
-def _calls_per_block(case: Case) -> int:
-    """How many runs fill a block; warms the case up on the way."""
-    _block(case, 1)
-    calls = 1
-    while True:
-        seconds = _block(case, calls) * calls * case.parts
-        if seconds >= _BLOCK_SECONDS or calls >= _MOST_CALLS:
-            return calls
-        wanted = math.ceil(calls * _BLOCK_SECONDS / max(seconds, 1e-7))
-        calls = min(max(wanted, calls + 1), calls * 20, _MOST_CALLS)
-
-
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds by case, one number for each round; how many rounds went by undisturbed."""
+    """Seconds by case, one number per round; and how many rounds other work left undisturbed."""
 
     seconds: dict[str, list[float]]
     undisturbed: int
@@ -96,10 +67,9 @@ def time_rounds(
 ) -> Rounds:
     """Time cases in rounds.
 
-    A round runs a block of each case, one after the other, each round beginning with another
-    one: whatever slows the machine down meets all of them. A round in which the scheduler took
-    a processor away for other work, or before or after which the processors were slower than they
-    can be, is repeated, as far as patience goes. Garbage collection waits meanwhile.
+    A round runs one block of each case, one after the other; each round begins with another case.
+    So whatever slows the machine down slows all cases alike. Rounds that other work disturbed are
+    repeated until `patience` is used up. Garbage collection is off meanwhile.
 
     Args:
         cases: what to time, by name.
@@ -108,28 +78,28 @@ def time_rounds(
         patience: seconds to spend on disturbed rounds.
 
     Returns:
-        The seconds that a piece of each case's work takes. Where the machine is too busy for
-        `rounds` undisturbed rounds, disturbed ones make up the number.
+        The seconds that a piece of each case's work takes. If the machine is too busy for `rounds`
+        undisturbed rounds, disturbed ones make up the number.
     """
     calls = {name: _calls_per_block(case) for name, case in cases.items()}
     names = list(cases)
     undisturbed: list[dict[str, float]] = []
     disturbed: list[dict[str, float]] = []
     with _no_garbage_collection():
-        pace = _pace()
+        watch = Watch()
         while len(undisturbed) + len(disturbed) < rounds or (
             patience > 0 and len(undisturbed) < rounds
         ):
             number = len(undisturbed) + len(disturbed)
             first = number % len(names)
             seconds: dict[str, float] = {}
-            start, preemptions = time.perf_counter(), _preemptions()
+            start = time.perf_counter()
+            watch.start()
             for name in names[first:] + names[:first]:
                 seconds[name] = _block(cases[name], calls[name])
                 if number < rounds:
                     on_block()
-            before, pace = pace, _pace()
-            if _preemptions() == preemptions and max(before, pace) <= _FULL_PACE:
+            if watch.undisturbed():
                 undisturbed.append(seconds)
             else:
                 disturbed.append(seconds)
@@ -141,28 +111,27 @@ def time_rounds(
     )
 
 
-# At how many times the least time for the same work a processor counts as slow. It is where it
-# shares its parts with others, as processors of virtual machines do; then by half and more.
-_FULL_PACE = 1.15
-_least: dict[int, float] = {}
+def _block(case: Case, calls: int) -> float:
+    """Seconds that one piece of the case's work takes, over this many runs."""
+    if case.before is not None:
+        case.before()
+    run = case.run
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / (calls * case.parts)
 
 
-def _pace() -> float:
-    """Time of fixed arithmetic on all of torch's threads, over the least it has taken so far."""
-    threads = torch.get_num_threads()
-    x = torch.ones(threads * 32768)  # the least that torch gives a thread
-    seconds = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        x.exp()
-        seconds = min(seconds, time.perf_counter() - start)
-    least = _least[threads] = min(seconds, _least.get(threads, math.inf))
-    return seconds / least
-
-
-def _preemptions() -> int:
-    """How often this process had to give a processor away, all threads together."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+def _calls_per_block(case: Case) -> int:
+    """How many runs fill a block; finding out warms the case up."""
+    _block(case, 1)
+    calls = 1
+    while True:
+        seconds = _block(case, calls) * calls * case.parts
+        if seconds >= _BLOCK_SECONDS or calls >= _MOST_CALLS:
+            return calls
+        wanted = math.ceil(calls * _BLOCK_SECONDS / max(seconds, 1e-7))
+        calls = min(max(wanted, calls + 1), calls * 20, _MOST_CALLS)
 
 
 @contextmanager
@@ -179,7 +148,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def threads_set_to(threads: int | None) -> Iterator[None]:
-    """Give torch's operations this many threads for a while; None leaves them as they are."""
+    """Give torch's operations this many threads in here; None leaves them as they are."""
     before = torch.get_num_threads()
     try:
         if threads is not None:
@@ -201,35 +170,3 @@ def readable_time(seconds: float) -> str:
 
 def _decimals(value: float) -> int:
     return 2 if value < 9.995 else 1 if value < 99.95 else 0
-
-
-def machine() -> dict[str, Any]:
-    """What a timing depends on: processor, cores, instruction set, versions."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": _usable_cores(),
-        "architecture": platform.machine(),
-        "isa": _C.isa(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fastquant": __version__,
-    }
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return " ".join(value.split())
-    return platform.processor() or platform.machine()

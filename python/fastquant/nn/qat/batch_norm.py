@@ -1,15 +1,21 @@
-"""Training with batch norm folded in, without passes over activations that weights can spare.
+"""QAT blocks of a convolution (or linear layer) and its batch norm, folded on the weight's side.
 
-torch.ao's QAT modules of a convolution (or linear layer) and its batch norm quantize the weight
-as inference will see it, scaled by s = gamma / sqrt(running_var + eps), and undo the scaling on
-the output: bn(conv(x, q(w s)) / s + b), after https://arxiv.org/abs/1806.08342, section 3.2.2.
-Undone on the output it costs a pass over the activations forward, and about seven backward for
-the gradient of s. A convolution is linear in its weight, so bn(conv(x, q(w s) / s) + b) is the
-same function, with the same gradients, up to rounding; its passes are over weights.
+torch.ao's blocks quantize the weight as inference will see it, scaled by
+s = gamma / sqrt(running_var + eps), and undo the scaling on the output:
+bn(conv(x, q(w s)) / s + b), after https://arxiv.org/abs/1806.08342, section 3.2.2. Undone on the
+output it costs a pass over the activations forward, and about seven backward for the gradient of
+s. A convolution is linear in its weight, so bn(conv(x, q(w s) / s) + b) is the same function, with
+the same gradients, up to rounding; its passes are over weights.
 
-The modules stay torch.ao's, so that any convert, checkpoint or pickle takes them. What changes is
-the method of their class that does this, and only for modules whose weight is quantized by a
-fake-quantize of fastquant.
+Where s is 0, as for a channel that was pruned by its gamma, the formula is 0 / 0, and torch.ao's
+result is NaN. Here such a channel uses w itself: gamma makes the channel's output constant in any
+case, and its gradient is the normalized output of the convolution, as without quantization, so
+that training can bring the channel back.
+
+The blocks stay torch.ao's classes: its functions and users' code recognise them by their type.
+`teach_torch_ao` replaces the two methods that do the folding, for blocks whose weight is quantized
+by a fake-quantizer of fastquant; others keep torch.ao's. `prepare_qat` calls it. In a process that
+unpickles a prepared model and never calls `prepare_qat`, torch.ao's own methods run.
 """
 
 from __future__ import annotations
@@ -23,91 +29,108 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._native.fast_calls import has_plain_gradients
+from ..._native.routes import may_be_read
 from ..._torch.ao import conv_bn_base, nniqat
 from ...fake_quantize import FakeQuantizeBase
+
+__all__ = ["teach_torch_ao"]
 
 _Forward = Callable[[Any, Tensor], Tensor]
 
 
-# Autograd's own gradients of a product and a quotient take twice as many passes over the weight.
+def _zeros(scale: Tensor) -> Tensor | None:
+    """Which scales are 0; None where it can be seen beforehand that none is."""
+    # A list, since a model runs these few values through `in` faster than through an op.
+    if type(scale) is Tensor and may_be_read(scale) and 0.0 not in scale.tolist():
+        return None
+    return scale == 0
 
 
-class _Scaled(torch.autograd.Function):
-    """weight * scale, with one scale for each of the weight's channels."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return weight * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        weight, scale = ctx.saved_tensors
-        return grad * scale, _sum_of_products(grad, weight)
+def _divided(quantized: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor | None) -> Tensor:
+    """quantized / scale; the weight where the scale is 0."""
+    if zeros is None:
+        return quantized / scale
+    # The divisor is replaced too: the derivative of 0 / 0 is NaN, also where it counts for nothing.
+    return torch.where(zeros, weight, quantized / scale.masked_fill(zeros, 1.0))
 
 
-class _Unscaled(torch.autograd.Function):
-    """weight / scale, likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
-        unscaled = weight / scale
-        ctx.save_for_backward(scale, unscaled)
-        return unscaled
+class _Divided(torch.autograd.Function):
+    """`_divided` with the gradients that autograd finds, in half as many passes over the weight."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        scale, unscaled = ctx.saved_tensors
-        return grad / scale, -_sum_of_products(grad, unscaled) / scale
+    def forward(
+        ctx: Any, quantized: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor | None
+    ) -> Tensor:
+        result = _divided(quantized, weight, scale, zeros)
+        ctx.save_for_backward(scale, result, zeros)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale, result, zeros = ctx.saved_tensors
+        of_weight = None
+        if zeros is not None:
+            of_weight = grad * zeros
+            grad, scale = grad.masked_fill(zeros, 0.0), scale.masked_fill(zeros, 1.0)
+        of_quantized = grad / scale
+        of_scale = None
+        if ctx.needs_input_grad[2]:
+            products = of_quantized * result
+            of_scale = -products.sum(tuple(range(1, products.dim())), keepdim=True)
+        return of_quantized, of_weight, of_scale, None
 
 
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """Of each channel, the first axis."""
-    return (a * b).sum(tuple(range(1, a.dim())), keepdim=True)
-
-
-_scaled: Callable[[Tensor, Tensor], Tensor] = _Scaled.apply
-_unscaled: Callable[[Tensor, Tensor], Tensor] = _Unscaled.apply
-
-
-def _as_inference_sees_it(module: Any) -> Tensor:
+def _weight_of_inference(module: Any) -> Tensor:
     """The weight, quantized as scaled by the batch norm's running statistics, then unscaled."""
     bn, weight = module.bn, module.weight
     if bn.running_var is None:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
-    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    scale = scale.reshape(-1, *(1,) * (weight.dim() - 1))
-    if scale.requires_grad and has_plain_gradients():
-        return _unscaled(module.weight_fake_quant(_scaled(weight, scale)), scale)
-    unscaled: Tensor = module.weight_fake_quant(weight * scale) / scale
-    return unscaled
+    by_channel = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    scale = by_channel.reshape(-1, *(1,) * (weight.dim() - 1))
+    scaled = weight * scale
+    plain = has_plain_gradients()
+    version = scaled._version if plain else None
+    quantized = module.weight_fake_quant(scaled)
+    if plain and quantized is scaled and quantized._version == version:
+        # Nothing was rounded: (w s) / s is w.
+        unrounded: Tensor = weight
+        return unrounded
+    zeros = _zeros(by_channel)
+    if zeros is not None:
+        zeros = zeros.view_as(scale)
+    divided = _Divided.apply if plain else _divided
+    result: Tensor = divided(quantized, weight, scale, zeros)
+    return result
 
 
 def _conv_bn(module: Any, x: Tensor) -> Tensor:
-    weight = _as_inference_sees_it(module)
+    weight = _weight_of_inference(module)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     result: Tensor = module.bn(module._conv_forward(x, weight, bias))
     return result
 
 
 def _linear_bn(module: Any, x: Tensor) -> Tensor:
-    result: Tensor = module.bn(F.linear(x, _as_inference_sees_it(module), module.bias))
+    result: Tensor = module.bn(F.linear(x, _weight_of_inference(module), module.bias))
     return result
 
 
 def _replace(cls: type, name: str, forward: _Forward) -> None:
-    """Use `forward` in the place of a method, for modules with a fake-quantize of ours."""
+    """Use `forward` in the place of a method, for modules with a fake-quantizer of ours."""
     theirs: _Forward | None = vars(cls).get(name)
     if theirs is None:
         return  # a torch that does it some other way
 
     @functools.wraps(theirs)
-    def method(self: Any, x: Tensor) -> Tensor:
+    def method(self: Any, input: Tensor) -> Tensor:
         ours = FakeQuantizeBase in type(self.weight_fake_quant).__mro__
-        return forward(self, x) if ours else theirs(self, x)
+        return forward(self, input) if ours else theirs(self, input)
 
     setattr(cls, name, method)
 
 
-_replace(conv_bn_base, "_forward_approximate", _conv_bn)
-_replace(nniqat.LinearBn1d, "forward", _linear_bn)
+@functools.cache
+def teach_torch_ao() -> None:
+    """Have torch.ao's blocks fold on the weight's side, from now on in this process."""
+    _replace(conv_bn_base, "_forward_approximate", _conv_bn)
+    _replace(nniqat.LinearBn1d, "forward", _linear_bn)

@@ -1,0 +1,74 @@
+"""What `torch.ao.quantization` has and fastquant has not: names that say where to find it.
+
+fastquant is for eager mode. `import fastquant.quantize_fx`, `from fastquant import prepare_jit` and
+`fastquant.backend_config` raise what Python raises for any unknown name, in words.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import NoReturn
+
+_PACKAGE = "fastquant"
+_FX = (
+    "FX graph mode is torch.ao.quantization.quantize_fx, whose prepare_fx and prepare_qat_fx take "
+    "fastquant's observers, for example by fastquant.get_default_qconfig_mapping()"
+)
+_PT2E = (
+    "PT2E quantization of exported programs is torchao.quantization.pt2e; its quantizers take "
+    "fastquant's observers in their QuantizationSpec"
+)
+_JIT = (
+    "quantization of TorchScript is torch.ao.quantization.quantize_jit, with torch.ao's own "
+    "observers; a model that fastquant.convert returns can be scripted or traced"
+)
+_ELSEWHERE = {
+    "backend_config": _FX,
+    "fx": _FX,
+    "quantize_fx": _FX,
+    "pt2e": _PT2E,
+    "quantize_pt2e": _PT2E,
+    "quantizer": _PT2E,
+    "convert_dynamic_jit": _JIT,
+    "convert_jit": _JIT,
+    "fuse_conv_bn_jit": _JIT,
+    "prepare_dynamic_jit": _JIT,
+    "prepare_jit": _JIT,
+    "quantize_dynamic_jit": _JIT,
+    "quantize_jit": _JIT,
+    "script_qconfig": _JIT,
+    "script_qconfig_dict": _JIT,
+}
+
+
+def _message(name: str) -> str:
+    return f"fastquant is for eager mode and has no {name!r}: {_ELSEWHERE[name]}"
+
+
+def missing(name: str) -> NoReturn:
+    """The package's `__getattr__`, which Python calls for names that it does not have."""
+    raise AttributeError(
+        _message(name) if name in _ELSEWHERE else f"module {_PACKAGE!r} has no attribute {name!r}"
+    )
+
+
+class _Elsewhere(MetaPathFinder):
+    """Asked after all other finders, which means that there is no such module."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        if package == _PACKAGE and name in _ELSEWHERE:
+            # Without its `name`, which would make `from fastquant import` drop the message.
+            raise ModuleNotFoundError(_message(name))
+        return None
+
+
+def explain_missing_modules() -> None:
+    """Have imports of the modules that are elsewhere say so."""
+    sys.meta_path.append(_Elsewhere())

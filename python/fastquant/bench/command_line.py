@@ -1,0 +1,134 @@
+"""The command line of `python -m fastquant.bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from .errors import BenchError
+from .measure import MODES, QCONFIGS, run
+from .models import BUILT_IN, load_inputs, load_model, parse_input
+from .report import Report
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_at_least_one.__name__ = "number, at least 1,"  # argparse's messages name the type
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m fastquant.bench",
+        description="Time a model in float, prepared by fastquant, and prepared by torch.ao, "
+        "and check that both observe the same ranges.",
+        epilog="Exit status: 0; 1 where the ranges differ; 2 where the model cannot be measured.",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="small_cnn",
+        help=f"{', '.join(BUILT_IN)} (the last two need torchvision), or module:callable, "
+        "which is called without arguments and returns a float torch.nn.Module. A model with a "
+        "fuse_model method is fused first. Default: small_cnn",
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--input",
+        action="append",
+        metavar="SIZES[:DTYPE]",
+        help="an example input, as in 8x3x224x224 or 16x128:int64: normally distributed, or "
+        "zeros and ones; repeat it for each argument",
+    )
+    given.add_argument(
+        "--inputs",
+        metavar="MODULE:CALLABLE",
+        help="called without arguments; returns the example input: a tensor, a tuple of "
+        "arguments or a dict of keyword arguments",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="calibrate",
+        help="calibrate: a forward in eval mode; qat: a training step. Default: calibrate",
+    )
+    parser.add_argument("--qconfig", choices=QCONFIGS, default="x86", help="default: x86")
+    parser.add_argument("--threads", type=_at_least_one, help="default: torch's own number")
+    parser.add_argument("--rounds", type=_at_least_one, default=10, help="default: 10")
+    parser.add_argument("--top", type=_at_least_one, default=10, help="layers shown; default: 10")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write all results to FILE; - for standard output"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _inputs_of(options: argparse.Namespace) -> Any:
+    torch.manual_seed(0)
+    if options.inputs is not None:
+        return load_inputs(options.inputs)
+    if options.input is not None:
+        return tuple(parse_input(spec) for spec in options.input)
+    if options.model in BUILT_IN:
+        return (parse_input(BUILT_IN[options.model][1]),)
+    raise BenchError("a model of your own needs --input or --inputs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        model = load_model(options.model)
+        report = run(
+            model,
+            _inputs_of(options),
+            name=options.model,
+            mode=options.mode,
+            qconfig=options.qconfig,
+            threads=options.threads,
+            rounds=options.rounds,
+            progress=not options.quiet,
+        )
+        if options.json is not None:
+            _write_json(report, options.json, argv)
+    except BenchError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted\n")
+    print(report.table(options.top), file=sys.stderr if options.json == "-" else sys.stdout)
+    return 1 if report.same_ranges is False else 0
+
+
+def _write_json(report: Report, path: str, argv: Sequence[str] | None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    result = {
+        "command": shlex.join(["python", "-m", "fastquant.bench", *words]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **report.as_dict(),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise BenchError(f"cannot write {path!r}", error) from error

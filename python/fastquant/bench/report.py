@@ -1,0 +1,189 @@
+"""What a measurement found, as values, as JSON and as a table for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .machine import machine
+from .timing import Summary, readable_time
+
+FLOAT, OURS, THEIRS = "float", "fastquant", "torch.ao"
+
+# Quartiles that are further apart than this, as a share of the median, make a comparison doubtful.
+_WIDE = 0.2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer's observers, or its weight's, cost in one forward.
+
+    ``shape`` is that of the first tensor observed; ``seconds`` holds a summary for
+    "fastquant" and, where torch.ao ran, "torch.ao".
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    calls: int
+    seconds: dict[str, Summary]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`fastquant.bench.run` found.
+
+    ``undisturbed``: how many of the ``rounds`` had the processors to themselves; other work took
+    them away during the others.
+    ``seconds``: times of one forward (mode "calibrate") or training step ("qat") of the model
+    in "float", and prepared by "fastquant" and "torch.ao": one number per round.
+    ``same_ranges``: whether both observed the same ranges: bit for bit in calibration, up to the
+    rounding of QAT modules in training; None where torch.ao failed, and ``torch_ao_error``
+    says how. ``largest_difference`` is a fraction of the range's width; ``differences`` names the
+    layers whose ranges are not the same.
+    """
+
+    model: str
+    mode: str
+    qconfig: str
+    inputs: list[str]
+    threads: int
+    rounds: int
+    undisturbed: int
+    seconds: dict[str, list[float]]
+    layers: list[Layer]
+    same_ranges: bool | None
+    largest_difference: float | None
+    differences: list[str]
+    torch_ao_error: str | None
+    machine: dict[str, Any] = field(default_factory=machine)
+
+    def overhead(self, name: str) -> Summary:
+        """Time beyond the float model's in the same round, as a fraction of it."""
+        pairs = zip(self.seconds[name], self.seconds[FLOAT], strict=True)
+        return Summary.of([prepared / plain - 1 for prepared, plain in pairs])
+
+    def caveats(self) -> list[str]:
+        """Why the times may mislead, in words; empty where nothing speaks against them."""
+        found = []
+        if 2 * self.undisturbed < self.rounds:
+            found.append(
+                f"other work took the processors away during {self.rounds - self.undisturbed} of "
+                f"{self.rounds} rounds, so the times are too long; measure on an idle machine"
+            )
+        summaries = {name: Summary.of(seconds) for name, seconds in self.seconds.items()}
+        varying = [n for n, s in summaries.items() if s.high - s.low > _WIDE * s.median]
+        if varying:
+            found.append(
+                f"the times of {', '.join(varying)} vary much from round to round (see their "
+                "quartiles), so the overheads are uncertain; measure more rounds, or on an idle "
+                "machine"
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; times are seconds."""
+        apart = math.inf if self.largest_difference is None else self.largest_difference
+        return {
+            "model": self.model,
+            "mode": self.mode,
+            "qconfig": self.qconfig,
+            "inputs": self.inputs,
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "undisturbed": self.undisturbed,
+            "caveats": self.caveats(),
+            "seconds": {name: vars(Summary.of(s)) for name, s in self.seconds.items()},
+            "overhead": {name: vars(self.overhead(name)) for name in self._prepared},
+            "same_ranges": self.same_ranges,
+            # Infinite where ranges cannot be compared; JSON has no infinity.
+            "largest_difference": apart if math.isfinite(apart) else None,
+            "differences": self.differences,
+            "torch_ao_error": self.torch_ao_error,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "shape": list(layer.shape),
+                    "calls": layer.calls,
+                    "seconds": {name: vars(summary) for name, summary in layer.seconds.items()},
+                }
+                for layer in self.layers
+            ],
+            "machine": self.machine,
+        }
+
+    def table(self, top: int = 10) -> str:
+        """The same for people, with the `top` costliest layers."""
+        lines = [
+            f"{self.model}, {', '.join(self.inputs)}; {self.mode}, {self.qconfig} qconfig; "
+            f"{self.threads} thread{'s' * (self.threads != 1)}, {self.machine['isa']}, "
+            f"torch {self.machine['torch']}; median of {self.rounds} rounds (quartiles), "
+            f"{self.undisturbed} of them undisturbed by other processes",
+            "",
+            *self._model_lines(),
+            "",
+            *self._layer_lines(top),
+            "",
+            self._verdict(),
+            *(f"WARNING: {caveat}." for caveat in self.caveats()),
+        ]
+        return "\n".join(lines)
+
+    @property
+    def _prepared(self) -> list[str]:
+        """The libraries whose prepared model was timed."""
+        return [name for name in self.seconds if name != FLOAT]
+
+    @property
+    def _what(self) -> str:
+        return "forward" if self.mode == "calibrate" else "training step"
+
+    def _model_lines(self) -> Iterator[str]:
+        for name, seconds in self.seconds.items():
+            summary = Summary.of(seconds)
+            label = f"{self._what}, {name}"
+            line = f"{label:<26}{readable_time(summary.median):>9}"
+            line += f"  ({readable_time(summary.low)} to {readable_time(summary.high)})"
+            if name != FLOAT:
+                line += f"  {self.overhead(name).median:+.0%}"
+            yield line
+
+    def _layer_lines(self, top: int) -> Iterator[str]:
+        names = self._prepared
+        rows = [*self.layers[:top], self._total()]
+        width = max(len(layer.name) for layer in rows)
+        yield (
+            f"{'observers in one ' + self._what:<{width + 24}}"
+            + "".join(f"{name:>11}" for name in names)
+            + ("    ratio" if len(names) > 1 else "")
+        )
+        for layer in rows:
+            sizes = "x".join(map(str, layer.shape))
+            calls = f" ({layer.calls} calls)" if layer.calls > 1 else ""
+            times = [layer.seconds[name].median for name in names]
+            yield (
+                f"{layer.name:<{width}}  {sizes + calls:<22}"
+                + "".join(f"{readable_time(time):>11}" for time in times)
+                + (f"{times[1] / times[0]:8.1f}x" if len(times) > 1 else "")
+            )
+
+    def _total(self) -> Layer:
+        """A row that sums up all layers."""
+        sums = {
+            name: math.fsum(layer.seconds[name].median for layer in self.layers)
+            for name in self._prepared
+        }
+        count = f"all {len(self.layers)}"
+        return Layer(count, "", (), 1, {name: Summary(s, s, s) for name, s in sums.items()})
+
+    def _verdict(self) -> str:
+        if self.torch_ao_error is not None:
+            return f"torch.ao cannot do this: {self.torch_ao_error}"
+        if self.same_ranges:
+            apart = self.largest_difference
+            exactly = f"to within {apart:.0e} of their width" if apart else "bit for bit"
+            return f"Both observed the same ranges, {exactly}, in all {len(self.layers)} layers."
+        return "RANGES DIFFER in: " + ", ".join(self.differences)
