@@ -1,27 +1,30 @@
-# What people type. Everything runs in $(VENV), which is made on first use; delete it to start over.
+# The commands of this project. They run in $(VENV), which is created on first use; to start over,
+# delete it.
 PYTHON ?= python3
 VENV ?= .venv
-# The torch that is installed where $(VENV) has none.
+# The torch version that is installed into $(VENV) if it has none.
 TORCH ?= 2.13.0
-# The torchvision that belongs to it, for tests and benchmarks only.
+# The torchvision version that matches it; only tests and benchmarks use torchvision.
 TORCHVISION ?= 0.28.0
-# Compiler warnings are errors: OFF, or ON as in continuous integration.
+# ON makes compiler warnings errors, as continuous integration does.
 WERROR ?= OFF
-# Sanitizers that the kernels' own tests are built with, as in make native-test SANITIZE=address,undefined.
+# Sanitizers to build the native tests with, as in: make native-test SANITIZE=address,undefined
 SANITIZE ?=
-# More arguments for pytest, as in make test PYTEST_ARGS="-k histogram".
+# Arguments for pytest, as in: make test PYTEST_ARGS="-k histogram"
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
-# Folders of Python too: an editable installation has to learn of files that come, go or move.
+# The folders of the Python package are listed, too: when a file is added, removed or moved, its
+# folder changes, and an editable installation has to be made again.
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f) \
 	$(shell find python/fastquant -type d ! -name __pycache__)
 NATIVE = $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/native/*.cpp benchmarks/*.cpp)
-# Built against the torch of $(VENV): with isolation pip would download another one to build with.
+# Without build isolation: the extension is built against the torch in $(VENV), while pip's isolated
+# environment would have another one.
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation \
 	--config-settings=cmake.define.FASTQUANT_WERROR=$(WERROR) --editable
 
-# For builds without pip; cmake and ninja may have come with it.
+# For targets that call cmake themselves: cmake and ninja may be installed in $(VENV) only.
 export PATH := $(abspath $(BIN)):$(PATH)
 CMAKE_OPTIONS = -S . -G Ninja -DFASTQUANT_WERROR=$(WERROR) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
@@ -34,20 +37,20 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 help:
 	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
 	@echo "make test         the whole test suite"
-	@echo "make native-test  the kernels alone, without torch and Python"
-	@echo "make lint         formatting, lint and types; make format mends the formatting"
-	@echo "make cuda-check   the CUDA kernels, on a machine with a GPU: tests, sanitizer, benchmarks"
-	@echo "make audit        stable ABI, symbols of the built library"
+	@echo "make native-test  tests of the kernels alone, without torch and Python"
+	@echo "make lint         check formatting, lint and types; make format fixes the formatting"
+	@echo "make cuda-check   test, sanitize and measure the CUDA kernels, on a machine with a GPU"
+	@echo "make audit        check the ABI and the symbols of what was built"
 	@echo "make bench        measure against torch.ao; make bench-table updates the README"
-	@echo "make limits       what bounds counting a histogram on this machine"
+	@echo "make limits       measure what bounds counting a histogram on this machine"
 	@echo "make wheel        build a wheel into dist/"
-	@echo "make clean        remove what was built; $(VENV) stays"
+	@echo "make clean        remove what was built, except $(VENV)"
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
-# One thread for each of two processes: more of them would wait for each other. Tests of threading
-# ask for their own.
+# Two test processes with one thread each: with more, threads would wait for each other. Tests of
+# multithreading set their own number.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -58,10 +61,10 @@ native-test: $(VENV)/.installed
 	cmake --build $(NATIVE_BUILD) --target kernels_test statistics_test
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
 
-# The CUDA kernels on the CPU, which `make test` runs too: here under sanitizers, or with
-# FASTQUANT_EMULATION_RACES=1 in the environment looked over for races. AddressSanitizer has to be
-# there before Python, and misses how to throw without libstdc++; -s shows what an emulation says
-# that ends the process.
+# The CUDA kernels, emulated on the CPU. `make test` runs them, too; this target adds sanitizers, or,
+# with FASTQUANT_EMULATION_RACES=1 in the environment, a search for data races. AddressSanitizer must
+# be loaded before Python, and together with libstdc++, or it does not find the functions that throw
+# exceptions. With -s, what the emulation prints before it ends the process is shown.
 cuda-emulation: $(VENV)/.dev
 	FASTQUANT_EMULATION_FLAGS="$(if $(SANITIZE),-fsanitize=$(SANITIZE) -fno-sanitize-recover=all)" \
 		LD_PRELOAD="$(if $(SANITIZE),$(foreach library,libasan.so libstdc++.so.6,$(shell g++ -print-file-name=$(library))))" \
@@ -97,24 +100,23 @@ wheel: $(VENV)/.installed
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-# Compiles the CUDA sources where there are some and nvcc is there to do it; needs no GPU.
+# Compiles the CUDA kernels and audits the library, if nvcc is installed; needs no GPU.
 cuda-compile: $(VENV)/.dev
-	@if [ ! -d csrc/cuda ]; then echo "cuda-compile: no CUDA sources"; \
-	elif ! command -v nvcc >/dev/null; then echo "cuda-compile: skipped, no nvcc"; \
+	@if ! command -v nvcc >/dev/null; then echo "cuda-compile: skipped, no nvcc"; \
 	else cmake -B build/cuda $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on \
 		-DFASTQUANT_CUDA_ARCHITECTURES= && \
 		cmake --build build/cuda --target _cuda && \
-		$(BIN)/python tools/check_cuda.py build/cuda/_cuda.so; fi
+		$(BIN)/python tools/audit_cuda.py build/cuda/_cuda.so; fi
 
-# The kernels alone, for one architecture: what continuous integration has the time for.
+# Compiles the CUDA kernels for one architecture only; quick enough for continuous integration.
 cuda-objects: $(VENV)/.installed
 	@if ! command -v nvcc >/dev/null; then echo "cuda-objects: skipped, no nvcc"; \
 	else cmake -B build/cuda-objects $(CMAKE_OPTIONS) -DCMAKE_BUILD_TYPE=Release -DFASTQUANT_CUDA=on \
 		-DFASTQUANT_CUDA_ARCHITECTURES=90-real && \
 		cmake --build build/cuda-objects --target cuda_objects; fi
 
-# On a machine with a GPU: builds, tests, sanitizes and measures the kernels there. Takes the
-# interpreter as it is and installs nothing: make cuda-check PYTHON=python3.12
+# On a machine with a GPU: builds, tests, sanitizes and measures the CUDA kernels. Uses $(PYTHON) with
+# the packages it has and installs nothing, as in: make cuda-check PYTHON=python3.12
 cuda-check:
 	$(PYTHON) tools/cuda_check.py
 
@@ -122,7 +124,7 @@ clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f $(VENV)/.installed $(VENV)/.dev
 
-# --- the environment: each stamp is made anew when what it stands for has changed ---
+# --- the environment: each step leaves a stamp file, and runs again when what it depends on changes
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -141,8 +143,8 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@$(INSTALL) '.[demo]'
 	@touch $@
 
-# torchvision's models are tested too. Its wheel wants a torch of its own, a CUDA build: hence
-# --no-deps; where it cannot be had, those tests are skipped.
+# Some tests use torchvision's models. Its wheel depends on a CUDA build of torch: hence --no-deps.
+# Without torchvision, those tests are skipped.
 $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	@$(INSTALL) '.[dev]'
 	@$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) pillow || true

@@ -1,11 +1,11 @@
-"""What does a call cost beside its work, through torch's dispatcher or not, in cold caches?
+"""What does a call itself cost: through torch's dispatcher or around it, in warm or cold caches?
 
-All on 128 elements, where the call is nearly all there is.
+    python benchmarks/calls.py
+
+Everything runs on 128 elements, where the call takes nearly all of the time.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.ao.quantization as torch_ao
@@ -14,15 +14,15 @@ from torch import Tensor
 import fastquant
 from fake_quant import forward_backward
 from fastquant._native import fast_calls, routes
-from harness import OURS, THEIRS, Case, Suite, describe, main, normal
+from harness import OURS, THEIRS, Case, Run, Suite, describe, main, normal
 
 THROUGH = "through the dispatcher"
-# More than a second-level cache holds.
+# Elements of a tensor that fills the second-level cache and more.
 SWEPT = 1 << 20
 
 
-def going(run: Callable[[], object], *, fast: bool) -> Case:
-    """Round the dispatcher, or not."""
+def calling(run: Run, *, fast: bool) -> Case:
+    """Around the dispatcher (fast), or through it."""
 
     def switch() -> None:
         fast_calls.fast_calls = fast
@@ -31,7 +31,7 @@ def going(run: Callable[[], object], *, fast: bool) -> Case:
 
 
 def dispatcher(suite: Suite) -> None:
-    """Only torch releases that export tensors through DLPack's C API let us go round it."""
+    """Needs a torch whose tensors can be reached through DLPack's C API; nothing otherwise."""
     if not fast_calls.fast_calls:
         return
     x = normal(128)
@@ -40,7 +40,7 @@ def dispatcher(suite: Suite) -> None:
     histogram, fused = fastquant.HistogramObserver(), fastquant.FusedMovingAvgObsFakeQuantize()
     histogram(x)
     observe = (x, low, high, count, None, None, 0)
-    works: dict[str, Callable[[], object]] = {
+    works: dict[str, Run] = {
         "observe_minmax": lambda: routes.observe_minmax(*observe),
         "fake_quantize": lambda: routes.apply_fake_quantize(x, scale, zero_point, None, 0, 255),
         "FusedMovingAvgObsFakeQuantize": lambda: fused(x),
@@ -50,7 +50,7 @@ def dispatcher(suite: Suite) -> None:
         suite.add(
             f"{work}: round the dispatcher",
             describe(x),
-            {OURS: going(run, fast=True), THROUGH: going(run, fast=False)},
+            {OURS: calling(run, fast=True), THROUGH: calling(run, fast=False)},
             lambda t: t[THROUGH] / t[OURS],
             "x",
         )
@@ -58,7 +58,7 @@ def dispatcher(suite: Suite) -> None:
 
 
 def cold(suite: Suite) -> None:
-    """The same with caches that a large tensor has just been through, as in a model."""
+    """Calls right after a large tensor has swept the caches, as happens in a model."""
     x, large = normal(128), normal(SWEPT)
     swept = torch.empty_like(large)
     leaf, gradient = x.clone().requires_grad_(), torch.ones_like(x)
@@ -68,13 +68,13 @@ def cold(suite: Suite) -> None:
     def sweep() -> Tensor:
         return torch.add(large, 1, out=swept)
 
-    cases: dict[str, Callable[[], object]] = {
+    cases: dict[str, Run] = {
         OURS: forward_backward(ours, x).run,
         THEIRS: forward_backward(theirs, x).run,
         "x * 2": lambda: torch.autograd.grad(leaf * 2, leaf, gradient),
     }
 
-    def after_sweep(run: Callable[[], object]) -> Callable[[], object]:
+    def after_sweep(run: Run) -> Run:
         def both() -> None:
             sweep()
             run()

@@ -1,9 +1,9 @@
 """Compares two stored results, row by row.
 
-python benchmarks/compare.py BEFORE.json AFTER.json
+    python benchmarks/compare.py BEFORE.json AFTER.json
 
 Times are fastquant's medians. A row is called faster or slower where the quartiles of the two
-do not overlap.
+results do not overlap.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from harness import OURS, load, readable_time, value_text
+from fastquant.bench.timing import readable_time
+from rows import OURS, load, value_text
 
 Key = tuple[str, str, str, int]
 

@@ -1,4 +1,7 @@
-"""Compiled against eager: what torch.compile makes of observed and QAT models."""
+"""How fast are prepared models under torch.compile, compared with eager?
+
+python benchmarks/compile.py
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 import fastquant as fq
 from harness import OURS, Suite, at_least, main
 
-# As fast, within what a timing wavers.
+# As fast as eager, up to noise.
 NO_SLOWER = at_least(0.95)
 
 
@@ -53,7 +56,8 @@ def measure(suite: Suite) -> None:
         ("calibrate, min/max", False, fq.default_qconfig, _forward, NO_SLOWER),
         ("calibrate, histogram", False, fq.get_default_qconfig("x86"), _forward, NO_SLOWER),
         ("QAT, forward and backward", True, fq.get_default_qat_qconfig("x86"), _step, NO_SLOWER),
-        # Python runs in the graph, and is no faster for it.
+        # Fake-quantizers around histogram observers run their Python inside the graph, so compiling
+        # gains nothing there.
         ("QAT by histogram, both ways", True, HISTOGRAM_QAT, _step, None),
     ):
         cases = {}

@@ -1,4 +1,7 @@
-"""How fast are fake-quantizers beside torch.ao's: forward, and forward with backward?"""
+"""How fast are fake-quantizers compared with torch.ao's: forward, and forward with backward?
+
+python benchmarks/fake_quant.py
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch.ao.quantization as torch_ao
 from torch import Tensor, nn
 
 import fastquant
-from harness import INPUT, OURS, Case, Suite, Target, at_least, describe, main, normal
+from harness import INPUT, Case, Suite, Target, at_least, describe, main, normal
 
 PER_CHANNEL = {
     "quant_min": -128,
@@ -21,7 +24,7 @@ PER_CHANNEL = {
 
 
 def modules(ns: Any) -> dict[str, Callable[[], nn.Module]]:
-    """Constructors by what the rows call them."""
+    """Constructors, by the name that the rows give them."""
     fused, per_channel = ns.FusedMovingAvgObsFakeQuantize, ns.MovingAveragePerChannelMinMaxObserver
     return {
         "FakeQuantize, moving average": lambda: ns.FakeQuantize(ns.MovingAverageMinMaxObserver),
@@ -29,6 +32,11 @@ def modules(ns: Any) -> dict[str, Callable[[], nn.Module]]:
         "Fused, per channel, axis 0": lambda: fused(per_channel, ch_axis=0, **PER_CHANNEL),
         "Fused, per channel, axis 1": lambda: fused(per_channel, ch_axis=1, **PER_CHANNEL),
     }
+
+
+def activation_modules(ns: Any) -> dict[str, Callable[[], nn.Module]]:
+    """Those whose channels are an activation's, not a weight's."""
+    return {work: make for work, make in modules(ns).items() if not work.endswith("axis 0")}
 
 
 TARGETS = {
@@ -86,18 +94,12 @@ def against_torch_ao(suite: Suite) -> None:
 
 
 def bf16(suite: Suite) -> None:
-    """bf16 against fp32 of the same size, fastquant alone."""
-    x = normal(*INPUT)
-    half = x.to(torch.bfloat16)
     for work, make in modules(fastquant).items():
         for what, build, _ in PASSES:
-            suite.add(
-                f"{work}: {what}, bf16 against fp32",
-                describe(half),
-                {OURS: build(make(), half), "fp32": build(make(), x)},
-                lambda t: t["fp32"] / t[OURS],
-                "x",
-                at_least(1),
+            suite.bf16_against_fp32(
+                f"{work}: {what}",
+                normal(*INPUT),
+                lambda x, make=make, build=build: build(make(), x),
             )
 
 

@@ -1,15 +1,16 @@
-"""How close to a GPU's memory bandwidth, and how much faster than torch.ao? Needs a CUDA GPU.
+"""How close do CUDA kernels come to the memory bandwidth, and how do they compare with torch.ao?
+
+    python benchmarks/gpu.py --json benchmarks/results/gpu-NAME.json    # needs a CUDA GPU
 
 The limits are measured in the same rounds: reading is the faster of `torch.sum` and
 `torch.amax`, copying is `Tensor.copy_`. Large tensors are timed on the device, by events around
-several calls; small calls and whole models by the clock around many calls and one wait.
-
-Writes what it measured with --json; results of a machine belong in benchmarks/results.
+several calls; small calls and whole models by the clock, around many calls and one wait.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,16 +26,15 @@ from harness import (
     OURS,
     THEIRS,
     Rounds,
+    Run,
     Suite,
     Target,
     at_least,
     at_most,
     describe,
-    measured,
     normal,
     parser,
-    save,
-    targets_of,
+    run_benchmarks,
 )
 
 GPU = torch.device("cuda")
@@ -42,16 +42,13 @@ INF = float("inf")
 
 # 256 MB in fp32 and in bf16: as images, and as rows of channels.
 LARGE = {torch.float32: (64, 64, 128, 128), torch.bfloat16: (128, 64, 128, 128)}
-SMALL = ((2, 8), (1, 64, 56, 56))  # torch.ao's per-channel observers take no one dimension
-
-Run = Callable[[], object]
-
+SMALL = ((2, 8), (1, 64, 56, 56))  # two dimensions at least, for torch.ao's per-channel observers
 
 # --------------------------------------------------------------------------------- timing
 
 
 def device_seconds(run: Run, calls: int = 10) -> float:
-    """What one call takes on the device."""
+    """Seconds that one call takes on the device."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -62,7 +59,7 @@ def device_seconds(run: Run, calls: int = 10) -> float:
 
 
 def wall_seconds(run: Run, calls: int = 100) -> float:
-    """What one of many calls takes, enqueuing or on the device, whichever is slower."""
+    """Seconds per call of many in a row: to enqueue it or to run it, whichever takes longer."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -127,15 +124,15 @@ def against_copying(suite: Suite, work: str, x: Tensor, run: Run, reads: int, co
 
 def minmax(suite: Suite, x: Tensor, axis: int | None, what: str) -> None:
     state = unobserved(None if axis is None else x.shape[axis])
-    run = lambda: ops.observe_minmax_(x, *state, axis, None, 0)  # noqa: E731
+    run = functools.partial(ops.observe_minmax_, x, *state, axis, None, 0)
     against_reading(suite, what, x, run, at_most(1 / 0.85))
 
 
 def histogram(suite: Suite, x: Tensor, what: str, fraction: float) -> None:
-    """A histogram whose range has settled."""
+    """A histogram whose range no longer grows."""
     low, high, count = unobserved(None)
     counts = torch.zeros(2048, device=GPU)
-    run = lambda: ops.observe_histogram_(x, counts, low, high, count, 16, 0)  # noqa: E731
+    run = functools.partial(ops.observe_histogram_, x, counts, low, high, count, 16, 0)
     against_reading(suite, f"histogram of {what} values", x, run, at_most(1 / fraction))
 
 
@@ -144,18 +141,18 @@ def fake_quantize(suite: Suite, x: Tensor, axis: int | None, what: str) -> None:
     scale = torch.full((channels,), 0.02, device=GPU)
     zero_point = torch.full((channels,), 128, dtype=torch.int32, device=GPU)
     settings = (scale, zero_point, None, axis, 0, 255)
-    run = lambda: ops.fake_quantize(x, *settings)  # noqa: E731
-    with_mask = lambda: ops.fake_quantize_with_mask(x, *settings)  # noqa: E731
+    run = functools.partial(ops.fake_quantize, x, *settings)
+    with_mask = functools.partial(ops.fake_quantize_with_mask, x, *settings)
     against_copying(suite, f"fake-quantize, {what}", x, run, 0, 1)
     against_copying(suite, f"the same with mask, {what}", x, with_mask, 0, 1)
     _, mask = with_mask()
-    backward = lambda: ops.fake_quantize_backward(x, mask)  # noqa: E731
+    backward = functools.partial(ops.fake_quantize_backward, x, mask)
     against_copying(suite, f"its gradient, {what}", x, backward, 0, 1)
     on = torch.ones(1, dtype=torch.uint8, device=GPU)
     state = unobserved(None if axis is None else channels)
     eps = torch.tensor([1e-7], device=GPU)
     fused = (on, on, *state[:2], scale, zero_point, state[2], eps, axis, 0.01, 0, 255, 0, 0, 0)
-    run_fused = lambda: ops.fused_observe_fake_quantize_with_mask(x, *fused)  # noqa: E731
+    run_fused = functools.partial(ops.fused_observe_fake_quantize_with_mask, x, *fused)
     against_copying(suite, f"fused, {what}", x, run_fused, 1, 1)
 
 
@@ -176,7 +173,7 @@ def large_tensors(suite: Suite) -> None:
 
 # -------------------------------------------------------------------------- small calls
 
-# How many times as fast as torch.ao's a call has to be.
+# Each with how many times as fast as torch.ao's a call has to be.
 MODULES: dict[str, tuple[Callable[[Any], nn.Module], float]] = {
     "MinMaxObserver": (lambda library: library.MinMaxObserver(), 3),
     "MovingAverageMinMaxObserver": (lambda library: library.MovingAverageMinMaxObserver(), 3),
@@ -210,7 +207,7 @@ def small_calls(suite: Suite) -> None:
 
 
 class TrainingStep:
-    """A step of SGD, which a graph can record."""
+    """A step of SGD that a CUDA graph can record."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self._model, self._x = model, x
@@ -252,7 +249,7 @@ def qat_steps(suite: Suite, name: str = "mobilenet_v2", batch: int = 32) -> None
     steps = {side: TrainingStep(own, x) for side, own in models.items()}
     rounds = min(suite.rounds, 10)
     input = f"{list(x.shape)}"
-    few = lambda run: wall_seconds(run, 5)  # noqa: E731
+    few = functools.partial(wall_seconds, calls=5)
     suite.add_rounds(
         f"{name}: QAT step",
         input,
@@ -285,15 +282,12 @@ def main() -> None:
     reason = why_not()
     if reason is not None:
         raise SystemExit(reason)
-    options.threads = options.threads[:1]  # which a GPU does not care about
-    rows: list[dict[str, Any]] = []
-    for measure in (large_tensors, small_calls, qat_steps):
-        rows += measured(f"gpu, {torch.cuda.get_device_name()}", measure, options)
-        # What has been measured is kept, should a later part fail.
-        if options.json is not None:
-            save(options.json, rows)
-        print()
-    print(targets_of(rows))
+    options.threads = options.threads[:1]  # torch's threads make no difference to a GPU
+    benchmarks = {
+        f"{measure.__name__}, {torch.cuda.get_device_name()}": measure
+        for measure in (large_tensors, small_calls, qat_steps)
+    }
+    run_benchmarks(benchmarks, options, options.json)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,30 @@
-"""What the benchmarks share: the command line, rows with targets, the table, the JSON.
+"""What the benchmarks share: inputs, targets, the rows of a benchmark, and the command line.
 
 A benchmark is a file with a function `measure(suite)`, which adds rows to the suite, and ends
-with `main(measure)`. Every row times its cases in interleaved rounds and boils them down to one
-number, computed for each round; the row shows their median and quartiles.
+with `main(measure)`. Every row times its cases in interleaved rounds. A function of the cases'
+times, computed in each round, gives the row's value; the row shows its median and quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
-import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastquant.bench.machine import machine as machine
+from fastquant.bench.machine import usable_cores
 from fastquant.bench.timing import Case as Case
 from fastquant.bench.timing import Rounds as Rounds
 from fastquant.bench.timing import Summary, threads_set_to
-from fastquant.bench.timing import readable_time as readable_time
 from fastquant.bench.timing import time_rounds as time_rounds
-
-OURS, THEIRS = "fastquant", "torch.ao"
-FORMAT = 1
-ROOT = Path(__file__).resolve().parent.parent
+from rows import OURS as OURS
+from rows import THEIRS as THEIRS
+from rows import Row, header, line, save, targets_of
 
 # An activation of a convolutional network.
 INPUT = (1, 64, 56, 56)
@@ -61,6 +53,9 @@ def describe(x: Tensor) -> str:
     return f"{names[x.dtype]} {list(x.shape)}{layout}"
 
 
+# ----------------------------------------------------------------------------------- targets
+
+
 @dataclass(frozen=True)
 class Target:
     """What a row's value is to be."""
@@ -80,20 +75,9 @@ def at_most(bound: float) -> Target:
     return Target(bound, at_least=False)
 
 
-# How the values of rows are written.
-_UNITS: dict[str, Callable[[float], str]] = {
-    # times as fast as
-    "x": lambda v: f"{v:.1f}x" if v >= 9.995 else f"{v:.2f}x",
-    # of the time that the machine takes at least
-    "of limit": lambda v: f"{v:.2f} of limit",
-    "ns/element": lambda v: f"{v:.3f} ns/element",
-    # time beyond another's
-    "more": lambda v: f"{v:+.0%}",
-    "bits/element": lambda v: f"{v:.2f} bits/element",
-    "KiB": lambda v: f"{v:.0f} KiB",
-    "µs": lambda v: readable_time(v * 1e-6),
-}
+# -------------------------------------------------------------------------------------- rows
 
+Run = Callable[[], object]
 
 # A row's number, from the seconds that each case took in one round.
 Value = Callable[[dict[str, float]], float]
@@ -107,32 +91,64 @@ class Suite:
     rounds: int
     threads: int
     patience: float = 2.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     def add(
         self,
         work: str,
         input: str,
-        cases: Mapping[str, Case | Callable[[], object]],
+        cases: Mapping[str, Case | Run],
         value: Value,
         unit: str,
         target: Target | None = None,
+        most_rounds: int | None = None,
     ) -> None:
         """Time cases and add a row.
 
         Args:
             work: what is done.
-            input: to what.
+            input: what it is done to.
             cases: what to time, by name; `fastquant` and `torch.ao` have columns of their own.
             value: of the seconds that each case took in one round.
-            unit: of the value, one of those the table knows.
+            unit: of the value, one of those that rows.py can write.
             target: what the value is to be.
+            most_rounds: fewer rounds than asked for, where a call takes long.
         """
         whole = {
             name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()
         }
-        timed = time_rounds(whole, self.rounds, patience=self.patience)
+        rounds = min(self.rounds, most_rounds or self.rounds)
+        timed = time_rounds(whole, rounds, patience=self.patience)
         self.add_rounds(work, input, timed, value, unit, target)
+
+    def compare(
+        self,
+        work: str,
+        input: str,
+        ours: Case | Run,
+        theirs: Case | Run | None,
+        target: Target | None = None,
+        most_rounds: int | None = None,
+    ) -> None:
+        """Add a row: how many times as fast as torch.ao; only our time where torch.ao fails."""
+        if theirs is None:
+            self.add(work, input, {OURS: ours}, lambda t: t[OURS] * 1e6, "µs", None, most_rounds)
+        else:
+            cases = {OURS: ours, THEIRS: theirs}
+            self.add(work, input, cases, lambda t: t[THEIRS] / t[OURS], "x", target, most_rounds)
+
+    def bf16_against_fp32(self, work: str, x: Tensor, build: Callable[[Tensor], Case]) -> None:
+        """Add a row: how much faster bf16 is than fp32 of the same shape, in fastquant."""
+        half = x.to(torch.bfloat16)
+        cases = {OURS: build(half), "fp32": build(x)}
+        self.add(
+            f"{work}, bf16 against fp32",
+            describe(half),
+            cases,
+            lambda t: t["fp32"] / t[OURS],
+            "x",
+            at_least(1),
+        )
 
     def add_rounds(
         self,
@@ -143,7 +159,7 @@ class Suite:
         unit: str,
         target: Target | None = None,
     ) -> None:
-        """Add a row of what was timed elsewhere, one number for each round."""
+        """Add a row of what was timed elsewhere, one number per case and round."""
         seconds = timed.seconds
         values = [
             value(dict(zip(seconds, numbers, strict=True)))
@@ -159,23 +175,8 @@ class Suite:
     def add_value(
         self, work: str, input: str, value: float, unit: str, target: Target | None = None
     ) -> None:
-        """Add a row whose value is no time."""
+        """Add a row whose value is not derived from times."""
         self._append(work, input, {}, Summary.of([value]), unit, target, (1, 1))
-
-    def compare(
-        self,
-        work: str,
-        input: str,
-        ours: Case | Callable[[], object],
-        theirs: Case | Callable[[], object] | None,
-        target: Target | None = None,
-    ) -> None:
-        """Add a row of how many times as fast as torch.ao's; alone where torch.ao cannot."""
-        if theirs is None:
-            self.add(work, input, {OURS: ours}, lambda t: t[OURS] * 1e6, "µs")
-        else:
-            cases = {OURS: ours, THEIRS: theirs}
-            self.add(work, input, cases, lambda t: t[THEIRS] / t[OURS], "x", target)
 
     def _append(
         self,
@@ -201,101 +202,10 @@ class Suite:
             "met": None if target is None else target.is_met(value.median),
         }
         self.rows.append(row)
-        print(_line(row), flush=True)
+        print(line(row), flush=True)
 
 
-_WIDTHS = (46, 34, 7, 10, 10, 28, 18)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    write = _UNITS[row["unit"]]
-    value = row["value"]
-    text = write(value["median"])
-    if row["rounds"] > 1:
-        number = [write(value[end]).split(" ")[0] for end in ("low", "high")]
-        text += f" ({number[0]} to {number[1]})"
-    times = [
-        readable_time(row["seconds"].get(name, {}).get("median", math.nan))
-        for name in (OURS, THEIRS)
-    ]
-    return [row["work"], row["input"], str(row["threads"]), *times, text, target_text(row)]
-
-
-def target_text(row: dict[str, Any]) -> str:
-    """A row's target and whether it is met."""
-    target = row["target"]
-    if target is None:
-        return ""
-    sign = "≥" if target["at_least"] else "≤"
-    bound = _UNITS[row["unit"]](target["bound"]).split(" ")[0]
-    return f"{sign} {bound} {'met' if row['met'] else 'NOT MET'}"
-
-
-def value_text(row: dict[str, Any]) -> str:
-    """A row's value with its unit."""
-    return _UNITS[row["unit"]](row["value"]["median"])
-
-
-def _line(row: dict[str, Any]) -> str:
-    return "  ".join(f"{c:<{w}}" for c, w in zip(_cells(row), _WIDTHS, strict=True)).rstrip()
-
-
-def header() -> str:
-    names = ("work", "input", "threads", OURS, THEIRS, "value (quartiles)", "target")
-    return "  ".join(f"{name:<{w}}" for name, w in zip(names, _WIDTHS, strict=True)).rstrip()
-
-
-def targets_of(rows: Sequence[dict[str, Any]]) -> str:
-    """How many targets are met, and which are not."""
-    with_target = [row for row in rows if row["target"] is not None]
-    missed = [row for row in with_target if not row["met"]]
-    lines = [f"{len(with_target) - len(missed)} of {len(with_target)} targets met"]
-    lines += [_line(row) for row in missed]
-    disturbed = sum(2 * row["undisturbed"] < row["rounds"] for row in rows)
-    if disturbed:
-        lines.append(
-            f"in {disturbed} of {len(rows)} rows, other processes disturbed most of the rounds"
-        )
-    return "\n".join(lines)
-
-
-# --------------------------------------------------------------------------------------------
-# Results
-
-
-def contents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows with all that is needed to understand and repeat them."""
-    return {
-        "format": FORMAT,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "machine": machine(),
-        "rows": list(rows),
-    }
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A stored result.
-
-    Raises:
-        SystemExit: there is none, in words.
-    """
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot read {path}: {error}") from None
-    if result.get("format") != FORMAT:
-        raise SystemExit(f"{path} holds no benchmark results of format {FORMAT}")
-    return result
-
-
-def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(contents(rows), indent=1) + "\n")
-
-
-# --------------------------------------------------------------------------------------------
-# Command line
+# ------------------------------------------------------------------------------ command line
 
 Measure = Callable[[Suite], None]
 
@@ -307,39 +217,51 @@ def _thread_counts(text: str) -> list[int]:
     return counts
 
 
-_thread_counts.__name__ = "list of thread counts"  # for argparse's message
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+# argparse's messages name the type.
+_thread_counts.__name__ = "list of thread counts"
+_at_least_one.__name__ = "number, at least 1,"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    result = argparse.ArgumentParser(description=description)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     result.add_argument(
         "--threads",
         type=_thread_counts,
-        default=sorted({1, min(2, cores or 1)}),
+        default=sorted({1, min(2, usable_cores())}),
         metavar="N[,N...]",
-        help="torch's threads; everything is measured with each. Default: 1,2",
+        help="torch's threads; everything is measured with each number. Default: 1,2",
     )
-    result.add_argument("--rounds", type=int, default=40, help="interleaved rounds. Default: 40")
+    result.add_argument(
+        "--rounds", type=_at_least_one, default=40, help="interleaved rounds. Default: 40"
+    )
     result.add_argument(
         "--patience",
         type=float,
         default=2.0,
         metavar="SECONDS",
-        help="to spend, for each row, on rounds that other processes disturb. Default: 2",
+        help="time to spend, for each row, on repeating disturbed rounds. Default: 2",
     )
     result.add_argument("--json", type=Path, metavar="OUT", help="write the results to OUT")
     return result
 
 
-def measured(name: str, measure: Measure, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(name: str, measure: Measure, options: argparse.Namespace) -> list[Row]:
     """All rows of a benchmark, for each number of threads."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     print(header())
     for threads in options.threads:
         with warnings.catch_warnings(), threads_set_to(threads):
-            # torch.ao is deprecated, and says so at every step.
+            # torch.ao warns of its deprecation at every step.
             warnings.simplefilter("ignore")
             suite = Suite(name, options.rounds, threads, options.patience)
             measure(suite)
@@ -347,17 +269,26 @@ def measured(name: str, measure: Measure, options: argparse.Namespace) -> list[d
     return rows
 
 
-def main(measure: Measure) -> None:
-    """Run one benchmark as a command."""
-    module = sys.modules[measure.__module__]
-    options = parser(module.__doc__).parse_args()
-    if options.rounds < 1:
-        raise SystemExit("--rounds must be at least 1")
+def run_benchmarks(
+    benchmarks: Mapping[str, Measure], options: argparse.Namespace, store: Path | None
+) -> None:
+    """Run benchmarks as a command, and store their rows where a path is given."""
+    rows: list[Row] = []
     try:
-        rows = measured(Path(sys.argv[0]).stem, measure, options)
+        for number, (name, measure) in enumerate(benchmarks.items(), 1):
+            if len(benchmarks) > 1:
+                print(f"\n{name} ({number} of {len(benchmarks)})\n")
+            rows += measured(name, measure, options)
+            if store is not None:
+                save(store, rows)  # after each, so that a later failure loses none of them
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    print()
-    print(targets_of(rows))
-    if options.json is not None:
-        save(options.json, rows)
+    print(f"\n{targets_of(rows)}")
+    if store is not None:
+        print(f"stored in {store}")
+
+
+def main(measure: Measure) -> None:
+    """Run one benchmark as a command."""
+    options = parser(sys.modules[measure.__module__].__doc__).parse_args()
+    run_benchmarks({Path(sys.argv[0]).stem: measure}, options, options.json)

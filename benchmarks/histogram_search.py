@@ -1,4 +1,7 @@
-"""How long does the search for the best clipping range take, by histogram and by levels?"""
+"""How long does the search for the best clipping range take, by histogram and number of levels?
+
+python benchmarks/histogram_search.py
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
     "after ReLU": torch.relu,
     "uniform": torch.special.ndtr,
-    # The search walks through all of the empty bins.
+    # Nearly all bins are empty, and the search walks through every one.
     "one far outlier": lambda x: torch.cat([x.flatten(), torch.tensor([1e4])]),
 }
 SETTINGS = (

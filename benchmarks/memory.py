@@ -1,4 +1,7 @@
-"""How much memory: what fake-quantize keeps for backward, what a growing histogram takes?"""
+"""How much memory does fake-quantize keep for backward, and a growing histogram take?
+
+python benchmarks/memory.py
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ RESET_PEAK = "5"
 
 
 def kept_bits(make: Callable[[], nn.Module], x: Tensor) -> float:
-    """Bits an element of what forward keeps for backward."""
+    """Bits per element that forward keeps for backward."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -33,17 +36,17 @@ def kept_bits(make: Callable[[], nn.Module], x: Tensor) -> float:
 
 
 def resident(what: str) -> float:
-    """KiB that the process holds (VmRSS), or held at most since the peak was reset (VmHWM)."""
+    """KiB that the process holds now (VmRSS), or its peak since the last reset (VmHWM)."""
     match = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text())
     assert match is not None
     return float(match[1])
 
 
 def growth_kib(scales: list[float]) -> float:
-    """KiB beyond what was held before, at most, while a histogram observes ever wider tensors."""
+    """Peak KiB beyond those held before, while a histogram observes ever wider tensors."""
     tensors = [normal(*INPUT) * scale for scale in scales]
     observer = fastquant.HistogramObserver()
-    observer(tensors[0])  # what the first call loads is no growth
+    observer(tensors[0])  # what the first call loads does not count as growth
     CLEAR_REFS.write_text(RESET_PEAK)
     before = resident("VmRSS")
     for x in tensors[1:]:

@@ -1,7 +1,11 @@
-"""How fast are observers beside torch.ao's: min/max, moving averages, per channel, histogram?"""
+"""How fast are observers compared with torch.ao's: min/max, moving average, per channel, histogram?
+
+python benchmarks/observers.py
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,9 +14,9 @@ import torch.ao.quantization as torch_ao
 from torch import Tensor
 
 import fastquant
-from harness import INPUT, OURS, Case, Suite, Target, at_least, describe, main, normal
+from harness import INPUT, Case, Suite, Target, at_least, describe, main, normal
 
-# How far each tensor of the growing stream reaches beyond the one before it.
+# Each tensor of the growing stream has a range this many times that of the one before.
 GROWTH = 1.05
 STREAM = 16
 
@@ -52,7 +56,7 @@ def per_channel(suite: Suite) -> None:
 
 
 def growing_stream(observer: Any, tensors: list[Tensor]) -> Case:
-    """An observer that is fresh at the first of the tensors, and has to grow at each other."""
+    """One run starts afresh and observes all tensors, each of which widens the range."""
 
     def run() -> None:
         observer.min_val.fill_(math.inf)
@@ -83,24 +87,14 @@ def histogram(suite: Suite) -> None:
 
 
 def bf16(suite: Suite) -> None:
-    """bf16 against fp32 of the same size, fastquant alone."""
-    x = normal(*INPUT)
-    half = x.to(torch.bfloat16)
     for name, kwargs in (
         ("MinMaxObserver", {}),
         ("MovingAverageMinMaxObserver", {}),
         ("PerChannelMinMaxObserver", {"ch_axis": 1}),
         ("HistogramObserver", {}),
     ):
-        make = getattr(fastquant, name)
-        suite.add(
-            f"{name}, bf16 against fp32",
-            describe(half),
-            {OURS: observe(make(**kwargs), half), "fp32": observe(make(**kwargs), x)},
-            lambda t: t["fp32"] / t[OURS],
-            "x",
-            at_least(1),
-        )
+        make = functools.partial(getattr(fastquant, name), **kwargs)
+        suite.bf16_against_fp32(name, normal(*INPUT), lambda x, make=make: observe(make(), x))
 
 
 def measure(suite: Suite) -> None:

@@ -1,25 +1,23 @@
 """Writes the README's table of measurements from a stored result.
 
-python benchmarks/readme_table.py [RESULT.json]   # default: the newest in benchmarks/results
+    python benchmarks/readme_table.py [RESULT.json]   # default: the newest in benchmarks/results
 
-With --check it writes nothing, and fails where the README is not what it would write.
+With --check it writes nothing, and fails where the README differs from what it would write.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from harness import OURS, ROOT, THEIRS, load, readable_time, value_text
+from fastquant.bench.timing import readable_time
+from rows import OURS, ROOT, THEIRS, Row, load, mostly_disturbed, value_text
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
-# The others answer questions that fewer people have.
+# The benchmarks whose rows the README shows; the others answer more special questions.
 IN_README = ("observers", "fake_quant")
-
-Row = dict[str, Any]
 
 
 def newest() -> Path:
@@ -32,7 +30,7 @@ def newest() -> Path:
 
 
 def beside_torch_ao(rows: list[Row]) -> list[str]:
-    """Rows that are times as fast as torch.ao, a column for each number of threads."""
+    """The rows that compare with torch.ao, with three columns for each number of threads."""
     threads = sorted({row["threads"] for row in rows})
     lines = [
         "| work | input | "
@@ -67,7 +65,7 @@ def section(path: Path) -> str:
     result = load(path)
     about, rows = result["machine"], result["rows"]
     met = [row["met"] for row in rows if row["met"] is not None]
-    disturbed = sum(2 * row["undisturbed"] < row["rounds"] for row in rows)
+    disturbed = mostly_disturbed(rows)
     stored = path.resolve()
     if stored.is_relative_to(ROOT):
         stored = stored.relative_to(ROOT)

@@ -1,4 +1,6 @@
-"""How close to the machine's own limits: reading once, and copying into warm memory?
+"""How close do kernels come to the machine's limits: one read, and one copy into warm memory?
+
+    python benchmarks/roofline.py
 
 The limits are measured in the same rounds: reading is `torch.sum`, the fastest read that torch
 has; copying is `Tensor.copy_` into memory that has been written before.
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastquant
-from fake_quant import forward, forward_backward, modules
+from fake_quant import activation_modules, forward, forward_backward
 from harness import OURS, Suite, at_most, describe, main, normal
 from observers import observe
 
@@ -47,9 +49,7 @@ def reading(suite: Suite, x: Tensor, axis: int | None) -> None:
 
 def fused(suite: Suite, x: Tensor) -> None:
     copy = torch.empty_like(x)
-    for work, make in modules(fastquant).items():
-        if work.endswith("axis 0"):
-            continue
+    for work, make in activation_modules(fastquant).items():
         suite.add(
             f"{work}: against read + copy",
             describe(x),
@@ -61,11 +61,9 @@ def fused(suite: Suite, x: Tensor) -> None:
 
 
 def with_backward(suite: Suite, x: Tensor) -> None:
-    """Beside the least that autograd does for one read and one write each way."""
+    """Compared with `x * 2`, the least that autograd does: one read and one write each way."""
     leaf, gradient = x.detach().clone().requires_grad_(), torch.ones_like(x)
-    for work, make in modules(fastquant).items():
-        if work.endswith("axis 0"):
-            continue
+    for work, make in activation_modules(fastquant).items():
         suite.add(
             f"{work}: fwd + bwd against x * 2",
             describe(x),

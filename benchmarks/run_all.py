@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import calls
 import compile
@@ -19,7 +18,8 @@ import observers
 import roofline
 import threads
 import whole_models
-from harness import Measure, machine, measured, parser, save, targets_of
+from fastquant.bench.machine import machine
+from harness import Measure, parser, run_benchmarks
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,7 +40,7 @@ BENCHMARKS: dict[str, Measure] = {
 
 
 def result_name() -> str:
-    """A file's name for this machine."""
+    """The name of this machine's file."""
     about = machine()
     cpu = re.sub(r"\((r|tm)\)", "", about["cpu"].lower())
     words = f"{cpu} {about['cores']} cores {about['isa']}"
@@ -64,20 +64,9 @@ def main() -> None:
         help=f"of {', '.join(BENCHMARKS)}; default: all",
     )  # fmt: skip
     options = options_parser.parse_args()
-    path = options.json or RESULTS / result_name()
-    rows: list[dict[str, Any]] = []
-    for number, name in enumerate(options.only, 1):
-        print(f"\n{name} ({number} of {len(options.only)})\n")
-        rows += measured(name, BENCHMARKS[name], options)
-        # What has been measured is kept, should a later benchmark fail.
-        save(path, rows)
-    print()
-    print(targets_of(rows))
-    print(f"stored in {path}")
+    wanted = {name: BENCHMARKS[name] for name in options.only}
+    run_benchmarks(wanted, options, options.json or RESULTS / result_name())
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    main()

@@ -1,6 +1,8 @@
-"""From which size on do two threads pay, and how much? One against two, fastquant alone.
+"""From which size on are several threads faster than one, and how much? fastquant alone.
 
-Takes the pairs from `--threads`: every number of threads above one is measured against one.
+    python benchmarks/threads.py --threads 2
+
+Every number of threads in `--threads` above one is measured against one thread.
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import fastquant
-from fake_quant import forward, modules
+from fake_quant import activation_modules, forward
 from harness import Case, Suite, at_least, main, normal
 from observers import observe
 
 SIZES = (128, 4_096, 32_768, 65_536, 131_072, 200_704, 401_408, 1_605_632, 12_845_056)
 LARGE = 1_600_000
-# Equal work is measured as equal only so far.
+# Equal times differ by this much from run to run.
 NOISE = 0.05
 
-# What makes the case of a tensor.
+# Makes the case of a tensor.
 Build = Callable[[Tensor], Case]
 
 
@@ -38,18 +40,14 @@ WORK: dict[str, Build] = {
         lambda: fastquant.PerChannelMinMaxObserver(ch_axis=1)
     ),
     "HistogramObserver": observing(fastquant.HistogramObserver),
-    **{
-        work: quantizing(make)
-        for work, make in modules(fastquant).items()
-        if not work.endswith("axis 0")
-    },
+    **{work: quantizing(make) for work, make in activation_modules(fastquant).items()},
 }
 
 
 def with_threads(case: Case, threads: int) -> Case:
     def switch() -> None:
         torch.set_num_threads(threads)
-        case.run()  # wakes the pool
+        case.run()  # wakes the threads up
 
     return Case(case.run, before=switch)
 

@@ -1,4 +1,6 @@
-"""What do calibration, QAT and convert cost on whole models, beside the float model?
+"""What do calibration, QAT and convert cost on whole models, compared with the float model?
+
+    python benchmarks/whole_models.py
 
 torchvision's quantizable MobileNetV2 and ResNet-18, batch 8 at 224 x 224, the x86 qconfigs.
 Needs torchvision; `pip install --no-deps torchvision` is enough.
@@ -6,6 +8,7 @@ Needs torchvision; `pip install --no-deps torchvision` is enough.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -26,11 +29,10 @@ from harness import (
     at_most,
     main,
     normal,
-    time_rounds,
 )
 
 BATCH = (8, 3, 224, 224)
-# Each call takes long, and torch.ao's longer.
+# A call takes up to seconds.
 MOST_ROUNDS = 7
 
 # Time beyond the float model's, as a fraction of it.
@@ -42,7 +44,7 @@ WHAT = {"calibrate": "calibration forward", "qat": "QAT step"}
 
 
 def overheads(suite: Suite, name: str, mode: str, model: nn.Module) -> None:
-    """Prepared against float, fastquant's and torch.ao's, and the observers' share."""
+    """Both libraries' prepared models against the float model, and their observers alone."""
     rounds = min(suite.rounds, MOST_ROUNDS)
     report = bench.run(model, normal(*BATCH), mode=mode, rounds=rounds, progress=False)
     if not report.same_ranges:
@@ -60,7 +62,7 @@ def overheads(suite: Suite, name: str, mode: str, model: nn.Module) -> None:
 
 
 def qat_modules(suite: Suite, name: str, model: nn.Module) -> None:
-    """What the QAT step costs beyond float with all fake-quantizers off: the modules alone."""
+    """What a QAT step costs beyond float when all fake-quantizers are off: the modules alone."""
     prepared: Any = bench.fused(model, "qat")
     prepared.qconfig = fastquant.get_default_qat_qconfig("x86")
     fastquant.prepare_qat(prepared, inplace=True)
@@ -70,32 +72,27 @@ def qat_modules(suite: Suite, name: str, model: nn.Module) -> None:
         key: Case(bench.Step(module.train(), normal(*BATCH), "qat"))
         for key, module in (("float", model), (OURS, prepared))
     }
-    suite.add_rounds(
+    suite.add(
         f"{name}: QAT step, fake-quantizers off",
         str(list(BATCH)),
-        time_rounds(cases, min(suite.rounds, MOST_ROUNDS)),
+        cases,
         lambda t: t[OURS] / t["float"] - 1,
         "more",
+        most_rounds=MOST_ROUNDS,
     )
 
 
 def convert(suite: Suite, name: str, model: nn.Module) -> None:
-    cases = {}
-    for side, ns in ((OURS, fastquant), (THEIRS, torch_ao)):
+    runs = []
+    for ns in (fastquant, torch_ao):
         prepared = bench.fused(model.eval(), "calibrate")
         prepared.qconfig = ns.get_default_qconfig("x86")
         ns.prepare(prepared, inplace=True)
         with torch.no_grad():
             prepared(normal(1, *BATCH[1:]))
-        cases[side] = Case(converting(ns, prepared))
-    timed = time_rounds(cases, min(suite.rounds, MOST_ROUNDS))
-    suite.add_rounds(
-        f"{name}: convert", "x86 qconfig", timed, lambda t: t[THEIRS] / t[OURS], "x", at_least(3)
-    )
-
-
-def converting(ns: Any, prepared: nn.Module) -> Any:
-    return lambda: ns.convert(prepared)
+        runs.append(functools.partial(ns.convert, prepared))
+    ours, theirs = runs
+    suite.compare(f"{name}: convert", "x86 qconfig", ours, theirs, at_least(3), MOST_ROUNDS)
 
 
 def measure(suite: Suite) -> None:

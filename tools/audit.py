@@ -1,11 +1,13 @@
-"""Audits what was built: the stable ABI of the installed extension, the symbols of ISA objects.
+"""Audits what was built: the installed extension's ABI, and the symbols of the kernels' objects.
 
-Run by `make audit`. Exits 1 and says why where
+    python tools/audit.py    # or: make audit
 
-- the extension uses libtorch other than through the LibTorch Stable ABI, needs a newer torch
-  than the package declares, or goes beyond Python's limited API;
-- an object compiled for one instruction set exports a weak symbol. The linker keeps one of
-  several copies, so code for a newer processor could end up in use on an older one.
+Exits with 1 and the reasons if
+
+- the extension uses libtorch in another way than through the LibTorch Stable ABI, needs a newer
+  torch than the package declares, or uses more than Python's limited API;
+- an object that was compiled for one instruction set exports a weak symbol. The linker keeps one of
+  several copies of those, so an older processor could run code for a newer one.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def version(text: str) -> tuple[int, ...]:
 
 
 def abi_report(library: str) -> dict[str, Any]:
-    """What torch-abi-audit says of a library, wherever its command is installed."""
+    """torch-abi-audit's report on a library; works also where its command is not on the PATH."""
     command = [
         sys.executable,
         "-c",
@@ -42,7 +44,7 @@ def abi_report(library: str) -> dict[str, Any]:
 
 
 def audit_abi(library: str) -> list[str]:
-    """Objections to the extension at this path, by torch-abi-audit."""
+    """What torch-abi-audit objects to in the extension at this path."""
     (extension,) = abi_report(library)["extensions"]
     torch_abi, python_abi = extension["torch"], extension["cpython"]
     needs = torch_abi["min_torch_version"]
@@ -60,7 +62,7 @@ def audit_abi(library: str) -> list[str]:
 
 
 def audit_symbols(objects: list[Path]) -> list[str]:
-    """Objections to objects of the kernels: weak symbols in them."""
+    """The weak symbols in the kernels' object files."""
     objections = [] if objects else [f"no object files of the kernels under {ROOT / 'build'}"]
     for path in objects:
         listing = subprocess.run(

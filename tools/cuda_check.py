@@ -1,12 +1,12 @@
-"""Builds the CUDA kernels for the GPU at hand, and checks them on it. Installs nothing.
+"""Builds the CUDA kernels for this machine's GPU and checks them on it. Installs nothing.
 
-    python tools/cuda_check.py                      # all stages
-    python tools/cuda_check.py --only build,test    # some
+    python tools/cuda_check.py                      # all stages; or: make cuda-check
+    python tools/cuda_check.py --only build,test    # some of them
 
-The stages: `build` makes a package of its own in build/cuda-check, `test` runs `pytest -m cuda`,
+The stages: `build` builds a separate package in build/cuda-check, `test` runs `pytest -m cuda`,
 `sanitize` runs kernels under compute-sanitizer, `bench` measures and stores the result in
-benchmarks/results. What has to be there: a GPU, a CUDA build of torch, nvcc, a C++ compiler, cmake,
-ninja, pytest, hypothesis; torchvision for the models that are measured.
+benchmarks/results. The machine must have a GPU, a CUDA build of torch, nvcc, a C++ compiler, cmake,
+ninja, pytest and hypothesis; and torchvision for the models that are measured.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda-check"
 PACKAGE = BUILD / "package"
 
-# The tests that reach every kernel in every layout; each tool takes its time.
+# Tests that reach every kernel in every layout; the sanitizer is too slow for all tests.
 SANITIZED = "geometries or any_place or empty or histograms_of"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def run(*command: str | Path, **environment: str) -> None:
-    """Run a command on the package that was built.
+    """Run a command with the package that was built.
 
     Raises:
-        SystemExit: it failed, in words.
+        SystemExit: it failed; the message says how.
     """
     print("$", *command, flush=True)
     code = subprocess.run(
@@ -49,7 +49,7 @@ def run(*command: str | Path, **environment: str) -> None:
 
 
 def build(architectures: str = "native") -> None:
-    """A package for this GPU, or for some architectures, next to nothing else of fastquant's."""
+    """Build a package for this GPU, or for given architectures, apart from any other fastquant."""
     run(
         *("cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
         *("-DFASTQUANT_CUDA=on", f"-DFASTQUANT_CUDA_ARCHITECTURES={architectures}"),
@@ -64,7 +64,7 @@ def build(architectures: str = "native") -> None:
 
 
 def check_package() -> None:
-    """That it is the package built here which Python finds, with its kernels loaded."""
+    """Stop unless Python imports the package built here, with its CUDA kernels loaded."""
     code = (
         "import fastquant, pathlib, sys\n"
         "found = pathlib.Path(fastquant.__file__).parent\n"
@@ -82,7 +82,8 @@ def test() -> None:
 
 
 def sanitize() -> None:
-    """Each tool of compute-sanitizer; every tensor in an allocation of its own."""
+    """Run each tool of compute-sanitizer; every tensor gets its own allocation, so that an access
+    beyond it is noticed."""
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("cuda_check: compute-sanitizer, of the CUDA toolkit, is not on the PATH")
     for tool in TOOLS:
@@ -117,7 +118,7 @@ chosen.__name__ = f"choice of {', '.join(STAGES)}"  # for argparse's message
 
 
 def why_not() -> str | None:
-    """What is missing, without which nothing can be checked."""
+    """What this machine lacks for any check; None if nothing."""
     if not torch.cuda.is_available():
         kind = "a CPU build" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
         return (

@@ -1,9 +1,9 @@
-"""Checks a built library of CUDA kernels as far as a machine without a GPU can.
+"""Audits a built library of CUDA kernels, as far as a machine without a GPU can.
 
-    python tools/check_cuda.py build/cuda/_cuda.so
+    python tools/audit_cuda.py build/cuda/_cuda.so
 
-Run by `make cuda-compile`. Exits 1 and says why where the library uses libtorch other than
-through the LibTorch Stable ABI, does not load, or lacks a kernel for an op.
+Run by `make cuda-compile`. Exits with 1 and the reasons if the library uses libtorch in another way
+than through the LibTorch Stable ABI, does not load, or lacks a kernel for an op.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> int:
     print(f"fastquant {fastquant.__version__}, torch {torch.__version__}")
     found = objections(Path(sys.argv[1]))
     for objection in found:
-        print(f"check_cuda: {objection}", file=sys.stderr)
+        print(f"audit_cuda: {objection}", file=sys.stderr)
     return 1 if found else 0
 
 
