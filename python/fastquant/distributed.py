@@ -28,17 +28,16 @@ __all__ = ["sync_observers"]
 def sync_observers(model: nn.Module, group: Any = None) -> None:
     """Merge the statistics of a model's observers over all processes of a group.
 
-    Call it in every process, with the model prepared alike, after each has run its shard of
-    the data and before `convert`, and once for a shard: what is the sum of all counts must not
-    be summed again. Afterwards all processes hold the same statistics, and give
-    the same scale and zero point, as one process that has seen every shard: exactly so for
-    running ranges and, where the ranges agree, for histograms; histograms of other ranges are
-    resampled as they are where one process sees the range grow. Moving averages become the mean
-    over the processes that have seen something, each weighed alike. Counts of non-finite values
-    add up. Fake-quantizers get the scale and zero point of the merged range. Observers of fixed
-    parameters, and those that keep no range, stay as they are.
+    Call it in every process, with the model prepared alike, after each has run its shard of the
+    data and before `convert`. Call it once per shard: a second call would add the sums up again.
+    Afterwards all processes hold the statistics, and so the scale and zero point, of one process
+    that has seen every shard: exactly for running ranges and for histograms whose ranges agree;
+    other histograms are resampled, as they are where one process sees the range grow. Moving
+    averages become the unweighted mean over the processes that have seen something. Counts of
+    non-finite values add up. Fake-quantizers get the scale and zero point of the merged range.
+    Observers with fixed parameters, and those that keep no range, stay as they are.
 
-    It takes four collectives, however many observers there are.
+    The number of collectives is four, however many observers there are.
 
     Args:
         model: a prepared model, an observer or a fake-quantizer.

@@ -1,15 +1,15 @@
-"""Statistics gathered apart, put together: `merge`, and what `distributed` shares with it.
+"""Merge the statistics that observers have gathered apart: `merge`, and the core of `distributed`.
 
 How the statistics of several observers of the same tensor become one:
 
-- a running range: the smallest minimum and the largest maximum, which is exact;
-- a histogram: over the common range, onto which each is resampled as observing does where the
-  range grows; counts add up. Exact where the ranges agree;
-- moving averages: the mean of those that have seen something, channel by channel, each weighed
-  alike. An observer does not keep how many tensors it has seen;
+- running ranges: the smallest minimum and the largest maximum, which is exact;
+- histograms: each is resampled onto the common range, as it is where an observer's range grows,
+  and counts add up. This is exact where the ranges agree;
+- moving averages: their unweighted mean, channel by channel, since an observer does not keep how
+  many tensors it has seen;
 - counts of non-finite values add up.
 
-What has seen nothing takes no part.
+Observers, and channels, that have seen nothing are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ._core.arguments import (
     check_nonfinite,
     check_quantized_range,
 )
-from ._core.ranges import INF, is_unobserved, kinds_of_range, range_error
+from ._core.ranges import INF, has_seen_nothing, is_unobserved, kinds_of_range, range_error
 from ._core.schemes import Scheme
 from ._core.state import eps_error, resized
 from ._native.ops import choose_qparams, search_histogram_range
@@ -45,9 +45,9 @@ _Reduction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one observer has gathered; tensors of its own, or of a state dict.
+    """What one observer has gathered: its own tensors, or those of a state dict.
 
-    `traits` are what observers have to have in common to be merged, by names for messages.
+    Only observers with equal `traits`, which are named as in messages, can be merged.
     """
 
     name: str
@@ -75,7 +75,7 @@ def is_range_observer(module: nn.Module) -> bool:
     return (
         _is_activation_post_process(module)
         and not isinstance(module, FakeQuantizeBase)
-        and all(isinstance(module._buffers.get(name), Tensor) for name in ("min_val", "max_val"))
+        and all(isinstance(getattr(module, name, None), Tensor) for name in ("min_val", "max_val"))
     )
 
 
@@ -85,7 +85,7 @@ def statistics_of(model: nn.Module) -> list[Statistics]:
     for name, module in model.named_modules():
         if not is_range_observer(module):
             continue
-        buffers = module._buffers
+        observer: Any = module
         traits = {
             trait: str(getattr(module, attribute, None))
             for trait, attribute in (
@@ -99,12 +99,12 @@ def statistics_of(model: nn.Module) -> list[Statistics]:
         found.append(
             Statistics(
                 name=name,
-                min_val=buffers["min_val"],
-                max_val=buffers["max_val"],
-                histogram=buffers.get("histogram"),
-                nonfinite_count=buffers.get("nonfinite_count"),
-                averages=hasattr(module, "averaging_constant"),
-                upsample_rate=int(getattr(module, "upsample_rate", 1)),
+                min_val=observer.min_val,
+                max_val=observer.max_val,
+                histogram=getattr(observer, "histogram", None),
+                nonfinite_count=getattr(observer, "nonfinite_count", None),
+                averages=getattr(observer, "averaging_constant", None) is not None,
+                upsample_rate=int(getattr(observer, "upsample_rate", 1)),
                 traits=traits,
             )
         )
@@ -174,6 +174,73 @@ class Merged:
     nonfinite_count: int
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where statistics are put together."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def flat(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, self.dtype).reshape(-1)
+
+    def range_of(self, s: Statistics, channels: int) -> tuple[Tensor, Tensor]:
+        """The range of `s`; an unobserved one where `s` has no channels yet."""
+        if s.min_val.numel() == channels:
+            return self.flat(s.min_val), self.flat(s.max_val)
+        nothing = torch.full((channels,), INF, dtype=self.dtype, device=self.device)
+        return nothing, -nothing
+
+    def extremes(self, s: Statistics, channels: int) -> list[Tensor]:
+        """Four tensors whose maximum over all sources gives the common range of an observer."""
+        low, high = self.range_of(s, channels)
+        # nonfinite="propagate" lets NaN in, which has no place in a maximum.
+        return [
+            part
+            for extreme in (-low, high)
+            for part in (extreme.nan_to_num(-INF, INF, -INF), extreme.isnan().to(self.dtype))
+        ]
+
+    def range_from(self, extremes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The common range from the maxima of `extremes`."""
+        low, low_is_nan, high, high_is_nan = extremes
+        nan = torch.full_like(low, torch.nan)
+        return torch.where(low_is_nan > 0, nan, -low), torch.where(high_is_nan > 0, nan, high)
+
+    def summands(self, s: Statistics, channels: int, common: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """What of `s` is added up over all sources: counts, and the parts of an average."""
+        count = s.nonfinite_count
+        parts = [common[0].new_zeros(1) if count is None else self.flat(count)]
+        low, high = self.range_of(s, channels)
+        if s.averages:
+            seen = ~kinds_of_range(low, high).unobserved
+            parts += [seen.to(self.dtype), low.where(seen, 0.0), high.where(seen, 0.0)]
+        elif s.histogram is not None:
+            compute = torch.float64 if s.histogram.dtype == torch.float64 else torch.float32
+            moved = moved_histogram(
+                self.flat(s.histogram),
+                low.reshape(()),
+                high.reshape(()),
+                common[0].reshape(()),
+                common[1].reshape(()),
+                s.upsample_rate,
+                compute,
+            )
+            parts.append(moved.where(low <= high, 0.0))
+        return parts
+
+
+def _reduced(
+    parts: Sequence[Sequence[Sequence[Tensor]]], reduction: _Reduction
+) -> list[list[Tensor]]:
+    """Reduce, over sources, what each of them has for each observer, in one flat tensor."""
+    lengths = [[part.numel() for part in of_observer] for of_observer in parts[0]]
+    flats = [torch.cat([p for of_observer in source for p in of_observer]) for source in parts]
+    flat = reduction(torch.stack(flats))
+    pieces = iter(flat.split_with_sizes([n for of_observer in lengths for n in of_observer]))
+    return [[next(pieces) for _ in of_observer] for of_observer in lengths]
+
+
 def merged(
     sources: Sequence[Sequence[Statistics]],
     channels: Sequence[int | None],
@@ -191,91 +258,31 @@ def merged(
         device: where to do it; by default on the CPU.
     """
     device = device or torch.device("cpu")
-    wide = _widest_dtype(device)
+    place = _Place(device, _widest_dtype(device))
     sizes = [1 if count is None else count for count in channels]
-
-    def on_device(value: Tensor) -> Tensor:
-        return value.detach().to(device, wide).reshape(-1)
-
-    def range_of(s: Statistics, size: int) -> tuple[Tensor, Tensor]:
-        if s.min_val.numel() == size:
-            return on_device(s.min_val), on_device(s.max_val)
-        nothing = torch.full((size,), INF, dtype=wide, device=device)
-        return nothing, -nothing
-
-    # The first round: extremes. NaN, which "propagate" lets in, is no number to be the larger of.
-    flats = []
-    for source in sources:
-        parts = []
-        for s, size in zip(source, sizes, strict=True):
-            low, high = range_of(s, size)
-            for extreme in (-low, high):
-                parts += [extreme.nan_to_num(-INF, INF, -INF), extreme.isnan().to(wide)]
-        flats.append(torch.cat(parts))
-    extremes = across_max(torch.stack(flats).amax(0)).split_with_sizes(
-        [size for size in sizes for _ in range(4)]
-    )
-    ranges = []
-    for i in range(len(sizes)):
-        low, low_is_nan, high, high_is_nan = extremes[4 * i : 4 * i + 4]
-        nan = torch.tensor(float("nan"), dtype=wide, device=device)
-        ranges.append(
-            (torch.where(low_is_nan > 0, nan, -low), torch.where(high_is_nan > 0, nan, high))
-        )
-
-    # The second round: sums.
-    flats = []
-    lengths: list[int] = []
-    for source in sources:
-        parts = []
-        for s, size, (low, high) in zip(source, sizes, ranges, strict=True):
-            parts.append(_count(s.nonfinite_count, device, wide))
-            own_low, own_high = range_of(s, size)
-            if s.averages:
-                seen = ~kinds_of_range(own_low, own_high).unobserved
-                zero = torch.zeros((), dtype=wide, device=device)
-                parts += [
-                    seen.to(wide),
-                    torch.where(seen, own_low, zero),
-                    torch.where(seen, own_high, zero),
-                ]
-            elif s.histogram is not None:
-                compute = torch.float64 if s.histogram.dtype == torch.float64 else torch.float32
-                old = on_device(s.histogram)
-                moved = moved_histogram(
-                    old,
-                    own_low.reshape(()),
-                    own_high.reshape(()),
-                    low.reshape(()),
-                    high.reshape(()),
-                    s.upsample_rate,
-                    compute,
-                )
-                parts.append(torch.where(own_low <= own_high, moved, 0.0))
-        lengths = [part.numel() for part in parts]
-        flats.append(torch.cat(parts))
-    sums = list(across_sum(torch.stack(flats).sum(0)).split_with_sizes(lengths))
-
+    extremes = [[place.extremes(s, n) for s, n in zip(own, sizes, strict=True)] for own in sources]
+    maxima = _reduced(extremes, lambda flats: across_max(flats.amax(0)))
+    ranges = [place.range_from(of_observer) for of_observer in maxima]
+    summands = [
+        [place.summands(s, n, common) for s, n, common in zip(own, sizes, ranges, strict=True)]
+        for own in sources
+    ]
+    sums = _reduced(summands, lambda flats: across_sum(flats.sum(0)))
     results = []
-    for s, (lowest, highest), count in zip(sources[0], ranges, channels, strict=True):
-        low, high = lowest, highest
-        nonfinite = int(sums.pop(0))
+    for s, common, (nonfinite, *rest), count in zip(
+        sources[0], ranges, sums, channels, strict=True
+    ):
+        low, high = common
         histogram = None
         if s.averages:
-            number, low_sum, high_sum = sums.pop(0), sums.pop(0), sums.pop(0)
+            number, low_sum, high_sum = rest
             low = torch.where(number > 0, low_sum / number, low)
             high = torch.where(number > 0, high_sum / number, high)
         elif s.histogram is not None:
-            histogram = sums.pop(0)
+            (histogram,) = rest
         shape = () if count is None else (count,)
-        results.append(Merged(low.reshape(shape), high.reshape(shape), histogram, nonfinite))
+        results.append(Merged(low.reshape(shape), high.reshape(shape), histogram, int(nonfinite)))
     return results
-
-
-def _count(nonfinite_count: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if nonfinite_count is None:
-        return torch.zeros(1, dtype=dtype, device=device)
-    return nonfinite_count.detach().to(device, dtype).reshape(1)
 
 
 def agreed_channels(sources: Iterable[Descriptions]) -> list[int | None]:
@@ -289,14 +296,17 @@ def agreed_channels(sources: Iterable[Descriptions]) -> list[int | None]:
 
 @torch.no_grad()
 def write(model: nn.Module, statistics: Sequence[Statistics], new: Sequence[Merged]) -> None:
-    """Give the observers of `model` new statistics, and fake-quantizers the qparams of these."""
+    """Write merged statistics into the observers of `model`.
+
+    Fake-quantizers get the scale and zero point that follow.
+    """
     modules = dict(model.named_modules())
     for s, m in zip(statistics, new, strict=True):
         module = modules[s.name]
         for name, value in (("min_val", m.min_val), ("max_val", m.max_val)):
             resized(module, name, value.shape).copy_(value)
         if s.histogram is not None and m.histogram is not None:
-            s.histogram.copy_(m.histogram.reshape(s.histogram.shape))
+            resized(module, "histogram", m.histogram.shape).copy_(m.histogram)
         if s.nonfinite_count is not None:
             s.nonfinite_count.fill_(m.nonfinite_count)
     for module in modules.values():
@@ -304,14 +314,11 @@ def write(model: nn.Module, statistics: Sequence[Statistics], new: Sequence[Merg
 
 
 def _refresh_qparams(module: nn.Module) -> None:
-    """Scale and zero point of a fake-quantizer that takes them from what was observed."""
+    """Update scale and zero point of a fake-quantizer that takes them from its observer."""
     observer = getattr(module, "activation_post_process", None)
     if not isinstance(observer, nn.Module) or not is_range_observer(observer):
         return
-    low, high = observer._buffers["min_val"], observer._buffers["max_val"]
-    assert low is not None
-    assert high is not None
-    if is_unobserved(low, high):
+    if has_seen_nothing(observer):
         return
     if isinstance(module, LearnableFakeQuantize):
         if module.static_enabled:
@@ -319,7 +326,7 @@ def _refresh_qparams(module: nn.Module) -> None:
             module.scale.data.copy_(scale)
             module.zero_point.data.copy_(zero_point)
     elif isinstance(module, FakeQuantize) or (
-        isinstance(module, FakeQuantizeBase) and {"scale", "zero_point"} <= module._buffers.keys()
+        isinstance(module, FakeQuantizeBase) and hasattr(module, "scale")
     ):
         scale, zero_point = module.calculate_qparams()
         resized(module, "scale", scale.shape).copy_(scale)
@@ -331,12 +338,12 @@ def _refresh_qparams(module: nn.Module) -> None:
 
 
 def merge(a: _Mergeable, b: _Mergeable, *more: _Mergeable) -> _Mergeable:
-    """One set of statistics out of those that separate runs have gathered.
+    """Merge statistics that several runs have gathered into one set.
 
-    Running ranges and histograms of shards become those of one run over all of it: exactly for
-    running ranges, and for histograms where the ranges agree; where not, to within the
-    resampling that observing does too. Moving averages become the mean of those that have seen
-    something, each weighed alike, so give all runs in one call: a mean of means is another one.
+    Running ranges and histograms of shards become those of one run over all the data: exactly for
+    running ranges, and for histograms whose ranges agree; other histograms are resampled, as they
+    are where an observer's range grows. Moving averages become the unweighted mean of those that
+    have seen something. Pass all runs in one call, since a mean of means is another mean.
 
     Args:
         a: an observer, a fake-quantizer or a state dict from

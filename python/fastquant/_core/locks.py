@@ -1,4 +1,4 @@
-"""Locks that a fork leaves open."""
+"""Locks that are free in a forked process, whoever held them when it was forked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 
 class Exclusion:
-    """A lock for what threads must not do at once; a forked process starts with an open one."""
+    """A reentrant lock that a forked process starts with unlocked."""
 
     def __init__(self) -> None:
         self._renew()
@@ -24,5 +24,5 @@ class Exclusion:
         self._lock.release()
 
 
-# Held while a buffer changes its size: when an observer sees its first tensor.
+# Held while an observer's first tensor gives its per-channel buffers their size.
 RESIZING = Exclusion()
