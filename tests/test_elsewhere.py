@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 import fastquant
-from zoo import oracle
+from oracle import quiet
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,6 @@ def test_fx_takes_fastquants_default_mapping_as_the_message_says() -> None:
 
     mapping = fastquant.get_default_qconfig_mapping()
     model = torch.nn.Sequential(torch.nn.Linear(2, 2)).eval()
-    with oracle():
+    with quiet():
         prepared = prepare_fx(model, mapping, torch.randn(1, 2))
     assert any(isinstance(m, fastquant.HistogramObserver) for m in prepared.modules())
