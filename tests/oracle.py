@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,3 +186,21 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 
 def assert_unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
     assert_same(snapshot(module), before)
+
+
+def recipe(factory: Any) -> Any:
+    """What a factory makes, told without the namespace that its classes come from."""
+    partial = getattr(factory, "p", factory)
+    if isinstance(partial, functools.partial):
+        keywords = {key: recipe(value) for key, value in partial.keywords.items()}
+        inner = recipe(partial.func)
+        return (inner[0], {**inner[1], **keywords}) if isinstance(inner, tuple) else inner
+    if isinstance(factory, type):
+        return factory.__name__, {}
+    return factory
+
+
+def recipes(qconfig: Any) -> Any:
+    if qconfig is None:
+        return None
+    return {field: recipe(value) for field, value in qconfig._asdict().items()}

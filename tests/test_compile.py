@@ -7,7 +7,6 @@ import pickle
 import shutil
 import threading
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from oracle import assert_same, assert_unchanged, quiet, snapshot
+from zoo import prepared
 
 # Models are small here: threads would cost them more than they give.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,29 +40,6 @@ def _fresh_compiler() -> Iterator[None]:
 
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def body() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        fq.QuantStub(), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)
-    )
-
-
-def prepared(kind: str, ns: ModuleType = fq) -> nn.Module:
-    """A network that has seen a batch: prepared ("min_max", "histogram") or "qat"."""
-    model = body()
-    with quiet():
-        if kind == "qat":
-            model.train().qconfig = fq.get_default_qat_qconfig("x86")
-            model = ns.prepare_qat(model)
-        else:
-            histogram = kind == "histogram"
-            model.eval()
-            model.qconfig = fq.get_default_qconfig("x86") if histogram else fq.default_qconfig
-            model = ns.prepare(model)
-        model(torch.randn(4, 3, 8, 8))
-    return model
 
 
 def batches(n: int = 3) -> list[Tensor]:

@@ -16,59 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
 import fastquant as fq
 from fastquant import observer as ob
 from fastquant.distributed import sync_observers
 from oracle import assert_same, assert_same_state, assert_unchanged, snapshot
+from shards import EXACT, Model, observe, one_process, shards
 
 TIMEOUT = timedelta(seconds=20)
-
-
-class Model(nn.Module):
-    """One observer of each kind that keeps statistics, and a fake-quantizer of each."""
-
-    def __init__(self, bins: int = 64) -> None:
-        super().__init__()
-        self.minmax = ob.MinMaxObserver()
-        self.channels = ob.PerChannelMinMaxObserver(ch_axis=1)
-        self.histogram = ob.HistogramObserver(bins=bins)
-        self.average = ob.MovingAverageMinMaxObserver(averaging_constant=0.25)
-        self.channel_average = ob.MovingAveragePerChannelMinMaxObserver(
-            averaging_constant=0.25, ch_axis=1
-        )
-        self.fused = fq.default_fused_act_fake_quant()
-        self.fake = fq.FakeQuantize(ob.MinMaxObserver)
-        self.fixed = fq.default_fixed_qparams_range_0to1_fake_quant()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():
-            module(x)
-        return x
-
-
-EXACT = ("minmax", "channels", "histogram", "fake")
-
-
-def shards(ranks: int, *, alike: bool) -> list[list[Tensor]]:
-    """Two tensors a rank; `alike` gives each the same extremes, first of all."""
-    generator = torch.Generator().manual_seed(0)
-    result = []
-    for rank in range(ranks):
-        tensors = [torch.randn(300, 4, generator=generator).clamp(-3, 3) for _ in range(2)]
-        if alike:
-            tensors[0][0], tensors[0][1] = -3, 3
-        else:
-            tensors = [t * (1 + rank) + rank for t in tensors]
-        result.append(tensors)
-    return result
-
-
-def observe(model: nn.Module, tensors: list[Tensor]) -> None:
-    with torch.no_grad():
-        for x in tensors:
-            model(x)
 
 
 # ------------------------------------------------------------------ what processes do, by name
@@ -249,13 +205,6 @@ def _close_pool() -> Iterator[None]:
     _pool.close()
 
 
-def one_process(ranks: int, *, alike: bool) -> Model:
-    model = Model()
-    for tensors in shards(ranks, alike=alike):
-        observe(model, tensors)
-    return model
-
-
 # ----------------------------------------------------------------------------- sync_observers
 
 
@@ -359,69 +308,3 @@ def test_without_a_process_group_it_says_so() -> None:
         sync_observers(Model())
     with pytest.raises(TypeError, match="model must be"):
         sync_observers([])  # type: ignore[arg-type]
-
-
-# -------------------------------------------------------------------------------------- merge
-
-
-def gathered_apart(ranks: int, *, alike: bool) -> list[Model]:
-    models = []
-    for tensors in shards(ranks, alike=alike):
-        model = Model()
-        observe(model, tensors)
-        models.append(model)
-    return models
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_merge_of_observers_is_one_run_over_all(name: str) -> None:
-    parts = [getattr(model, name) for model in gathered_apart(3, alike=True)]
-    before = [snapshot(part) for part in parts]
-    merged = fq.merge(*parts)
-    assert_same_state(merged, getattr(one_process(3, alike=True), name))
-    for part, state in zip(parts, before, strict=True):
-        assert_unchanged(part, state)
-
-
-def as_read_back(model: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    return torch.load(file)
-
-
-@pytest.mark.parametrize("alike", [True, False])
-def test_merge_of_states_is_merge_of_observers(alike: bool) -> None:
-    models = gathered_apart(2, alike=alike)
-    state = fq.merge(*(as_read_back(model) for model in models))
-    read = Model()
-    read.load_state_dict(state)
-    for name, part in models[0].named_children():
-        if name != "fixed":
-            assert_same_state(getattr(read, name), fq.merge(part, getattr(models[1], name)))
-
-
-def test_merge_with_something_unobserved_is_the_other() -> None:
-    model = gathered_apart(1, alike=False)[0]
-    for name, part in model.named_children():
-        if name != "fixed":
-            for pair in ((part, getattr(Model(), name)), (getattr(Model(), name), part)):
-                assert_same_state(fq.merge(*pair), part)
-
-
-def test_merge_refuses_what_does_not_go_together() -> None:
-    a, b = gathered_apart(2, alike=False)
-    with pytest.raises(ValueError, match="number of bins is 64 in a and 32 in b"):
-        fq.merge(a.histogram, ob.HistogramObserver(bins=32))
-    with pytest.raises(TypeError, match="one class"):
-        fq.merge(a.histogram, b.minmax)
-    with pytest.raises(TypeError, match="get_observer_state_dict"):
-        fq.merge(a, b)
-    with pytest.raises(TypeError, match="observers, or state dicts"):
-        fq.merge(a.minmax, b.minmax.state_dict())  # type: ignore[type-var]
-    with pytest.raises(ValueError, match="does not say whether it is a moving average"):
-        fq.merge(dict(a.minmax.state_dict()), dict(b.minmax.state_dict()))
-    state = as_read_back(b)
-    state["minmax.min_val"].fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"minmax in state 2: .*must be finite"):
-        fq.merge(as_read_back(a), state)

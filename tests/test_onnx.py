@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastquant as fq
+from oracle import assert_unchanged, quiet, snapshot
+from zoo import prepared
 
 pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
 runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime to run the result")
@@ -62,3 +64,157 @@ def test_what_saw_nothing_at_all_is_refused_by_name() -> None:
     model[1].weight_fake_quant.activation_post_process.reset_min_max_vals()  # type: ignore[union-attr, operator]
     with pytest.raises(fq.QuantizationError, match=r"1\.weight_fake_quant has observed nothing"):
         fq_onnx.export(model, (x,), verbose=False)
+
+
+# Models are small here: threads would cost them more than they give.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def exported(model: nn.Module, *args: Tensor, **options: Any) -> Any:
+    """The ONNX program, and a function that runs it."""
+    pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime to run the result")
+    from fastquant import onnx
+
+    with quiet():
+        program = onnx.export(model, args, verbose=False, **options)
+    session = runtime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+    def run(x: Tensor) -> Tensor:
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(y)
+
+    return program, run
+
+
+def op_types(program: Any) -> list[str]:
+    return [node.op_type for node in program.model.graph]
+
+
+def fake_quantizer(per_channel: bool, quant_min: int, quant_max: int, symmetric: bool) -> Any:
+    observer = (
+        fq.MovingAveragePerChannelMinMaxObserver if per_channel else fq.MovingAverageMinMaxObserver
+    )
+    granularity = "channel" if per_channel else "tensor"
+    scheme = getattr(torch, f"per_{granularity}_{'symmetric' if symmetric else 'affine'}")
+    options: dict[str, Any] = {"ch_axis": 1} if per_channel else {}
+    return fq.FakeQuantize(
+        observer,
+        quant_min,
+        quant_max,
+        dtype=torch.qint8 if quant_min < 0 else torch.quint8,
+        qscheme=scheme,
+        **options,
+    )
+
+
+def assert_same_but_for_ties(found: Tensor, expected: Tensor, x: Tensor, scale: Tensor) -> None:
+    """Equal, but one step apart where `x / scale` is a half up to rounding."""
+    steps = x.double() / scale
+    tie = ((steps - steps.floor()) - 0.5).abs() < 1e-4
+    off = (found - expected).abs()
+    assert (off[~tie] <= 1e-6 * expected.abs()[~tie]).all()
+    assert (off <= scale * 1.001).all()
+    assert tie.float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("bounds", "symmetric"),
+    [
+        ((0, 255), False),
+        ((-128, 127), True),
+        ((0, 127), False),
+        ((-127, 127), True),
+        ((0, 15), True),
+        ((-8, 7), False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_onnx_runtime_rounds_as_fake_quantize_does(
+    per_channel: bool, bounds: tuple[int, int], symmetric: bool
+) -> None:
+    module = fake_quantizer(per_channel, *bounds, symmetric)
+    module(torch.randn(50, 3, 4) * torch.tensor([1.0, 3.0, 0.2])[:, None] + 0.3)
+    module.disable_observer()
+    x = torch.randn(50, 3, 4) * 6  # well beyond the range: both ends are clamped to
+    program, run = exported(module, x)
+    ops = op_types(program)
+    assert ops.count("QuantizeLinear") == ops.count("DequantizeLinear") == 1
+    assert ops[ops.index("QuantizeLinear") + 1] == "DequantizeLinear"
+    full = bounds in ((0, 255), (-128, 127))
+    assert (len(ops) == 2) == full
+    expected = module(x)
+    scale = module.scale.reshape(-1, 1) if per_channel else module.scale
+    assert_same_but_for_ties(run(x), expected, x, scale)
+    assert len(run(x).unique()) > 10
+
+
+def test_a_qat_model_runs_in_onnx_runtime(tmp_path: Path) -> None:
+    model = prepared("qat")
+    for _ in range(3):
+        model(torch.randn(8, 3, 8, 8))
+    model.eval().apply(fq.disable_observer)
+    before = snapshot(model)
+    x = torch.randn(8, 3, 8, 8)
+    path = tmp_path / "model.onnx"
+    program, run = exported(
+        model, x, f=str(path), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    assert_unchanged(model, before)
+    assert path.stat().st_size > 0
+    ops = op_types(program)
+    quantizers = [
+        m for m in model.modules() if isinstance(m, fq.FakeQuantizeBase) and m.fake_quant_enabled
+    ]
+    assert ops.count("QuantizeLinear") == ops.count("DequantizeLinear") == len(quantizers)
+    for y in (x, torch.randn(2, 3, 8, 8)):
+        # Values near a half, and sums in another order, may move an output by a step or two.
+        step = model[4].activation_post_process.scale
+        off = (run(y) - model(y)).abs() / step
+        assert off.max() < 2.5
+        assert off.mean() < 0.1
+
+
+def test_what_is_switched_off_and_observers_leave_no_trace_in_onnx() -> None:
+    model = prepared("qat").eval()
+    model.apply(fq.disable_fake_quant)
+    x = torch.randn(4, 3, 8, 8)
+    program, run = exported(model, x)
+    assert "QuantizeLinear" not in op_types(program)
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+    observed = prepared("min_max")
+    program, run = exported(observed, x)
+    assert "QuantizeLinear" not in op_types(program)
+    torch.testing.assert_close(run(x), observed(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (fq.FakeQuantize, "layer has observed nothing yet"),
+        (fq.default_per_channel_weight_fake_quant, "layer has observed nothing yet"),
+        (
+            lambda: fq.FakeQuantize(quant_min=-1000, quant_max=1000, dtype=torch.qint32),
+            "layer quantizes to -1000 … 1000",
+        ),
+        (fq.default_embedding_fake_quant, "layer has floating zero points"),
+        (fq.default_dynamic_fake_quant, "layer is dynamic"),
+    ],
+)
+def test_what_onnx_cannot_hold_is_refused_by_name(make: Any, message: str) -> None:
+    pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
+    from fastquant import onnx
+
+    module = make()
+    x = torch.randn(3, 4)
+    if "nothing" not in message:
+        module(x)
+    model = nn.Sequential()
+    model.add_module("layer", module)
+    before = snapshot(model)
+    with pytest.raises(fq.utils.QuantizationError, match=message):
+        onnx.export(model, (x,), verbose=False)
+    assert_unchanged(model, before)

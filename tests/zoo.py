@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 import fastquant as fq
 from oracle import assert_same as assert_same
+from oracle import quiet
 from oracle import quiet as oracle  # noqa: F401
 
 
@@ -93,6 +94,28 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.add.add_relu(self.conv(x), self.down(x))
         return self.cat.cat([self.mul.mul(y, x), x], 1)
+
+
+def prepared(kind: str, ns: ModuleType = fq) -> nn.Module:
+    """A convolution and a linear layer that have seen a batch of shape (4, 3, 8, 8).
+
+    Prepared for calibration with observers "min_max" or "histogram", or "qat".
+    """
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(
+        fq.QuantStub(), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)
+    )
+    with quiet():
+        if kind == "qat":
+            model.train().qconfig = fq.get_default_qat_qconfig("x86")
+            model = ns.prepare_qat(model)
+        else:
+            histogram = kind == "histogram"
+            model.eval()
+            model.qconfig = fq.get_default_qconfig("x86") if histogram else fq.default_qconfig
+            model = ns.prepare(model)
+        model(torch.randn(4, 3, 8, 8))
+    return model
 
 
 class Nested(nn.Module):

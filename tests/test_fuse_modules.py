@@ -15,12 +15,7 @@ import fastquant as fq
 from fastquant.fuse_modules import fuse_known_modules
 from fastquant.fuser_method_mappings import (
     _DEFAULT_OP_LIST_TO_FUSER_METHOD,
-    _get_valid_patterns,
-    _reverse2,
-    _reverse3,
-    _sequential_wrapper2,
 )
-from fastquant.utils import MatchAllNode
 from oracle import assert_same
 from zoo import ConvNet, tree
 
@@ -229,36 +224,3 @@ def test_one_module_alone_may_be_fused_by_a_method_of_ones_own() -> None:
 def test_no_modules_to_fuse_are_refused() -> None:
     with pytest.raises(AssertionError, match="mod_list must hold the modules to fuse"):
         fuse_known_modules([], False)
-
-
-# --------------------------------------------------------------------------------- fuser methods
-
-
-def test_fuser_methods_are_looked_up() -> None:
-    assert fq.get_fuser_method((nn.Conv2d, nn.BatchNorm2d)) is fq.fuse_conv_bn
-    assert fq.get_fuser_method((nn.Conv2d, nn.BatchNorm2d), {(nn.Conv2d, nn.BatchNorm2d): id}) is id
-    mapping = {(nn.ReLU, (nn.BatchNorm2d, MatchAllNode)): "any", (nn.ReLU, nn.Linear): "exact"}
-    assert fq.get_fuser_method_new((nn.ReLU, nn.Linear), mapping) == "exact"
-    assert fq.get_fuser_method_new((nn.ReLU, (nn.BatchNorm2d, nn.Conv2d)), mapping) == "any"
-    with pytest.raises(AssertionError, match="did not find fuser method"):
-        fq.get_fuser_method_new((nn.Tanh, nn.Tanh), mapping)
-
-
-def test_patterns_match_torchs() -> None:
-    for pattern in ((nn.ReLU, (nn.BatchNorm2d, nn.Conv2d)), (nn.ReLU, nn.Linear), nn.ReLU):
-        theirs = tq.fuser_method_mappings._get_valid_patterns(pattern)
-        assert _get_valid_patterns(pattern) == theirs
-
-
-def test_wrapped_methods_take_modules_in_their_own_order() -> None:
-    def note(*args: Any) -> Any:
-        return args
-
-    assert _reverse2(note)(True, "second", "first") == (True, "first", "second")
-    assert _reverse3(note)(False, "third", ("second", "first")) == (
-        False,
-        "first",
-        "second",
-        "third",
-    )
-    assert _sequential_wrapper2(note)(True, "first", "second") == ("first", "second")
