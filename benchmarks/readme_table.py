@@ -73,18 +73,19 @@ def section(path: Path) -> str:
         "## Measured",
         "",
         f"{about['cpu']}, {about['cores']} cores, {about['isa'].upper()}; torch {about['torch']}, "
-        f"fastquant {about['fastquant']}; {result['date'][:10]}. Medians of interleaved rounds, "
-        "through the public modules.",
+        f"fastquant {about['fastquant']}; {result['date'][:10]}. Each time is the median of "
+        "interleaved rounds of calls to the public modules.",
         "",
         *beside_torch_ao([row for row in rows if row["benchmark"] in IN_README]),
         *whole_models(rows),
         "",
-        f"`make bench` measures all of it anew; `python benchmarks/readme_table.py` writes this "
-        f"section. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, "
-        f"thread scaling and the machine's own limits among them, and {sum(met)} of {len(met)} "
-        "targets met; [docs/performance.md](docs/performance.md) says what bounds the others."
+        f"`make bench` repeats all measurements; `python benchmarks/readme_table.py` writes this "
+        f"section. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, among "
+        "them thread scaling and the machine's own limits. "
+        f"{sum(met)} of {len(met)} targets are met; [docs/performance.md](docs/performance.md) "
+        "explains what limits the others."
         + (
-            f" Other processes disturbed most of the rounds of {disturbed} of them."
+            f" In {disturbed} of the measurements, other processes disturbed most of the rounds."
             if disturbed
             else ""
         ),
