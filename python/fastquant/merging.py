@@ -29,7 +29,7 @@ from ._core.arguments import (
     check_nonfinite,
     check_quantized_range,
 )
-from ._core.ranges import INF, has_seen_nothing, is_unobserved, kinds_of_range, range_error
+from ._core.ranges import INF, Range, has_seen_nothing, is_unobserved, range_error
 from ._core.schemes import Scheme
 from ._core.state import eps_error, resized
 from ._native.ops import choose_qparams, search_histogram_range
@@ -213,7 +213,7 @@ class _Place:
         parts = [common[0].new_zeros(1) if count is None else self.flat(count)]
         low, high = self.range_of(s, channels)
         if s.averages:
-            seen = ~kinds_of_range(low, high).unobserved
+            seen = ~Range(low, high).unobserved
             parts += [seen.to(self.dtype), low.where(seen, 0.0), high.where(seen, 0.0)]
         elif s.histogram is not None:
             compute = torch.float64 if s.histogram.dtype == torch.float64 else torch.float32

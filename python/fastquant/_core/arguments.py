@@ -79,15 +79,17 @@ def _check_number(name: str, value: float, least: float, most: float, wanted: st
 
 def check_integer(name: str, value: int, least: int | None = None) -> int:
     """`value` as a plain integer: torch.ao takes any number, so 255.0 is 255."""
-    try:
-        whole = int(value) if isinstance(value, float) else operator.index(value)
-    except (TypeError, ValueError, OverflowError):
-        whole = None
-    if whole is None or whole != value:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if least is not None and whole < least:
+    if type(value) is not int:
+        try:
+            whole = int(value) if isinstance(value, float) else operator.index(value)
+        except (TypeError, ValueError, OverflowError):
+            whole = None
+        if whole is None or whole != value:
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        value = whole
+    if least is not None and value < least:
         raise QuantizationError(f"{name} must be at least {least}, got {value}")
-    return whole
+    return value
 
 
 def check_quantized_range(quant_min: int, quant_max: int, *, holds_zero: bool) -> tuple[int, int]:
@@ -100,12 +102,13 @@ def check_quantized_range(quant_min: int, quant_max: int, *, holds_zero: bool) -
             scale and zero point are chosen.
     """
     low, high = check_integer("quant_min", quant_min), check_integer("quant_max", quant_max)
-    got = f"got quant_min={quant_min}, quant_max={quant_max}"
     if low >= high:
-        raise QuantizationError(f"quant_min must be less than quant_max, {got}")
-    if holds_zero and not low <= 0 <= high:
-        raise QuantizationError(f"the quantization range must include 0, {got}")
-    return low, high
+        problem = "quant_min must be less than quant_max"
+    elif holds_zero and not low <= 0 <= high:
+        problem = "the quantization range must include 0"
+    else:
+        return low, high
+    raise QuantizationError(f"{problem}, got quant_min={quant_min}, quant_max={quant_max}")
 
 
 def check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -21,41 +20,48 @@ UNOBSERVED = (("min_val", INF), ("max_val", -INF))
 _ROUNDING = 2.0**-10
 
 
-class Kinds(NamedTuple):
+class Range:
     """What each pair of ends is, as masks of one element per tensor or channel.
 
     Each pair is of one kind at most, and no range at all where it is of none: with NaN or an
     infinity in it, or with its minimum above its maximum for another reason than rounding.
-
-    Attributes:
-        observed: finite and in order.
-        unobserved: inf and -inf, where observers begin.
-        crossed: finite, and out of order by no more than rounding can do.
+    Every question about a range is answered from these masks.
     """
 
-    observed: Tensor
-    unobserved: Tensor
-    crossed: Tensor
+    def __init__(self, min_val: Tensor, max_val: Tensor) -> None:
+        self._min_val = min_val
+        self._max_val = max_val
+
+    @property
+    def observed(self) -> Tensor:
+        """Finite and in order."""
+        low, high = self._min_val, self._max_val
+        return (low > -INF) & (low <= high) & (high < INF)
+
+    @property
+    def unobserved(self) -> Tensor:
+        """inf and -inf, where observers begin."""
+        return (self._min_val == INF) & (self._max_val == -INF)
+
+    @property
+    def crossed(self) -> Tensor:
+        """Finite, and out of order by no more than rounding can do."""
+        low, high = self._min_val, self._max_val
+        # Halves, whose difference does not overflow.
+        near = low / 2 - high / 2 <= _ROUNDING * low.abs().maximum(high.abs())
+        return (low < INF) & (high > -INF) & (low > high) & near
 
     def valid(self, *, may_cross: bool) -> Tensor:
         """What can be quantized to; crossed ranges only where they are moving averages."""
         return self.observed | self.crossed if may_cross else self.observed
 
 
-def kinds_of_range(min_val: Tensor, max_val: Tensor) -> Kinds:
-    """What each channel of a range is. Every question about a range is answered from this."""
-    finite = (min_val.abs() < INF) & (max_val.abs() < INF)
-    ordered = min_val <= max_val
-    # Halves, whose difference does not overflow.
-    distance = min_val / 2 - max_val / 2
-    near = distance <= _ROUNDING * min_val.abs().maximum(max_val.abs())
-    unobserved = (min_val == INF) & (max_val == -INF)
-    return Kinds(finite & ordered, unobserved, finite & ~ordered & near)
-
-
 def is_unobserved(min_val: Tensor, max_val: Tensor) -> bool:
     """Whether nothing at all was observed: no channels yet, or none with a value."""
-    return min_val.numel() == 0 or bool(kinds_of_range(min_val, max_val).unobserved.all())
+    if min_val.numel() == 1 == max_val.numel():
+        # The usual case, without tensor operations.
+        return bool(min_val.item() == INF and max_val.item() == -INF)
+    return min_val.numel() == 0 or bool(Range(min_val, max_val).unobserved.all())
 
 
 def has_seen_nothing(observer: object) -> bool:
@@ -83,11 +89,15 @@ def is_observed(
         low, high = min_val.item(), max_val.item()
         if -INF < low <= high < INF:
             return True
-    kinds = kinds_of_range(min_val, max_val)
-    valid = kinds.valid(may_cross=may_cross())
+    the_range = Range(min_val, max_val)
+    observed = the_range.observed
+    if observed.numel() and bool(observed.all()):
+        return True
+    valid = the_range.valid(may_cross=may_cross())
+    unobserved = the_range.unobserved
     if valid.numel() and bool(valid.all()):
         return True
-    wrong = ~(valid | kinds.unobserved)
+    wrong = ~(valid | unobserved)
     if bool(wrong.any()):
         raise QuantizationError(
             "cannot quantize a range that is not finite or has its minimum above its maximum: "
@@ -98,7 +108,7 @@ def is_observed(
         warn_of_unobserved(stacklevel + 1)
         return False
     warnings.warn(
-        f"channels {kinds.unobserved.nonzero().flatten().tolist()} never had a finite value; "
+        f"channels {unobserved.nonzero().flatten().tolist()} never had a finite value; "
         "they get a default scale",
         stacklevel=stacklevel + 1,
     )
@@ -147,8 +157,8 @@ def range_error(
         )
     if min_val.is_meta or max_val.is_meta:
         return None
-    kinds = kinds_of_range(min_val, max_val)
-    wrong = ~(kinds.valid(may_cross=may_cross) | kinds.unobserved)
+    the_range = Range(min_val, max_val)
+    wrong = ~(the_range.valid(may_cross=may_cross) | the_range.unobserved)
     if finite and bool(wrong.any()):
         return (
             "min_val and max_val must be finite and in order, or inf and -inf where nothing was "
