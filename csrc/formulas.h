@@ -125,15 +125,19 @@ struct FakeQuantizer {
   // x / scale.
   FASTQUANT_HD Reg steps(Reg x) const { return V::mul(x, inverse_scale); }
 
-  // NaN gives quant_min. Clamping before rounding is the same, low and high being whole,
-  // and makes room for rounding by an addition, whose zero is never negative.
+  // NaN stays NaN, since max and min return their second argument where either is one. Clamping before
+  // rounding gives the same, low and high being whole, and allows rounding by an addition, whose zero is
+  // never negative.
   FASTQUANT_HD Reg value(Reg t) const {
     const auto magic = V::set1(fast_bound<typename V::Element>() * 3);
-    const auto clamped = V::min(V::max(t, low), high);
+    const auto clamped = V::min(high, V::max(low, t));
     return V::mul(V::sub(V::add(clamped, magic), magic), scale);
   }
 
-  FASTQUANT_HD typename V::Mask inside(Reg t) const { return V::both(V::le(low_edge, t), V::le(t, high_edge)); }
+  // Whether the gradient passes; that of NaN does.
+  FASTQUANT_HD typename V::Mask inside(Reg t) const {
+    return V::both(V::not_lt(t, low_edge), V::not_lt(high_edge, t));
+  }
 };
 
 // Integers as int64, the product in double, as torch does; and like torch's build, a float
@@ -146,6 +150,8 @@ struct ExactQuantizer {
   bool float_zero_point;  // round(x / scale + zero_point) instead of round(x / scale) + zero_point
 
   FASTQUANT_HD T value(T x, bool* inside) const {
+    *inside = true;
+    if (x != x) return x;
     const T rounded = float_zero_point ? V::round(V::madd(x, inverse_scale, zero_point))
                                        : V::round(x * inverse_scale) + zero_point;
     constexpr int64_t kHuge = int64_t{1} << 62;
@@ -204,7 +210,8 @@ struct LearnableGradients {
   FASTQUANT_HD Terms operator()(Reg grad, Reg x) const {
     const auto q = V::add(V::round(V::mul(x, inverse)), zero_point);
     const auto small = V::lt(q, low);
-    const auto inside = V::both(V::le(low, q), V::le(q, high));
+    // NaN counts as inside: its gradient passes, and that of the scale becomes NaN.
+    const auto inside = V::both(V::not_lt(q, low), V::not_lt(high, q));
     const auto error = V::mul(V::sub(V::mul(V::sub(q, zero_point), scale), x), inverse);
     const auto slope = V::select(inside, error, V::select(small, below, above));
     const auto shift = V::select(inside, zero, outside);

@@ -51,7 +51,12 @@ FASTQUANT_HD inline int64_t wide_bin(double x, const HistogramRange& r, int64_t 
   return bin < bins ? bin : bins - 1;
 }
 
-// torch.linspace(start, end, count), and never descending where rounding would make it.
+// a * b + c, rounded once, as torch's vectorized linspace computes it in float. Double is for ranges that
+// torch fails on, and rounds twice.
+FASTQUANT_HD inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FASTQUANT_HD inline double multiply_add(double a, double b, double c) { return a * b + c; }
+
+// torch.linspace(start, end, count), but never descending where rounding would make it so.
 template <class B>
 struct Linspace {
   B start, end, step, before_half;
@@ -59,12 +64,12 @@ struct Linspace {
 
   FASTQUANT_HD Linspace(B from, B to, int64_t n)
       : start(from), end(to), step((to - from) / static_cast<B>(n - 1)), count(n) {
-    before_half = start + step * static_cast<B>(count / 2 - 1);
+    before_half = multiply_add(step, static_cast<B>(count / 2 - 1), start);
   }
 
   FASTQUANT_HD B operator[](int64_t k) const {
-    if (k < count / 2) return start + step * static_cast<B>(k);
-    const B value = end - step * static_cast<B>(count - k - 1);
+    if (k < count / 2) return multiply_add(step, static_cast<B>(k), start);
+    const B value = multiply_add(-step, static_cast<B>(count - k - 1), end);
     return value < before_half ? before_half : value;
   }
 };
@@ -153,15 +158,49 @@ FASTQUANT_HD inline int64_t bin_of_point(double value, const HistogramRange& to,
 
 // ----------------------------------------------------------------------------- search
 
+// The total of a histogram, rounded where torch.sum rounds it on the CPU: the bounds of the search are
+// shares of it, and one unit in its last place can move them by a bin. torch.sum adds up 32 chains: four
+// vectors of eight floats, each chain in stretches of 16, and 16 stretches at a time. Chain `chain` of it.
+constexpr int kSumLanes = 8, kSumVectors = 4, kSumChains = kSumLanes * kSumVectors;
+
+FASTQUANT_HD inline float chain_of_sum(const float* x, int64_t n, int chain) {
+  constexpr int kLevels = 4, kBitsOfLevel = 4;
+  const int64_t length = n / kSumChains;
+  float sums[kLevels] = {};
+  for (int64_t i = 0; i < length;) {
+    sums[0] += x[i * kSumChains + chain];
+    ++i;
+    for (int level = 1; level < kLevels && i % (int64_t{1} << (level * kBitsOfLevel)) == 0; ++level) {
+      sums[level] += sums[level - 1];
+      sums[level - 1] = 0;
+    }
+  }
+  return sums[0] + sums[1] + sums[2] + sums[3];
+}
+
+// All chains, and the elements after them.
+FASTQUANT_HD inline float sum_of_chains(const float* chains, const float* x, int64_t n) {
+  const int64_t vectors = n / kSumLanes;
+  float total = 0;
+  for (int64_t i = vectors * kSumLanes; i < n; ++i) total += x[i];
+  for (int lane = 0; lane < kSumLanes; ++lane) {
+    float sum = chains[lane];
+    for (int64_t v = n / kSumChains * kSumVectors; v < vectors; ++v) sum += x[v * kSumLanes + lane];
+    for (int v = 1; v < kSumVectors; ++v) sum += chains[v * kSumLanes + lane];
+    total += sum;
+  }
+  return total;
+}
+
 // A walk from both ends of a histogram to the bins that hold the best range: one quantile step
 // at a time, until the quantization error grows. The walk, and the precision of each
 // comparison, are those of torch.ao's HistogramObserver._non_linear_param_search (after
 // caffe2's NormMinimization::NonlinearQuantizationParamsSearch).
 class RangeWalk {
  public:
-  // cumulative: the counts up to and with each bin.
-  FASTQUANT_HD RangeWalk(const float* cumulative, int64_t bins)
-      : cumulative_(cumulative), total_(static_cast<double>(cumulative[bins - 1])), end_(bins - 1) {
+  // cumulative: the counts up to and with each bin; total: sum_of_chains.
+  FASTQUANT_HD RangeWalk(const float* cumulative, float total, int64_t bins)
+      : cumulative_(cumulative), total_(static_cast<double>(total)), end_(bins - 1) {
     next_start_ = start_;
     next_end_ = end_;
   }

@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "int? ch_axis, float? averaging_constant, int nonfinite) -> ()");
   m.def(
       "observe_histogram_(Tensor x, Tensor(a!) histogram, Tensor(b!) min_val, Tensor(c!) max_val, "
-      "Tensor(d!) nonfinite_count, int upsample_rate, int nonfinite) -> ()");
+      "Tensor(d!) nonfinite_count, int upsample_rate, int nonfinite, int times=1) -> ()");
   m.def(
       "observe_qparams_(Tensor x, Tensor observer_enabled, Tensor(a!) min_val, Tensor(b!) max_val, "
       "Tensor(c!) scale, Tensor(d!) zero_point, Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, "

@@ -364,6 +364,52 @@ def test_histogram_of_a_growing_range_keeps_every_count() -> None:
         torch.testing.assert_close(histogram.sum().item(), float(elements), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+@given(st.data())
+def test_a_histogram_that_counts_often_is_as_many_histograms(
+    times: int, data: st.DataObject
+) -> None:
+    stream = data.draw(streams(float32, shapes(), nonfinite=True))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    # Beyond where fp32 tells whole numbers apart, too.
+    start = torch.full((40,), data.draw(st.sampled_from([0.0, 2.0**24 - 3, 0.25])), dtype=dtype)
+    low, high = data.draw(st.sampled_from([(INF, -INF), (-1.0, 1.5)]))
+    at_once, one_by_one = (
+        (start.clone(), torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype))
+        for _ in range(2)
+    )
+    for x in stream:
+        assert_as_reference("observe_histogram_", x, *at_once, counter(), 16, IGNORE, times)
+        ops.observe_histogram_(x, *at_once, counter(), 16, IGNORE, times)
+        for _ in range(times):
+            ops.observe_histogram_(x, *one_by_one, counter(), 16, IGNORE)
+        assert_equal(at_once, one_by_one)
+
+
+@pytest.mark.parametrize("bins", [2048, 256, 33])
+def test_histograms_of_growing_ranges_are_torch_aos(bins: int) -> None:
+    for seed in range(30):
+        theirs = torch_observer.HistogramObserver(bins)
+        histogram, (low, high) = torch.zeros(bins), unobserved()
+        for k in range(3):
+            x = random_values((2000,), torch.float32, 3 * seed + k) * (1 + 0.3 * k) + seed / 30
+            theirs(x)
+            ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
+        assert_equal(histogram, theirs.histogram)
+        found = ops.search_histogram_range(histogram, low, high, 256)
+        assert_equal(found, theirs._non_linear_param_search())
+
+
+@pytest.mark.parametrize("bins", [1, 7, 8, 31, 33, 1000, 2047, 2048, 5000])
+def test_search_takes_shares_of_torchs_total(bins: int) -> None:
+    # Of counts that fp32 cannot add up, so that the order of its additions decides.
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        histogram = torch.rand(bins, generator=generator) * 1e6
+        args = (histogram, torch.tensor(-1.0), torch.tensor(2.0), 256)
+        assert_equal(ops.search_histogram_range(*args), reference_ops.search_histogram_range(*args))
+
+
 def test_histogram_of_one_value_moves_to_the_value_s_bin() -> None:
     histogram, (low, high) = torch.zeros(10), unobserved()
     ops.observe_histogram_(torch.full((6,), 2.5), histogram, low, high, counter(), 16, IGNORE)
@@ -740,15 +786,95 @@ def test_values_beyond_the_range_saturate(
     dtype: torch.dtype, zero_point_dtype: torch.dtype
 ) -> None:
     # torch.fake_quantize sends +inf, and what overflows int64, to the lower end.
-    x = torch.tensor([INF, 6e4, 1.0, 0.0, -6e4, -INF, math.nan], dtype=dtype)
+    x = torch.tensor([INF, 6e4, 1.0, 0.0, -6e4, -INF], dtype=dtype)
     scale, zero_point = torch.tensor([2.0**-60]), torch.tensor([3], dtype=zero_point_dtype)
     y, mask = ops.fake_quantize_with_mask(x, scale, zero_point, None, None, -8, 7)
     steps = y.double() / 2.0**-60 + 3
     if dtype == torch.float16:  # which cannot hold the steps themselves
         assert (y == 0).all()
     else:
-        assert steps.tolist() == [7, 7, 7, 3, -8, -8, -8]
-    assert bits_of(mask, 7) == [0, 0, 0, 1, 0, 0, 0]
+        assert steps.tolist() == [7, 7, 7, 3, -8, -8]
+    assert bits_of(mask, 6) == [0, 0, 0, 1, 0, 0]
+
+
+# Per tensor, in long rows, in rows shorter than a vector, and a tensor shorter than one.
+NAN_CASES = [((300,), None), ((3, 200), 0), ((40, 7), 1), ((3,), None)]
+
+
+@pytest.mark.parametrize("zero_point_dtype", [torch.int32, torch.float32])
+@pytest.mark.parametrize(("shape", "axis"), NAN_CASES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_stays_nan_and_its_gradient_passes(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    axis: int | None,
+    zero_point_dtype: torch.dtype,
+    any_isa: list[str],
+) -> None:
+    x = random_values(shape, dtype, 0)
+    x.view(-1)[::3] = math.nan
+    x.view(-1)[1::7] = INF
+    channels = 1 if axis is None else x.shape[axis]
+    scale, zero_point = (
+        torch.full((channels,), 0.125),
+        torch.zeros(channels, dtype=zero_point_dtype),
+    )
+    for isa in any_isa:
+        _C.set_isa(isa)
+        for y in (
+            ops.fake_quantize(x, scale, zero_point, None, axis, -50, 50),
+            ops.learnable_fake_quantize(x, scale, zero_point.float(), axis, -50, 50, 1.0),
+        ):
+            assert_equal(y.isnan(), x.isnan())
+            assert_equal(y[x == INF], torch.full_like(y[x == INF], 6.25))
+        leaf = x.clone().requires_grad_()
+        y = routes.apply_fake_quantize(leaf, scale, zero_point, axis, -50, 50)
+        grad = torch.full_like(x, 2.0)
+        grad.view(-1)[::5] = math.nan
+        y.backward(grad)
+        # Masking is a product: a NaN from above is never lost.
+        expected = torch.where(x.isfinite() & (x.abs() < 6.3) | x.isnan() | grad.isnan(), grad, 0.0)
+        assert_equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize(("shape", "axis"), NAN_CASES)
+def test_fused_ops_keep_nan_and_leave_it_out_of_the_range(
+    shape: tuple[int, ...], axis: int | None, any_isa: list[str]
+) -> None:
+    x = random_values(shape, torch.float32, 0)
+    x.view(-1)[::3] = math.nan
+    for isa in any_isa:
+        _C.set_isa(isa)
+        channels = 1 if axis is None else x.shape[axis]
+        low, high = unobserved(channels)
+        scale, zero_point = torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
+        state, count = (low, high, scale, zero_point), counter()
+        y, mask = ops.fused_observe_fake_quantize_with_mask(
+            *(x, flag(True), flag(True), *state, count, eps()),
+            *(axis, None, 0, 255, AFFINE, 0, IGNORE),
+        )
+        assert_equal(y.isnan(), x.isnan())
+        assert all(bits_of(mask, x.numel()))
+        assert count == x.isnan().sum()
+        assert all(t.isfinite().all() for t in state)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_nan_makes_the_gradient_of_its_learnable_scale_nan(
+    axis: int | None, any_isa: list[str]
+) -> None:
+    x = random_values((3, 40), torch.float32, 0)
+    x[1, 7] = math.nan
+    channels = 1 if axis is None else 3
+    scale, zero_point = torch.full((channels,), 0.1), torch.zeros(channels)
+    for isa in any_isa:
+        _C.set_isa(isa)
+        dx, dscale, dzero_point = ops.learnable_fake_quantize_backward(
+            torch.ones_like(x), x, scale, zero_point, axis, -50, 50, 1.0
+        )
+        assert dx[1, 7] == 1
+        assert dscale.isnan().tolist() == ([True] if axis is None else [False, True, False])
+        assert dzero_point.isfinite().all()
 
 
 @pytest.mark.parametrize("quant_range", [(-(2**31), 2**31 - 1), (-(2**23), 2**23 - 1)])

@@ -720,6 +720,50 @@ def test_non_leaf_modules_are_observed_as_a_whole() -> None:
     assert model.body.activation_post_process.max_val == y.max()
 
 
+def histograms(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in model.state_dict().items() if name.endswith("histogram")}
+
+
+def fused_and_prepared(ns: ModuleType, activation: Any = None) -> nn.Module:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    model = Stubbed(ns, ns.fuse_modules(body.eval(), [["0", "1", "2"]])).eval()
+    activation = activation or ns.HistogramObserver.with_args(bins=300)
+    model.qconfig = ns.QConfig(activation, ns.default_weight_observer)
+    return ns.prepare(model)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+)
+def test_histograms_of_fused_modules_count_as_torch_aos(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    theirs, ours = fused_and_prepared(tq), copied(fused_and_prepared(fq))
+    for seed in range(3):
+        x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(seed)) * (1 + seed)
+        theirs(x)
+        ours(x)
+    expected = histograms(theirs)
+    assert histograms(ours).keys() == expected.keys()
+    for name, histogram in histograms(ours).items():
+        assert torch.equal(histogram, expected[name]), name
+    assert expected["body.0.activation_post_process.histogram"].sum() == 2 * 3 * 2 * 4 * 7 * 7
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_an_observer_that_modules_share_counts_as_torch_aos() -> None:
+    models = []
+    for ns in (tq, fq):
+        shared = ns.HistogramObserver(bins=300)
+        model = fused_and_prepared(ns, lambda shared=shared: shared)
+        model(torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1)))
+        models.append(model)
+    theirs, ours = map(histograms, models)
+    for name, histogram in theirs.items():
+        assert torch.equal(ours[name], histogram), name
+
+
 def test_preparing_twice_does_not_observe_twice() -> None:
     model = Stubbed(fq, nn.Linear(4, 4)).eval()
     model.qconfig = fq.default_qconfig
@@ -1249,21 +1293,27 @@ def test_fused_training_modules_are_the_expected_ones() -> None:
     assert type(model.body.fc) is nnqat.Linear
 
 
-def test_a_fused_module_is_observed_once_with_torchs_qparams() -> None:
-    counts = {}
+def test_a_fused_module_is_walked_over_once_and_counted_twice() -> None:
+    counts, calls = {}, {fq: 0, tq: 0}
     for ns in (tq, fq):
         with quiet():
             torch.manual_seed(0)
             model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
             model.qconfig = ns.QConfig(ns.HistogramObserver, ns.default_weight_observer)
             model = ns.prepare(ns.fuse_modules(model, ["0", "1"]))
+            observer = model[0].activation_post_process
+
+            def count(*_: Any, ns: ModuleType = ns) -> None:
+                calls[ns] += 1
+
+            observer.register_forward_hook(count)
             x = torch.randn(4, 3, 8, 8)
             model(x)
             model(2 * x)
-        observer = model[0].activation_post_process
         counts[ns] = (observer.histogram.clone(), observer.calculate_qparams())
     (theirs, their_qparams), (ours, our_qparams) = counts[tq], counts[fq]
-    assert torch.equal(2 * ours, theirs)
+    assert calls == {fq: 2, tq: 4}
+    assert torch.equal(ours, theirs)
     assert_same(our_qparams, their_qparams)
 
 

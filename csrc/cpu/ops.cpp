@@ -61,11 +61,11 @@ void observe_minmax_(const Tensor x, Tensor min_val, Tensor max_val, Tensor nonf
 }
 
 void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val,
-                        Tensor nonfinite_count, int64_t upsample_rate, int64_t nonfinite) {
+                        Tensor nonfinite_count, int64_t upsample_rate, int64_t nonfinite, int64_t times) {
   const Tensor t = densified(x);
   observe_histogram(dense(view(t), std::nullopt), array(histogram, "histogram"), array(min_val, "min_val"),
                     array(max_val, "max_val"), single(nonfinite_count, "nonfinite_count"), upsample_rate,
-                    static_cast<NonFinite>(nonfinite));
+                    static_cast<NonFinite>(nonfinite), times);
 }
 
 void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val,

@@ -38,7 +38,9 @@ BinRange search_bins(const std::vector<float>& histogram, double bin_width, doub
     density[b] = histogram[b] / width;
   }
   const auto error = kernels().quantization_error;
-  RangeWalk walk(cumulative.data(), bins);
+  float chains[kSumChains];
+  for (int c = 0; c < kSumChains; ++c) chains[c] = chain_of_sum(histogram.data(), bins, c);
+  RangeWalk walk(cumulative.data(), sum_of_chains(chains, histogram.data(), bins), bins);
   while (walk.next() && walk.take(error(density.data(), bins, bin_width, walk.next_start(), walk.next_end(),
                                         levels, scratch.data()))) {
   }

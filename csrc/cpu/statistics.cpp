@@ -400,18 +400,21 @@ std::vector<double> moved_histogram(const std::vector<double>& histogram, const 
                                                   : resample<float>(histogram, from, to, upsample_rate);
 }
 
-void add_counts(const Array& histogram, const Counts& counts) {
+// Rounds after each time, as observing so often would.
+void add_counts(const Array& histogram, const Counts& counts, int64_t times) {
   with_buffer_type(histogram.type, [&](auto element) {
     auto* const data = static_cast<decltype(element)*>(histogram.data);
-    for (size_t b = 0; b < counts.size(); ++b)
-      assign(data + b, static_cast<double>(number(data[b])) + counts[b]);
+    for (int64_t t = 0; t < times; ++t) {
+      for (size_t b = 0; b < counts.size(); ++b)
+        assign(data + b, static_cast<double>(number(data[b])) + counts[b]);
+    }
   });
 }
 
 template <class S>
 void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, const Array& min_val,
                           const Array& max_val, const Array& nonfinite_count, int64_t upsample_rate,
-                          NonFinite policy) {
+                          NonFinite policy, int64_t times) {
   using T = Compute<S>;
   const int64_t bins = histogram.numel;
   const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
@@ -420,7 +423,7 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   // Mostly a tensor brings nothing beyond the range so far, and then one walk over it is enough.
   if (!first && bin_formula_fits<T>(old, bins) && is_exact<T>(old) &&
       count_into_known_range(x, d.numel(), old, bins, &counts)) {
-    add_counts(histogram, counts);
+    add_counts(histogram, counts, times);
     return;
   }
   Extremes<T> range(1);
@@ -446,20 +449,23 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
     } else {
       counts = count_bins(x, d.numel(), counting_range<T>(now), bins);
     }
+    int64_t added = 0;
     if (first) {
       write_values(histogram, counts);
-    } else if (now.low == old.low && now.high == old.high) {
-      add_counts(histogram, counts);
-    } else {
+      added = 1;
+    } else if (now.low != old.low || now.high != old.high) {
       const std::vector<double> before = read_values<double>(histogram);
       std::vector<double> total =
           moved_histogram(before, old, now, upsample_rate, histogram.type == Element::f64);
       for (int64_t b = 0; b < bins; ++b) total[b] += counts[b];
       write_values(histogram, total);
+      added = 1;
     }
+    add_counts(histogram, counts, times - added);
     write_value(min_val, now.low);
     write_value(max_val, now.high);
   }
+  // torch.ao has no such count: an element that was left out is one, however often it would be seen.
   if (policy == NonFinite::ignore) add_nonfinite(nonfinite_count, left_out);
 }
 
@@ -485,10 +491,11 @@ void observe_minmax(const Dense& x, const Array& min_val, const Array& max_val, 
 }
 
 void observe_histogram(const Dense& x, const Array& histogram, const Array& min_val, const Array& max_val,
-                       const Array& nonfinite_count, int64_t upsample_rate, NonFinite policy) {
+                       const Array& nonfinite_count, int64_t upsample_rate, NonFinite policy, int64_t times) {
   check_count(min_val, 1);
   check_count(max_val, 1);
   check(histogram.numel > 0 && upsample_rate > 0, "a histogram needs bins");
+  check(times > 0, "times must be positive, and is ", times);
   for (const Array* a : {&histogram, &min_val, &max_val}) {
     // Counts stall in anything narrower, at 256 in bf16.
     check(a->type == Element::f32 || a->type == Element::f64, a->name, " must be float32 or float64");
@@ -499,7 +506,7 @@ void observe_histogram(const Dense& x, const Array& histogram, const Array& min_
     const Dense whole = {x.data, x.type, 1, 1, x.numel()};
     const auto lock = locked(min_val);
     observe_histogram_of(static_cast<const S*>(x.data), whole, histogram, min_val, max_val, nonfinite_count,
-                         upsample_rate, policy);
+                         upsample_rate, policy, times);
   });
 }
 

@@ -10,8 +10,9 @@ namespace fastquant {
 void observe_minmax(const Dense& x, const Array& min_val, const Array& max_val, const Array& nonfinite_count,
                     std::optional<double> averaging_constant, NonFinite policy);
 
+// As `times` observations of x, one after the other, would leave the buffers.
 void observe_histogram(const Dense& x, const Array& histogram, const Array& min_val, const Array& max_val,
-                       const Array& nonfinite_count, int64_t upsample_rate, NonFinite policy);
+                       const Array& nonfinite_count, int64_t upsample_rate, NonFinite policy, int64_t times);
 
 // Writes one scale and zero point for each element of min_val.
 void choose_qparams(const Array& min_val, const Array& max_val, const Array& eps, const QParamsConfig& config,

@@ -98,6 +98,7 @@ struct Neon<float> {
 
   static Mask lt(Reg a, Reg b) { return vcltq_f32(a, b); }
   static Mask le(Reg a, Reg b) { return vcleq_f32(a, b); }
+  static Mask not_lt(Reg a, Reg b) { return vmvnq_u32(lt(a, b)); }
   static Mask unordered(Reg a, Reg b) { return vmvnq_u32(vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b))); }
   static Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
   static Mask either(Mask a, Mask b) { return vorrq_u32(a, b); }
@@ -154,10 +155,8 @@ struct Neon<double> {
 
   static Mask lt(Reg a, Reg b) { return vcltq_f64(a, b); }
   static Mask le(Reg a, Reg b) { return vcleq_f64(a, b); }
-  static Mask unordered(Reg a, Reg b) {
-    const Mask ordered = vandq_u64(vceqq_f64(a, a), vceqq_f64(b, b));
-    return veorq_u64(ordered, vdupq_n_u64(~uint64_t{0}));
-  }
+  static Mask not_lt(Reg a, Reg b) { return negated(lt(a, b)); }
+  static Mask unordered(Reg a, Reg b) { return negated(vandq_u64(vceqq_f64(a, a), vceqq_f64(b, b))); }
   static Mask both(Mask a, Mask b) { return vandq_u64(a, b); }
   static Mask either(Mask a, Mask b) { return vorrq_u64(a, b); }
   static Mask none() { return vdupq_n_u64(0); }
@@ -170,6 +169,9 @@ struct Neon<double> {
     return vtstq_u64(vdupq_n_u64(bits), vld1q_u64(weights));
   }
   static Reg select(Mask m, Reg yes, Reg no) { return vbslq_f64(m, yes, no); }
+
+ private:
+  static Mask negated(Mask m) { return veorq_u64(m, vdupq_n_u64(~uint64_t{0})); }
 };
 
 }  // namespace

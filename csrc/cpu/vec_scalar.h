@@ -31,7 +31,7 @@ struct Scalar {
   static void store(Stored* p, Reg x) {
     from_compute(p, x);
   }
-  // Values that are zero or normal numbers, in the order load_pair gave them.
+  // Values that are zero, normal numbers or a NaN that load_pair gave, in its order.
   template <class Stored>
   static void store_pair_normal(Stored* p, Reg a, Reg b) {
     store(p, a);
@@ -85,6 +85,8 @@ struct Scalar {
 
   static Mask lt(Reg a, Reg b) { return a < b; }
   static Mask le(Reg a, Reg b) { return a <= b; }
+  // True also where either is NaN.
+  static Mask not_lt(Reg a, Reg b) { return !(a < b); }
   static Mask unordered(Reg a, Reg b) { return a != a || b != b; }
   static Mask both(Mask a, Mask b) { return a && b; }
   static Mask either(Mask a, Mask b) { return a || b; }

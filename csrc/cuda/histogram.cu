@@ -29,6 +29,7 @@ struct HistogramArgs {
   Buffer histogram, min_val, max_val;
   double most;  // the largest number of min_val and max_val: finite elements beyond count as it
   int64_t bins, rate;
+  int64_t times;  // that counts are added, one after the other
   // Private histograms of a block, so that threads that count the same bin seldom meet; 0 where
   // shared memory has no room for one.
   int copies, copy_stride;
@@ -191,8 +192,12 @@ __device__ __noinline__ double moved_count(const HistogramArgs& a, const Plan& p
 
 __device__ inline void write_bin(const HistogramArgs& a, const Plan& plan, int64_t bin, double moved,
                                  unsigned long long count) {
-  const double kept = plan.starts ? 0.0 : (plan.moves ? moved : read<double>(a.histogram, bin));
-  write(a.histogram, bin, kept + static_cast<double>(count));
+  double sum = plan.starts ? 0.0 : (plan.moves ? moved : read<double>(a.histogram, bin));
+  for (int64_t t = 0; t < a.times; ++t) {
+    sum += static_cast<double>(count);
+    if (a.histogram.type == Element::f32) sum = static_cast<double>(static_cast<float>(sum));
+  }
+  write(a.histogram, bin, sum);
 }
 
 // -------------------------------------------------------------------------- large tensors
@@ -427,6 +432,8 @@ struct SearchArgs {
 };
 
 struct SearchRoom {
+  float chains[kSumChains];
+  float total;
   double lanes[kErrorLanes];
   int64_t start, end;
   bool goes_on;
@@ -438,19 +445,22 @@ __global__ void __launch_bounds__(kThreads) search_range(const __grid_constant__
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t b = thread; b < a.bins; b += kThreads) a.counts[b] = read<float>(a.histogram, b);
   __syncthreads();
+  if (thread < kSumChains) room->chains[thread] = chain_of_sum(a.counts, a.bins, thread);
+  __syncthreads();
   if (thread == 0) {
     double running = 0;
     for (int64_t b = 0; b < a.bins; ++b) {
       running += static_cast<double>(a.counts[b]);
       a.cumulative[b] = static_cast<float>(running);
     }
+    room->total = sum_of_chains(room->chains, a.counts, a.bins);
   }
   __syncthreads();
   const HistogramRange range = {read<double>(a.min_val), read<double>(a.max_val)};
   const double width = width_for_search(range, a.bins);
   for (int64_t b = thread; b < a.bins; b += kThreads)
-    a.counts[b] /= static_cast<float>(width);  // densities now
-  RangeWalk walk(a.cumulative, a.bins);        // the first thread's
+    a.counts[b] /= static_cast<float>(width);         // densities now
+  RangeWalk walk(a.cumulative, room->total, a.bins);  // the first thread's
   const auto announce = [&](bool goes_on) {
     room->goes_on = goes_on;
     room->start = walk.next_start();
@@ -490,10 +500,11 @@ __global__ void __launch_bounds__(kThreads) search_range(const __grid_constant__
 }  // namespace
 
 void observe_histogram(Launcher& launcher, const Dense& x, const Array& histogram,
-                       const ObserveBuffers& buffers, int64_t upsample_rate, NonFinite policy) {
+                       const ObserveBuffers& buffers, int64_t upsample_rate, NonFinite policy, int64_t times) {
   check_count(buffers.min_val, 1);
   check_count(buffers.max_val, 1);
   check(histogram.numel > 0 && histogram.numel <= INT_MAX && upsample_rate > 0, "a histogram needs bins");
+  check(times > 0, "times must be positive, and is ", times);
   for (const Array* buffer : {&histogram, &buffers.min_val, &buffers.max_val}) {
     // Counts stall in anything narrower, at 256 in bf16.
     check(buffer->type == Element::f32 || buffer->type == Element::f64, buffer->name,
@@ -512,6 +523,7 @@ void observe_histogram(Launcher& launcher, const Dense& x, const Array& histogra
   a.bins = histogram.numel;
   a.most = buffers.min_val.type == Element::f64 ? largest_of(double{}) : largest_of(float{});
   a.rate = upsample_rate;
+  a.times = times;
   with_stored_type(x.type, [&](auto stored) { observe_histogram_of<decltype(stored)>(launcher, a); });
 }
 

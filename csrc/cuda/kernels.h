@@ -75,7 +75,7 @@ void observe_qparams(Launcher& launcher, const Dense& x, Flag enabled, const Obs
 
 // NaN cannot raise without waiting: under NonFinite::propagate it makes the range NaN.
 void observe_histogram(Launcher& launcher, const Dense& x, const Array& histogram,
-                       const ObserveBuffers& buffers, int64_t upsample_rate, NonFinite policy);
+                       const ObserveBuffers& buffers, int64_t upsample_rate, NonFinite policy, int64_t times);
 
 void choose_qparams(Launcher& launcher, const Array& min_val, const Array& max_val,
                     const QParamBuffers& qparams, const QParamsConfig& config);

@@ -65,6 +65,12 @@ __device__ void update_channel(const Statistics& s, int64_t channel, Range<T> se
 
 // ------------------------------------------------------------------------------- min/max
 
+// Of numbers: one instruction each, other than Cuda<T>::min and max, which have to keep NaN.
+__device__ inline float lesser(float a, float b) { return fminf(a, b); }
+__device__ inline float greater(float a, float b) { return fmaxf(a, b); }
+__device__ inline double lesser(double a, double b) { return fmin(a, b); }
+__device__ inline double greater(double a, double b) { return fmax(a, b); }
+
 template <class T>
 struct Extremes {
   T low, high;
@@ -152,8 +158,8 @@ class MinMax {
 
  private:
   __device__ void take(T value, int column) {
-    low_[column] = Cuda<T>::min(value, low_[column]);
-    high_[column] = Cuda<T>::max(value, high_[column]);
+    low_[column] = lesser(value, low_[column]);
+    high_[column] = greater(value, high_[column]);
   }
 
   const S* x_;

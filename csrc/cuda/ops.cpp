@@ -91,12 +91,12 @@ void observe_minmax_(const Tensor x, Tensor min_val, Tensor max_val, Tensor nonf
 }
 
 void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val,
-                        Tensor nonfinite_count, int64_t upsample_rate, int64_t nonfinite) {
+                        Tensor nonfinite_count, int64_t upsample_rate, int64_t nonfinite, int64_t times) {
   Call call(x);
   const Tensor t = densified(x);
   observe_histogram(call.launcher(), dense(view(t), std::nullopt), call.array(histogram, "histogram"),
                     call.observed(min_val, max_val, nonfinite_count), upsample_rate,
-                    static_cast<NonFinite>(nonfinite));
+                    static_cast<NonFinite>(nonfinite), times);
 }
 
 void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val,

@@ -20,11 +20,8 @@ struct Cuda {
   FASTQUANT_HD static Reg mul(Reg a, Reg b) { return a * b; }
   FASTQUANT_HD static Reg div(Reg a, Reg b) { return a / b; }
   FASTQUANT_HD static Reg third(Reg x) { return x / 3; }
-  // One instruction each. As elsewhere NaN is left out of `acc = min(x, acc)`.
-  FASTQUANT_HD static float min(float a, float b) { return fminf(a, b); }
-  FASTQUANT_HD static float max(float a, float b) { return fmaxf(a, b); }
-  FASTQUANT_HD static double min(double a, double b) { return fmin(a, b); }
-  FASTQUANT_HD static double max(double a, double b) { return fmax(a, b); }
+  FASTQUANT_HD static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  FASTQUANT_HD static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   // c - a * b and a * b + c, rounded once.
   FASTQUANT_HD static float nmadd(float a, float b, float c) { return fmaf(-a, b, c); }
   FASTQUANT_HD static float madd(float a, float b, float c) { return fmaf(a, b, c); }
@@ -35,6 +32,7 @@ struct Cuda {
 
   FASTQUANT_HD static Mask lt(Reg a, Reg b) { return a < b; }
   FASTQUANT_HD static Mask le(Reg a, Reg b) { return a <= b; }
+  FASTQUANT_HD static Mask not_lt(Reg a, Reg b) { return !(a < b); }
   FASTQUANT_HD static Mask both(Mask a, Mask b) { return a && b; }
   FASTQUANT_HD static Reg select(Mask m, Reg yes, Reg no) { return m ? yes : no; }
 };

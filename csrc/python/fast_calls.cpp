@@ -298,15 +298,16 @@ PyObject* observe_minmax_call(PyObject*, PyObject* const* given, Py_ssize_t coun
 }
 
 PyObject* observe_histogram_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return attempt(given, count, 7, [](Arguments args) {
+  return attempt(given, count, 8, [](Arguments args) {
     const Dense x = dense(unnegated(args.next()), std::nullopt);
     const Array histogram = buffer(args.next(), "histogram");
     const Array low = buffer(args.next(), "min_val"), high = buffer(args.next(), "max_val");
     const Array nonfinite_count = single(args.next(), "nonfinite_count");
     const int64_t upsample_rate = integer(args.next());
     const auto policy = static_cast<NonFinite>(integer(args.next()));
+    const int64_t times = integer(args.next());
     const WithoutGil released(x.numel());
-    observe_histogram(x, histogram, low, high, nonfinite_count, upsample_rate, policy);
+    observe_histogram(x, histogram, low, high, nonfinite_count, upsample_rate, policy, times);
     return Py_NewRef(Py_True);
   });
 }

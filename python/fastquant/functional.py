@@ -394,7 +394,7 @@ def observe_histogram_(
     upsample_rate = check_integer("upsample_rate", upsample_rate, least=1)
     try:
         count = _count_or_throwaway(nonfinite_count, x)
-        routes.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, policy)
+        routes.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, policy, 1)
     except _REFUSALS as error:
         if isinstance(x, Tensor) and isinstance(histogram, Tensor) and histogram.numel() == 0:
             raise ValueError("histogram must have at least one bin") from None

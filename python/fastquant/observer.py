@@ -792,6 +792,8 @@ class HistogramObserver(_RangeObserver):
     """
 
     histogram: Tensor
+    # How often a tensor counts. `prepare` sets 2 where torch.ao would call the observer twice.
+    _times: int = 1
 
     def __init__(
         self,
@@ -861,6 +863,7 @@ class HistogramObserver(_RangeObserver):
                 buffers["nonfinite_count"],
                 self.upsample_rate,
                 NONFINITE_CODES[self.nonfinite],
+                self._times,
             )
         except (RuntimeError, TypeError) as error:
             cause = self._explained(error, x_orig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -225,21 +226,7 @@ def _insert_observer(
     observer = _make_observer(factory or qconfig.activation, device)
     module.add_module("activation_post_process", observer)
     memoryless = _activation_is_memoryless(qconfig) if factory else _is_memoryless(observer)
-    if memoryless or not _runs_as_last_child(module, observer):
-        _register_activation_post_process_hook(module, pre_hook=memoryless)
-
-
-def _runs_as_last_child(module: nn.Module, observer: nn.Module) -> bool:
-    """Whether the observer needs no hook: a Sequential calls it after its other children.
-
-    With a hook too it would observe every output twice, as torch.ao's do. To extremes and
-    histograms that makes no difference but the time; moving averages would move more slowly.
-    """
-    return type(module).forward is nn.Sequential.forward and type(observer) in (
-        MinMaxObserver,
-        PerChannelMinMaxObserver,
-        HistogramObserver,
-    )
+    _register_activation_post_process_hook(module, pre_hook=memoryless)
 
 
 def _add_observer_(
@@ -385,9 +372,33 @@ def _prepare(
             observer_non_leaf_module_list,
             custom_module_class_mapping=custom.get("float_to_observed_custom_module_class", {}),
         )
+    _observe_sequentials_once(model)
     for module in model.modules():
         if _is_activation_post_process(module):
             module.__dict__[IN_PREPARED_MODEL] = True
+
+
+def _observe_sequentials_once(model: nn.Module) -> None:
+    """Remove the observer's hook where a Sequential calls the observer too, as its last child.
+
+    torch.ao observes each output of such a module, mostly a fused one, twice. One call leaves the
+    same statistics: running ranges do not change the second time, and a histogram counts each
+    element twice. Moving averages move twice, and observers that several modules share, or that
+    are of a class of the user's, may do anything: these keep the hook.
+    """
+    uses = Counter(child for parent in model.modules() for child in parent._modules.values())
+    for module in model.modules():
+        observer = next(reversed(module._modules.values()), None)
+        if (
+            type(module).forward is nn.Sequential.forward
+            and observer is module._modules.get("activation_post_process")
+            and type(observer) in (MinMaxObserver, PerChannelMinMaxObserver, HistogramObserver)
+            and uses[observer] == 1
+            and _observer_forward_hook in module._forward_hooks.values()
+        ):
+            remove_observer_hooks(module)
+            if isinstance(observer, HistogramObserver):
+                observer._times = 2
 
 
 def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = False) -> _Module:

@@ -220,10 +220,14 @@ def _bin_of(values: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def _linspace(start: Tensor, end: Tensor, count: int) -> Tensor:
-    """torch.linspace, rounded alike on every device and at every vector length."""
-    k = torch.arange(count, device=start.device, dtype=start.dtype)
-    step = (end - start) / (count - 1)
-    return torch.where(k < count // 2, start + step * k, end - step * (count - 1 - k))
+    """torch.linspace as torch's vectorized code has it, on every device and for every length.
+
+    In fp32 each value is rounded once, as a fused multiply-add does: fp64 holds the product.
+    """
+    step = ((end - start) / (count - 1)).to(wide := _widest_dtype(start.device))
+    k = torch.arange(count, device=start.device, dtype=wide)
+    ascending, descending = start.to(wide) + step * k, end.to(wide) - step * (count - 1 - k)
+    return torch.where(k < count // 2, ascending, descending).to(start.dtype)
 
 
 def _resampled(
@@ -277,7 +281,9 @@ def observe_histogram_(
     nonfinite_count: Tensor,
     upsample_rate: int,
     nonfinite: int,
+    times: int = 1,
 ) -> None:
+    _check(times > 0, f"times must be positive, got {times}")
     _check(histogram.numel() > 0 and upsample_rate > 0, "a histogram needs bins")
     for name, buffer in (("histogram", histogram), ("min_val", min_val), ("max_val", max_val)):
         # Counts stall in anything narrower, at 256 in bf16.
@@ -310,7 +316,9 @@ def observe_histogram_(
     kept = moved_histogram(
         histogram.to(wide), low, high, new_low, new_high, upsample_rate, _compute_dtype(histogram)
     )
-    combined = torch.where(first, 0.0, kept) + counts
+    combined = torch.where(first, 0.0, kept)
+    for _ in range(times):
+        combined = (combined + counts).to(histogram.dtype).to(wide)
 
     nothing = ~finite.any()
     histogram.copy_(torch.where(nothing, histogram.to(wide), combined))
@@ -360,7 +368,8 @@ def search_histogram_range(
     # keeps a width's cube within what fp32 holds.
     safe, _ = math.frexp(bin_width)
 
-    total = float(counts.sum(dtype=torch.float64).float())
+    # Inexact in fp32, and torch.ao's bounds are shares of it.
+    total = float(counts.sum())
     below = counts.cumsum(0, dtype=torch.float64).float()
     quantiles = torch.tensor(
         list(itertools.accumulate(itertools.repeat(1e-5, 100_001))), dtype=torch.float64
@@ -459,9 +468,11 @@ def _fake_quantized(
     if float_zero_point or max(-quant_min, quant_max) >= _FP32_INTEGERS:
         quantized, zero_point, scale = (t.to(exact) for t in (quantized, zero_point, scale))
 
-    in_range = (quantized >= quant_min) & (quantized <= quant_max)
+    nan = values.isnan()
+    in_range = (quantized >= quant_min) & (quantized <= quant_max) | nan
     clamped = torch.where(quantized.isnan(), quant_min, quantized.clamp(quant_min, quant_max))
-    y = torch.empty_like(x).copy_(((clamped - zero_point) * scale).to(compute))
+    dequantized = ((clamped - zero_point) * scale).to(compute)
+    y = torch.empty_like(x).copy_(torch.where(nan, values, dequantized))
     if enabled is None:
         return y, in_range
     on = enabled.reshape(()) != 0
@@ -609,7 +620,8 @@ def learnable_fake_quantize_backward(
     values, dy = x.to(compute), grad.to(compute)
 
     quantized = torch.round(values * inverse) + z
-    in_range = (quantized >= quant_min) & (quantized <= quant_max)
+    # NaN counts as inside, and makes the gradient of its scale NaN.
+    in_range = ~((quantized < quant_min) | (quantized > quant_max))
     outside = torch.where(quantized < quant_min, quant_min - z, quant_max - z)
     slope = torch.where(in_range, ((quantized - z) * s - values) * inverse, outside)
     dscale = dy * slope * grad_factor
