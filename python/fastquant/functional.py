@@ -508,11 +508,11 @@ def fake_quantize(
 
     `y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale`; with
     a floating zero point, `round(x / scale + zero_point)` instead. Values beyond the range,
-    infinities too, come out as its ends, NaN as its lower end. Bit-equal to
-    torch.fake_quantize_per_tensor_affine and torch.fake_quantize_per_channel_affine.
+    infinities too, come out as its ends; NaN stays NaN, where torch makes a number of it. Bit-equal
+    to torch.fake_quantize_per_tensor_affine and torch.fake_quantize_per_channel_affine otherwise.
 
     The gradient is the straight-through estimate (https://arxiv.org/abs/1308.3432): that of y
-    where x was in the range, 0 elsewhere. None flows to scale and zero point; for that, see
+    where x was in the range or NaN, 0 elsewhere. None flows to scale and zero point; for that, see
     `learnable_fake_quantize`.
 
     Args:
