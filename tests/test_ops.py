@@ -383,7 +383,7 @@ def test_a_histogram_that_counts_often_is_as_many_histograms(
         ops.observe_histogram_(x, *at_once, counter(), 16, IGNORE, times)
         for _ in range(times):
             ops.observe_histogram_(x, *one_by_one, counter(), 16, IGNORE)
-        assert_equal(at_once, one_by_one)
+        assert_same(at_once, one_by_one)
 
 
 @pytest.mark.parametrize("bins", [2048, 256, 33])
@@ -395,9 +395,9 @@ def test_histograms_of_growing_ranges_are_torch_aos(bins: int) -> None:
             x = random_values((2000,), torch.float32, 3 * seed + k) * (1 + 0.3 * k) + seed / 30
             theirs(x)
             ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
-        assert_equal(histogram, theirs.histogram)
+        assert_same(histogram, theirs.histogram)
         found = ops.search_histogram_range(histogram, low, high, 256)
-        assert_equal(found, theirs._non_linear_param_search())
+        assert_same(found, theirs._non_linear_param_search())
 
 
 @pytest.mark.parametrize("bins", [1, 7, 8, 31, 33, 1000, 2047, 2048, 5000])
@@ -407,7 +407,7 @@ def test_search_takes_shares_of_torchs_total(bins: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         histogram = torch.rand(bins, generator=generator) * 1e6
         args = (histogram, torch.tensor(-1.0), torch.tensor(2.0), 256)
-        assert_equal(ops.search_histogram_range(*args), reference_ops.search_histogram_range(*args))
+        assert_same(ops.search_histogram_range(*args), reference_ops.search_histogram_range(*args))
 
 
 def test_histogram_of_one_value_moves_to_the_value_s_bin() -> None:
@@ -825,8 +825,8 @@ def test_nan_stays_nan_and_its_gradient_passes(
             ops.fake_quantize(x, scale, zero_point, None, axis, -50, 50),
             ops.learnable_fake_quantize(x, scale, zero_point.float(), axis, -50, 50, 1.0),
         ):
-            assert_equal(y.isnan(), x.isnan())
-            assert_equal(y[x == INF], torch.full_like(y[x == INF], 6.25))
+            assert_same(y.isnan(), x.isnan())
+            assert_same(y[x == INF], torch.full_like(y[x == INF], 6.25))
         leaf = x.clone().requires_grad_()
         y = routes.apply_fake_quantize(leaf, scale, zero_point, axis, -50, 50)
         grad = torch.full_like(x, 2.0)
@@ -834,7 +834,7 @@ def test_nan_stays_nan_and_its_gradient_passes(
         y.backward(grad)
         # Masking is a product: a NaN from above is never lost.
         expected = torch.where(x.isfinite() & (x.abs() < 6.3) | x.isnan() | grad.isnan(), grad, 0.0)
-        assert_equal(leaf.grad, expected)
+        assert_same(leaf.grad, expected)
 
 
 @pytest.mark.parametrize(("shape", "axis"), NAN_CASES)
@@ -853,7 +853,7 @@ def test_fused_ops_keep_nan_and_leave_it_out_of_the_range(
             *(x, flag(True), flag(True), *state, count, eps()),
             *(axis, None, 0, 255, AFFINE, 0, IGNORE),
         )
-        assert_equal(y.isnan(), x.isnan())
+        assert_same(y.isnan(), x.isnan())
         assert all(bits_of(mask, x.numel()))
         assert count == x.isnan().sum()
         assert all(t.isfinite().all() for t in state)
