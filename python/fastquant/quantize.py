@@ -388,11 +388,11 @@ def _observe_sequentials_once(model: nn.Module) -> None:
     """
     uses = Counter(child for parent in model.modules() for child in parent._modules.values())
     for module in model.modules():
-        observer = next(reversed(module._modules.values()), None)
+        observer = getattr(module, "activation_post_process", None)
         if (
-            type(module).forward is nn.Sequential.forward
-            and observer is module._modules.get("activation_post_process")
-            and type(observer) in (MinMaxObserver, PerChannelMinMaxObserver, HistogramObserver)
+            type(observer) in (MinMaxObserver, PerChannelMinMaxObserver, HistogramObserver)
+            and type(module).forward is nn.Sequential.forward
+            and observer is list(module._modules.values())[-1]
             and uses[observer] == 1
             and _observer_forward_hook in module._forward_hooks.values()
         ):
