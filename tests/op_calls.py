@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import oracle
 from fastquant._core.schemes import NonFinite, Scheme
+from fastquant._native import ops
+from fastquant._native import reference as reference_ops
 from strategies import (
     FLOATS,
     LAYOUTS,
@@ -362,3 +367,76 @@ def assert_same_outcome(name: str, got: list[Tensor] | None, expected: list[Tens
             check_stride=True,
             msg=lambda text, i=i: f"{name}, tensor {i}\n{text}",
         )
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def unobserved(channels: int | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shape = () if channels is None else (channels,)
+    return [
+        torch.full(shape, INF, dtype=dtype),
+        torch.full(shape, -INF, dtype=dtype),
+    ]
+
+
+def counter() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def flag(on: bool, dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.tensor([int(on)], dtype=dtype)
+
+
+assert_same = partial(oracle.assert_same, strides=True)
+
+
+def called(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, list[Tensor], bool]:
+    """The results, the arguments as the call left them, and whether it raised."""
+    # What an op may change is contiguous; a copy of anything else might not lie as it does.
+    own = [a.clone() if isinstance(a, Tensor) and a.is_contiguous() else a for a in args]
+    try:
+        results = op(*own)
+    except RuntimeError:
+        return None, [a for a in own if isinstance(a, Tensor)], True
+    return results, [a for a in own if isinstance(a, Tensor)], False
+
+
+def assert_as_reference(name: str, *args: Any) -> None:
+    results, arguments, raised = called(getattr(ops, name), args)
+    expected_results, expected_arguments, expected_raised = called(reference_ops.OPS[name], args)
+    assert raised == expected_raised
+    assert_same(arguments, expected_arguments, f"arguments of {name}")
+    if results is not None:
+        assert_same(results, expected_results, f"results of {name}")
+
+
+def bits_of(mask: Tensor, numel: int) -> list[int]:
+    words = struct.unpack(f"<{mask.numel() // 8}Q", bytes(mask.tolist()))
+    return [(words[i // 64] >> (i % 64)) & 1 for i in range(numel)]
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """Elements of a tensor without gaps, as they lie."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def fused_arguments(
+    channels: int | None = None, observe: bool = True, quantize: bool = True
+) -> list[Any]:
+    return [
+        flag(observe),
+        flag(quantize),
+        *unobserved(channels),
+        torch.ones(channels or 1),
+        torch.zeros(channels or 1, dtype=torch.int32),
+        counter(),
+        eps(),
+        None if channels is None else 0,
+        0.1,
+        -128,
+        127,
+        AFFINE,
+        0,
+        IGNORE,
+    ]

@@ -204,3 +204,18 @@ def recipes(qconfig: Any) -> Any:
     if qconfig is None:
         return None
     return {field: recipe(value) for field, value in qconfig._asdict().items()}
+
+
+def run(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and gradient of a sum weighted with 1, 2, …"""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with quiet():
+        y = module(x)
+    weights = torch.arange(1, y.numel() + 1, dtype=y.dtype).reshape(y.shape)
+    y.backward(weights)
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def assert_runs_same(actual: nn.Module, expected: nn.Module, x: Tensor) -> None:
+    assert_same(run(actual, x), run(expected, x), "output and gradient")

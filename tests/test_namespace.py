@@ -151,6 +151,8 @@ def test_every_eager_name_is_there(name: str) -> None:
     wanted = public_names(theirs) - EXCLUDED
     assert name in ("quant_type",) or len(wanted) > 2
     assert not sorted(wanted - set(vars(ours)))
+    listed = {n for n in getattr(theirs, "__all__", ()) if hasattr(theirs, n)} - EXCLUDED
+    assert not name or not sorted(listed - set(ours.__all__))
 
 
 def test_the_exclusions_exist_and_are_missing() -> None:

@@ -406,27 +406,6 @@ CLASSES = [
 DEFAULTS = [name for name in torch_observer.__all__ if "default" in name or "range_neg" in name]
 
 
-def test_every_public_name_is_there() -> None:
-    assert set(torch_observer.__all__) <= set(observer.__all__)
-    assert all(hasattr(observer, name) for name in observer.__all__)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "_ObserverBase",
-        "_PartialWrapper",
-        "_with_args",
-        "_with_callable_args",
-        "_is_activation_post_process",
-        "_is_observer_script_module",
-        "_is_per_channel_script_obs_instance",
-    ],
-)
-def test_names_that_code_reaches_for_are_there(name: str) -> None:
-    assert callable(getattr(observer, name))
-
-
 @pytest.mark.parametrize("name", CLASSES)
 def test_constructors_take_what_torchs_take(name: str) -> None:
     def parameters(cls: type) -> list[tuple[str, Any, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,30 +18,26 @@ import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 import torch.ao.nn.quantized.dynamic as nnqd
 import torch.ao.quantization as tq
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.ao.nn.quantized.modules.utils import _quantize_weight as torch_quantize_weight
 
 import fastquant as fq
-from fastquant import _C
-from fastquant._conversion.weights import quantize_weight
 from fastquant.quantize import (
     _add_observer_,
     _get_observer_dict,
     _observer_forward_hook,
     _observer_forward_pre_hook,
-    _register_activation_post_process_hook,
     _remove_qconfig,
 )
 from oracle import assert_same, quiet
 from zoo import (
+    QAT_QCONFIGS,
     STATIC_CASES,
+    STATIC_QCONFIGS,
     Case,
     ConvNet,
     Embedded,
     Nested,
-    Recurrent,
+    QConfigOf,
     Residual,
     Stubbed,
     Zoo,
@@ -55,51 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 INF, NAN = float("inf"), float("nan")
 
-QConfigOf = Callable[[ModuleType], Any]
-
-STATIC_QCONFIGS: dict[str, QConfigOf] = {
-    "x86": lambda ns: ns.get_default_qconfig("x86"),
-    "minmax": lambda ns: ns.default_qconfig,
-    "per_channel": lambda ns: ns.default_per_channel_qconfig,
-    "moving_average": lambda ns: ns.QConfig(
-        ns.MovingAverageMinMaxObserver.with_args(averaging_constant=0.3),
-        ns.default_weight_observer,
-    ),
-}
 PER_CHANNEL = ("x86", "per_channel")
-# torch.ao's fused op (version 1) rounds scales in its own way; version 0 is two plain steps.
-QAT_QCONFIGS: dict[str, QConfigOf] = {
-    "x86": lambda ns: ns.get_default_qat_qconfig("x86", 0),
-    "qnnpack": lambda ns: ns.get_default_qat_qconfig("qnnpack", 0),
-}
-
-
-def prepared(ns: ModuleType, case: Case, qconfig: QConfigOf, fuse: bool = False) -> nn.Module:
-    """A model of `case`, prepared by `ns` and calibrated on three batches."""
-    model = case.make(ns)
-    if fuse:
-        model = ns.fuse_modules(model, [list(names) for names in case.fusable])
-    model.qconfig = qconfig(ns)
-    model = ns.prepare(model)
-    for seed in range(3):
-        model(*case.inputs(seed))
-    return model
-
-
-def trained(ns: ModuleType, case: Case, qconfig: QConfigOf, fuse: bool = False) -> nn.Module:
-    """A model of `case`, prepared for training by `ns` and trained for three steps."""
-    model = case.make(ns).train()
-    if fuse:
-        model = ns.fuse_modules_qat(model, [list(names) for names in case.fusable])
-    model.qconfig = qconfig(ns)
-    model = ns.prepare_qat(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for seed in range(3):
-        torch.manual_seed(seed)  # dropout
-        optimizer.zero_grad()
-        model(*case.inputs(seed)).square().mean().backward()
-        optimizer.step()
-    return model.eval()
 
 
 def observers(model: nn.Module) -> dict[str, Any]:
@@ -151,10 +102,10 @@ def _combinations(static: bool) -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "qconfig", "fuse"), combinations(static=True))
 def test_static_quantization_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
     with quiet():
-        theirs = prepared(tq, case, STATIC_QCONFIGS[qconfig], fuse)
+        theirs = case.calibrated(tq, STATIC_QCONFIGS[qconfig], fuse)
         expected = qparams(theirs)
         their_int8 = tq.convert(theirs)
-    ours = prepared(fq, case, STATIC_QCONFIGS[qconfig], fuse)
+    ours = case.calibrated(fq, STATIC_QCONFIGS[qconfig], fuse)
     assert tree(ours) == tree(theirs)
     assert layout(ours) == layout(theirs)
     with warnings.catch_warnings():
@@ -171,9 +122,9 @@ def test_static_quantization_matches_torch(case: Case, qconfig: str, fuse: bool)
 @pytest.mark.parametrize(("case", "qconfig", "fuse"), combinations(static=False))
 def test_qat_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
     with quiet():
-        theirs = trained(tq, case, QAT_QCONFIGS[qconfig], fuse)
+        theirs = case.trained(tq, QAT_QCONFIGS[qconfig], fuse)
         their_int8 = tq.convert(theirs)
-    ours = trained(fq, case, QAT_QCONFIGS[qconfig], fuse)
+    ours = case.trained(fq, QAT_QCONFIGS[qconfig], fuse)
     our_int8 = fq.convert(ours)
     assert tree(ours) == tree(theirs)
     assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
@@ -188,9 +139,9 @@ def test_qat_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
 def test_fused_qat_op_comes_close_to_torch(fuse: bool) -> None:
     case = STATIC_CASES["conv_net"]
     with quiet():
-        theirs = trained(tq, case, lambda ns: ns.get_default_qat_qconfig("x86"), fuse)
+        theirs = case.trained(tq, lambda ns: ns.get_default_qat_qconfig("x86"), fuse)
         their_int8 = tq.convert(theirs)
-    ours = trained(fq, case, lambda ns: ns.get_default_qat_qconfig("x86"), fuse)
+    ours = case.trained(fq, lambda ns: ns.get_default_qat_qconfig("x86"), fuse)
     assert layout(ours) == layout(theirs)
     for path, observer in observers(ours).items():
         inner = getattr(observer, "activation_post_process", observer)
@@ -207,8 +158,8 @@ def test_reference_conversion_matches_torch(name: str) -> None:
     case = STATIC_CASES[name]
     qconfig = STATIC_QCONFIGS["minmax"]
     with quiet():
-        theirs = tq.convert(prepared(tq, case, qconfig), is_reference=True)
-    ours = fq.convert(prepared(fq, case, qconfig), is_reference=True)
+        theirs = tq.convert(case.calibrated(tq, qconfig), is_reference=True)
+    ours = fq.convert(case.calibrated(fq, qconfig), is_reference=True)
     assert tree(ours) == tree(theirs)
     assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
 
@@ -453,133 +404,9 @@ def test_a_copy_is_prepared_and_converted_unless_inplace() -> None:
     assert tree(model) == tree(copied) != before
 
 
-@settings(max_examples=60)
-@given(st.data())
-def test_weights_are_quantized_as_torch_does_it(any_isa: list[str], data: st.DataObject) -> None:
-    shape = data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple))
-    low, high = data.draw(st.sampled_from([(-128, 127), (-127, 127), (-8, 7)]))
-    factory = data.draw(
-        st.sampled_from([fq.PerChannelMinMaxObserver, tq.PerChannelMinMaxObserver])
-    ).with_args(
-        ch_axis=data.draw(st.integers(0, len(shape) - 1)),
-        dtype=torch.qint8,
-        qscheme=data.draw(st.sampled_from([torch.per_channel_symmetric, torch.per_channel_affine])),
-        quant_min=low,
-        quant_max=high,
-    )
-    observer = factory()
-    weight = torch.randn(
-        shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    )
-    observer(weight)
-    # Ties, values beyond the range, and those that are no numbers.
-    every = weight.flatten().clone()
-    every[::3] = torch.round(every[::3] * 64) / 64 * 1.5
-    every[1::7], every[2::11], every[3::11], every[4::13] = NAN, INF, -INF, 1e30
-    weight = every.reshape(shape)
-    if len(shape) == 4 and observer.ch_axis == 0 and data.draw(st.booleans()):
-        weight = weight.to(memory_format=torch.channels_last)
-    for isa in any_isa:
-        _C.set_isa(isa)
-        got, expected = (
-            quantize_weight(weight, observer),
-            torch_quantize_weight(weight, observer),
-        )
-        assert got.dtype == expected.dtype
-        assert got.qscheme() == expected.qscheme()
-        assert got.q_per_channel_axis() == expected.q_per_channel_axis()
-        for part in ("int_repr", "q_per_channel_scales", "q_per_channel_zero_points"):
-            assert_same(getattr(got, part)(), getattr(expected, part)())
-
-
-@pytest.mark.parametrize("threads_used", [1, 2])
-def test_large_weights_are_quantized_as_torch_does_it(threads_used: int, threads: None) -> None:
-    torch.set_num_threads(threads_used)
-    observer = fq.default_per_channel_weight_observer()
-    weight = torch.randn(129, 1031)
-    observer(weight)
-    got, expected = quantize_weight(weight, observer), torch_quantize_weight(weight, observer)
-    assert torch.equal(got.int_repr(), expected.int_repr())
-
-
-def test_packed_biases_need_gradients_where_torchs_do() -> None:
-    case = STATIC_CASES["conv_net"]
-    ours, theirs = (
-        [
-            module.bias().requires_grad
-            for module in ns.convert(prepared(ns, case, STATIC_QCONFIGS["x86"])).modules()
-            if isinstance(module, (nnq.Conv2d, nnq.Linear)) and module.bias() is not None
-        ]
-        for ns in (fq, tq)
-    )
-    assert ours == theirs
-    assert ours
-
-
-class Learning(fq.PerChannelMinMaxObserver):
-    """Takes a gradient as it observes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.detach().clone().requires_grad_()
-        (y * y).sum().backward()
-        assert_same(y.grad, 2 * y.detach())
-        return super().forward(x)
-
-
-def test_observers_of_weights_can_take_gradients() -> None:
-    model = Stubbed(fq, nn.Linear(4, 4))
-    weight = Learning.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric)
-    model.qconfig = fq.QConfig(fq.default_observer, weight)
-    prepared = fq.prepare(model.eval())
-    prepared(torch.randn(2, 4))
-    assert any(isinstance(module, nnq.Linear) for module in fq.convert(prepared).modules())
-
-
-class Counted(nn.Module):
-    def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
-        self.copies = getattr(self, "copies", 0) + 1
-        return type(self)()
-
-
-class Pickled(nn.Module):
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "pickled": True}
-
-
-def test_modules_are_copied_as_they_copy_themselves() -> None:
-    counted, pickled = Counted(), Pickled()
-    model = nn.Sequential(counted, pickled, nn.ReLU(), nn.Sequential(counted, pickled))
-    model.notes = {"of": [counted], "names": ["a"]}
-    copied = fq.convert(model)
-    assert counted.copies == 1
-    assert copied[0] is copied[3][0] is copied.notes["of"][0] is not counted
-    assert copied[1] is copied[3][1] is not pickled
-    assert copied[1].pickled
-    assert copied.notes["names"] is not model.notes["names"]
-    for original, module in zip(model.modules(), copied.modules(), strict=True):
-        assert type(original) is type(module)
-        ours, theirs = (
-            {k: v for k, v in vars(m).items() if k[0] == "_"} for m in (module, original)
-        )
-        assert ours.keys() == theirs.keys()
-        assert all(ours[k] is not theirs[k] for k in ours if isinstance(ours[k], dict))
-
-
-def test_a_converted_copy_that_keeps_its_configs_has_its_own() -> None:
-    model = prepared(fq, STATIC_CASES["residual"], STATIC_QCONFIGS["x86"])
-
-    def parts(root: nn.Module) -> set[int]:
-        configs = [m.qconfig for m in root.modules() if getattr(m, "qconfig", None)]
-        return {id(part) for config in configs for part in (config, *config)}
-
-    kept = fq.convert(model, remove_qconfig=False)
-    assert parts(kept)
-    assert not parts(kept) & parts(model)
-
-
 def test_conversion_removes_configs_observers_and_hooks_unless_told_not_to() -> None:
     case = STATIC_CASES["residual"]
-    model = prepared(fq, case, STATIC_QCONFIGS["minmax"])
+    model = case.calibrated(fq, STATIC_QCONFIGS["minmax"])
     converted = fq.convert(model)
     for module in converted.modules():
         assert not hasattr(module, "qconfig")
@@ -589,115 +416,6 @@ def test_conversion_removes_configs_observers_and_hooks_unless_told_not_to() -> 
     kept = fq.convert(model, remove_qconfig=False)
     assert kept.qconfig is not None
     assert_same(kept(*case.inputs(9)), converted(*case.inputs(9)))
-
-
-@pytest.mark.parametrize("name", STATIC_CASES)
-def test_a_converted_copy_and_its_original_share_nothing(name: str) -> None:
-    case = STATIC_CASES[name]
-    model = case.make(fq)
-    if case.fusable:
-        model = fq.fuse_modules(model, list(case.fusable))
-    model.qconfig = fq.default_qconfig
-    prepared = fq.prepare(model)
-    prepared(*case.inputs(1))
-    before = copy.deepcopy(prepared.state_dict())
-    converted = fq.convert(prepared)
-    expected = converted(*case.inputs(2))
-
-    assert_same(prepared.state_dict(), before)
-    assert not any(
-        type(m).__module__ == "fastquant._conversion.weights" for m in converted.modules()
-    )
-    with torch.no_grad():
-        for tensor in (*prepared.parameters(), *prepared.buffers()):
-            tensor.zero_()
-    assert_same(converted(*case.inputs(2)), expected)
-
-
-class Referred(nn.Module):
-    """A layer that a list refers to, too; or a float layer in a quantized custom module."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.layers = [layer]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-    @classmethod
-    def from_float(cls, module: Referred) -> Referred:
-        observed = cls(module.layer)
-        observed.qconfig = module.qconfig
-        return observed
-
-    @classmethod
-    def from_observed(cls, module: Referred) -> Referred:
-        return cls(module.layer)
-
-
-class Observed(Referred):
-    """What a Referred is between prepare and convert, where it is custom."""
-
-
-class QuantizedCustom(Referred):
-    """And after."""
-
-
-def a_list() -> tuple[nn.Module, dict[str, Any]]:
-    return Stubbed(fq, Referred(nn.Linear(4, 4))), {}
-
-
-def fused_for_training() -> tuple[nn.Module, dict[str, Any]]:
-    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
-    return Stubbed(fq, fq.fuse_modules_qat(body, [["0", "1"]])), {}
-
-
-def fused_without_counterpart() -> tuple[nn.Module, dict[str, Any]]:
-    body = fq.fuse_modules(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), [["0", "1"]])
-    mapping = fq.get_default_static_quant_module_mappings()
-    del mapping[type(body[0])]
-    return Stubbed(fq, body), {"mapping": mapping}
-
-
-def layer_with_layers() -> tuple[nn.Module, dict[str, Any]]:
-    layer = nn.Linear(4, 4)
-    layer.extra = nn.Sequential(nn.Linear(4, 4))
-    return nn.Sequential(layer), {"mapping": fq.get_default_dynamic_quant_module_mappings()}
-
-
-def custom() -> tuple[nn.Module, dict[str, Any]]:
-    swaps = {"observed_to_quantized_custom_module_class": {Observed: QuantizedCustom}}
-    return nn.Sequential(Referred(nn.Linear(4, 4))), {"convert_custom_config_dict": swaps}
-
-
-@pytest.mark.parametrize(
-    "make", [a_list, fused_for_training, fused_without_counterpart, layer_with_layers, custom]
-)
-def test_what_stays_in_float_is_copied(make: Callable[[], Any]) -> None:
-    model, settings = make()
-    model.eval()
-    if make is layer_with_layers:
-        fq.propagate_qconfig_(model, {"": fq.default_dynamic_qconfig})
-        prepared = model
-    else:
-        model.qconfig = fq.default_qconfig
-        observed = {"float_to_observed_custom_module_class": {Referred: Observed}}
-        settings_of_prepare = {"prepare_custom_config_dict": observed} if make is custom else {}
-        prepared = fq.prepare(model, **settings_of_prepare)
-        prepared(torch.randn(2, 3, 5, 5) if make is fused_for_training else torch.randn(2, 4))
-    before = tree(prepared)
-    converted = fq.convert(prepared, **settings)
-
-    def storages(root: nn.Module) -> set[int]:
-        layers = [m for m in root.modules() if isinstance(m, Referred)]
-        every = [*root.modules(), *(layer for m in layers for layer in m.layers)]
-        tensors = [t for m in every for t in (*m.parameters(), *m.buffers())]
-        return {t.data_ptr() for t in tensors if t.numel()}
-
-    assert tree(prepared) == before
-    assert storages(prepared)
-    assert not storages(prepared) & storages(converted)
 
 
 def test_allow_list_limits_what_is_observed() -> None:
@@ -807,7 +525,7 @@ def test_observers_see_what_the_module_itself_put_out() -> None:
 
 
 def test_get_observer_dict_lists_nested_observers_under_a_prefix() -> None:
-    model = trained(fq, STATIC_CASES["linears"], QAT_QCONFIGS["x86"])
+    model = STATIC_CASES["linears"].trained(fq, QAT_QCONFIGS["x86"])
     found: dict[str, Any] = {}
     _get_observer_dict(model, found, "net")
     theirs: dict[str, Any] = {}
@@ -852,9 +570,9 @@ def test_one_module_under_two_names_stays_one_module() -> None:
 def test_prepared_models_can_be_copied_pickled_and_saved(name: str, qat: bool) -> None:
     case = STATIC_CASES[name]
     if qat:
-        model = trained(fq, case, QAT_QCONFIGS["x86"], fuse=bool(case.fusable))
+        model = case.trained(fq, QAT_QCONFIGS["x86"], fuse=bool(case.fusable))
     else:
-        model = prepared(fq, case, STATIC_QCONFIGS["minmax"])
+        model = case.calibrated(fq, STATIC_QCONFIGS["minmax"])
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -928,67 +646,8 @@ def test_a_users_own_module_is_observed_and_quantized_its_own_way() -> None:
 # --------------------------------------------------------------------------------------- hooks
 
 
-class Recorder:
-    """Hooks that write down when they run."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def add(self, module: nn.Module, name: str) -> None:
-        def note(suffix: str) -> Callable[..., None]:
-            return lambda *args: self.calls.append(f"{name} {suffix} {len(args)}")
-
-        module.register_forward_pre_hook(note("pre"))
-        module.register_forward_pre_hook(note("pre kwargs"), with_kwargs=True)
-        module.register_forward_hook(note("post"))
-        module.register_forward_hook(note("post kwargs"), with_kwargs=True)
-        module.register_forward_hook(note("always"), always_call=True)
-
-
-EXPECTED_CALLS = ["pre 2", "pre kwargs 3", "post 3", "post kwargs 4", "always 3"]
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_hooks_keep_their_order_and_flags_through_prepare_and_convert(training: bool) -> None:
-    recorder = Recorder()
-    model = Stubbed(fq, nn.Linear(4, 4)).train(training)
-    recorder.add(model.body, "body")
-    expected = [f"body {call}" for call in EXPECTED_CALLS]
-    model.qconfig = fq.get_default_qat_qconfig() if training else fq.default_qconfig
-    model = fq.prepare_qat(model) if training else fq.prepare(model)
-    model(torch.randn(3, 4))
-    assert recorder.calls == expected
-    recorder.calls.clear()
-    model = fq.convert(model.eval())
-    assert type(model.body) is nnq.Linear
-    model(torch.randn(3, 4))
-    assert recorder.calls == expected
-    recorder.calls.clear()
-    with pytest.raises(RuntimeError):
-        model.body(torch.randn(3, 4))  # a quantized module takes no float tensor
-    assert recorder.calls == [expected[0], expected[1], expected[4]]
-
-
-@pytest.mark.parametrize(
-    "build", [lambda: Recurrent(fq), lambda: STATIC_CASES["attention"].build(fq)]
-)
-def test_hooks_of_custom_modules_run_once(build: Callable[[], nn.Module]) -> None:
-    model = build().eval()
-    module = model.lstm if hasattr(model, "lstm") else model.attention
-    calls: list[str] = []
-    module.register_forward_hook(lambda *_: calls.append("post"))
-    module.register_forward_pre_hook(lambda *_: calls.append("pre"))
-    model.qconfig = fq.default_qconfig
-    x = torch.randn(3, 2, 6 if hasattr(model, "lstm") else 8)
-    model = fq.prepare(model)
-    model(x)
-    assert calls == ["pre", "post"]
-    fq.convert(model)(x)
-    assert calls == ["pre", "post"] * 2
-
-
 def test_swap_module_swaps_one_module() -> None:
-    model = prepared(fq, STATIC_CASES["linears"], STATIC_QCONFIGS["minmax"])
+    model = STATIC_CASES["linears"].calibrated(fq, STATIC_QCONFIGS["minmax"])
     mapping = fq.get_default_static_quant_module_mappings()
     linear, relu = model.body[0], model.body[1]
     assert type(fq.swap_module(linear, mapping, {})) is nnq.Linear
@@ -999,7 +658,7 @@ def test_swap_module_swaps_one_module() -> None:
 
 def test_training_modules_that_are_left_in_place_go_on_working() -> None:
     case = STATIC_CASES["linears"]
-    model = trained(fq, case, QAT_QCONFIGS["x86"])
+    model = case.trained(fq, QAT_QCONFIGS["x86"])
     # Reference modules exist for float modules only, so those trained stay.
     model = fq.convert(model, is_reference=True)
     assert type(model.body[0]) is nnqat.Linear
@@ -1067,102 +726,6 @@ def test_what_is_no_qconfig_is_refused() -> None:
         fq.prepare(model)
 
 
-@pytest.mark.parametrize("where", ["", "body", "body.0"])
-def test_conversion_of_an_unprepared_model_is_refused(where: str) -> None:
-    model = Stubbed(fq, nn.Sequential(nn.Linear(2, 2), nn.ReLU())).eval()
-    model.get_submodule(where).qconfig = fq.default_qconfig
-    with pytest.raises(ValueError, match=r"no observer: .*body\.0.*Call prepare"):
-        fq.convert(model)
-    assert type(model.body[0]) is nn.Linear
-
-
-def test_conversion_of_a_module_that_was_not_observed_is_refused() -> None:
-    model = Stubbed(fq, ConvNet()).eval()
-    model.qconfig = fq.default_qconfig
-    model = fq.prepare(model, allow_list=[fq.QuantStub, nn.Linear])
-    model(torch.randn(2, 3, 8, 8))
-    # torch.ao gives such convolutions scale 1 and zero point 0 without a word.
-    with pytest.raises(AssertionError, match=r"no observer: body\.conv1, body\.bn1, body\.conv2"):
-        fq.convert(model)
-
-
-def test_conversion_that_has_nothing_to_observe_needs_no_preparation() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    fq.propagate_qconfig_(model, {nn.Linear: fq.default_dynamic_qconfig})
-    converted = fq.convert(model, fq.get_default_dynamic_quant_module_mappings())
-    assert type(converted[0]) is nnqd.Linear
-    float_model = Stubbed(fq, ConvNet())
-    assert tree(fq.convert(float_model)) == tree(float_model)
-
-
-def test_uncalibrated_layers_are_named_in_one_warning() -> None:
-    model = Stubbed(fq, ConvNet()).eval()
-    model.qconfig = fq.get_default_qconfig()
-    model = fq.prepare(model)
-    with pytest.warns(UserWarning, match="have seen no data") as record:
-        fq.convert(model)
-    messages = [str(warning.message) for warning in record]
-    assert len(messages) == 1
-    assert "quant, body.conv1, body.bn1, body.conv2, body.bn2, body.fc" in messages[0]
-    assert record[0].filename == __file__
-    model.body(model.quant(torch.randn(2, 3, 8, 8)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fq.convert(model)
-
-
-def test_uncalibrated_layers_inside_custom_modules_are_named() -> None:
-    model = Recurrent(fq).eval()
-    model.qconfig = fq.default_qconfig
-    model = fq.prepare(model)
-    with pytest.warns(UserWarning, match=r"lstm\.layers\.0\.layer_fw\.cell\.igates"):
-        fq.convert(model)
-
-
-def test_no_qconfig_anywhere_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="None of the submodules has a qconfig") as record:
-        fq.prepare(Stubbed(fq, nn.Linear(2, 2)).eval())
-    assert record[0].filename == __file__
-
-
-def test_training_needs_training_mode() -> None:
-    model = Stubbed(fq, nn.Linear(2, 2)).eval()
-    model.qconfig = fq.get_default_qat_qconfig()
-    # Both what it is and what torch.ao raises.
-    for expected in (ValueError, AssertionError):
-        with pytest.raises(expected, match=r"training mode; call model\.train\(\)"):
-            fq.prepare_qat(model)
-
-
-def test_calibration_in_training_mode_is_warned_of() -> None:
-    model = Stubbed(fq, ConvNet()).train()
-    model.qconfig = fq.default_qconfig
-    with pytest.warns(UserWarning, match=r"training mode.*body\.bn1, body\.bn2.*model\.eval"):
-        fq.prepare(model)
-
-
-def test_fusing_for_training_and_preparing_for_calibration_is_warned_of() -> None:
-    model = fq.fuse_modules_qat(Stubbed(fq, ConvNet()), [["body.conv1", "body.bn1", "body.relu1"]])
-    model.eval().qconfig = fq.default_qconfig
-    with pytest.warns(UserWarning, match=r"prepare: body\.conv1 were fused for training"):
-        fq.prepare(model)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        fq.quantize_dynamic,
-        lambda model: fq.prepare_qat(model.train()),
-        lambda model: fq.convert(fq.prepare(model.eval())),
-    ],
-)
-def test_a_bare_module_cannot_be_swapped_and_is_warned_of(call: Callable[[Any], Any]) -> None:
-    model = nn.Linear(2, 2)
-    model.qconfig = fq.default_dynamic_qconfig
-    with pytest.warns(UserWarning, match="the Linear that it was given stays as it is"):
-        call(model)
-
-
 class OnCuda(nn.Parameter):
     """A parameter that says it lies on a GPU."""
 
@@ -1218,24 +781,10 @@ def test_observers_go_where_the_model_is() -> None:
     model(torch.randn(3, 2, device="cuda"))
 
 
-def test_a_module_that_cannot_be_converted_is_named() -> None:
-    model = Stubbed(fq, nn.Sequential(nn.Linear(2, 2))).eval()
-    model.qconfig = fq.QConfig(fq.default_observer, fq.default_observer)  # unsigned weights
-    model = fq.prepare(model)
-    model(torch.randn(2, 2))
-    with pytest.raises(AssertionError, match=r"cannot convert body\.0: .*qint8"):
-        fq.convert(model)
-
-
 def test_unknown_dtypes_of_dynamic_quantization_are_refused() -> None:
     for spec in (None, {nn.Linear}):
         with pytest.raises(ValueError, match=r"no default config for torch\.float64"):
             fq.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), spec, torch.float64)
-
-
-def test_a_hook_needs_an_observer() -> None:
-    with pytest.raises(AssertionError, match="no activation_post_process"):
-        _register_activation_post_process_hook(nn.Linear(2, 2))
 
 
 def test_pieces_of_prepare_work_by_themselves() -> None:
@@ -1251,43 +800,9 @@ def test_pieces_of_prepare_work_by_themselves() -> None:
     assert qconfigs(model) == dict.fromkeys(("", "quant", "body", "dequant"), "absent")
 
 
-def test_nothing_is_said_about_what_users_did_not_do() -> None:
-    # In a process of its own: torch says some of it once per process.
-    script = """
-from fastquant import *
-import torch, torch.nn as nn, fastquant as fq
-import torch.ao.quantization as tq
-
-class LSTM(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.quant, self.lstm, self.dequant = fq.QuantStub(), nn.LSTM(3, 4), fq.DeQuantStub()
-    def forward(self, x):
-        return self.dequant(self.lstm(self.quant(x))[0])
-
-for qconfig in (fq.get_default_qconfig(), tq.get_default_qconfig()):
-    model = LSTM().eval()
-    model.qconfig = qconfig
-    model = fq.prepare(model)
-    model(torch.randn(2, 3, 3))
-    fq.convert(model)(torch.randn(2, 3, 3))
-fq.quantize_dynamic(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3)))
-model = fq.QuantWrapper(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
-model = fq.fuse_modules_qat(model.train(), [["module.0", "module.1", "module.2"]])
-model.qconfig = fq.get_default_qat_qconfig()
-model = fq.prepare_qat(model)
-model(torch.randn(2, 3, 4, 4))
-fq.convert(model.eval())(torch.randn(2, 3, 4, 4))
-"""
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
-    )
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
-
-
 def test_fused_training_modules_are_the_expected_ones() -> None:
     case = STATIC_CASES["conv_net"]
-    model = trained(fq, case, QAT_QCONFIGS["x86"], fuse=True)
+    model = case.trained(fq, QAT_QCONFIGS["x86"], fuse=True)
     assert type(model.body.conv1) is nniqat.ConvBnReLU2d
     assert type(model.body.conv2) is nniqat.ConvBn2d
     assert type(model.body.fc) is nnqat.Linear
@@ -1315,18 +830,3 @@ def test_a_fused_module_is_walked_over_once_and_counted_twice() -> None:
     assert calls == {fq: 2, tq: 4}
     assert torch.equal(ours, theirs)
     assert_same(our_qparams, their_qparams)
-
-
-def test_convert_names_layers_and_counts_what_was_left_out_once() -> None:
-    model = nn.Sequential(fq.QuantStub(), nn.Linear(3, 3)).eval()
-    model.qconfig = fq.default_qconfig
-    prepared = fq.prepare(model)
-    with quiet():
-        prepared(torch.tensor([[1.0, 2.0, float("nan")]]))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fq.convert(prepared)
-    messages = [str(w.message) for w in caught if "NaN or infinite" in str(w.message)]
-    assert len(messages) == 1
-    assert "0 (1)" in messages[0]
-    assert "1 (3)" in messages[0]

@@ -266,6 +266,49 @@ class Case:
                 nn.init.uniform_(module.weight, 0.5, 2)
         return model.eval()
 
+    def calibrated(self, ns: ModuleType, qconfig: QConfigOf, fuse: bool = False) -> nn.Module:
+        """Prepared by `ns`, and calibrated on three batches."""
+        model = self.make(ns)
+        if fuse:
+            model = ns.fuse_modules(model, [list(names) for names in self.fusable])
+        model.qconfig = qconfig(ns)
+        model = ns.prepare(model)
+        for seed in range(3):
+            model(*self.inputs(seed))
+        return model
+
+    def trained(self, ns: ModuleType, qconfig: QConfigOf, fuse: bool = False) -> nn.Module:
+        """Prepared for training by `ns`, and trained for three steps."""
+        model = self.make(ns).train()
+        if fuse:
+            model = ns.fuse_modules_qat(model, [list(names) for names in self.fusable])
+        model.qconfig = qconfig(ns)
+        model = ns.prepare_qat(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for seed in range(3):
+            torch.manual_seed(seed)  # dropout
+            optimizer.zero_grad()
+            model(*self.inputs(seed)).square().mean().backward()
+            optimizer.step()
+        return model.eval()
+
+
+QConfigOf = Callable[[ModuleType], Any]
+
+STATIC_QCONFIGS: dict[str, QConfigOf] = {
+    "x86": lambda ns: ns.get_default_qconfig("x86"),
+    "minmax": lambda ns: ns.default_qconfig,
+    "per_channel": lambda ns: ns.default_per_channel_qconfig,
+    "moving_average": lambda ns: ns.QConfig(
+        ns.MovingAverageMinMaxObserver.with_args(averaging_constant=0.3),
+        ns.default_weight_observer,
+    ),
+}
+# torch.ao's fused op (version 1) rounds scales in its own way; version 0 is two plain steps.
+QAT_QCONFIGS: dict[str, QConfigOf] = {
+    "x86": lambda ns: ns.get_default_qat_qconfig("x86", 0),
+    "qnnpack": lambda ns: ns.get_default_qat_qconfig("qnnpack", 0),
+}
 
 STATIC_CASES = {
     "conv_net": Case(

@@ -1,0 +1,150 @@
+"""The scripts in benchmarks/, and the tables made of their stored results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fastquant.bench.machine import machine
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+class Scripts:
+    """Runs files of benchmarks/ as commands, in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        self._monkeypatch = monkeypatch
+
+    def module(self, name: str) -> Any:
+        return importlib.import_module(name)
+
+    def run(self, name: str, *arguments: str | Path) -> None:
+        self._monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        self.module(name).main()
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Scripts:
+    return Scripts(monkeypatch)
+
+
+@pytest.fixture
+def harness(scripts: Scripts) -> ModuleType:
+    module: ModuleType = scripts.module("harness")
+    return module
+
+
+def test_rows(harness: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = harness.Suite("toy", rounds=3, threads=1)
+    timed = harness.Rounds({"fastquant": [1.0, 2.0, 4.0], "torch.ao": [8.0, 8.0, 8.0]}, 1)
+
+    def ratio(times: dict[str, float]) -> float:
+        return times["torch.ao"] / times["fastquant"]
+
+    for target in (harness.at_least(4), harness.at_least(4.1), harness.at_most(4), None):
+        suite.add_rounds("work", "input", timed, ratio, "x", target)
+    # The median of the rounds' ratios, 8, 4 and 2.
+    assert [row["value"]["median"] for row in suite.rows] == [4.0] * 4
+    assert [row["met"] for row in suite.rows] == [True, False, True, None]
+    assert suite.rows[0]["seconds"]["fastquant"] == {
+        "median": 2.0,
+        "low": 1.5,
+        "high": 3.0,
+        "best": 1.0,
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.endswith("NOT MET") for line in printed] == [False, True, False, False]
+    summary = harness.targets_of(suite.rows)
+    assert summary.startswith("2 of 3 targets met")
+    assert "in 4 of 4 rows, other processes disturbed most of the rounds" in summary
+
+
+def test_work_that_torch_ao_cannot_do_has_no_ratio(harness: ModuleType) -> None:
+    suite = harness.Suite("toy", rounds=2, threads=1)
+    suite.compare("work", "input", lambda: None, None, harness.at_least(3))
+    (row,) = suite.rows
+    assert row["unit"] == "µs"
+    assert row["met"] is None
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result of the quickest benchmarks."""
+    path = tmp_path_factory.mktemp("results") / "result.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        options = ("--only", "histogram_search,memory", "--rounds", "2", "--threads", "1")
+        Scripts(monkeypatch).run("run_all", *options, "--json", path)
+    return path
+
+
+def test_stored_result(stored: Path) -> None:
+    result = json.loads(stored.read_text())
+    assert result["machine"] == machine()
+    assert "run_all.py" in result["command"]
+    assert {row["benchmark"] for row in result["rows"]} == {"histogram_search", "memory"}
+    for row in result["rows"]:
+        assert row["threads"] == 1
+        assert row["target"] is None or row["met"] in (True, False)
+    # What fake-quantize keeps for backward, and what a histogram takes as it grows.
+    memory = [row for row in result["rows"] if row["benchmark"] == "memory"]
+    assert all(row["met"] for row in memory)
+    assert {row["unit"] for row in memory} >= {"bits/element"}
+
+
+def test_compare(
+    stored: Path, scripts: Scripts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slower = json.loads(stored.read_text())
+    timed = [row for row in slower["rows"] if row["seconds"]]
+    for summary in (row["seconds"]["fastquant"] for row in timed):
+        summary.update({key: 100 * value for key, value in summary.items()})
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(slower))
+
+    def compared(before: Path, after: Path) -> str:
+        scripts.run("compare", before, after)
+        return capsys.readouterr().out
+
+    same = compared(stored, stored)
+    assert "slower" not in same
+    assert "faster" not in same
+    worse = compared(stored, other)
+    assert worse.count("slower") == worse.count("100.00x") == len(timed)
+    assert compared(other, stored).count("faster") == len(timed)
+    with pytest.raises(SystemExit, match=r"absent\.json"):
+        compared(stored, tmp_path / "absent.json")
+
+
+def test_readme_section(
+    stored: Path, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = tmp_path / "README.md"
+    around = "# Title\n\n<!-- bench:begin -->{}<!-- bench:end -->\n\n## After\n"
+    readme.write_text(around.format("\n"))
+    readme_table = scripts.module("readme_table")
+    monkeypatch.setattr(readme_table, "README", readme)
+    monkeypatch.setattr(readme_table, "IN_README", ("histogram_search",))
+
+    with pytest.raises(SystemExit, match="stale"):
+        scripts.run("readme_table", stored, "--check")
+    scripts.run("readme_table", stored)
+    once = readme.read_text()
+    section = once.removeprefix("# Title\n\n<!-- bench:begin -->").split("<!-- bench:end -->")[0]
+    assert once == around.format(section)
+    rows = [row for row in json.loads(stored.read_text())["rows"] if row["unit"] == "x"]
+    lines = section.splitlines()
+    assert sum(line.startswith("| calculate_qparams") for line in lines) == len(rows)
+    assert machine()["cpu"] in section
+    scripts.run("readme_table", stored)
+    assert readme.read_text() == once
+    with pytest.raises(SystemExit) as raised:
+        scripts.run("readme_table", stored, "--check")
+    assert raised.value.code == 0

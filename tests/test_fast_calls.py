@@ -1,0 +1,116 @@
+"""Calls round the dispatcher: the results of the ops, and nothing that intercepts ops missed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import op_calls
+from fastquant._native import fast_calls, ops, routes
+from op_calls import IGNORE, assert_same, called, counter, eps, fused_arguments, unobserved
+from strategies import (
+    random_values,
+)
+
+float32 = st.just(torch.float32)
+
+NO_GRADIENT = torch.zeros(0)
+
+
+def with_gradient(function: Callable[..., Tensor], x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The result, and what it makes of a gradient."""
+    leaf = x.detach().clone() if x.is_contiguous() else x.detach()
+    y = function(leaf.requires_grad_(), *args)
+    (gradient,) = torch.autograd.grad(y, leaf, torch.cos(y.detach() * 3))
+    return y.detach(), gradient
+
+
+def without_gradient(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    return function(*args), NO_GRADIENT
+
+
+ROUND_AND_THROUGH: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
+    "fused": (routes.apply_fused, op_calls.fused),
+    "fake_quantize": (
+        lambda x, scale, zero_point, enabled, axis, *quant_range: routes.apply_fake_quantize(
+            x, scale, zero_point, axis, *quant_range, enabled
+        ),
+        op_calls.fake_quantize,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROUND_AND_THROUGH)
+@pytest.mark.parametrize("run", [with_gradient, without_gradient])
+@given(st.data())
+def test_round_the_dispatcher_or_through_it_is_the_same(
+    kind: str, run: Callable[..., Any], data: st.DataObject
+) -> None:
+    function, calls = ROUND_AND_THROUGH[kind]
+    _, args = data.draw(calls())
+    outcomes = []
+    for fast in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fast_calls, "fast_calls", fast and fast_calls.fast_calls)
+            outcomes.append(called(lambda *own: run(function, *own), args))
+    assert_same(outcomes[0], outcomes[1])
+
+
+@given(op_calls.search_histogram_range(), op_calls.schemes())
+def test_histogram_qparams_are_those_of_the_range_found(
+    call: Any, config: tuple[int, int, int, int]
+) -> None:
+    _, (histogram, low, high, levels) = call
+    smallest = eps(low.dtype)
+    found = ops.search_histogram_range(histogram, low, high, levels)
+    expected = ops.choose_qparams(*found, smallest, *config)
+    got = routes.histogram_qparams(histogram, low, high, smallest, levels, *config)
+    assert_same(got, expected)
+
+
+def test_a_counter_that_nothing_can_be_kept_in_is_refused_and_changes_nothing() -> None:
+    x = torch.tensor([1.0, math.nan])
+    for dtype in (torch.int16, torch.uint8, torch.bool):
+        args = fused_arguments()
+        args[6] = counter().to(dtype)
+        low, high, *_ = args[2:]
+        for call in (
+            lambda args=args: routes.apply_fused(x, *args),
+            lambda args=args: routes.observe_minmax(
+                x, args[2], args[3], args[6], None, 0.1, IGNORE
+            ),
+        ):
+            with pytest.raises(RuntimeError):
+                call()
+            assert_same([low, high], unobserved())
+
+
+@pytest.mark.parametrize("run", [with_gradient, without_gradient])
+def test_qparams_that_lie_in_memory_as_their_negatives(run: Callable[..., Any]) -> None:
+    x, zero_point = random_values((9,), torch.float32, 0), torch.tensor([3], dtype=torch.int32)
+    scale = torch.tensor([0.1])
+    negated = torch._neg_view(-scale)
+    assert negated.is_neg()
+    results = [
+        run(lambda x, s: routes.apply_fake_quantize(x, s, zero_point, None, -9, 9), x, s)
+        for s in (scale, negated)
+    ]
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_default_device_elsewhere_changes_nothing(needs_grad: bool) -> None:
+    args, expected_args = fused_arguments(3), fused_arguments(3)
+    x = random_values((3, 70), torch.float32, 0).requires_grad_(needs_grad)
+    run = with_gradient if needs_grad else without_gradient
+    expected = run(routes.apply_fused, x, *expected_args)
+    with torch.device("meta"):
+        y, gradient = run(routes.apply_fused, x, *args)
+    assert_same((y, gradient, args), (*expected, expected_args))
