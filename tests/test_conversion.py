@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.quantizable as nnquantizable
 import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
@@ -101,6 +102,31 @@ def test_a_converted_model_is_the_one_that_torch_makes(
     converted = fq.convert(model, inplace=inplace)
     assert (converted is model) == inplace
     assert_same_models(converted, expected, STATIC_CASES[name.split(",")[0]].inputs(7))
+
+
+class Linears(nn.Module):
+    """Linear layers of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.fused = nni.LinearReLU(nn.Linear(8, 8), nn.ReLU())
+        self.last = nn.modules.linear.NonDynamicallyQuantizableLinear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fused(self.first(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+def test_dynamic_quantization_leads_to_torchs_model(dtype: torch.dtype, shortcuts: bool) -> None:
+    model = Linears()
+    kinds = {nn.Linear, nni.LinearReLU, type(model.last)}
+    ours = fq.quantize_dynamic(model, kinds, dtype)
+    with oracle():
+        theirs = tq.quantize_dynamic(model, kinds, dtype)
+    assert vars(ours.first).keys() == vars(theirs.first).keys()
+    assert str(ours) == str(theirs)
+    assert_same_models(ours, theirs, (torch.randn(3, 2, 8),))
 
 
 QAT_QCONFIGS: dict[str, Callable[[], Any]] = {

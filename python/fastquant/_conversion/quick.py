@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,34 +21,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from .._torch import ao
-from .._torch.ao import nni, nniq, nniqat, nnq, nnqat
+from .._torch.ao import nni, nniq, nniqat, nniqd, nnq, nnqat, nnqd
 from .._torch.hooks import has_hooks_of_its_own
 from .._torch.private import global_forward_hooks, without_derivatives
 from ..fake_quantize import FakeQuantizeBase
 from .plan import Entry, How, Plan
 from .weights import quantize_weight
 
-_FLOAT_SOURCES: dict[type, type] = {
-    **{getattr(nnq, name): getattr(nn, name) for name in ("Conv1d", "Conv2d", "Conv3d", "Linear")},
-    **{
-        getattr(nniq, name): getattr(nni, name)
-        for name in ("ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU")
-    },
+# What becomes what: float modules first, then the training ones.
+_SOURCES: dict[type, tuple[type, ...]] = {
+    nnq.Conv1d: (nn.Conv1d, nniqat.ConvBn1d),
+    nnq.Conv2d: (nn.Conv2d, nniqat.ConvBn2d, nnqat.Conv2d),
+    nnq.Conv3d: (nn.Conv3d, nniqat.ConvBn3d, nnqat.Conv3d),
+    nnq.Linear: (nn.Linear, NonDynamicallyQuantizableLinear, nniqat.LinearBn1d, nnqat.Linear),
+    nniq.ConvReLU1d: (nni.ConvReLU1d, nniqat.ConvBnReLU1d),
+    nniq.ConvReLU2d: (nni.ConvReLU2d, nniqat.ConvBnReLU2d, nniqat.ConvReLU2d),
+    nniq.ConvReLU3d: (nni.ConvReLU3d, nniqat.ConvBnReLU3d, nniqat.ConvReLU3d),
+    nniq.LinearReLU: (nni.LinearReLU, nniqat.LinearReLU),
+    nnqd.Linear: (nn.Linear, NonDynamicallyQuantizableLinear),
+    nniqd.LinearReLU: (nni.LinearReLU,),
 }
-_TRAINED_SOURCES: dict[type, tuple[type, ...]] = {
-    nnq.Conv1d: (nniqat.ConvBn1d,),
-    nnq.Conv2d: (nniqat.ConvBn2d, nnqat.Conv2d),
-    nnq.Conv3d: (nniqat.ConvBn3d, nnqat.Conv3d),
-    nnq.Linear: (nniqat.LinearBn1d, nnqat.Linear),
-    nniq.ConvReLU1d: (nniqat.ConvBnReLU1d,),
-    nniq.ConvReLU2d: (nniqat.ConvBnReLU2d, nniqat.ConvReLU2d),
-    nniq.ConvReLU3d: (nniqat.ConvBnReLU3d, nniqat.ConvReLU3d),
-    nniq.LinearReLU: (nniqat.LinearReLU,),
+_TRAINED = {
+    source
+    for source in itertools.chain(*_SOURCES.values())
+    if source in vars(nnqat).values() or source in vars(nniqat).values()
 }
-_TRAINED = {source for sources in _TRAINED_SOURCES.values() for source in sources}
 # Modules that keep a scale and a zero point; made by from_float, which reads an observer.
 _SCALED = (nnq.Quantize, nnq.QFunctional)
 
@@ -60,15 +62,13 @@ def is_trusted() -> bool:
     return _is_built_as_known() and _methods() == _KNOWN_METHODS
 
 
+_CLASSES = {cls for target in (*_SOURCES, *_SCALED) for cls in target.__mro__[:-1]}
+_MAKING = ("__init__", "__setstate__", "_init", "from_float", "get_qconv", "set_weight_bias")
+
+
 def _methods() -> list[Any]:
     """What decides how quantized modules are made, wherever it is defined."""
-    names = ("__init__", "__setstate__", "_init", "from_float", "get_qconv", "set_weight_bias")
-    return [
-        vars(cls).get(name)
-        for target in (*_FLOAT_SOURCES, *_SCALED)
-        for cls in target.__mro__[:-1]
-        for name in names
-    ]
+    return [vars(cls).get(name) for cls in _CLASSES for name in _MAKING]
 
 
 _KNOWN_METHODS = _methods()
@@ -90,8 +90,9 @@ def _is_built_as_known() -> bool:
     for method in _KNOWN_METHODS:
         if not getattr(method, "__module__", "torch.").startswith("torch."):
             return False
+    weight = torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)
     target: Any
-    for target in _FLOAT_SOURCES:
+    for target in _SOURCES:
 
         class Unpacked(target):  # type: ignore[misc]
             """Packing takes 20 ms where it has not been used in the process."""
@@ -101,7 +102,7 @@ def _is_built_as_known() -> bool:
 
         try:
             theirs: Any = Unpacked(1, 1) if issubclass(target, nnq.Linear) else Unpacked(1, 1, 1)
-            ours = _quantized_layer(Unpacked, theirs, torch.empty(0), None)
+            ours = _quantized_layer(Unpacked, theirs, weight, None)
         except Exception:
             return False
         if attributes(ours) != attributes(theirs):
@@ -116,11 +117,15 @@ def can_make(target: Any, module: nn.Module) -> bool:
     """Whether `make` gives what `target.from_float` would."""
     if not _is_known(target, module):
         return False
-    observer: Any = module._modules.get("activation_post_process")
     layer = _layer(module)
+    if issubclass(target, nnqd.Linear):
+        # torch has a default where there is no observer for the weight.
+        observes = getattr(layer.qconfig, "weight", None) is not None
+    else:
+        observer = module._modules.get("activation_post_process")
+        observes = getattr(observer, "dtype", torch.float) != torch.float
     return (
-        observer is not None
-        and getattr(observer, "dtype", torch.float) != torch.float
+        observes
         and (isinstance(layer, nn.Linear) or _has_usual_geometry(layer))
         and _is_on_cpu(module)
     )
@@ -128,13 +133,12 @@ def can_make(target: Any, module: nn.Module) -> bool:
 
 def _is_known(target: Any, module: nn.Module) -> bool:
     """Whether `module` is a layer as float models or training have it, and becomes a `target`."""
-    if not isinstance(target, type):
+    if not isinstance(target, type) or type(module) not in _SOURCES.get(target, ()):
         return False
-    if type(module) in _TRAINED_SOURCES.get(target, ()):
+    if type(module) in _TRAINED:
         return "weight_fake_quant" in module._modules
-    return type(module) is _FLOAT_SOURCES.get(target) and not any(
-        hasattr(m, "weight_fake_quant") for m in (module, _layer(module))
-    )
+    # AdaRound gives float modules one.
+    return not any(hasattr(m, "weight_fake_quant") for m in (module, _layer(module)))
 
 
 def _layer(module: Any) -> Any:
@@ -169,13 +173,19 @@ def make(target: Any, module: Any, use_precomputed_fake_quant: bool = False) -> 
     # As torch has it, which observes the weights of convolutions in any case.
     if not (use_precomputed_fake_quant and isinstance(layer, nn.Linear)):
         _observe(observer, weight)
-    if observer.dtype != torch.qint8:
+    is_dynamic = issubclass(target, nnqd.Linear)
+    if is_dynamic and observer.dtype == torch.float16:
+        weight = weight.float()
+    elif observer.dtype == torch.qint8:
+        weight = quantize_weight(weight.float(), observer)
+    else:
         raise AssertionError(
-            f"weights must be torch.qint8, and their observer's is {observer.dtype}"
+            f"the observer of the weight must have dtype torch.qint8, and has {observer.dtype}"
         )
-    made = _quantized_layer(target, layer, quantize_weight(weight.float(), observer), bias)
-    scale, zero_point = module.activation_post_process.calculate_qparams()
-    made.scale, made.zero_point = float(scale), int(zero_point)
+    made = _quantized_layer(target, layer, weight, bias)
+    if not is_dynamic:
+        scale, zero_point = module.activation_post_process.calculate_qparams()
+        made.scale, made.zero_point = float(scale), int(zero_point)
     return made  # type: ignore[no-any-return]
 
 
@@ -209,7 +219,7 @@ def _quantized_layer(target: Any, layer: Any, weight: Tensor, bias: Tensor | Non
     made: Any
     if issubclass(target, nnq.Linear):
         # The constructor packs a weight of this size, which is soon packed.
-        made = target(1, 1)
+        made = target(1, 1, dtype=torch.qint8 if weight.is_quantized else torch.float16)
         made.in_features, made.out_features = layer.in_features, layer.out_features
         with without_derivatives():
             made.set_weight_bias(weight, bias)
