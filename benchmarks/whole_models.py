@@ -41,6 +41,7 @@ TARGETS: dict[str, dict[str, Target | None]] = {
     "resnet18": {"calibrate": at_most(0.06), "qat": None},
 }
 WHAT = {"calibrate": "calibration forward", "qat": "QAT step"}
+CONVERT = {"calibrate": "convert", "qat": "convert after QAT"}
 
 
 def overheads(suite: Suite, name: str, mode: str, model: nn.Module) -> None:
@@ -82,17 +83,22 @@ def qat_modules(suite: Suite, name: str, model: nn.Module) -> None:
     )
 
 
-def convert(suite: Suite, name: str, model: nn.Module) -> None:
+def convert(suite: Suite, name: str, mode: str, model: nn.Module) -> None:
     runs = []
     for ns in (fastquant, torch_ao):
-        prepared = bench.fused(model.eval(), "calibrate")
-        prepared.qconfig = ns.get_default_qconfig("x86")
-        ns.prepare(prepared, inplace=True)
-        with torch.no_grad():
-            prepared(normal(1, *BATCH[1:]))
-        runs.append(functools.partial(ns.convert, prepared))
+        prepared = bench.fused(model.train(mode == "qat"), mode)
+        if mode == "qat":
+            prepared.qconfig = ns.get_default_qat_qconfig("x86")
+            ns.prepare_qat(prepared, inplace=True)
+            bench.Step(prepared, normal(2, *BATCH[1:]), "qat")()
+        else:
+            prepared.qconfig = ns.get_default_qconfig("x86")
+            ns.prepare(prepared, inplace=True)
+            with torch.no_grad():
+                prepared(normal(1, *BATCH[1:]))
+        runs.append(functools.partial(ns.convert, prepared.eval()))
     ours, theirs = runs
-    suite.compare(f"{name}: convert", "x86 qconfig", ours, theirs, at_least(3), MOST_ROUNDS)
+    suite.compare(f"{name}: {CONVERT[mode]}", "x86 qconfig", ours, theirs, at_least(3), MOST_ROUNDS)
 
 
 def measure(suite: Suite) -> None:
@@ -103,8 +109,8 @@ def measure(suite: Suite) -> None:
             raise SystemExit(f"whole_models.py: {error}") from None
         for mode in WHAT:
             overheads(suite, name, mode, model)
+            convert(suite, name, mode, model)
         qat_modules(suite, name, model)
-        convert(suite, name, model)
 
 
 if __name__ == "__main__":
