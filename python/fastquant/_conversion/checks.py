@@ -220,13 +220,13 @@ def _warn_of_nonfinite(plan: Plan) -> None:
 def nonfinite_counts(model: nn.Module) -> dict[str, int]:
     """Layer name → non-finite values that its observers have left out so far."""
     counts: dict[str, int] = {}
-    for name, buffer in model.named_buffers():
-        *path, leaf = name.split(".")
-        if leaf == "nonfinite_count":
-            while path and path[-1] == "activation_post_process":
-                path.pop()
-            layer = ".".join(path) or "the model itself"
-            counts[layer] = counts.get(layer, 0) + int(buffer)
+    for path, module in model.named_modules():
+        if "nonfinite_count" in module._buffers:
+            parts = path.split(".")
+            while parts and parts[-1] == "activation_post_process":
+                parts.pop()
+            layer = ".".join(parts) or "the model itself"
+            counts[layer] = counts.get(layer, 0) + int(module.nonfinite_count)
     return counts
 
 
