@@ -13,7 +13,8 @@ import torch.ao.quantization as torch_ao
 from torch import Tensor, nn
 
 import fastquant
-from harness import INPUT, Case, Suite, Target, at_least, describe, main, normal
+from fastquant import bench
+from harness import INPUT, Case, Suite, Target, at_least, at_most, describe, main, normal
 
 PER_CHANNEL = {
     "quant_min": -128,
@@ -103,8 +104,41 @@ def bf16(suite: Suite) -> None:
             )
 
 
+def small_layer(suite: Suite) -> None:
+    """A training step of one small layer with its batch norm: what surrounds the arithmetic."""
+    float_layer = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)).train()
+
+    def prepared(ns: Any, enabled: bool) -> nn.Module:
+        model = ns.fuse_modules_qat(nn.Sequential(float_layer), [["0.0", "0.1"]])
+        model.qconfig = ns.get_default_qat_qconfig("x86")
+        model = ns.prepare_qat(model)
+        if not enabled:
+            model.apply(ns.disable_fake_quant).apply(ns.disable_observer)
+        return model
+
+    x = normal(4, 8, 16, 16)
+    for what, enabled, target in (("", True, None), (", all off", False, at_most(0.20))):
+        cases = {
+            key: Case(bench.Step(model, x, "qat"))
+            for key, model in (
+                ("float", float_layer),
+                ("fastquant", prepared(fastquant, enabled)),
+                ("torch.ao", prepared(torch_ao, enabled)),
+            )
+        }
+        suite.add(
+            f"Conv2d(8, 16, 3) with batch norm: QAT step{what}, over float",
+            describe(x),
+            cases,
+            lambda t: t["fastquant"] / t["float"] - 1,
+            "more",
+            target,
+        )
+
+
 def measure(suite: Suite) -> None:
     against_torch_ao(suite)
+    small_layer(suite)
     bf16(suite)
 
 

@@ -14,9 +14,9 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._conversion import checks, swapping
 from ._conversion.plan import Classes, Entry, Plan, has_qconfig, look_up
+from ._core.errors import PATH_IN_MODEL
 from ._torch import ao
 from ._torch.ao import nnq, nnquantizable
-from ._torch.counterparts import IN_PREPARED_MODEL
 from ._torch.hooks import (
     add_observer_hook,
     copy_forward_hooks,
@@ -212,6 +212,8 @@ def _unique_device(module: nn.Module, purpose: str) -> torch.device | None:
 
 
 def _make_observer(factory: Callable[[], nn.Module], device: torch.device | None) -> nn.Module:
+    if not callable(factory):
+        raise TypeError(f"a qconfig's activation must be a callable, got {factory!r}")
     observer = factory()
     return observer if device is None else observer.to(device)
 
@@ -373,9 +375,9 @@ def _prepare(
             custom_module_class_mapping=custom.get("float_to_observed_custom_module_class", {}),
         )
     _observe_sequentials_once(model)
-    for module in model.modules():
+    for path, module in model.named_modules():
         if _is_activation_post_process(module):
-            module.__dict__[IN_PREPARED_MODEL] = True
+            module.__dict__[PATH_IN_MODEL] = path
 
 
 def _observe_sequentials_once(model: nn.Module) -> None:

@@ -21,3 +21,16 @@ class ConversionError(QuantizationError, RuntimeError):
     torch.ao lets through what a module's `from_float` raises, most often the RuntimeError of an
     op that packs weights; so code written for torch.ao may catch that.
     """
+
+
+# The attribute of observers and fake-quantizers that holds where they are in a prepared model. It
+# is copied and pickled with them, and in no state_dict.
+PATH_IN_MODEL = "_path_in_model"
+
+
+def naming_its_layer(module: object, error: Exception) -> Exception:
+    """The error with the path of the module in front, where `prepare` put it into a model."""
+    path = getattr(module, PATH_IN_MODEL, None)
+    if not path or type(error) not in (RuntimeError, TypeError, ValueError):
+        return error
+    return type(error)(f"{path}: {error}")

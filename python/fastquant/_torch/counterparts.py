@@ -6,6 +6,8 @@ import types
 
 from torch import nn
 
+from .._core.errors import PATH_IN_MODEL
+
 # A class of ours by the torch.ao class that it stands in for.
 COUNTERPARTS: dict[type, type] = {}
 
@@ -16,9 +18,6 @@ def subclasshook(cls: type, candidate: type) -> bool | types.NotImplementedType:
         if ours is not None and cls in ours.__mro__:
             return True
     return NotImplemented  # type: ignore[no-any-return]
-
-
-IN_PREPARED_MODEL = "_is_in_prepared_model"
 
 
 def scriptable(module: nn.Module, cls: type | None = None) -> nn.Module:
@@ -35,7 +34,7 @@ def scriptable(module: nn.Module, cls: type | None = None) -> nn.Module:
         RuntimeError: the module is in a prepared model. To let torch find that hooks cannot be
             scripted would be too late: by then it has put what this returns into the model.
     """
-    if IN_PREPARED_MODEL in vars(module):
+    if PATH_IN_MODEL in vars(module):
         raise RuntimeError(
             "prepared models cannot be scripted, for the hooks they have: use torch.jit.trace, or "
             "script the model that convert returns"
