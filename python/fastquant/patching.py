@@ -177,7 +177,7 @@ class Patch:
 def patch_torch_ao() -> Patch:
     """Put fastquant's implementations into `torch.ao.quantization`, for code one cannot edit.
 
-    Observers, fake-quantizes, qconfigs, defaults, mappings, fusing, prepare, convert and the
+    Observers, fake-quantizers, qconfigs, defaults, mappings, fusing, prepare, convert and the
     rest of the eager interface are swapped by identity in every imported module of
     `torch.ao.quantization` and of its old alias `torch.quantization`. A module elsewhere that
     took a name before (`from torch.ao.quantization import prepare`) keeps torch's. Stubs and

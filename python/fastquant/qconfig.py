@@ -81,7 +81,7 @@ __all__ = [
 ]
 
 Factory: TypeAlias = Callable[..., Any]
-"""A class of observer or fake-quantize, or what its `with_args` returns."""
+"""What makes an observer or fake-quantizer: a class, what its `with_args` returns, any callable."""
 
 
 class _Factories(NamedTuple):
@@ -201,7 +201,7 @@ default_qat_qconfig = QConfig(default_fake_quant, default_weight_fake_quant)
 """QAT, weights per tensor."""
 
 default_qat_qconfig_v2 = QConfig(default_fused_act_fake_quant, default_fused_wt_fake_quant)
-"""QAT, observing and fake-quantizing in one operation."""
+"""QAT; one operation observes and fake-quantizes."""
 
 default_dynamic_qat_qconfig = QConfig(default_dynamic_fake_quant, default_weight_fake_quant)
 """QAT for dynamic quantization."""
@@ -259,7 +259,7 @@ _BACKENDS = {
     "onednn": _Backend(reduce_range=None, per_channel_weights=True),
 }
 
-# By version of the training configs: fake-quantize class, weights per tensor, per channel.
+# By version of the training configs: class of fake-quantizer, weights per tensor, per channel.
 _QAT_VERSIONS: dict[int, tuple[type[FakeQuantize], Factory, Factory]] = {
     0: (FakeQuantize, default_weight_fake_quant, default_per_channel_weight_fake_quant),
     1: (
@@ -353,7 +353,7 @@ def _assert_valid_qconfig(qconfig: Any, mod: nn.Module) -> None:
     transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     if isinstance(mod, transposed) and getattr(qconfig, "weight", None) is not None:
         weight = qconfig.weight()
-        # As in torch.ao, a per-channel fake-quantize passes: it trains, though it cannot be
+        # As in torch.ao, a per-channel fake-quantizer passes: it trains, though it cannot be
         # converted.
         qscheme: Any = getattr(weight, "qscheme", None)
         if is_per_channel(qscheme) and not isinstance(weight, FakeQuantizeBase):
@@ -364,9 +364,9 @@ def _assert_valid_qconfig(qconfig: Any, mod: nn.Module) -> None:
 
 
 class _DeviceOf:
-    """Makes `factory_kwargs` for tensors that belong where a module lies when called.
+    """Returns `factory_kwargs` with the device that a module is on at the time of the call.
 
-    An object and no closure, so that prepared models can be copied and pickled.
+    An object instead of a closure, so that prepared models can be copied and pickled.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -464,7 +464,7 @@ def qconfig_equals(q1: Any, q2: Any) -> bool:
 
 
 def _is_memoryless(activation: Any) -> bool:
-    """Whether an observer, or a fake-quantize's, remembers no earlier batch."""
+    """Whether an observer, or that of a fake-quantizer, remembers no earlier batch."""
     if isinstance(activation, FakeQuantizeBase):
         activation = getattr(activation, "activation_post_process", activation)
     return bool(getattr(activation, "averaging_constant", None) == 1)

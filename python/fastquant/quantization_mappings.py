@@ -137,7 +137,7 @@ DEFAULT_MODULE_TO_ACT_POST_PROCESS: Mapping = {
     ),
     nn.Tanh: default_fixed_qparams_range_neg1to1_fake_quant,
 }
-"""Module whose output range is known to the fake-quantize that it trains with."""
+"""Module whose output range is known to the fake-quantizer that it trains with."""
 
 _INCLUDE_QCONFIG_PROPAGATE_LIST: set[Callable[..., Any]] = {nn.Sequential}
 
@@ -278,7 +278,7 @@ def get_quantized_operator(float_op: Callable[..., Any] | str) -> Any:
 
 
 def _get_special_act_post_process(module: nn.Module) -> Callable[..., Any] | None:
-    """What makes the fake-quantize of a module whose output range is known, None for others."""
+    """What makes the fake-quantizer of a module whose output range is known, None for others."""
     return DEFAULT_MODULE_TO_ACT_POST_PROCESS.get(type_before_parametrizations(module))
 
 

@@ -155,7 +155,7 @@ def _remove_qconfig(module: nn.Module) -> None:
         _remove_qconfig(child)
     if hasattr(module, "qconfig"):
         del module.qconfig
-    # A fake-quantize's observer is its own. Where a training module stays, its fake-quantize
+    # The observer inside a fake-quantizer stays: where a training module stays, its fake-quantizer
     # must go on working.
     if not _is_activation_post_process(module):
         _remove_activation_post_process(module)
@@ -407,7 +407,7 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
     """Prepare a model for quantization-aware training.
 
     Propagates configs, swaps modules for ones that fake-quantize their weight, attaches
-    observers or fake-quantizes to outputs.
+    observers or fake-quantizers to outputs.
 
     Args:
         model: float model, in training mode, on one device, `qconfig` set.

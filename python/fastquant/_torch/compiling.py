@@ -1,4 +1,4 @@
-"""What torch.compile has to be told, told when it is there.
+"""What torch.compile has to be told, as soon as torch._dynamo is imported.
 
 Importing torch._dynamo takes longer than importing torch, and most programs never compile. So
 `when_compiling` puts off until then whatever needs it.
@@ -19,7 +19,7 @@ from .private import DYNAMO
 
 
 class _AfterDynamo(MetaPathFinder):
-    """Steps in where torch._dynamo is imported, for as long as that takes."""
+    """Finds torch._dynamo once, and runs tasks after it has been executed."""
 
     def __init__(self) -> None:
         self.tasks: list[Callable[[], None]] = []

@@ -1,4 +1,4 @@
-"""Forward hooks: those that feed observers, and how users' own get to another module."""
+"""Forward hooks: those that call observers, and the copying of users' own to another module."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _observe_input(self: Any, input: Any) -> Any:
 
 @when_compiling
 def _show_dynamo_the_hooks() -> None:
-    """torch.compile does not look into functions of torch.ao; in their place it takes these."""
+    """torch.compile does not trace into functions of torch.ao, but into these in their place."""
     for hook, same in zip(_OBSERVER_HOOKS, (_observe_output, _observe_input), strict=True):
-        # Refused where this module is imported a second time: they are known by then.
+        # Dynamo refuses a second registration, as when this module is reloaded.
         with suppress(ValueError):
             cast(Any, torch.compiler.substitute_in_graph)(hook)(same)
 
