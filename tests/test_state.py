@@ -578,3 +578,36 @@ def test_observers_without_an_entry_keep_their_state() -> None:
     before = snapshot(read)
     load_observer_state_dict(read, OrderedDict())
     assert_unchanged(read, before)
+
+
+@pytest.mark.parametrize("q", [torch_quantization, fastquant])
+def test_observers_of_weights_load_although_their_fake_quantizers_have_no_entry(q: Any) -> None:
+    def prepared() -> Any:
+        model = nn.Sequential(nn.Linear(3, 2)).train()
+        model.qconfig = q.get_default_qat_qconfig("x86", 0)
+        with quiet():
+            return q.prepare_qat(model)
+
+    written, read = prepared(), prepared()
+    written(torch.randn(4, 3))
+    q.observer.load_observer_state_dict(read, q.observer.get_observer_state_dict(written))
+    seen = read[0].weight_fake_quant.activation_post_process
+    assert_same_state(seen, written[0].weight_fake_quant.activation_post_process)
+
+
+def test_a_users_hooks_and_extra_state_see_an_observers_state_once() -> None:
+    calls: list[str] = []
+
+    class Mine(fastquant.MinMaxObserver):
+        def get_extra_state(self) -> int:
+            return 1
+
+        def set_extra_state(self, state: int) -> None:
+            calls.append("extra state")
+
+    module = fastquant.FakeQuantize(Mine)
+    observer = module.activation_post_process
+    observer.register_load_state_dict_pre_hook(lambda *_: calls.append("before"))
+    observer.register_load_state_dict_post_hook(lambda *_: calls.append("after"))
+    module.load_state_dict(module.state_dict())
+    assert calls == ["before", "extra state", "after"]

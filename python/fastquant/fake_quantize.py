@@ -77,6 +77,9 @@ __all__ = [
 
 _is_compiling = torch.compiler.is_compiling
 
+# How the key of a module's extra state ends.
+_EXTRA_STATE = "_extra_state"
+
 _Self = TypeVar("_Self", bound="_LearnableFakeQuantize")
 
 # What these do in one op is all they do. Subclasses may do more, and are called.
@@ -432,14 +435,24 @@ class FakeQuantize(FakeQuantizeBase):
             state_dict.update({of_observer + name: value for name, value in own.items()})
 
     def _observer_takes(self, state: Mapping[str, Any], assign: bool) -> bool:
-        """Whether the observer can load its part of a state, or there is none."""
-        if not state:
+        """Whether the observer can load its part of a state, or there is none.
+
+        The copy that tries has no hooks and no extra state: users' code is called once, when the
+        observer itself loads.
+        """
+        observer = self.activation_post_process
+        loads = type(observer)._load_from_state_dict
+        if not state or not loads.__module__.startswith("fastquant."):
             return True
-        trial = copy.deepcopy(self.activation_post_process)
+        trial = copy.deepcopy(observer)
+        trial._load_state_dict_pre_hooks.clear()
+        trial._load_state_dict_post_hooks.clear()
+        own = {key: value for key, value in state.items() if not key.endswith(_EXTRA_STATE)}
         try:
-            return not trial.load_state_dict(state, strict=False, assign=assign).missing_keys
+            missing = trial.load_state_dict(own, strict=False, assign=assign).missing_keys
         except RuntimeError:
             return False
+        return all(key.endswith(_EXTRA_STATE) for key in missing)
 
 
 outside_graphs(FakeQuantize, "_forward_first", FIRST_FORWARD_IN_GRAPH)

@@ -1120,9 +1120,10 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> Non
     loaded: list[tuple[nn.Module, dict[str, Tensor]]] = []
     for name, module in mod.named_modules():
         prefix = f"{name}." if name else ""
-        if not (
-            _is_activation_post_process(module) and any(key.startswith(prefix) for key in state)
-        ):
+        # A weight's fake-quantize has no entry of its own, for its name is no observer's: there its
+        # observer has.
+        entries = (key.removeprefix(prefix) for key in state if key.startswith(prefix))
+        if not (_is_activation_post_process(module) and any("." not in entry for entry in entries)):
             continue
         loaded.append((module, {k: v.clone() for k, v in module.state_dict().items()}))
         scripted = _is_per_channel_script_obs_instance(module)  # type: ignore[no-untyped-call]
