@@ -19,9 +19,9 @@ runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime to run th
 from fastquant import onnx as fq_onnx  # noqa: E402
 
 
-def trained(channels: int) -> tuple[nn.Module, Tensor]:
+def trained(channels: int, backend: str = "x86") -> tuple[nn.Module, Tensor]:
     model = nn.Sequential(fq.QuantStub(), nn.Conv2d(3, channels, 3), nn.ReLU(), fq.DeQuantStub())
-    model.train().qconfig = fq.get_default_qat_qconfig("x86")  # type: ignore[assignment]
+    model.train().qconfig = fq.get_default_qat_qconfig(backend)  # type: ignore[assignment]
     prepared = fq.prepare_qat(model)
     x = torch.randn(2, 3, 8, 8)
     prepared(x)
@@ -218,3 +218,12 @@ def test_what_onnx_cannot_hold_is_refused_by_name(make: Any, message: str) -> No
     with pytest.raises(fq.utils.QuantizationError, match=message):
         onnx.export(model, (x,), verbose=False)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("backend", ["x86", "qnnpack", "fbgemm"])
+def test_the_older_exporter_writes_the_same_model(backend: str, tmp_path: Path) -> None:
+    model, x = trained(4, backend)
+    for name, dynamo in (("new", True), ("old", False)):
+        fq_onnx.export(model, (x,), str(tmp_path / name), dynamo=dynamo, verbose=False)
+    new, old = (outputs(tmp_path / name, x) for name in ("new", "old"))
+    torch.testing.assert_close(old, new, rtol=0, atol=0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._core.ranges import has_seen_nothing
+from ._torch.exporting import clamped_to_grid, onnx_dtype, traced_fake_quantize, traces_for_onnx
 from .fake_quantize import FakeQuantizeBase
 from .observer import ObserverBase
 from .utils import QuantizationError, is_per_channel
@@ -21,36 +22,18 @@ __all__ = ["export"]
 # The first opset whose QuantizeLinear and DequantizeLinear have an axis.
 _MINIMUM_OPSET = 13
 
-_GRIDS = (torch.uint8, torch.int8)
-
-
-def _grid(quant_min: int, quant_max: int) -> torch.dtype | None:
-    """The 8-bit dtype that holds [quant_min, quant_max]."""
-    for dtype in _GRIDS:
-        limits = torch.iinfo(dtype)
-        if limits.min <= quant_min <= quant_max <= limits.max:
-            return dtype
-    return None
-
 
 class _QuantizeDequantize(nn.Module):
     """What a fake-quantizer does to a tensor with the scale and zero point it has now."""
 
     scale: Tensor
     zero_point: Tensor
-    low: Tensor
-    high: Tensor
 
     def __init__(self, name: str, source: Any) -> None:
         super().__init__()
         observer = source.activation_post_process
         quant_min, quant_max = int(observer.quant_min), int(observer.quant_max)
-        dtype = _grid(quant_min, quant_max)
-        if dtype is None:
-            raise QuantizationError(
-                f"{name} quantizes to {quant_min} … {quant_max}; ONNX export takes ranges within "
-                "-128 … 127 or 0 … 255"
-            )
+        dtype = onnx_dtype(name, quant_min, quant_max)
         if source.qscheme == torch.per_channel_affine_float_qparams:
             raise QuantizationError(
                 f"{name} has floating zero points ({source.qscheme}), which ONNX does not have"
@@ -68,38 +51,34 @@ class _QuantizeDequantize(nn.Module):
         self.name = name
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point.to(dtype))
-        # QuantizeLinear saturates at the ends of its dtype. For a narrower range x is clamped
-        # first, to values that quantize to the ends exactly; the pair that runtimes look for
-        # stays a pair.
-        limits = torch.iinfo(dtype)
-        self.narrow = (limits.min, limits.max) != (quant_min, quant_max)
-        self.register_buffer("low", (quant_min - zero_point) * scale)
-        self.register_buffer("high", (quant_max - zero_point) * scale)
+        self.ends = (quant_min, quant_max)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype, x = x.dtype, x.float()
-        attributes: Any = {}
-        low, high = self.low, self.high
-        if self.axis is not None:
-            if self.scale.numel() != x.shape[self.axis]:
+        axis = self.axis
+        attributes: dict[str, Any] = {}
+        if axis is not None:
+            if self.scale.numel() != x.shape[axis]:
                 raise QuantizationError(
-                    f"{self.name} has {self.scale.numel()} scales for {x.shape[self.axis]} "
+                    f"{self.name} has {self.scale.numel()} scales for {x.shape[axis]} "
                     "channels: run the model before it is exported"
                 )
-            axis = self.axis % x.dim()
-            attributes = {"axis": axis}
-            along = (-1,) + (1,) * (x.dim() - axis - 1)
-            low, high = low.reshape(along), high.reshape(along)
-        if self.narrow:
-            x = torch.minimum(torch.maximum(x, low), high)
+            attributes = {"axis": axis % x.dim()}
         qparams = (self.scale, self.zero_point)
+        if traces_for_onnx():
+            return traced_fake_quantize(x, *qparams, axis, *self.ends)
+        dtype = self.zero_point.dtype
+        clamped = clamped_to_grid(x, *qparams, axis, *self.ends, dtype)
         quantized = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, *qparams), attributes, dtype=self.zero_point.dtype, shape=x.shape
+            "QuantizeLinear", (clamped, *qparams), attributes, dtype=dtype, shape=x.shape
         )
         result = torch.onnx.ops.symbolic(
-            "DequantizeLinear", (quantized, *qparams), attributes, dtype=x.dtype, shape=x.shape
+            "DequantizeLinear",
+            (quantized, *qparams),
+            attributes,
+            dtype=clamped.dtype,
+            shape=x.shape,
         )
-        return result.to(dtype)
+        return result.to(x.dtype)
 
 
 def _frozen(name: str, module: nn.Module) -> nn.Module | None:
@@ -140,10 +119,11 @@ def export(model: nn.Module, args: tuple[Any, ...], f: str | None = None, **opti
         model: from `prepare_qat`, or any module with fake-quantizers, after it has seen data.
         args: example inputs.
         f: file to write.
-        options: of `torch.onnx.export`, as `dynamic_shapes` and `opset_version` (13 or newer).
+        options: those of `torch.onnx.export`, as `dynamic_shapes`, `opset_version` (13 or newer),
+            and `dynamo=False` for its older exporter.
 
     Returns:
-        The `torch.onnx.ONNXProgram`.
+        The `torch.onnx.ONNXProgram`; None with `dynamo=False`.
 
     Raises:
         QuantizationError: a fake-quantizer that has observed nothing, is dynamic, has floating
@@ -161,4 +141,4 @@ def export(model: nn.Module, args: tuple[Any, ...], f: str | None = None, **opti
         ) from error
     root = nn.Sequential(copy.deepcopy(model).eval())
     _freeze(root, "", {})
-    return torch.onnx.export(root[0].eval(), args, f, dynamo=True, **options)
+    return torch.onnx.export(root[0].eval(), args, f, **{"dynamo": True, **options})
