@@ -440,3 +440,20 @@ def fused_arguments(
         0,
         IGNORE,
     ]
+
+
+def minmax_args(x: Tensor, axis: int | None, policy: int = IGNORE) -> tuple[Any, ...]:
+    """Arguments of `observe_minmax_` that begin with x, on its device."""
+    channels = None if axis is None else x.shape[axis]
+    low, high, count = (t.to(x.device) for t in (*unobserved(channels), counter()))
+    return x, low, high, count, axis, 0.1, policy
+
+
+def fused_args(x: Tensor, axis: int | None) -> tuple[Any, ...]:
+    """Arguments of `fused_observe_fake_quantize` that begin with x, on its device."""
+    _, low, high, count, *_ = minmax_args(x, axis)
+    scale = torch.ones_like(low).reshape(-1)
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    on, smallest = flag(True).to(x.device), eps().to(x.device)
+    buffers = (on, on, low, high, scale, zero_point, count, smallest)
+    return x, *buffers, axis, 0.1, 0, 255, 0, 0, IGNORE

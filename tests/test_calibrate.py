@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fastquant
 from fastquant import calibrate
-from fastquant.calibrate import _to_device
 from fastquant.observer import get_observer_state_dict, load_observer_state_dict
 from oracle import assert_same, assert_same_state
 from zoo import OBSERVERS, every_observer
@@ -287,16 +286,20 @@ def test_interrupted_calibration_goes_on_from_its_saved_state(name: str) -> None
 
 
 def test_batches_are_moved_to_the_device_of_the_model() -> None:
-    # No other device is sure to be there than meta, which calibrate itself refuses.
     packed = nn.utils.rnn.pack_sequence([torch.ones(2, 4), torch.ones(1, 4)])
     batch = {"x": BATCHES[0], "pair": Pair([BATCHES[1]], "kept"), "packed": packed}
-    moved = _to_device(batch, torch.device("meta"))
-    assert moved["x"].is_meta
+    seen = []
+    # A device that is not there, which fake tensors can be on all the same.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = torch_ao.MinMaxObserver(factory_kwargs={"device": "cuda"})
+        calibrate(model, [batch], forward=lambda _, moved: seen.append(moved), progress=False)
+    (moved,) = seen
+    assert moved["x"].is_cuda
     assert isinstance(moved["pair"], Pair)
-    assert moved["pair"].x[0].is_meta
+    assert moved["pair"].x[0].is_cuda
     assert moved["pair"].target == "kept"
-    assert moved["packed"].data.is_meta
-    assert not BATCHES[0].is_meta
+    assert moved["packed"].data.is_cuda
+    assert not BATCHES[0].is_cuda
 
 
 def test_a_model_on_several_devices_is_refused() -> None:

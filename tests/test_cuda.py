@@ -23,7 +23,7 @@ import fastquant
 import op_calls
 from fastquant._native import ops
 from fastquant._native import reference as reference_ops
-from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps
+from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps, fused_args, minmax_args
 from strategies import FLOATS, random_values
 
 
@@ -384,22 +384,6 @@ def test_raising_waits_and_leaves_everything() -> None:
 
 X = (64, 96, 56, 56)
 SMALL = (8, 16, 3, 3)
-
-
-def minmax_args(x: Tensor, axis: int | None) -> tuple[Any, ...]:
-    shape = () if axis is None else (x.shape[axis],)
-    low, high = torch.full(shape, INF, device=GPU), torch.full(shape, -INF, device=GPU)
-    return x, low, high, torch.zeros(1, dtype=torch.int64, device=GPU), axis, 0.1, IGNORE
-
-
-def fused_args(x: Tensor, axis: int | None) -> tuple[Any, ...]:
-    channels = 1 if axis is None else x.shape[axis]
-    _, low, high, count, *_ = minmax_args(x, axis)
-    scale = torch.ones(channels, device=GPU)
-    zero_point = torch.zeros(channels, dtype=torch.int32, device=GPU)
-    on = torch.ones(1, dtype=torch.uint8, device=GPU)
-    buffers = (on, on, low, high, scale, zero_point, count, eps().to(GPU))
-    return x, *buffers, axis, 0.1, 0, 255, 0, 0, IGNORE
 
 
 def histogram_args(x: Tensor) -> tuple[Any, ...]:

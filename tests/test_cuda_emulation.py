@@ -20,7 +20,7 @@ import op_calls
 from cuda_emulation import Emulation
 from fastquant._native import ops
 from fastquant._native import reference as reference_ops
-from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps
+from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps, fused_args, minmax_args
 from strategies import random_values
 
 pytestmark = pytest.mark.skipif(
@@ -191,12 +191,6 @@ def test_nan_in_a_histogram_makes_its_range_nan(emulation: Emulation, numel: int
         x = torch.randn(numel)
 
 
-def minmax_args(x: Tensor, axis: int | None, policy: int = IGNORE) -> tuple[Any, ...]:
-    shape = () if axis is None else (x.shape[axis],)
-    low, high = torch.full(shape, INF), torch.full(shape, -INF)
-    return x, low, high, torch.zeros(1, dtype=torch.int64), axis, 0.1, policy
-
-
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_sums_do_not_depend_on_the_order_of_threads(emulation: Emulation, axis: int | None) -> None:
     x = torch.randn(300, 130)
@@ -219,14 +213,6 @@ CHANNELS_LAST = X.to(memory_format=torch.channels_last)
 @pytest.mark.parametrize("axis", [None, 0, 1, 3])
 def test_launches_of_observing(emulation: Emulation, x: Tensor, axis: int | None) -> None:
     assert emulation.launches("observe_minmax_", *minmax_args(x, axis)) == 1
-
-
-def fused_args(x: Tensor, axis: int | None) -> tuple[Any, ...]:
-    channels = 1 if axis is None else x.shape[axis]
-    _, low, high, count, *_ = minmax_args(x, axis)
-    scale, zero_point = torch.ones(channels), torch.zeros(channels, dtype=torch.int32)
-    on = torch.ones(1, dtype=torch.uint8)
-    return x, on, on, low, high, scale, zero_point, count, eps(), axis, 0.1, 0, 255, 0, 0, IGNORE
 
 
 @pytest.mark.parametrize("op", ["", "_with_mask"])

@@ -70,9 +70,8 @@ def _one_dies(rank: int, ranks: int, when: str) -> Any:
     if rank == ranks - 1:
         if when == "midway":
             # After the processes have told each other what they have.
-            import fastquant.distributed
 
-            fastquant.distributed._reduced = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            dist.all_reduce = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
             sync_observers(model)
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()

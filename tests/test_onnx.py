@@ -16,7 +16,10 @@ from zoo import prepared
 pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
 runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime to run the result")
 
-from fastquant import onnx as fq_onnx  # noqa: E402
+from fastquant import onnx  # noqa: E402
+
+# Models are small here: threads would cost them more than they give.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(channels: int, backend: str = "x86") -> tuple[nn.Module, Tensor]:
@@ -39,7 +42,7 @@ def test_any_number_of_channels_is_exported(channels: int, tmp_path: Path) -> No
     model, x = trained(channels)
     model.apply(fq.disable_observer)
     path = tmp_path / "model.onnx"
-    fq_onnx.export(model, (x,), str(path), verbose=False)
+    onnx.export(model, (x,), str(path), verbose=False)
     expected = model(x)
     # A value on the edge between two steps of the grid may go either way.
     step = max(
@@ -55,7 +58,7 @@ def test_a_channel_that_saw_nothing_is_exported_with_its_default_scale(tmp_path:
     observer: Any = model[1].weight_fake_quant.activation_post_process  # type: ignore[union-attr]
     observer.min_val[2], observer.max_val[2] = float("inf"), float("-inf")
     path = tmp_path / "model.onnx"
-    fq_onnx.export(model, (x,), str(path), verbose=False)
+    onnx.export(model, (x,), str(path), verbose=False)
     assert outputs(path, x).isfinite().all()
 
 
@@ -63,19 +66,11 @@ def test_what_saw_nothing_at_all_is_refused_by_name() -> None:
     model, x = trained(4)
     model[1].weight_fake_quant.activation_post_process.reset_min_max_vals()  # type: ignore[union-attr, operator]
     with pytest.raises(fq.QuantizationError, match=r"1\.weight_fake_quant has observed nothing"):
-        fq_onnx.export(model, (x,), verbose=False)
-
-
-# Models are small here: threads would cost them more than they give.
-pytestmark = pytest.mark.usefixtures("one_thread")
+        onnx.export(model, (x,), verbose=False)
 
 
 def exported(model: nn.Module, *args: Tensor, **options: Any) -> Any:
     """The ONNX program, and a function that runs it."""
-    pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
-    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime to run the result")
-    from fastquant import onnx
-
     with quiet():
         program = onnx.export(model, args, verbose=False, **options)
     session = runtime.InferenceSession(
@@ -205,9 +200,6 @@ def test_what_is_switched_off_and_observers_leave_no_trace_in_onnx() -> None:
     ],
 )
 def test_what_onnx_cannot_hold_is_refused_by_name(make: Any, message: str) -> None:
-    pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
-    from fastquant import onnx
-
     module = make()
     x = torch.randn(3, 4)
     if "nothing" not in message:
@@ -224,6 +216,6 @@ def test_what_onnx_cannot_hold_is_refused_by_name(make: Any, message: str) -> No
 def test_the_older_exporter_writes_the_same_model(backend: str, tmp_path: Path) -> None:
     model, x = trained(4, backend)
     for name, dynamo in (("new", True), ("old", False)):
-        fq_onnx.export(model, (x,), str(tmp_path / name), dynamo=dynamo, verbose=False)
+        onnx.export(model, (x,), str(tmp_path / name), dynamo=dynamo, verbose=False)
     new, old = (outputs(tmp_path / name, x) for name in ("new", "old"))
     torch.testing.assert_close(old, new, rtol=0, atol=0)

@@ -38,9 +38,6 @@ from strategies import (
 float32 = st.just(torch.float32)
 
 
-# ------------------------------------------------------------------------------- helpers
-
-
 def test_cpu_kernels_are_native() -> None:
     for name in reference_ops.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastquant::{name}", "CPU"), name
