@@ -765,3 +765,60 @@ def test_embeddings_with_rows_beyond_max_norm_are_refused() -> None:
         fq.quantize_dynamic(nn.Sequential(nn.Embedding(10, 8, max_norm=0.5)), spec)
     quantized = fq.quantize_dynamic(nn.Sequential(nn.Embedding(10, 8, padding_idx=2)), spec)
     assert type(quantized[0]) is nnq.Embedding
+
+
+@pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
+def test_instance_norms_with_running_statistics_are_refused(kind: type[nn.Module]) -> None:
+    dims = int(kind.__name__[-2])
+    x = torch.randn(2, 3, *(5,) * dims)
+    for tracks in (True, False):
+        model = Stubbed(fq, kind(3, affine=True, track_running_stats=tracks)).eval()
+        model.qconfig = fq.default_qconfig
+        prepared = fq.prepare(model)
+        prepared(x)
+        if tracks:
+            with pytest.raises(fq.QuantizationError, match=r"body \(track_running_stats=True"):
+                fq.convert(prepared)
+        else:
+            torch.testing.assert_close(fq.convert(prepared)(x), model(x), atol=0.1, rtol=0)
+
+
+@pytest.fixture(params=[e for e in torch.backends.quantized.supported_engines if e != "none"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = request.param
+    yield request.param
+    torch.backends.quantized.engine = before
+
+
+@pytest.mark.parametrize("channels", [(4, 4), (4, 6), (6, 4)])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_transposed_convolutions_that_torch_computes_wrongly_are_named(
+    engine: str,
+    dims: int,
+    channels: tuple[int, int],
+    recorded: list[warnings.WarningMessage],
+) -> None:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    model = Stubbed(fq, nn.Sequential(kind(*channels, 3, stride=2, padding=1))).eval()
+    model.qconfig = fq.QConfig(
+        fq.MinMaxObserver.with_args(reduce_range=True), fq.default_weight_observer
+    )
+    x = torch.randn(2, channels[0], *(5,) * dims)
+    prepared = fq.prepare(model)
+    expected = prepared(x)
+    scales = {
+        path: m.scale for path, m in fq.convert(prepared).named_modules() if hasattr(m, "scale")
+    }
+    try:
+        converted = fq.convert(prepared)
+        converted.body[0].weight()
+        got = converted(x)
+    except RuntimeError:
+        pytest.skip(f"{engine} does not do this")
+    assert {p: m.scale for p, m in converted.named_modules() if hasattr(m, "scale")} == scales
+    is_right = (got - expected).abs().max() < 0.1 * expected.abs().max()
+    warned = [w for w in recorded if "wrong numbers" in str(w.message)]
+    assert bool(warned) == (not is_right)
+    assert all(f"{engine!r} for body.0." in str(w.message) for w in warned)
+    assert all(w.filename == __file__ for w in warned)

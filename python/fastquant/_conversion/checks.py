@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .._core.ranges import has_seen_nothing
 from .._torch import ao
@@ -143,6 +145,8 @@ def _wrong_when_quantized(entry: Entry) -> str | None:
     module: Any = entry.module
     if type(module) is nnquantizable.MultiheadAttention and module.batch_first:
         return "batch_first=True mixes up heads and positions"
+    if entry.target in _INSTANCE_NORMS and module.track_running_stats:
+        return "track_running_stats=True has no effect"
     if entry.target not in (nnq.Embedding, nnq.EmbeddingBag):
         return None
     weight, is_bag = module.weight.detach(), entry.target is nnq.EmbeddingBag
@@ -156,6 +160,9 @@ def _wrong_when_quantized(entry: Entry) -> str | None:
         if (norms > module.max_norm * 1.0001).any():
             return f"max_norm={module.max_norm} is not applied, and rows of the weight exceed it"
     return None
+
+
+_INSTANCE_NORMS = (nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d)
 
 
 def warn(plan: Plan) -> None:
@@ -252,3 +259,64 @@ def _warn_of_float_input(plan: Plan) -> None:
 
 
 _STATIC_TARGETS = set(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values())
+
+
+# --- after swapping ---------------------------------------------------------------------------
+
+_TRANSPOSED = {
+    nnq.ConvTranspose1d: F.conv_transpose1d,
+    nnq.ConvTranspose2d: F.conv_transpose2d,
+    nnq.ConvTranspose3d: F.conv_transpose3d,
+}
+
+
+def warn_of_wrong_kernels(function: str, made: Mapping[str, nn.Module]) -> None:
+    """Warn of transposed convolutions that torch computes wrongly on this machine.
+
+    Up to torch 2.13 at least, oneDNN's kernel, which the engine "x86" uses as well, gives wrong
+    numbers where the numbers of input and output channels differ. So each is tried.
+
+    Args:
+        function: what the user called.
+        made: the new modules by their path.
+    """
+    with torch.no_grad():
+        wrong = [path for path, module in made.items() if _computes_something_else(module)]
+    if wrong:
+        _warn(
+            f"{function}: torch's quantized transposed convolution gives wrong numbers with "
+            f"torch.backends.quantized.engine = {torch.backends.quantized.engine!r} for "
+            f"{listed(wrong)}. Choose another engine, such as 'fbgemm', before the model is "
+            "converted, and before it is loaded; or keep these layers floating by qconfig = None"
+        )
+
+
+def _computes_something_else(module: Any) -> bool:
+    """Whether a quantized transposed convolution's output is not that of its weight."""
+    if type(module) not in _TRANSPOSED:
+        return False
+    sizes = (
+        3 + 2 * padding // stride
+        for padding, stride in zip(module.padding, module.stride, strict=True)
+    )
+    shape = (1, module.in_channels, *sizes)
+    # Integers of 7 bits, which do not overflow in any kernel.
+    values = torch.arange(math.prod(shape)).remainder(127).reshape(shape).float() - 40
+    x = torch.quantize_per_tensor(values, 1.0, 40, torch.quint8)
+    scale, zero_point = module.scale, module.zero_point
+    try:
+        expected = _TRANSPOSED[type(module)](
+            *(values, module.weight().dequantize(), module.bias(), module.stride, module.padding),
+            *(module.output_padding, module.groups, module.dilation),
+        )
+        low, high = min(expected.min().item(), 0), max(expected.max().item(), 0)
+        module.scale = (high - low) / 255 or 1.0
+        module.zero_point = round(-low / module.scale)
+        # Without its hooks, which are the user's.
+        error = (module.forward(x).dequantize() - expected).abs().max().item()
+    except RuntimeError:
+        return False  # a call will say what is wrong
+    finally:
+        module.scale, module.zero_point = scale, zero_point
+    # A right one is out by one step of the scale at most.
+    return bool(error > (high - low) / 10)

@@ -12,7 +12,7 @@ from .._core.errors import ConversionError
 from .._torch import ao
 from .._torch.hooks import copy_forward_hooks, copy_forward_pre_hooks
 from ..utils import QuantizationError, get_qparam_dict
-from . import quick
+from . import checks, quick
 from .plan import Entry, How, Plan
 
 
@@ -24,15 +24,19 @@ def swap(plan: Plan, use_precomputed_fake_quant: bool = False) -> None:
             RuntimeError it is as well.
     """
     made: dict[int, nn.Module] = {}
+    by_path: dict[str, nn.Module] = {}
     with ao.quiet():
         shortcuts = quick.is_trusted()
         for entry in plan.swaps():
             key = id(entry.module)
             if key not in made:
-                made[key] = replacement(plan.function, entry, use_precomputed_fake_quant, shortcuts)
+                made[key] = by_path[entry.path] = replacement(
+                    plan.function, entry, use_precomputed_fake_quant, shortcuts
+                )
             if made[key] is not entry.module:
                 assert entry.owner is not None
                 entry.owner._modules[entry.name] = made[key]
+        checks.warn_of_wrong_kernels(plan.function, by_path)
 
 
 def swap_in_copy(plan: Plan, use_precomputed_fake_quant: bool, remove_qconfig: bool) -> Any:
