@@ -41,8 +41,8 @@ def dispatcher(suite: Suite) -> None:
     histogram(x)
     observe = (x, low, high, count, None, None, 0)
     works: dict[str, Run] = {
-        "observe_minmax": lambda: routes.observe_minmax(*observe),
-        "fake_quantize": lambda: routes.apply_fake_quantize(x, scale, zero_point, None, 0, 255),
+        "observe_minmax": lambda: routes.observe_minmax_(*observe),
+        "fake_quantize": lambda: routes.fake_quantize(x, scale, zero_point, None, None, 0, 255),
         "FusedMovingAvgObsFakeQuantize": lambda: fused(x),
         "HistogramObserver.calculate_qparams": histogram.calculate_qparams,
     }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "numbers.h"
 
@@ -21,6 +22,14 @@ void check(bool holds, const Parts&... parts) {
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+// Elements that are NaN or infinite, where they are refused: counted, for Python to say so.
+struct NonfiniteElements : std::runtime_error {
+  explicit NonfiniteElements(int64_t n)
+      : std::runtime_error("fastquant: x has " + std::to_string(n) + " non-finite elements"), count(n) {}
+
+  int64_t count;
+};
 
 enum class Element : uint8_t { f32, f64, f16, bf16, i32, i64, other };
 

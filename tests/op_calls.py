@@ -14,8 +14,9 @@ from torch import Tensor
 
 import oracle
 from fastquant._core.schemes import NonFinite, Scheme
-from fastquant._native import ops
+from fastquant._native import ops, routes
 from fastquant._native import reference as reference_ops
+from fastquant._native.settings import FusedSettings
 from strategies import (
     FLOATS,
     LAYOUTS,
@@ -419,6 +420,11 @@ def bits_of(mask: Tensor, numel: int) -> list[int]:
 def in_memory_order(x: Tensor) -> Tensor:
     """Elements of a tensor without gaps, as they lie."""
     return x.as_strided((x.numel(),), (1,))
+
+
+def fused_by_route(x: Tensor, *settings: Any) -> Tensor:
+    """The fused op as modules call it; its arguments are those of the op."""
+    return routes.fused_observe_fake_quantize(x, FusedSettings(*settings))
 
 
 def fused_arguments(

@@ -131,18 +131,32 @@ def test_models_that_torch_ao_prepared_are_one_graph_too(kind: str) -> None:
     assert_unchanged(model, snapshot(expected))
 
 
-def test_the_first_call_of_a_per_channel_module_says_what_to_do() -> None:
-    module = fq.PerChannelMinMaxObserver()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="run the module once before"):
-        compiled(torch.randn(3, 4))
-    # Without fullgraph it is a break in the graph, once.
-    expected = fq.PerChannelMinMaxObserver()
-    compiled = torch.compile(module, backend="aot_eager")
-    for x in (torch.randn(3, 4), torch.randn(3, 4) * 2, torch.randn(3, 4) * 3):
-        compiled(x)
-        expected(x)
+PER_CHANNEL = {
+    "observer": fq.PerChannelMinMaxObserver,
+    "moving average": fq.MovingAveragePerChannelMinMaxObserver,
+    "fake-quantizer": fq.default_per_channel_weight_fake_quant,
+    "fused": fq.default_fused_per_channel_wt_fake_quant,
+    "user's": lambda: fq.FakeQuantize(OwnPerChannel, qscheme=torch.per_channel_affine),
+}
+
+
+class OwnPerChannel(fq.PerChannelMinMaxObserver):
+    def forward(self, x_orig: Tensor) -> Tensor:
+        return super().forward(x_orig * 2)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("kind", PER_CHANNEL)
+def test_a_graph_may_give_a_per_channel_module_its_size(kind: str, fullgraph: bool) -> None:
+    module, expected = PER_CHANNEL[kind](), PER_CHANNEL[kind]()
+    compiled = torch.compile(module, fullgraph=fullgraph, backend="aot_eager")
+    for factor in (1, 2, 0.5):
+        x = (torch.randn(3, 4) * factor).requires_grad_("fake" in kind)
+        y, z = compiled(x), expected(x)
+        assert_same(y.detach(), z.detach())
         assert_unchanged(module, snapshot(expected))
+        if x.requires_grad:
+            assert_same(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, z)))
 
 
 class Doubling(fq.MovingAverageMinMaxObserver):
@@ -237,21 +251,6 @@ def test_an_error_in_a_graph_leaves_the_statistics() -> None:
         compiled(torch.tensor([1.0, float("nan")]))
     assert_unchanged(module, before)
     assert all(dict(module.named_buffers())[name] is t for name, t in tensors.items())
-
-
-def test_a_user_s_per_channel_observer_has_to_run_once_before_it_is_compiled() -> None:
-    class Own(fq.PerChannelMinMaxObserver):
-        pass
-
-    module, expected = fq.FakeQuantize(Own), fq.FakeQuantize(Own)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 4)
-    with pytest.raises(RuntimeError, match="run the module once"):
-        compiled(x)
-    module(x)
-    expected(x)
-    assert_same(compiled(x * 3), expected(x * 3))
-    assert_unchanged(module, snapshot(expected))
 
 
 def test_a_graph_in_several_threads_leaves_the_module_its_buffers() -> None:

@@ -14,7 +14,16 @@ from torch import Tensor
 
 import op_calls
 from fastquant._native import fast_calls, ops, routes
-from op_calls import IGNORE, assert_same, called, counter, eps, fused_arguments, unobserved
+from op_calls import (
+    IGNORE,
+    assert_same,
+    called,
+    counter,
+    eps,
+    fused_arguments,
+    fused_by_route,
+    unobserved,
+)
 from strategies import (
     random_values,
 )
@@ -37,11 +46,9 @@ def without_gradient(function: Callable[..., Tensor], *args: Any) -> tuple[Tenso
 
 
 ROUND_AND_THROUGH: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
-    "fused": (routes.apply_fused, op_calls.fused),
+    "fused": (fused_by_route, op_calls.fused),
     "fake_quantize": (
-        lambda x, scale, zero_point, enabled, axis, *quant_range: routes.apply_fake_quantize(
-            x, scale, zero_point, axis, *quant_range, enabled
-        ),
+        routes.fake_quantize,
         op_calls.fake_quantize,
     ),
 }
@@ -82,8 +89,8 @@ def test_a_counter_that_nothing_can_be_kept_in_is_refused_and_changes_nothing() 
         args[6] = counter().to(dtype)
         low, high, *_ = args[2:]
         for call in (
-            lambda args=args: routes.apply_fused(x, *args),
-            lambda args=args: routes.observe_minmax(
+            lambda args=args: fused_by_route(x, *args),
+            lambda args=args: routes.observe_minmax_(
                 x, args[2], args[3], args[6], None, 0.1, IGNORE
             ),
         ):
@@ -99,7 +106,7 @@ def test_qparams_that_lie_in_memory_as_their_negatives(run: Callable[..., Any]) 
     negated = torch._neg_view(-scale)
     assert negated.is_neg()
     results = [
-        run(lambda x, s: routes.apply_fake_quantize(x, s, zero_point, None, -9, 9), x, s)
+        run(lambda x, s: routes.fake_quantize(x, s, zero_point, None, None, -9, 9), x, s)
         for s in (scale, negated)
     ]
     assert_same(*results)
@@ -110,7 +117,7 @@ def test_a_default_device_elsewhere_changes_nothing(needs_grad: bool) -> None:
     args, expected_args = fused_arguments(3), fused_arguments(3)
     x = random_values((3, 70), torch.float32, 0).requires_grad_(needs_grad)
     run = with_gradient if needs_grad else without_gradient
-    expected = run(routes.apply_fused, x, *expected_args)
+    expected = run(fused_by_route, x, *expected_args)
     with torch.device("meta"):
-        y, gradient = run(routes.apply_fused, x, *args)
+        y, gradient = run(fused_by_route, x, *args)
     assert_same((y, gradient, args), (*expected, expected_args))

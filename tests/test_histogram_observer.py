@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastquant import observer
 from fastquant._native import reference as reference_ops
-from fastquant._native.routes import observe_histogram
+from fastquant._native.routes import observe_histogram_ as observe_histogram
 from fastquant.utils import QuantizationError
 from oracle import (
     DTYPES,

@@ -27,6 +27,7 @@ from op_calls import (
     eps,
     flag,
     fused_arguments,
+    fused_by_route,
     unobserved,
 )
 from strategies import (
@@ -216,7 +217,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change: str, values: A
         lambda: ops.observe_minmax_(x, low, high, count, axis, 0.1, IGNORE),
         lambda: ops.observe_qparams_(x, flag(True), *buffers, *settings),
         lambda: ops.fused_observe_fake_quantize(x, flag(True), flag(True), *buffers, *settings),
-        lambda: routes.apply_fused(x, flag(True), flag(True), *buffers, *settings),
+        lambda: fused_by_route(x, flag(True), flag(True), *buffers, *settings),
     ):
         with pytest.raises(RuntimeError):
             call()
@@ -246,7 +247,7 @@ def test_autocast_leaves_the_dtype_alone() -> None:
     layer = torch.nn.Linear(8, 8)
     args = fused_arguments()
     with torch.autocast("cpu", torch.bfloat16):
-        y = routes.apply_fused(layer(torch.randn(4, 8)), *args)
+        y = fused_by_route(layer(torch.randn(4, 8)), *args)
         assert y.dtype == torch.bfloat16
         y.float().sum().backward()
     assert layer.weight.grad is not None
@@ -258,7 +259,7 @@ def test_autocast_leaves_the_dtype_alone() -> None:
 @pytest.mark.parametrize("quantize", [True, False])
 def test_fused_compiles_to_one_graph(needs_grad: bool, quantize: bool) -> None:
     def step(x: Tensor, args: list[Any]) -> Tensor:
-        return routes.apply_fused(x * 2, *args) + 1
+        return fused_by_route(x * 2, *args) + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     eager_args, compiled_args = (fused_arguments(3, quantize=quantize) for _ in range(2))
@@ -276,8 +277,8 @@ def test_other_ops_compile_to_one_graph() -> None:
     def step(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, high: Tensor) -> Tensor:
         ops.observe_minmax_(x, low, high, counter(), None, None, IGNORE)
         new_scale, new_zero_point = ops.choose_qparams(low, high, eps(), 0, 255, AFFINE, 0)
-        y = routes.apply_fake_quantize(x, new_scale, new_zero_point, None, 0, 255, flag(True))
-        return y + routes.apply_learnable_fake_quantize(x, scale, zero_point, None, 0, 15, 1.0)
+        y = routes.fake_quantize(x, new_scale, new_zero_point, flag(True), None, 0, 255)
+        return y + routes.learnable_fake_quantize(x, scale, zero_point, None, 0, 15, 1.0)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     outcomes = []
@@ -299,4 +300,4 @@ def test_no_op_warns() -> None:
         low, high = unobserved()
         ops.observe_minmax_(x, low, high, counter(), None, None, IGNORE)
         assert not low.requires_grad
-        routes.apply_fused(x, *fused_arguments()).sum().backward()
+        fused_by_route(x, *fused_arguments()).sum().backward()

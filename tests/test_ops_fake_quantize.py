@@ -31,6 +31,7 @@ from op_calls import (
     eps,
     flag,
     fused_arguments,
+    fused_by_route,
     in_memory_order,
     policies,
     unobserved,
@@ -90,7 +91,7 @@ def test_fake_quantize_as_torch(
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
 
     for y in (
-        routes.apply_fake_quantize(x, scale, zero_point, axis, *quant_range),
+        routes.fake_quantize(x, scale, zero_point, None, axis, *quant_range),
         ops.fake_quantize_with_mask(x, scale, zero_point, None, axis, *quant_range)[0],
     ):
         assert_same(y.detach(), expected.detach())
@@ -98,7 +99,7 @@ def test_fake_quantize_as_torch(
         torch.testing.assert_close(got, expected_grad, rtol=0, atol=0)
     with torch.no_grad():
         assert_same(
-            routes.apply_fake_quantize(x, scale, zero_point, axis, *quant_range), expected.detach()
+            routes.fake_quantize(x, scale, zero_point, None, axis, *quant_range), expected.detach()
         )
 
 
@@ -172,7 +173,7 @@ def test_nan_stays_nan_and_its_gradient_passes(
             assert_same(y.isnan(), x.isnan())
             assert_same(y[x == INF], torch.full_like(y[x == INF], 6.25))
         leaf = x.clone().requires_grad_()
-        y = routes.apply_fake_quantize(leaf, scale, zero_point, axis, -50, 50)
+        y = routes.fake_quantize(leaf, scale, zero_point, None, axis, -50, 50)
         grad = torch.full_like(x, 2.0)
         grad.view(-1)[::5] = math.nan
         y.backward(grad)
@@ -252,7 +253,7 @@ def test_gradients_of_any_layout(layout: str) -> None:
     results = []
     for fake_quantize in (
         lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -99, 99),
-        lambda x: routes.apply_fake_quantize(x, scale, zero_point, None, -99, 99),
+        lambda x: routes.fake_quantize(x, scale, zero_point, None, None, -99, 99),
     ):
         leaf = x.clone().requires_grad_()
         results.append(torch.autograd.grad(fake_quantize(leaf), leaf, grad)[0])
@@ -265,7 +266,7 @@ def test_gradients_of_gradients() -> None:
     results = []
     for fake_quantize in (
         lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, -99, 99),
-        lambda x: routes.apply_fake_quantize(x, scale, zero_point, None, -99, 99),
+        lambda x: routes.fake_quantize(x, scale, zero_point, None, None, -99, 99),
     ):
         leaf = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(fake_quantize(leaf**2).sum(), leaf, create_graph=True)
@@ -279,8 +280,8 @@ def test_a_flag_that_is_off_gives_x_back() -> None:
     scale, zero_point = torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32)
     for dtype in (torch.uint8, torch.int64, torch.int32, torch.bool):
         off, on = flag(False, dtype), flag(True, dtype)
-        assert routes.apply_fake_quantize(x, scale, zero_point, None, -8, 7, off) is x
-        assert routes.apply_fake_quantize(x, scale, zero_point, None, -8, 7, on) is not x
+        assert routes.fake_quantize(x, scale, zero_point, off, None, -8, 7) is x
+        assert routes.fake_quantize(x, scale, zero_point, on, None, -8, 7) is not x
         y = ops.fake_quantize(x, scale, zero_point, off, None, -8, 7)
         assert_same(y, x)
         assert y.data_ptr() != x.data_ptr()
@@ -337,7 +338,7 @@ def test_fused_is_its_three_steps(channels: int | None, quantize: bool, needs_gr
     axis = args[8]
     for seed in range(3):
         x = random_values((3, 50), torch.float32, seed).requires_grad_(needs_grad)
-        y = routes.apply_fused(x, *args)
+        y = fused_by_route(x, *args)
         ops.observe_minmax_(x.detach(), low, high, counter(), axis, 0.1, IGNORE)
         scale, zero_point = ops.choose_qparams(low, high, eps(), -128, 127, AFFINE, 0)
         assert_same(args[2:6], [low, high, scale, zero_point])
@@ -350,7 +351,7 @@ def test_fused_is_its_three_steps(channels: int | None, quantize: bool, needs_gr
         if needs_grad:
             grad = torch.randn_like(y)
             (got,) = torch.autograd.grad(y, x, grad)
-            steps = routes.apply_fake_quantize(x, scale, zero_point, axis, -128, 127)
+            steps = routes.fake_quantize(x, scale, zero_point, None, axis, -128, 127)
             assert_same(got, torch.autograd.grad(steps, x, grad)[0])
 
 
@@ -358,7 +359,7 @@ def test_fused_without_observing_leaves_every_buffer() -> None:
     args = fused_arguments(observe=False)
     before = [a.clone() for a in args if isinstance(a, Tensor)]
     for x in (torch.randn(9), torch.full((3,), math.nan), torch.randn(9, requires_grad=True)):
-        routes.apply_fused(x, *args)
+        fused_by_route(x, *args)
     assert_same([a for a in args if isinstance(a, Tensor)], before)
 
 
@@ -417,7 +418,7 @@ def test_learnable_as_torch(axis: int | None, quant_range: tuple[int, int]) -> N
     for op, axes in (
         (theirs, where),
         (ops.learnable_fake_quantize, (axis,)),
-        (routes.apply_learnable_fake_quantize, (axis,)),
+        (routes.learnable_fake_quantize, (axis,)),
     ):
         leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
         y = op(*leaves, *axes, low, high, 0.3)
@@ -434,7 +435,7 @@ def test_learnable_gradient_belongs_to_the_forward_pass() -> None:
     scale, zero_point = torch.tensor([0.5]), torch.tensor([-3.7])
     x = torch.linspace(-4, 4, 33)
     leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
-    y = routes.apply_learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
+    y = routes.learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
     dx, dscale, dzero_point = torch.autograd.grad(y.sum(), leaves)
     quantized = (x / 0.5).round() - 4
     inside = (quantized >= -8) & (quantized <= 7)
@@ -447,7 +448,7 @@ def test_learnable_gradient_belongs_to_the_forward_pass() -> None:
 def test_learnable_has_no_second_derivative() -> None:
     leaves = [torch.randn(9), torch.tensor([0.1]), torch.tensor([0.0])]
     leaves = [t.requires_grad_() for t in leaves]
-    y = routes.apply_learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
+    y = routes.learnable_fake_quantize(*leaves, None, -8, 7, 1.0)
     (first,) = torch.autograd.grad((y**2).sum(), leaves[1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()

@@ -174,7 +174,7 @@ Extremes<T> observed_extremes(const S* x, const Dense& d, NonFinite policy, int6
   }
   Extremes<T> finite(d.channels);
   *left_out = finite_extremes(x, d, &finite);
-  check(policy != NonFinite::raise, "x holds ", *left_out, " non-finite elements");
+  if (policy == NonFinite::raise) throw NonfiniteElements(*left_out);
   return finite;
 }
 
@@ -437,7 +437,7 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
     }
     range = Extremes<T>(1);
     left_out = finite_extremes(x, d, &range);
-    check(policy != NonFinite::raise, "x holds ", left_out, " non-finite elements");
+    if (policy == NonFinite::raise) throw NonfiniteElements(left_out);
   }
   if (range.low[0] <= range.high[0]) {
     const HistogramRange seen = {static_cast<double>(range.low[0]), static_cast<double>(range.high[0])};

@@ -1,7 +1,5 @@
 #include "python/fast_calls.h"
 
-#include <utility>
-
 #include "cpu/fake_quantize.h"
 #include "cpu/huge_pages.h"
 #include "cpu/statistics.h"
@@ -38,43 +36,24 @@ constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 // Set once, by set_up_fast_calls, and kept for the life of the process.
 const DLPackExchangeAPI* exchange = nullptr;
-PyObject* tensor_types = nullptr;
-PyObject* guards = nullptr;
-PyObject* is_neg = nullptr;
-PyObject* empty_like = nullptr;
-PyObject* empty_bytes = nullptr;
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
 
-// Thrown where the op has to do the work; a Python error may be set, to be dropped.
-struct NotPlain {};
+// Thrown where only the op will do; a Python error may be set, which is dropped.
+struct NeedsOp {};
 
-void plain(bool holds) {
-  if (!holds) throw NotPlain();
+void require(bool holds) {
+  if (!holds) throw NeedsOp();
 }
 
-bool is_true(PyObject* result) {
-  plain(result != nullptr);
-  const int truth = PyObject_IsTrue(result);
-  Py_DECREF(result);
-  plain(truth >= 0);
-  return truth != 0;
-}
-
-// Nothing traces, transforms or intercepts ops here.
-void check_circumstances() {
-  plain(exchange != nullptr);
-  for (Py_ssize_t i = 0; i < PyTuple_Size(guards); ++i) {
-    plain(!is_true(PyObject_CallNoArgs(PyTuple_GetItem(guards, i))));
-  }
-}
+// ------------------------------------------------------------------------------ arguments
 
 DLTensor tensor(PyObject* object) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  bool known = false;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(tensor_types); ++i) known |= PyTuple_GetItem(tensor_types, i) == type;
-  plain(known);
+  // Subclasses may mean something else by their memory.
+  require(Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type);
   DLTensor t;
-  plain(exchange->dltensor_from_py_object_no_sync(object, &t) == 0);
-  plain(t.device_type == kCpu && t.lanes == 1 && (t.ndim == 0 || t.strides != nullptr));
+  require(exchange->dltensor_from_py_object_no_sync(object, &t) == 0);
+  require(t.device_type == kCpu && t.lanes == 1 && (t.ndim == 0 || t.strides != nullptr));
   t.data = static_cast<char*>(t.data) + t.byte_offset;
   return t;
 }
@@ -103,23 +82,16 @@ Element element(const DLTensor& t) {
   return Element::other;
 }
 
-// A tensor that may come from anywhere: its memory might hold the negatives of its values.
-DLTensor unnegated(PyObject* object) {
-  const DLTensor t = tensor(object);
-  plain(!is_true(PyObject_CallFunctionObjArgs(is_neg, object, nullptr)));
-  return t;
-}
-
 Dense dense(const DLTensor& t, std::optional<int64_t> ch_axis) {
   const View x = {t.data, element(t), t.ndim, t.shape, t.strides, numel(t)};
-  plain(is_dense(x) && (x.numel == 0 || x.data != nullptr));
+  require(is_dense(x) && (x.numel == 0 || x.data != nullptr));
   return dense(x, ch_axis);
 }
 
 Array buffer(const DLTensor& t, const char* name) {
   const int64_t n = numel(t);
-  plain(t.data != nullptr && n > 0 && (n == 1 || (t.ndim == 1 && t.strides[0] == 1)));
-  plain(element(t) != Element::other);
+  require(t.data != nullptr && n > 0 && (n == 1 || (t.ndim == 1 && t.strides[0] == 1)));
+  require(element(t) != Element::other);
   return {t.data, element(t), n, name};
 }
 
@@ -133,14 +105,14 @@ Array single(PyObject* object, const char* name) {
 
 bool flag(PyObject* object) {
   const DLTensor t = tensor(object);
-  plain(t.data != nullptr && numel(t) == 1);
+  require(t.data != nullptr && numel(t) == 1);
   const auto* bytes = static_cast<const uint8_t*>(t.data);
   return std::any_of(bytes, bytes + t.bits / 8, [](uint8_t b) { return b != 0; });
 }
 
 int64_t integer(PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);
-  plain(value != -1 || PyErr_Occurred() == nullptr);
+  require(value != -1 || PyErr_Occurred() == nullptr);
   return value;
 }
 
@@ -151,67 +123,27 @@ std::optional<int64_t> optional_integer(PyObject* object) {
 std::optional<double> optional_number(PyObject* object) {
   if (object == Py_None) return std::nullopt;
   const double value = PyFloat_AsDouble(object);
-  plain(value != -1.0 || PyErr_Occurred() == nullptr);
+  require(value != -1.0 || PyErr_Occurred() == nullptr);
   return value;
 }
 
-class Owned {
- public:
-  // Of a new reference, or none where a call failed.
-  explicit Owned(PyObject* object) : object_(object) { plain(object != nullptr); }
-  ~Owned() { Py_XDECREF(object_); }
-  Owned(const Owned&) = delete;
-  Owned& operator=(const Owned&) = delete;
+// Memory for a result that lies as x does.
+void* output(PyObject* object, const DLTensor& x) {
+  const DLTensor y = tensor(object);
+  require(y.ndim == x.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape) && element(y) == element(x) &&
+          has_strides(y, x.strides));
+  prefer_huge_pages(y.data, numel(x) * (x.bits / 8));
+  return y.data;
+}
 
-  PyObject* get() const { return object_; }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-
- private:
-  PyObject* object_;
-};
-
-// A new tensor laid out as another one is.
-class Output {
- public:
-  Output(PyObject* like, const DLTensor& t) : object_(PyObject_CallFunctionObjArgs(empty_like, like, nullptr)) {
-    const DLTensor made = tensor(object_.get());
-    plain(made.ndim == t.ndim && std::equal(t.shape, t.shape + t.ndim, made.shape) &&
-          element(made) == element(t) && has_strides(made, t.strides));
-    data_ = made.data;
-    prefer_huge_pages(data_, numel(t) * (t.bits / 8));
-  }
-
-  void* data() const { return data_; }
-  PyObject* release() { return object_.release(); }
-
- private:
-  Owned object_;
-  void* data_;
-};
-
-// Room for the mask of n elements, where one is wanted.
-class Mask {
- public:
-  Mask(bool wanted, int64_t n) {
-    if (!wanted) return;
-    const Owned bytes(PyLong_FromLongLong(mask_words(n) * 8));
-    object_.emplace(PyObject_CallFunctionObjArgs(empty_bytes, bytes.get(), nullptr));
-    words_ = static_cast<uint64_t*>(tensor(object_->get()).data);
-  }
-
-  uint64_t* words() const { return words_; }
-
-  // y, alone or with its mask.
-  PyObject* with(Output* y) const {
-    if (!object_.has_value()) return y->release();
-    const Owned result(y->release());
-    return PyTuple_Pack(2, result.get(), object_->get());
-  }
-
- private:
-  std::optional<Owned> object_;
-  uint64_t* words_ = nullptr;
-};
+// The words of a mask of n elements; null for None.
+uint64_t* mask_words_in(PyObject* object, int64_t n) {
+  if (object == Py_None) return nullptr;
+  const DLTensor mask = tensor(object);
+  require(mask.bits == 8 && numel(mask) == mask_words(n) * 8 && mask.ndim == 1 && mask.strides[0] == 1 &&
+          reinterpret_cast<uintptr_t>(mask.data) % sizeof(uint64_t) == 0);
+  return static_cast<uint64_t*>(mask.data);
+}
 
 // Lets other threads run Python while a big tensor is read.
 class WithoutGil {
@@ -238,22 +170,52 @@ class Arguments {
   PyObject* const* next_;
 };
 
-QParamsConfig config(Arguments* args) {
+QParamsConfig qparams_config(Arguments* args) {
   const int64_t quant_min = integer(args->next()), quant_max = integer(args->next());
   const auto scheme = static_cast<Scheme>(integer(args->next()));
   return {quant_min, quant_max, scheme, integer(args->next())};
 }
 
-// What f returns; None where it has to be left to the op. Whatever is thrown is thrown before a
-// statistic has changed.
+// The NamedTuple of this name in fastquant/_native/settings.py.
+struct FusedSettings {
+  explicit FusedSettings(PyObject* settings) {
+    PyObject* field[kFields];
+    require(PyTuple_Check(settings) && PyTuple_Size(settings) == kFields);
+    for (int i = 0; i < kFields; ++i) field[i] = PyTuple_GetItem(settings, i);
+    Arguments fields(field);
+    observes = flag(fields.next());
+    fields.next();  // fake_quant_enabled, which was read before there was memory for a result
+    min_val = buffer(fields.next(), "min_val"), max_val = buffer(fields.next(), "max_val");
+    scale = buffer(fields.next(), "scale"), zero_point = buffer(fields.next(), "zero_point");
+    for (const Array& a : {max_val, scale, zero_point}) check_count(a, min_val.numel);
+    nonfinite_count = single(fields.next(), "nonfinite_count"), eps = single(fields.next(), "eps");
+    ch_axis = optional_integer(fields.next());
+    averaging_constant = optional_number(fields.next());
+    qparams = qparams_config(&fields);
+    nonfinite = static_cast<NonFinite>(integer(fields.next()));
+  }
+
+  static constexpr int kFields = 15;
+  bool observes;
+  Array min_val, max_val, scale, zero_point, nonfinite_count, eps;
+  std::optional<int64_t> ch_axis;
+  std::optional<double> averaging_constant;
+  QParamsConfig qparams;
+  NonFinite nonfinite;
+};
+
+// Runs f and returns True; None where only the op will do; the number of non-finite elements where
+// they are refused. Whatever is thrown is thrown before a statistic has changed.
 template <class F>
 PyObject* attempt(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, const F& f) {
   try {
-    plain(count == expected);
-    check_circumstances();
-    return f(Arguments(args));
+    require(exchange != nullptr && count == expected);
+    f(Arguments(args));
+    Py_RETURN_TRUE;
+  } catch (const NonfiniteElements& refused) {
+    return PyLong_FromLongLong(refused.count);
   } catch (...) {
-    // Interruptions are not ours to drop.
+    // An interruption is for the caller to see.
     if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
     PyErr_Clear();
     Py_RETURN_NONE;
@@ -263,43 +225,47 @@ PyObject* attempt(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, 
 }  // namespace
 
 PyObject* set_up_fast_calls(PyObject*, PyObject* args) {
-  PyObject *capsule, *types, *guard_functions, *functions[3];
-  if (!PyArg_ParseTuple(args, "OO!O!OOO", &capsule, &PyTuple_Type, &types, &PyTuple_Type, &guard_functions,
-                        &functions[0], &functions[1], &functions[2])) {
+  PyObject *capsule, *tensor, *parameter;
+  if (!PyArg_ParseTuple(args, "OO!O!", &capsule, &PyType_Type, &tensor, &PyType_Type, &parameter))
     return nullptr;
-  }
   const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (api == nullptr) return nullptr;
   if (api->major != 1 || api->dltensor_from_py_object_no_sync == nullptr) {
     return PyErr_Format(PyExc_RuntimeError, "DLPack exchange API %u.%u is none that fastquant knows",
                         api->major, api->minor);
   }
-  tensor_types = Py_NewRef(types);
-  guards = Py_NewRef(guard_functions);
-  is_neg = Py_NewRef(functions[0]);
-  empty_like = Py_NewRef(functions[1]);
-  empty_bytes = Py_NewRef(functions[2]);
+  tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(tensor));
+  parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(parameter));
   exchange = api;
   Py_RETURN_NONE;
 }
 
+PyObject* is_on_call(PyObject*, PyObject* object) {
+  try {
+    require(exchange != nullptr);
+    return PyBool_FromLong(flag(object));
+  } catch (const NeedsOp&) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+}
+
 PyObject* observe_minmax_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 7, [](Arguments args) {
-    PyObject* const observed = args.next();
+    const DLTensor t = tensor(args.next());
     const Array low = buffer(args.next(), "min_val"), high = buffer(args.next(), "max_val");
     const Array nonfinite_count = single(args.next(), "nonfinite_count");
-    const Dense x = dense(unnegated(observed), optional_integer(args.next()));
+    const Dense x = dense(t, optional_integer(args.next()));
     const auto averaging_constant = optional_number(args.next());
     const auto policy = static_cast<NonFinite>(integer(args.next()));
     const WithoutGil released(x.numel());
     observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
-    return Py_NewRef(Py_True);
   });
 }
 
 PyObject* observe_histogram_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 8, [](Arguments args) {
-    const Dense x = dense(unnegated(args.next()), std::nullopt);
+    const Dense x = dense(tensor(args.next()), std::nullopt);
     const Array histogram = buffer(args.next(), "histogram");
     const Array low = buffer(args.next(), "min_val"), high = buffer(args.next(), "max_val");
     const Array nonfinite_count = single(args.next(), "nonfinite_count");
@@ -308,7 +274,6 @@ PyObject* observe_histogram_call(PyObject*, PyObject* const* given, Py_ssize_t c
     const int64_t times = integer(args.next());
     const WithoutGil released(x.numel());
     observe_histogram(x, histogram, low, high, nonfinite_count, upsample_rate, policy, times);
-    return Py_NewRef(Py_True);
   });
 }
 
@@ -318,84 +283,56 @@ PyObject* histogram_qparams_call(PyObject*, PyObject* const* given, Py_ssize_t c
     const Array low = single(args.next(), "min_val"), high = single(args.next(), "max_val");
     const Array eps = single(args.next(), "eps");
     const int64_t levels = integer(args.next());
-    const QParamsConfig chosen = config(&args);
+    const QParamsConfig config = qparams_config(&args);
     const Array scale = single(args.next(), "scale"), zero_point = single(args.next(), "zero_point");
     double found[2];  // in the type of the buffers, whichever it is
     const Array new_min = {&found[0], low.type, 1, "new_min"}, new_max = {&found[1], high.type, 1, "new_max"};
     search_histogram_range(histogram, low, high, levels, new_min, new_max);
-    choose_qparams(new_min, new_max, eps, chosen, scale, zero_point);
-    return Py_NewRef(Py_True);
+    choose_qparams(new_min, new_max, eps, config, scale, zero_point);
   });
 }
 
 PyObject* fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 8, [](Arguments args) {
-    PyObject* const object = args.next();
-    const DLTensor t = unnegated(object);
-    const Array scale = buffer(unnegated(args.next()), "scale");
-    const Array zero_point = buffer(unnegated(args.next()), "zero_point");
-    PyObject* const enabled = args.next();
-    if (enabled != Py_None && !flag(enabled)) return Py_NewRef(object);
+    const DLTensor t = tensor(args.next());
+    const Array scale = buffer(args.next(), "scale"), zero_point = buffer(args.next(), "zero_point");
     const Dense x = dense(t, optional_integer(args.next()));
     const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
-    Output y(object, t);
-    const Mask mask(args.next() == Py_True, x.numel());
-    {
-      const WithoutGil released(x.numel());
-      fake_quantize(x, scale, zero_point, quant_min, quant_max, y.data(), mask.words());
-    }
-    return mask.with(&y);
+    void* const y = output(args.next(), t);
+    uint64_t* const mask = mask_words_in(args.next(), x.numel());
+    const WithoutGil released(x.numel());
+    fake_quantize(x, scale, zero_point, quant_min, quant_max, y, mask);
   });
 }
 
-PyObject* observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return attempt(given, count, 17, [](Arguments args) {
-    PyObject* const object = args.next();
-    const DLTensor t = unnegated(object);
-    const bool observes = flag(args.next()), quantizes = flag(args.next());
-    const Array low = buffer(args.next(), "min_val"), high = buffer(args.next(), "max_val");
-    const Array scale = buffer(args.next(), "scale"), zero_point = buffer(args.next(), "zero_point");
-    for (const Array& a : {high, scale, zero_point}) check_count(a, low.numel);
-    const Array nonfinite_count = single(args.next(), "nonfinite_count"), eps = single(args.next(), "eps");
-    const Dense x = dense(t, optional_integer(args.next()));
-    const auto averaging_constant = optional_number(args.next());
-    const QParamsConfig chosen = config(&args);
-    const auto policy = static_cast<NonFinite>(integer(args.next()));
-    std::optional<Output> y;
-    if (quantizes) y.emplace(object, t);
-    const Mask mask(quantizes && args.next() == Py_True, x.numel());
-    {
-      const WithoutGil released(x.numel());
-      if (observes) {
-        observe_minmax(x, low, high, nonfinite_count, averaging_constant, policy);
-        choose_qparams(low, high, eps, chosen, scale, zero_point);
-      }
-      if (quantizes) {
-        fake_quantize(x, scale, zero_point, chosen.quant_min, chosen.quant_max, y->data(), mask.words());
-      }
+PyObject* fused_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 4, [](Arguments args) {
+    const DLTensor t = tensor(args.next());
+    const FusedSettings s(args.next());
+    const Dense x = dense(t, s.ch_axis);
+    PyObject* const result = args.next();
+    void* const y = result == Py_None ? nullptr : output(result, t);
+    uint64_t* const mask = mask_words_in(args.next(), x.numel());
+    const WithoutGil released(x.numel());
+    if (s.observes) {
+      observe_minmax(x, s.min_val, s.max_val, s.nonfinite_count, s.averaging_constant, s.nonfinite);
+      choose_qparams(s.min_val, s.max_val, s.eps, s.qparams, s.scale, s.zero_point);
     }
-    return quantizes ? mask.with(&*y) : Py_NewRef(object);
+    if (y != nullptr) {
+      fake_quantize(x, s.scale, s.zero_point, s.qparams.quant_min, s.qparams.quant_max, y, mask);
+    }
   });
 }
 
-PyObject* mask_gradient_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+PyObject* fake_quantize_backward_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 3, [](Arguments args) {
-    PyObject* const object = args.next();
-    const DLTensor t = unnegated(object), mask = tensor(args.next());
-    PyObject* const stride = args.next();
-    int64_t strides[kMaxDims];
-    plain(PyTuple_Check(stride) && PyTuple_Size(stride) == t.ndim && t.ndim <= kMaxDims);
-    for (int d = 0; d < t.ndim; ++d) strides[d] = integer(PyTuple_GetItem(stride, d));
-    plain(has_strides(t, strides));
+    const DLTensor t = tensor(args.next());
     const Dense grad = dense(t, std::nullopt);
-    plain(numel(mask) == mask_words(grad.numel()) * 8 && mask.ndim == 1 && mask.strides[0] == 1 &&
-          reinterpret_cast<uintptr_t>(mask.data) % sizeof(uint64_t) == 0);
-    Output out(object, t);
-    {
-      const WithoutGil released(grad.numel());
-      mask_gradient(grad, static_cast<const uint64_t*>(mask.data), out.data());
-    }
-    return out.release();
+    const uint64_t* const mask = mask_words_in(args.next(), grad.numel());
+    require(mask != nullptr);
+    void* const out = output(args.next(), t);
+    const WithoutGil released(grad.numel());
+    mask_gradient(grad, mask, out);
   });
 }
 

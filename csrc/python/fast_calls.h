@@ -1,8 +1,9 @@
-// The ops without torch's dispatcher, which takes longer than to look at a small tensor.
+// The ops without torch's dispatcher, which takes longer than the work on a small tensor.
 //
-// Memory is reached through the DLPack C exchange API that torch.Tensor has in newer releases. A
-// call that finds anything but plain CPU tensors and plain circumstances does nothing and
-// returns None; the op then does the work, or says what is wrong with the arguments.
+// Memory is reached through the DLPack C exchange API that torch.Tensor has in newer releases.
+// Python has asked before whether anything has to see the op and has allocated the results
+// (fastquant/_native/fast_calls.py). A call that cannot do the work changes nothing and returns
+// None: then the op does it, or says what is wrong with the arguments.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -18,11 +19,12 @@ inline PyCFunction as_method(FastCall f) {
 }
 
 PyObject* set_up_fast_calls(PyObject* self, PyObject* args);
+PyObject* is_on_call(PyObject* self, PyObject* flag);
 PyObject* observe_minmax_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* observe_histogram_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* histogram_qparams_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
-PyObject* observe_fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
-PyObject* mask_gradient_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* fused_observe_fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* fake_quantize_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastquant

@@ -46,28 +46,31 @@ PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_O,
      "set_isa(name)\n\nUse the kernels of this instruction set from now on, in every thread."},
     {"set_up_fast_calls", fastquant::set_up_fast_calls, METH_VARARGS,
-     "set_up_fast_calls(exchange_api, tensor_types, guards, is_neg, empty_like, empty_bytes)\n\n"
-     "Makes the functions below usable: torch.Tensor's DLPack C exchange API, the exact types that\n"
-     "they take, functions that say by a false result that nothing intercepts ops, torch.Tensor.is_neg,\n"
-     "torch.empty_like, and what makes a CPU tensor of so many bytes."},
-    fast_call("observe_minmax", fastquant::observe_minmax_call,
-              "observe_minmax(...) -> True | None\n\nThe op observe_minmax_ without the dispatcher. None, with "
-              "nothing done, where\nonly the op will do."),
-    fast_call("observe_histogram", fastquant::observe_histogram_call,
-              "observe_histogram(...) -> True | None\n\nLikewise for observe_histogram_."),
-    fast_call(
-        "histogram_qparams", fastquant::histogram_qparams_call,
-        "histogram_qparams(...) -> True | None\n\nLikewise for search_histogram_range and, with its result, "
-        "choose_qparams into\nthe scale and zero point that are given."),
+     "set_up_fast_calls(exchange_api, tensor_type, parameter_type)\n\nMakes the functions below usable: "
+     "torch.Tensor's DLPack C exchange API, and the two\nexact types that they take."},
+    {"is_on", fastquant::is_on_call, METH_O,
+     "is_on(flag) -> bool | None\n\nWhether a CPU tensor of one element is not zero; None for anything else."},
+    fast_call("observe_minmax_", fastquant::observe_minmax_call,
+              "observe_minmax_(...) -> True | int | None\n\nThe op of this name without the dispatcher. Where "
+              "only the op will do: None, with\nnothing done. Where non-finite elements are refused: how many "
+              "there are."),
+    fast_call("observe_histogram_", fastquant::observe_histogram_call,
+              "observe_histogram_(...) -> True | int | None\n\nLikewise."),
+    fast_call("histogram_qparams", fastquant::histogram_qparams_call,
+              "histogram_qparams(histogram, min_val, max_val, eps, dst_nbins, quant_min, quant_max, scheme, "
+              "symmetric_zero_point, scale, zero_point) -> True | None\n\nLikewise for search_histogram_range "
+              "and, with its result, choose_qparams,\ninto scale and zero_point."),
     fast_call("fake_quantize", fastquant::fake_quantize_call,
-              "fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for fake_quantize and "
-              "fake_quantize_with_mask, but x itself where not enabled."),
-    fast_call("observe_fake_quantize", fastquant::observe_fake_quantize_call,
-              "observe_fake_quantize(..., with_mask) -> y | (y, mask) | x | None\n\nLikewise for "
-              "fused_observe_fake_quantize and fused_observe_fake_quantize_with_mask."),
-    fast_call("mask_gradient", fastquant::mask_gradient_call,
-              "mask_gradient(grad, mask, stride) -> gradient | None\n\nLikewise for fake_quantize_backward, "
-              "where grad has the stride of the output."),
+              "fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max, y, mask) -> True | None\n\n"
+              "Likewise, into y and, where it is a tensor, into mask."),
+    fast_call(
+        "fused_observe_fake_quantize", fastquant::fused_observe_fake_quantize_call,
+        "fused_observe_fake_quantize(x, settings, y, mask) -> True | int | None\n\nLikewise, into y and "
+        "mask; where y is None, x is only observed. settings:\na fastquant._native.settings.FusedSettings, "
+        "whose fake_quant_enabled is not read."),
+    fast_call("fake_quantize_backward", fastquant::fake_quantize_backward_call,
+              "fake_quantize_backward(grad, mask, out) -> True | None\n\nLikewise, into out, which lies as "
+              "grad does."),
     {nullptr, nullptr, 0, nullptr},
 };
 

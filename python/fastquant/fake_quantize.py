@@ -28,22 +28,27 @@ from ._core.arguments import (
 from ._core.locks import RESIZING
 from ._core.schemes import NONFINITE_CODES, NonFinitePolicy
 from ._core.state import ActivationPostProcess, does_not_fit, qparams_error, refill, resized
-from ._native.graphs import FIRST_FORWARD_IN_GRAPH, may_be_run_in_graphs, run_in_graph
-from ._native.routes import apply_fake_quantize, apply_fused, apply_learnable_fake_quantize
+from ._native.graphs import may_be_run_in_graphs, run_in_graph
+from ._native.routes import (
+    fake_quantize,
+    fused_observe_fake_quantize,
+    learnable_fake_quantize,
+)
+from ._native.settings import FusedSettings
 from ._torch.ao import _is_fake_quant_script_module
-from ._torch.compiling import outside_graphs
 from ._torch.counterparts import scriptable
+from ._torch.overrides import keeps_tensors_plainly, reader
 from ._torch.private import is_exporting
 from .observer import (
     FixedQParamsObserver,
     HistogramObserver,
-    MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
     _with_args,
     default_fixed_qparams_range_0to1_observer,
     default_fixed_qparams_range_neg1to1_observer,
+    plain_kind,
 )
 from .utils import QuantizationError, is_per_channel, is_per_tensor
 
@@ -76,21 +81,16 @@ __all__ = [
 ]
 
 _is_compiling = torch.compiler.is_compiling
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+# Makes a NamedTuple in half the time that its own constructor takes.
+_tuple = tuple.__new__
 
 # How the key of a module's extra state ends.
 _EXTRA_STATE = "_extra_state"
 
 _Self = TypeVar("_Self", bound="_LearnableFakeQuantize")
 
-# What these do in one op is all they do. Subclasses may do more, and are called.
-_FUSED_OBSERVERS = frozenset(
-    (
-        MinMaxObserver,
-        MovingAverageMinMaxObserver,
-        PerChannelMinMaxObserver,
-        MovingAveragePerChannelMinMaxObserver,
-    )
-)
+_qparams = reader("scale", "zero_point", "fake_quant_enabled")
 
 
 def _is_per_channel(qscheme: torch.qscheme) -> bool:
@@ -187,13 +187,6 @@ class FakeQuantize(FakeQuantizeBase):
     zero_point: Tensor
     activation_post_process: Any
 
-    # Whether scale and zero point come from the observer as they are.
-    _takes_observers_qparams: ClassVar[bool] = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._takes_observers_qparams = cls.calculate_qparams is FakeQuantize.calculate_qparams
-
     def __init__(
         self,
         observer: Callable[..., Any] = MovingAverageMinMaxObserver,
@@ -246,22 +239,45 @@ class FakeQuantize(FakeQuantizeBase):
                 than before, or a non-finite element under `nonfinite="raise"`. Statistics,
                 scale and zero point keep what they had.
         """
-        observer: Any = self._modules["activation_post_process"]
-        if not (
-            type(observer) in _FUSED_OBSERVERS
-            and self._takes_observers_qparams
-            and not (observer._forward_hooks or observer._forward_pre_hooks)
-        ):
+        settings = self._settings_of_one_op()
+        if settings is None:
+            if is_dynamo_compiling() and self._lacks_channels(x):
+                self._set_channels(channel_count(x, self._axis()))
+                return FakeQuantize.forward(self, x)
             return self._forward_in_steps(x)
-        its: dict[str, Any] = observer._buffers
-        own: dict[str, Any] = self._buffers
-        min_val, scale = its["min_val"], own["scale"]
-        if min_val.numel() != scale.numel():
-            return self._forward_first(x)
-        quant_min, quant_max, scheme, symmetric_zero_point = observer._scheme()
         try:
-            return apply_fused(
-                x,
+            return fused_observe_fake_quantize(x, settings)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            kept = ("min_val", "max_val", "scale", "zero_point")
+            cause = self._explained(error, x, {name: getattr(settings, name) for name in kept})
+            if cause is not None:
+                raise cause from None
+            return x
+
+    def _settings_of_one_op(self) -> FusedSettings | None:
+        """The arguments for the op that does all of a call; None where it takes several steps.
+
+        It does where somebody replaced a method or more that a step calls, where the observer is
+        none of the min/max observers, and where the first tensor has yet to give the buffers their
+        sizes.
+        """
+        observer: Any = self._modules["activation_post_process"]
+        kind = plain_kind(observer)
+        if (
+            kind is None
+            or kind.is_fixed
+            or kind.per_channel != self.is_per_channel
+            or type(self).calculate_qparams is not _CALCULATE_QPARAMS
+            or "calculate_qparams" in self.__dict__
+            or not keeps_tensors_plainly(type(self))
+            or not keeps_tensors_plainly(type(observer))
+        ):
+            return None
+        own, its = self._buffers, observer._buffers
+        try:
+            scale: Any = own["scale"]
+            min_val: Any = its["min_val"]
+            tensors = (
                 own["observer_enabled"],
                 own["fake_quant_enabled"],
                 min_val,
@@ -270,23 +286,33 @@ class FakeQuantize(FakeQuantizeBase):
                 own["zero_point"],
                 its["nonfinite_count"],
                 its["eps"],
-                self.ch_axis if self.is_per_channel else None,
-                observer.__dict__.get("averaging_constant"),
+            )
+        except KeyError:
+            return None  # a parameter, a parametrization or a plain tensor is in the place of one
+        ch_axis = averaging_constant = None
+        if kind.per_channel:
+            ch_axis = self.ch_axis
+            if observer.ch_axis != ch_axis or min_val.numel() != scale.numel():
+                return None
+        if kind.is_average:
+            averaging_constant = observer.averaging_constant
+        quant_min, quant_max, scheme, symmetric_zero_point = observer._scheme()
+        return _tuple(
+            FusedSettings,
+            (
+                *tensors,
+                ch_axis,
+                averaging_constant,
                 quant_min,
                 quant_max,
                 scheme,
                 symmetric_zero_point,
                 NONFINITE_CODES[observer.nonfinite],
-            )
-        except (AttributeError, RuntimeError, TypeError) as error:
-            refused = {"min_val": min_val, "max_val": its["max_val"]}
-            cause = self._explained(error, x, {**refused, **self._qparam_buffers()})
-            if cause is not None:
-                raise cause from None
-            return x
+            ),
+        )
 
     def _forward_in_steps(self, x: Tensor) -> Tensor:
-        """The same by way of the observer's own methods, whatever they do."""
+        """The same by the methods that torch.ao's forward calls, whatever they do."""
         error = input_error(x)
         if error is not None:
             raise error
@@ -301,56 +327,49 @@ class FakeQuantize(FakeQuantizeBase):
         if not self.observer_enabled.is_meta and self.observer_enabled:
             self.activation_post_process(x.detach())
             scale, zero_point = self.calculate_qparams()
-            resized(self, "scale", scale.shape).copy_(scale)
-            resized(self, "zero_point", zero_point.shape).copy_(zero_point)
+            # scale is resized last: once it has elements for all channels, zero_point has too.
+            for name, value in (("zero_point", zero_point), ("scale", scale)):
+                if getattr(self, name).shape != value.shape:
+                    with RESIZING:
+                        refill(self, name, value.shape, name == "scale")
+                getattr(self, name).copy_(value)
+
+    def _lacks_channels(self, x: Tensor) -> bool:
+        """Whether `x` is the first tensor of a module that keeps a range for each channel."""
+        observer = self.activation_post_process
+        return (
+            self.is_per_channel
+            and isinstance(observer, PerChannelMinMaxObserver)
+            and observer.max_val.numel() == 0
+            and input_error(x) is None
+            and x.numel() > 0
+        )
+
+    def _set_channels(self, channels: int) -> None:
+        """Give what is kept for each channel its size, with nothing observed as yet.
+
+        For graphs, in which the first tensor cannot do so.
+        """
+        observer = self.activation_post_process
+        if not self.is_per_channel or not isinstance(observer, PerChannelMinMaxObserver):
+            return
+        if observer.max_val.numel() == 0:
+            observer._set_channels(channels)
+        for name, value in (("zero_point", 0), ("scale", 1)):
+            if getattr(self, name).numel() != channels:
+                refill(self, name, (channels,), value)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         observer = self.activation_post_process
+        scale, zero_point, enabled = _qparams(self)
+        levels = (observer.quant_min, observer.quant_max)
         try:
-            return apply_fake_quantize(
-                x,
-                self.scale,
-                self.zero_point,
-                self._axis(),
-                observer.quant_min,
-                observer.quant_max,
-                self.fake_quant_enabled,
-            )
+            return fake_quantize(x, scale, zero_point, enabled, self._axis(), *levels)
         except (AttributeError, RuntimeError, TypeError) as error:
-            cause = self._explained(error, x, self._qparam_buffers())
+            cause = self._explained(error, x, {"scale": scale, "zero_point": zero_point})
             if cause is not None:
                 raise cause from None
             return x
-
-    def _forward_first(self, x: Tensor) -> Tensor:
-        """Make room for the channels of the first tensor, then go on; take it back on error."""
-        error = input_error(x)
-        if error is not None:
-            raise error
-        if x.numel() == 0:
-            return x
-        # A flag on the meta device has no value; shapes are all that counts there.
-        if not self.observer_enabled.is_meta and not self.observer_enabled:
-            return self._fake_quantize(x) if self.fake_quant_enabled else x
-        channels = channel_count(x, self._axis())
-        buffers = (
-            (self.activation_post_process, "min_val", float("inf")),
-            (self.activation_post_process, "max_val", float("-inf")),
-            (self, "zero_point", 0),
-            # Last: its size says that all have theirs.
-            (self, "scale", 1.0),
-        )
-        with RESIZING:
-            before = [getattr(module, name).clone() for module, name, _ in buffers]
-            for module, name, unobserved in buffers:
-                if getattr(module, name).numel() != channels:
-                    refill(module, name, (channels,), unobserved)
-            try:
-                return self.forward(x)
-            except Exception:
-                for (module, name, _), old in zip(buffers, before, strict=True):
-                    resized(module, name, old.shape).copy_(old)
-                raise
 
     def _explained(
         self, error: Exception, x: Any, buffers: Mapping[str, Tensor | None]
@@ -367,9 +386,6 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _axis(self) -> int | None:
         return self.ch_axis if self.is_per_channel else None
-
-    def _qparam_buffers(self) -> dict[str, Tensor | None]:
-        return {"scale": self.scale, "zero_point": self.zero_point}
 
     # What extra_repr shows, in torch.ao's order.
     _shown: ClassVar[tuple[str, ...]] = (
@@ -455,7 +471,8 @@ class FakeQuantize(FakeQuantizeBase):
         return all(key.endswith(_EXTRA_STATE) for key in missing)
 
 
-outside_graphs(FakeQuantize, "_forward_first", FIRST_FORWARD_IN_GRAPH)
+# Methods as they are here, to notice where somebody has put others in their place.
+_CALCULATE_QPARAMS: Any = FakeQuantize.calculate_qparams
 
 
 class FixedQParamsFakeQuantize(FakeQuantize):
@@ -500,7 +517,18 @@ class FixedQParamsFakeQuantize(FakeQuantize):
             TypeError: `x` is no tensor or not floating.
             ValueError: `x` lies on another device than the scale.
         """
+        kind = plain_kind(self.activation_post_process)
+        if (
+            kind is None
+            or not kind.is_fixed
+            or type(self).calculate_qparams is not _QPARAMS_OF_FIXED
+            or "calculate_qparams" in self.__dict__
+        ):
+            return self._forward_in_steps(x)
         return self._fake_quantize(x)
+
+
+_QPARAMS_OF_FIXED: Any = FixedQParamsFakeQuantize.calculate_qparams
 
 
 class FusedMovingAvgObsFakeQuantize(FakeQuantize):
@@ -677,7 +705,7 @@ class _LearnableFakeQuantize(FakeQuantizeBase):
             return x
         # LSQ's g = 1 / sqrt(N * Qp).
         scaling = (max(x.numel(), 1) * self.quant_max) ** -0.5 if self.use_grad_scaling else 1.0
-        y: Tensor = apply_learnable_fake_quantize(
+        y: Tensor = learnable_fake_quantize(
             x, self.scale, self.zero_point, ch_axis, self.quant_min, self.quant_max, scaling
         )
         return y

@@ -42,6 +42,7 @@ from ._core.arguments import (
 from ._core.qparams import symmetric_zero_point
 from ._core.schemes import PER_CHANNEL, NonFinitePolicy, Scheme
 from ._native import ops, routes
+from ._native.settings import FusedSettings
 from .utils import calculate_qmin_qmax
 
 __all__ = [
@@ -279,9 +280,10 @@ def _check_axis(qscheme: torch.qscheme, ch_axis: int | None) -> None:
         )
 
 
-def _count_or_throwaway(nonfinite_count: Tensor | None, x: Tensor) -> Tensor | None:
-    if nonfinite_count is None and isinstance(x, Tensor):
-        return torch.zeros(1, dtype=torch.int64, device=x.device)
+def _count_or_throwaway(nonfinite_count: Tensor | None, x: Tensor) -> Tensor:
+    if nonfinite_count is None:
+        device = x.device if isinstance(x, Tensor) else None
+        return torch.zeros(1, dtype=torch.int64, device=device)
     return nonfinite_count
 
 
@@ -354,7 +356,7 @@ def observe_minmax_(
         _check_floating("min_val", min_val.dtype)
         _check_floating("max_val", max_val.dtype)
         count = _count_or_throwaway(nonfinite_count, x)
-        routes.observe_minmax(x, min_val, max_val, count, ch_axis, averaging_constant, policy)
+        routes.observe_minmax_(x, min_val, max_val, count, ch_axis, averaging_constant, policy)
     except _REFUSALS as error:
         buffers = {"min_val": min_val, "max_val": max_val}
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
@@ -394,7 +396,7 @@ def observe_histogram_(
     upsample_rate = check_integer("upsample_rate", upsample_rate, least=1)
     try:
         count = _count_or_throwaway(nonfinite_count, x)
-        routes.observe_histogram(x, histogram, min_val, max_val, count, upsample_rate, policy, 1)
+        routes.observe_histogram_(x, histogram, min_val, max_val, count, upsample_rate, policy, 1)
     except _REFUSALS as error:
         if isinstance(x, Tensor) and isinstance(histogram, Tensor) and histogram.numel() == 0:
             raise ValueError("histogram must have at least one bin") from None
@@ -546,7 +548,7 @@ def fake_quantize(
     _check_scale(scale)
     _check_zero_point(zero_point, quant_min, quant_max)
     try:
-        return routes.apply_fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max)
+        return routes.fake_quantize(x, scale, zero_point, None, ch_axis, quant_min, quant_max)
     except _REFUSALS as refusal:
         buffers = {"scale": scale, "zero_point": zero_point}
         raise _explained(refusal, x, ch_axis, buffers) from None
@@ -616,8 +618,7 @@ def fused_observe_fake_quantize(
     try:
         for name in ("min_val", "max_val", "scale"):
             _check_floating(name, buffers[name].dtype)
-        return routes.apply_fused(
-            x,
+        settings = FusedSettings(
             _flag(observe, x),
             _flag(quantize, x),
             min_val,
@@ -631,6 +632,7 @@ def fused_observe_fake_quantize(
             *grid,
             policy,
         )
+        return routes.fused_observe_fake_quantize(x, settings)
     except _REFUSALS as error:
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
 
@@ -686,7 +688,7 @@ def learnable_fake_quantize(
     _require_tensor("zero_point", zero_point)
     _check_floating("zero_point", zero_point.dtype)
     try:
-        return routes.apply_learnable_fake_quantize(
+        return routes.learnable_fake_quantize(
             x, scale, zero_point, ch_axis, quant_min, quant_max, grad_factor
         )
     except _REFUSALS as refusal:

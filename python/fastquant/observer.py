@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from ._core.arguments import (
 )
 from ._core.locks import RESIZING
 from ._core.qparams import symmetric_zero_point
-from ._core.ranges import UNOBSERVED, is_observed, range_error
+from ._core.ranges import UNOBSERVED, is_observed, is_unobserved, range_error
 from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, WIDE, NonFinitePolicy, Scheme
 from ._core.state import (
     ActivationPostProcess,
@@ -43,9 +43,14 @@ from ._core.state import (
     refill,
     resized,
 )
-from ._native.graphs import FIRST_FORWARD_IN_GRAPH
 from ._native.ops import choose_qparams, search_histogram_range
-from ._native.routes import histogram_qparams, observe_histogram, observe_minmax
+from ._native.reference import (
+    moved_histogram,
+    quantization_error,
+    range_of_least_error,
+    squared_norm,
+)
+from ._native.routes import histogram_qparams, observe_histogram_, observe_minmax_
 from ._torch.ao import (
     AffineQuantizedObserverBase,
     Granularity,
@@ -62,8 +67,9 @@ from ._torch.ao import (
     _is_per_channel_script_obs_instance,
     get_block_size,
 )
-from ._torch.compiling import outside_graphs
 from ._torch.counterparts import scriptable
+from ._torch.overrides import Written, reader
+from ._torch.private import is_called_plainly
 from .utils import (
     QuantizationError,
     calculate_qmin_qmax,
@@ -117,7 +123,10 @@ __all__ = [
     "weight_observer_range_neg_127_to_127",
 ]
 
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
 _EPS = torch.finfo(torch.float32).eps
+_SYMMETRIC = Scheme.SYMMETRIC
 
 # --------------------------------------------------------------------------------------------
 # Constructors with some arguments given
@@ -266,7 +275,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         """
         quant_min, quant_max = self.quant_min, self.quant_max
         scheme = SCHEME_CODES[self.qscheme]
-        if scheme != Scheme.SYMMETRIC:
+        if scheme is not _SYMMETRIC:
             return quant_min, quant_max, scheme, 0
         middle = symmetric_zero_point(self.dtype, quant_min, quant_max, self.has_customized_qrange)
         return quant_min, quant_max, scheme, middle
@@ -316,9 +325,8 @@ class UniformQuantizationObserverBase(ObserverBase):
 _ObserverBase = UniformQuantizationObserverBase
 
 
-def _is_method(method: object, function: object) -> bool:
-    """Whether a method is this function still, which neither a class nor an instance overrides."""
-    return getattr(method, "__func__", None) is function
+_statistics = reader("min_val", "max_val", "nonfinite_count")
+_histogram_and_range = reader("histogram", "min_val", "max_val", "nonfinite_count")
 
 
 class _RangeObserver(UniformQuantizationObserverBase):
@@ -399,15 +407,10 @@ class _RangeObserver(UniformQuantizationObserverBase):
         cause = input_error(x)
         if cause is None and x.numel() == 0:
             return None
-        cause = cause or channel_error(
-            x,
-            self.__dict__.get("ch_axis"),
-            {name: self._buffers[name] for name, _ in UNOBSERVED},
-        )
+        axis = getattr(self, "ch_axis", None) if self._per_channel else None
+        cause = cause or channel_error(x, axis, {n: getattr(self, n) for n, _ in UNOBSERVED})
         if cause is None and self.nonfinite != "ignore":
             cause = nonfinite_error(x, self.nonfinite)
-        if cause is None and "histogram" in self._buffers:
-            cause = width_error({k: self._buffers[k] for k in ("histogram", "min_val", "max_val")})
         return cause or error
 
     def _recipe(self) -> dict[str, Any]:
@@ -516,7 +519,7 @@ class _MinMax(_RangeObserver):
             raise NotImplementedError("reduce_range does not go with a symmetric quint8 range")
         super().__init__(dtype=dtype, qscheme=qscheme, reduce_range=reduce_range, **kwargs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _observe(self, x: Tensor, ch_axis: int | None, averaging_constant: float | None) -> Tensor:
         """Update the range with `x` (floating, any shape and layout); returns `x` itself.
 
         Raises:
@@ -525,21 +528,14 @@ class _MinMax(_RangeObserver):
                 than before, or a non-finite element under `nonfinite="raise"`. The range
                 keeps what it had.
         """
-        attributes, buffers = self.__dict__, self._buffers
-        ch_axis = attributes.get("ch_axis")
-        min_val = buffers["min_val"]
-        # The one that gets its size last.
-        if ch_axis is not None and buffers["max_val"].numel() == 0:  # type: ignore[union-attr]
-            return self._forward_first(x)
+        min_val, max_val, nonfinite_count = _statistics(self)
+        # max_val is resized last: once it has elements, min_val has too.
+        if ch_axis is not None and max_val.numel() == 0:
+            return self._observe_first(x, ch_axis, averaging_constant)
+        policy = NONFINITE_CODES[self.nonfinite]
         try:
-            observe_minmax(
-                x,
-                min_val,
-                buffers["max_val"],
-                buffers["nonfinite_count"],
-                ch_axis,
-                attributes.get("averaging_constant"),
-                NONFINITE_CODES[self.nonfinite],
+            observe_minmax_(
+                x, min_val, max_val, nonfinite_count, ch_axis, averaging_constant, policy
             )
         except (RuntimeError, TypeError) as error:
             cause = self._explained(error, x)
@@ -547,29 +543,32 @@ class _MinMax(_RangeObserver):
                 raise cause from None
         return x
 
-    def _forward_first(self, x: Tensor) -> Tensor:
-        """Make room for the channels of the first tensor, then go on; take it back on error."""
+    def _observe_first(self, x: Tensor, ch_axis: int, averaging_constant: float | None) -> Tensor:
+        """The same for the first tensor, whose channels give the range its size."""
         error = input_error(x)
         if error is not None:
             raise error
         if x.numel() == 0:
             return x
-        channels = channel_count(x, self.__dict__["ch_axis"])
+        channels = channel_count(x, ch_axis)
+        if is_dynamo_compiling():
+            self._set_channels(channels)
+            return self._observe(x, ch_axis, averaging_constant)
         with RESIZING:
-            if self.max_val.numel() == 0:
-                for name, unobserved in UNOBSERVED:
-                    refill(self, name, (channels,), unobserved)
-                try:
-                    return self.forward(x)
-                except Exception:
-                    for name, _ in UNOBSERVED:
-                        resized(self, name, (0,))
-                    raise
-        # Another thread's tensor came first.
-        return self.forward(x)
+            first = self.max_val.numel() == 0  # and no other thread's tensor came before
+            if first:
+                self._set_channels(channels)
+            try:
+                return self._observe(x, ch_axis, averaging_constant)
+            except Exception:
+                if first:
+                    self._set_channels(0)
+                raise
 
-
-outside_graphs(_MinMax, "_forward_first", FIRST_FORWARD_IN_GRAPH)
+    def _set_channels(self, channels: int) -> None:
+        """Give the range room for so many channels, nothing of which is observed."""
+        for name, unobserved in UNOBSERVED:
+            refill(self, name, (channels,), unobserved)
 
 
 class MinMaxObserver(_MinMax):
@@ -620,6 +619,10 @@ class MinMaxObserver(_MinMax):
             **kwargs,
         )
 
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Update the range; see :meth:`_observe`."""
+        return self._observe(x_orig, None, None)
+
 
 class MovingAverageMinMaxObserver(MinMaxObserver):
     """Moving averages of each tensor's smallest and largest value.
@@ -663,6 +666,10 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
             is_dynamic=is_dynamic,
             **kwargs,
         )
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Move the averages; see :meth:`_observe`."""
+        return self._observe(x_orig, None, self.averaging_constant)
 
     def _measures_anew(self) -> bool:
         return self.averaging_constant == 1
@@ -718,6 +725,14 @@ class PerChannelMinMaxObserver(_MinMax):
         )
         self.ch_axis = check_integer("ch_axis", ch_axis)
 
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Update the range; see :meth:`_observe`."""
+        return self._forward(x_orig)
+
+    def _forward(self, x_orig: Tensor) -> Tensor:
+        # What torch.ao's forward calls, and a subclass may therefore override.
+        return self._observe(x_orig, self.ch_axis, None)
+
     def _measures_anew(self) -> bool:
         return False
 
@@ -760,6 +775,10 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
         )
         check_averaging_constant(averaging_constant)
         self.averaging_constant = averaging_constant
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Move the averages; see :meth:`_observe`."""
+        return self._observe(x_orig, self.ch_axis, self.averaging_constant)
 
 
 # --------------------------------------------------------------------------------------------
@@ -853,16 +872,21 @@ class HistogramObserver(_RangeObserver):
             ValueError: it lies on another device, or has a non-finite element under
                 `nonfinite="raise"`. The histogram keeps what it had.
         """
-        buffers = self._buffers
+        if _steps_of_forward.is_replaced(self):
+            for _ in range(self._times):
+                self._forward_in_steps(x_orig)
+            return x_orig
+        histogram, min_val, max_val, nonfinite_count = _histogram_and_range(self)
+        policy = NONFINITE_CODES[self.nonfinite]
         try:
-            observe_histogram(
+            observe_histogram_(
                 x_orig,
-                buffers["histogram"],
-                buffers["min_val"],
-                buffers["max_val"],
-                buffers["nonfinite_count"],
+                histogram,
+                min_val,
+                max_val,
+                nonfinite_count,
                 self.upsample_rate,
-                NONFINITE_CODES[self.nonfinite],
+                policy,
                 self._times,
             )
         except (RuntimeError, TypeError) as error:
@@ -871,14 +895,79 @@ class HistogramObserver(_RangeObserver):
                 raise cause from None
         return x_orig
 
+    def _forward_in_steps(self, x_orig: Tensor) -> None:
+        """The same by the methods that torch.ao's forward calls, whatever they do."""
+        error = input_error(x_orig)
+        if error is not None:
+            raise error
+        x = x_orig.detach().to(self.histogram.dtype)
+        finite = x.isfinite()
+        if not bool(finite.all()):
+            # Infinities never enter a histogram, and NaN raises where torch's would.
+            refused = x if self.nonfinite == "raise" else x[x.isnan()]
+            if self.nonfinite != "ignore" and refused.numel():
+                raise nonfinite_error(refused, self.nonfinite) or AssertionError
+            self.nonfinite_count += (~finite).sum()
+            x = x[finite]
+        if x.numel() == 0:
+            return
+        low, high = x.aminmax()
+        if is_unobserved(self.min_val, self.max_val):
+            self.reset_histogram(x, low, high)
+            return
+        new_min, new_max = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
+        counts = torch.histc(x, self.bins, min=float(new_min), max=float(new_max))
+        old_range = (self.min_val, self.max_val)
+        self.histogram.copy_(
+            self._combine_histograms(self.histogram, *old_range, counts, new_min, new_max)
+        )
+        self.min_val.copy_(new_min)
+        self.max_val.copy_(new_max)
+
+    def _combine_histograms(
+        self,
+        orig_hist: Tensor,
+        orig_min: Tensor,
+        orig_max: Tensor,
+        update_hist: Tensor,
+        update_min: Tensor,
+        update_max: Tensor,
+    ) -> Tensor:
+        """The sum of two histograms, over the range of the second, which holds the first's."""
+        if bool(update_min > orig_min) or bool(update_max < orig_max):
+            raise QuantizationError(
+                f"the new range, {float(update_min)} to {float(update_max)}, must hold the old "
+                f"one, {float(orig_min)} to {float(orig_max)}"
+            )
+        ranges = (orig_min, orig_max, update_min, update_max)
+        if bool(orig_min == orig_max) or (orig_min, orig_max) == (update_min, update_max):
+            return self._moved(orig_hist, *ranges) + update_hist
+        return self._upscale_histogram(orig_hist, *ranges) + update_hist
+
+    def _upscale_histogram(
+        self,
+        histogram: Tensor,
+        orig_min: Tensor,
+        orig_max: Tensor,
+        update_min: Tensor,
+        update_max: Tensor,
+    ) -> Tensor:
+        """The histogram over its range in the bins of another range, which holds its own."""
+        return self._moved(histogram, orig_min, orig_max, update_min, update_max)
+
+    def _moved(self, histogram: Tensor, *ranges: Tensor) -> Tensor:
+        low, high, new_low, new_high = (t.reshape(()).double() for t in ranges)
+        settings = (self.upsample_rate, histogram.dtype)
+        moved = moved_histogram(histogram.double(), low, high, new_low, new_high, *settings)
+        return moved.to(histogram.dtype)
+
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the best clipping range; see :meth:`_calculate_qparams`.
 
         Raises:
             QuantizationError: the histogram does not have `bins` bins, or the span is no range.
         """
-        buffers: dict[str, Any] = self._buffers
-        min_val, max_val, histogram = buffers["min_val"], buffers["max_val"], buffers["histogram"]
+        histogram, min_val, max_val, _ = _histogram_and_range(self)
         if not is_observed(min_val, max_val, self._is_average, stacklevel=2):
             device = min_val.device
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
@@ -886,22 +975,33 @@ class HistogramObserver(_RangeObserver):
             raise QuantizationError(
                 f"histogram must have bins={self.bins} elements, got {histogram.numel()}"
             )
-        if _is_method(
-            self._non_linear_param_search, HistogramObserver._non_linear_param_search
-        ) and _is_method(
-            self._calculate_qparams, UniformQuantizationObserverBase._calculate_qparams
-        ):
-            scheme = self._scheme()
-            eps = buffers["eps"]
-            return histogram_qparams(histogram, min_val, max_val, eps, self.dst_nbins, *scheme)
-        return self._calculate_qparams(*self._non_linear_param_search())
+        if _steps_of_qparams.is_replaced(self):
+            return self._calculate_qparams(*self._non_linear_param_search())
+        settings = (self.eps, self.dst_nbins, *self._scheme())
+        return histogram_qparams(histogram, min_val, max_val, *settings)
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
-        """The clipping range (min, max) of least expected squared quantization error."""
+        """The clipping range (min, max) of least expected quantization error."""
+        if _steps_of_search.is_replaced(self):
+            counts = self.histogram.to("cpu", torch.float32)
+            return range_of_least_error(
+                counts, self.min_val, self.max_val, self._compute_quantization_error
+            )
         new_min, new_max = search_histogram_range(
             self.histogram, self.min_val, self.max_val, self.dst_nbins
         )
         return new_min, new_max
+
+    def _compute_quantization_error(self, next_start_bin: int, next_end_bin: int) -> float:
+        """The expected error of a range from the first to the last of these bins."""
+        bin_width = (self.max_val.item() - self.min_val.item()) / self.bins
+        return quantization_error(
+            self.histogram, bin_width, self.dst_nbins, next_start_bin, next_end_bin, self._get_norm
+        )
+
+    def _get_norm(self, delta_begin: Tensor, delta_end: Tensor, density: Tensor) -> Tensor:
+        """The error of values that lie from `delta_begin` to `delta_end` off a quantized one."""
+        return squared_norm(delta_begin, delta_end, density)
 
     def reset_histogram(self, x: Tensor, min_val: Tensor, max_val: Tensor) -> None:
         """Start anew: `x` counted over the span from `min_val` to `max_val` (one element each)."""
@@ -920,6 +1020,27 @@ class HistogramObserver(_RangeObserver):
         """Forget what was observed."""
         super().reset_min_max_vals()
         self.histogram.zero_()
+
+    def _explained(self, error: Exception, x: Any) -> Exception | None:
+        cause = super()._explained(error, x)
+        if cause is not error:
+            return cause
+        kept = ("histogram", "min_val", "max_val")
+        return width_error({name: getattr(self, name) for name in kept}) or error
+
+
+# What torch.ao's methods call on the observer, and users therefore replace.
+_steps_of_search = Written(HistogramObserver, "_compute_quantization_error", "_get_norm")
+_steps_of_qparams = Written(
+    HistogramObserver,
+    "_calculate_qparams",
+    "_non_linear_param_search",
+    "_compute_quantization_error",
+    "_get_norm",
+)
+_steps_of_forward = Written(
+    HistogramObserver, "_combine_histograms", "_upscale_histogram", "reset_histogram"
+)
 
 
 # --------------------------------------------------------------------------------------------
@@ -982,6 +1103,63 @@ class FixedQParamsObserver(ObserverBase):
             return
         load = partial(super()._load_from_state_dict, state_dict, prefix, *args)
         self._load_whole(load, args[2], args[4])
+
+
+class Kind(NamedTuple):
+    """What calling an observer and asking it for qparams comes to.
+
+    Attributes:
+        calculate_qparams: the method that answers.
+        per_channel: whether a range is kept for each channel.
+        is_average: whether it is one of moving averages.
+        is_fixed: whether nothing is observed.
+    """
+
+    calculate_qparams: Any
+    per_channel: bool = False
+    is_average: bool = False
+    is_fixed: bool = False
+
+
+# By the forward of the observer's class. As everything here, these are the methods as they were
+# written, to notice where somebody has put others in their place.
+_OF_RANGE = _RangeObserver.calculate_qparams
+_QPARAMS: Any = UniformQuantizationObserverBase._calculate_qparams
+_FORWARD: Any = PerChannelMinMaxObserver._forward
+_KINDS: dict[Any, Kind] = {
+    MinMaxObserver.forward: Kind(_OF_RANGE),
+    MovingAverageMinMaxObserver.forward: Kind(_OF_RANGE, is_average=True),
+    PerChannelMinMaxObserver.forward: Kind(_OF_RANGE, per_channel=True),
+    MovingAveragePerChannelMinMaxObserver.forward: Kind(
+        _OF_RANGE, per_channel=True, is_average=True
+    ),
+    FixedQParamsObserver.forward: Kind(FixedQParamsObserver.calculate_qparams, is_fixed=True),
+}
+
+
+def plain_kind(observer: Any) -> Kind | None:
+    """The kind of an observer that is as it was written, so that one op can do its work.
+
+    None for all other observers, and where anything of it was replaced.
+    """
+    own, cls = observer.__dict__, type(observer)
+    kind = _KINDS.get(cls.forward)
+    if (
+        kind is None
+        or not is_called_plainly(observer)
+        or cls.calculate_qparams is not kind.calculate_qparams
+        or "calculate_qparams" in own
+    ):
+        return None
+    if kind.is_fixed:
+        return kind
+    if (
+        cls._calculate_qparams is not _QPARAMS
+        or "_calculate_qparams" in own
+        or (kind.per_channel and (cls._forward is not _FORWARD or "_forward" in own))
+    ):
+        return None
+    return kind
 
 
 class _UnobservingObserver(ObserverBase):

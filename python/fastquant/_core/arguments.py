@@ -203,8 +203,11 @@ def width_error(buffers: Mapping[str, Tensor | None]) -> Exception | None:
 def nonfinite_error(x: Tensor, nonfinite: NonFinitePolicy) -> Exception | None:
     """Why `x` is refused under this policy; None where every element is finite."""
     count = x.numel() - int(x.isfinite().sum())
-    if not count:
-        return None
+    return nonfinite_refusal(x, count, nonfinite) if count else None
+
+
+def nonfinite_refusal(x: Tensor, count: int, nonfinite: NonFinitePolicy = "raise") -> ValueError:
+    """The error for an x of which `count` elements are refused."""
     return ValueError(
         f"x has {count} non-finite elements (NaN or infinity) of {x.numel()}, which cannot be "
         f"observed under nonfinite={nonfinite!r}; nonfinite='ignore' leaves them out"

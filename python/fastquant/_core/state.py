@@ -27,6 +27,9 @@ class KeepsState(nn.Module):
     _kept_precise: ClassVar[tuple[str, ...]] = ()
     _counters: ClassVar[tuple[str, ...]] = ()
 
+    # The class itself, once `_torch.overrides` has found that its tensors may be read directly.
+    _read_plainly: ClassVar[type | None] = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = (*self._kept_precise, *self._counters)
         before = {name: self._buffers.get(name) for name in kept}
@@ -161,4 +164,9 @@ def refill(module: nn.Module, name: str, shape: Sequence[int], value: float) -> 
     """Give a tensor of `module` another shape and one value; other threads see both or neither."""
     tensor: Tensor = getattr(module, name)
     with torch.inference_mode(False):
-        tensor.data = torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
+        filled = torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
+        if torch.compiler.is_dynamo_compiling():
+            # A graph cannot give a tensor another size, but an attribute another tensor.
+            setattr(module, name, filled)
+        else:
+            tensor.data = filled

@@ -29,7 +29,8 @@ def _changes_in_place(*_: Any) -> None:
     return None
 
 
-def _empty_mask(x: Tensor) -> Tensor:
+def empty_mask(x: Tensor) -> Tensor:
+    """Memory for one bit of each element of x, in whole 64-bit words."""
     return x.new_empty((x.numel() + 63) // 64 * 8, dtype=torch.uint8)
 
 
@@ -42,7 +43,7 @@ def _empty_int8(x: Tensor, *_: Any) -> Tensor:
 
 
 def _empty_with_mask(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _empty_mask(x)
+    return torch.empty_like(x), empty_mask(x)
 
 
 def _empty_range(

@@ -1,23 +1,35 @@
-"""Whether a call may go round the dispatcher: whether nothing is there that would see it."""
+"""Whether an op may be called without torch's dispatcher: whether nothing there has to see it.
+
+For a small tensor the dispatcher takes longer than the work (benchmarks/calls.py). The question
+is asked here, once for each call, and in Python: most of its parts take the interpreter 10 to
+20 ns, which is no more than C would need to ask back.
+"""
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import _C
-from .._torch import private
-from .._torch.private import is_tracing, takes_forward_derivatives
+from .._torch.private import (
+    exchange_api,
+    innermost_transform,
+    is_intercepted,
+    is_tracing,
+    takes_forward_derivatives,
+)
 
 is_compiling = torch.compiler.is_compiling
 is_grad_enabled = torch.is_grad_enabled
+_is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
 
 
 def is_transformed() -> bool:
     """Whether torch.func transforms, or forward-mode derivatives are taken (and refused)."""
-    return private.innermost_transform() is not None or takes_forward_derivatives()
+    return innermost_transform() is not None or takes_forward_derivatives()
 
 
 def has_plain_gradients() -> bool:
@@ -26,39 +38,33 @@ def has_plain_gradients() -> bool:
 
 
 def _set_up_fast_calls() -> bool:
-    """Let `_C` reach tensors without the dispatcher, where torch has what that takes."""
-    if private.exchange_api is None:
+    """Let `_C` reach the memory of tensors, where this torch has what that takes."""
+    if exchange_api is None:
         return False
     try:
-        _C.set_up_fast_calls(
-            private.exchange_api,
-            (Tensor, torch.nn.Parameter),
-            # What intercepts ops has to see them: modes (fake tensors, export, a default device),
-            # the transforms of torch.func, torch.jit.trace, the profiler.
-            (
-                private.dispatch_modes,
-                private.function_modes,
-                private.innermost_transform,
-                is_tracing,
-                private.is_profiling,
-            ),
-            Tensor.is_neg,
-            torch.empty_like,
-            functools.partial(torch.empty, dtype=torch.uint8, device=torch.device("cpu")),
-        )
+        _C.set_up_fast_calls(exchange_api, Tensor, Parameter)
     except RuntimeError:
         return False
     return True
 
 
-# Whether plain CPU tensors go round the dispatcher (benchmarks/calls.py: what that saves).
+# Off in torch releases without DLPack's C exchange API; benchmarks and tests switch it off, too.
 fast_calls = _set_up_fast_calls()
 
 
-def goes_fast() -> bool:
-    """Whether the functions of `_C` may be tried; they say None, with nothing done, where not.
+def may_skip_dispatcher(x: Any, *others: Any) -> bool:
+    """Whether `_C` may be called with these values, which nothing may then intercept.
 
-    What they cannot ask for themselves is asked here: they must not be seen while compiling, and
-    torch keeps the level of forward-mode derivatives in Python.
+    False while Dynamo traces, and for anything but plain tensors that do not keep the negatives of
+    their values in memory. What `_C` sees by itself (devices, dtypes, layouts) is left to it: it
+    returns None where it cannot do the work.
     """
-    return fast_calls and not is_compiling() and not takes_forward_derivatives()
+    if (
+        _is_traced_by_dynamo()  # first: Dynamo must not see what follows
+        or not fast_calls
+        or (type(x) is not Tensor and type(x) is not Parameter)
+        or x.is_neg()
+        or is_intercepted()
+    ):
+        return False
+    return not others or all(type(o) in (Tensor, Parameter) and not o.is_neg() for o in others)

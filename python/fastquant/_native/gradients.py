@@ -1,65 +1,43 @@
-"""The gradients of the ops, for eager, torch.func and compilers."""
+"""The gradients of the ops, each stated once, for eager mode, torch.func and compilers.
+
+Compilers trace the gradient that is registered with an op. Eager calls do not take that one, since
+the way to it through the dispatcher costs several times what an autograd.Function does; and
+torch.func transforms only a Function whose context is set up apart from its forward pass.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from .._torch.private import below_autograd
-from .fast_calls import goes_fast
-from .ops import (
-    Op,
-    fake_quantize_backward,
-    fake_quantize_with_mask,
-    learnable_fake_quantize,
-    learnable_fake_quantize_backward,
-)
-
-# Each gradient is here twice. Registered with the op, compilers can trace it; but that way
-# through the dispatcher costs an eager call several times what a Function of one's own does.
+from . import ops
+from .fast_calls import may_skip_dispatcher
 
 
-class _MaskGradient(torch.autograd.Function):
-    """The straight-through gradient as a function of the gradient, for gradients of gradients."""
+def _with_gradients(
+    op: ops.Op, save: Callable[..., None], gradients: Callable[..., Any], name: str = ""
+) -> ops.Op:
+    """`op` as a function with gradients; those are registered with the op `name`, too, if given."""
 
-    @staticmethod
-    def forward(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
-        return _masked(grad, mask, stride)
+    class WithGradients(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return op(*inputs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, mask, ctx.stride = inputs
-        ctx.save_for_backward(mask)
+        setup_context = staticmethod(save)
+        backward = staticmethod(gradients)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _straight_through(ctx, grad), None, None
-
-
-_mask_gradient: Op = _MaskGradient.apply
-
-
-def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
-    if goes_fast():
-        gradient = _C.mask_gradient(grad, mask, stride)
-        if gradient is not None:
-            return gradient
-    # The mask has its bits in the order of the output's memory.
-    if grad.stride() != stride:
-        grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
-    result: Tensor = fake_quantize_backward(grad, mask)
-    return result
+    if name:
+        torch.library.register_autograd(f"fastquant::{name}", gradients, setup_context=save)
+    function: ops.Op = WithGradients.apply
+    return function
 
 
-def _straight_through(ctx: Any, grad: Tensor) -> Tensor:
-    """The straight-through estimate, https://arxiv.org/abs/1308.3432."""
-    (mask,) = ctx.saved_tensors
-    gradient = _mask_gradient if grad.requires_grad and torch.is_grad_enabled() else _masked
-    result: Tensor = gradient(grad, mask, ctx.stride)
-    return result
+# ----------------------------------------------------------------- straight-through estimate
 
 
 def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -68,32 +46,39 @@ def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.stride = y.stride()
 
 
-def _fake_quantize_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return _straight_through(ctx, grad), *(None,) * 6
+def _straight_through(ctx: Any, grad: Tensor) -> Tensor:
+    """The straight-through estimate, https://arxiv.org/abs/1308.3432."""
+    (mask,) = ctx.saved_tensors
+    gradient = _differentiable_mask if grad.requires_grad and torch.is_grad_enabled() else _masked
+    result: Tensor = gradient(grad, mask, ctx.stride)
+    return result
 
 
-def _save_learnable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero_point, *ctx.settings = inputs
-    ctx.save_for_backward(x, scale, zero_point)
+def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
+    # The mask has its bits in the order of the output's memory.
+    if grad.stride() != stride:
+        grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
+    if may_skip_dispatcher(grad):
+        gradient = torch.empty_like(grad)
+        if _C.fake_quantize_backward(grad, mask, gradient):
+            return gradient
+    result: Tensor = ops.fake_quantize_backward(grad, mask)
+    return result
 
 
-@torch.autograd.function.once_differentiable
-def _learnable_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, zero_point = ctx.saved_tensors
-    gradients = learnable_fake_quantize_backward(grad, x, scale, zero_point, *ctx.settings)
-    return *gradients, *(None,) * 4
+def _save_mask_of_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, mask, ctx.stride = inputs
+    ctx.save_for_backward(mask)
 
 
-torch.library.register_autograd(
-    "fastquant::fake_quantize_with_mask", _fake_quantize_gradients, setup_context=_save_mask
-)
-torch.library.register_autograd(
-    "fastquant::learnable_fake_quantize", _learnable_gradients, setup_context=_save_learnable
+# The gradient as a function of the incoming one, for gradients of gradients.
+_differentiable_mask = _with_gradients(
+    _masked, _save_mask_of_gradient, lambda ctx, grad: (_straight_through(ctx, grad), None, None)
 )
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Gives a result that was made of x, with a mask, the gradient of x."""
+    """Gives a result that was made of x, with its mask, the gradient of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
@@ -105,59 +90,39 @@ class _StraightThrough(torch.autograd.Function):
         return _straight_through(ctx, grad), None
 
 
-class _Learnable(torch.autograd.Function):
-    """The op `learnable_fake_quantize` with the gradients of x, scale and zero point."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with below_autograd():
-            y: Tensor = learnable_fake_quantize(*inputs)
-        _save_learnable(ctx, inputs, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: tuple[Tensor | None, ...] = _learnable_gradients(ctx, *grads)
-        return gradients
+with_straight_through: ops.Op = _StraightThrough.apply
 
 
-class _TransformableFakeQuantize(torch.autograd.Function):
-    """The op `fake_quantize_with_mask` as torch.func transforms it; dearer."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = fake_quantize_with_mask(*inputs)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _save_mask(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _fake_quantize_gradients(ctx, *grads)
+def _gradients_of_fake_quantize(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _straight_through(ctx, grad), *(None,) * 6
 
 
-class _TransformableLearnable(torch.autograd.Function):
-    """The op `learnable_fake_quantize` likewise."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        y: Tensor = learnable_fake_quantize(*inputs)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save_learnable(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: tuple[Tensor | None, ...] = _learnable_gradients(ctx, *grads)
-        return gradients
+fake_quantize_with_mask = _with_gradients(
+    ops.fake_quantize_with_mask,
+    _save_mask,
+    _gradients_of_fake_quantize,
+    "fake_quantize_with_mask",
+)
 
 
-transformable_fake_quantize: Op = _TransformableFakeQuantize.apply
-transformable_learnable: Op = _TransformableLearnable.apply
-with_straight_through: Op = _StraightThrough.apply
-learnable_with_gradients: Op = _Learnable.apply
+# ------------------------------------------------------------------ learned scale, zero point
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, *ctx.settings = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+
+
+@torch.autograd.function.once_differentiable
+def _gradients_of_learnable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero_point = ctx.saved_tensors
+    gradients = ops.learnable_fake_quantize_backward(grad, x, scale, zero_point, *ctx.settings)
+    return *gradients, *(None,) * 4
+
+
+learnable_fake_quantize = _with_gradients(
+    ops.learnable_fake_quantize,
+    _save_inputs,
+    _gradients_of_learnable,
+    "learnable_fake_quantize",
+)

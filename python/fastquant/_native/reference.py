@@ -8,6 +8,7 @@ means is written in `docs/architecture.md`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .._core.qparams import qparams_of_range, zero_point_dtype
 from .._core.schemes import FLOATING, WIDE, NonFinite
+from .settings import FusedSettings
 
 INF = math.inf
 # From here on fp32 cannot tell neighbouring integers apart.
@@ -328,49 +330,68 @@ def observe_histogram_(
         nonfinite_count.add_(skipped)
 
 
-def _quantization_error(
-    histogram: Tensor, bin_width: float, start_bin: int, end_bin: int, levels: int
-) -> float:
-    """Squared error of quantizing the values of [start_bin, end_bin] to `levels` levels.
+def squared_norm(begin: Tensor, end: Tensor, density: Tensor) -> Tensor:
+    """The integral of x² from begin to end, (end³ - begin³) / 3, times the density there."""
+    return density * ((end * end * end - begin * begin * begin) / 3)
 
-    Values are taken as spread evenly over their bin; the integral of x² from a to b is
-    (b³ - a³) / 3. The order of operations is torch.ao's, in fp32, for the same answer.
+
+def quantization_error(
+    histogram: Tensor,
+    bin_width: float,
+    levels: int,
+    start_bin: int,
+    end_bin: int,
+    norm: Callable[[Tensor, Tensor, Tensor], Tensor] = squared_norm,
+) -> float:
+    """Error of quantizing all values to `levels` levels that span the bins [start_bin, end_bin].
+
+    Values are taken as spread evenly over their bin. The order of operations is torch.ao's, in
+    fp32, for the same answer; the sum is the exact one.
     """
     width = bin_width * (end_bin - start_bin + 1) / levels
     if width == 0.0:
         return 0.0
 
-    def norm(begin: Tensor | float, end: Tensor | float) -> Tensor:
+    def integral(begin: Tensor | float, end: Tensor | float) -> Tensor:
         begin, end = (torch.as_tensor(t, dtype=torch.float32) for t in (begin, end))
-        return density * ((end * end * end - begin * begin * begin) / 3)
+        return norm(begin, end, density)
 
     def level_of(position: Tensor) -> Tensor:
         return torch.div(position, width, rounding_mode="floor").clamp(0, levels - 1)
 
     density = histogram / bin_width
-    begin = (torch.arange(histogram.numel()) - start_bin) * bin_width
+    begin = (torch.arange(histogram.numel(), device=histogram.device) - start_bin) * bin_width
     end = begin + bin_width
     first, last = level_of(begin), level_of(end)
-    error = norm(begin - (first + 0.5) * width, width / 2)
-    error += (last - first - 1) * norm(-width / 2, width / 2)
-    error += norm(-width / 2, end - (last * width + width / 2))
-    return float(error.sum(dtype=torch.float64))
+    error = integral(begin - (first + 0.5) * width, torch.full_like(begin, width / 2))
+    error = error + (last - first - 1) * integral(-width / 2, width / 2)
+    error = error + integral(-width / 2, end - (last * width + width / 2))
+    return float(error.sum(dtype=_widest_dtype(error.device)))
 
 
 def search_histogram_range(
     histogram: Tensor, min_val: Tensor, max_val: Tensor, dst_nbins: int
 ) -> tuple[Tensor, Tensor]:
-    bins = histogram.numel()
-    low, high = float(min_val), float(max_val)
     counts = histogram.detach().to("cpu", torch.float32)
-    bin_width = high / bins - low / bins
     # Errors are only compared with each other: a power of two changes none of their digits, and
     # keeps a width's cube within what fp32 holds.
-    safe, _ = math.frexp(bin_width)
+    bins = histogram.numel()
+    safe, _ = math.frexp(float(max_val) / bins - float(min_val) / bins)
+    error = functools.partial(quantization_error, counts, safe, dst_nbins)
+    return range_of_least_error(counts, min_val, max_val, error)
+
+
+def range_of_least_error(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, error: Callable[[int, int], float]
+) -> tuple[Tensor, Tensor]:
+    """The search itself, by any error of a first and a last bin; `histogram` in fp32 on the CPU."""
+    bins = histogram.numel()
+    low, high = float(min_val), float(max_val)
+    bin_width = high / bins - low / bins
 
     # Inexact in fp32, and torch.ao's bounds are shares of it.
-    total = float(counts.sum())
-    below = counts.cumsum(0, dtype=torch.float64).float()
+    total = float(histogram.sum())
+    below = histogram.cumsum(0, dtype=torch.float64).float()
     quantiles = torch.tensor(
         list(itertools.accumulate(itertools.repeat(1e-5, 100_001))), dtype=torch.float64
     )
@@ -394,10 +415,10 @@ def search_histogram_range(
             next_end, beta, taken_right = right, float(upper[taken_right]), taken_right + 1
         if (next_start, next_end) == (start_bin, end_bin):
             continue
-        error = _quantization_error(counts, safe, next_start, next_end, dst_nbins)
-        if error > best:
+        found = error(next_start, next_end)
+        if found > best:
             break
-        start_bin, end_bin, best = next_start, next_end, error
+        start_bin, end_bin, best = next_start, next_end, found
 
     compute = _compute_dtype(min_val)
     base, top = min_val.reshape(()).to(compute), max_val.reshape(()).to(compute)
@@ -540,44 +561,10 @@ def quantize_per_channel(
     return torch.empty_like(x, dtype=torch.int8).copy_(integers)
 
 
-def fused_observe_fake_quantize_with_mask(
-    x: Tensor,
-    observer_enabled: Tensor,
-    fake_quant_enabled: Tensor,
-    min_val: Tensor,
-    max_val: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    nonfinite_count: Tensor,
-    eps: Tensor,
-    ch_axis: int | None,
-    averaging_constant: float | None,
-    quant_min: int,
-    quant_max: int,
-    scheme: int,
-    symmetric_zero_point: int,
-    nonfinite: int,
-) -> tuple[Tensor, Tensor]:
-    observe_qparams_(
-        x,
-        observer_enabled,
-        min_val,
-        max_val,
-        scale,
-        zero_point,
-        nonfinite_count,
-        eps,
-        ch_axis,
-        averaging_constant,
-        quant_min,
-        quant_max,
-        scheme,
-        symmetric_zero_point,
-        nonfinite,
-    )
-    return fake_quantize_with_mask(
-        x, scale, zero_point, fake_quant_enabled, ch_axis, quant_min, quant_max
-    )
+def fused_observe_fake_quantize_with_mask(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    settings = FusedSettings(*args)
+    observe_qparams_(x, *settings.to_observe())
+    return fake_quantize_with_mask(x, *settings.to_fake_quantize())
 
 
 def fused_observe_fake_quantize(*args: Any) -> Tensor:

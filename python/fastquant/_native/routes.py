@@ -1,46 +1,76 @@
-"""What modules and functions call: each call takes the cheapest way that nobody can tell."""
+"""What modules and functions call: every op under its own name, each call by the cheapest way.
+
+A call that nothing has to see goes to `_C` and skips torch's dispatcher. Any other goes to the op:
+with the gradient that suits eager mode, torch.func or a compiler.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _C
+from .._core.arguments import nonfinite_refusal
 from .._core.qparams import zero_point_dtype
 from .._torch.private import below_autograd, dispatch_modes, is_tracing
-from .fast_calls import goes_fast, is_compiling, is_grad_enabled, is_transformed
-from .gradients import (
-    learnable_with_gradients,
-    transformable_fake_quantize,
-    transformable_learnable,
-    with_straight_through,
+from . import gradients, ops
+from .fake_kernels import empty_mask
+from .fast_calls import (
+    is_compiling,
+    is_grad_enabled,
+    is_transformed,
+    may_skip_dispatcher,
 )
-from .ops import (
-    Op,
-    choose_qparams,
-    fake_quantize,
-    fake_quantize_with_mask,
-    fused_observe_fake_quantize,
-    fused_observe_fake_quantize_with_mask,
-    learnable_fake_quantize,
-    observe_histogram_,
-    observe_minmax_,
-    observe_qparams_,
-    search_histogram_range,
-)
+from .settings import FusedSettings
+
+_empty_like = torch.empty_like
 
 
-def observe_minmax(*args: Any) -> None:
-    """The op `observe_minmax_`."""
-    if not (goes_fast() and _C.observe_minmax(*args)):
-        observe_minmax_(*args)
+def observe_minmax_(
+    x: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    nonfinite: int,
+) -> None:
+    """The op."""
+    if may_skip_dispatcher(x):
+        done = _C.observe_minmax_(
+            x, min_val, max_val, nonfinite_count, ch_axis, averaging_constant, nonfinite
+        )
+        if done is True:
+            return
+        if done:
+            raise nonfinite_refusal(x, done)
+    statistics = (min_val, max_val, nonfinite_count)
+    ops.observe_minmax_(x, *statistics, ch_axis, averaging_constant, nonfinite)
 
 
-def observe_histogram(*args: Any) -> None:
-    """The op `observe_histogram_`."""
-    if not (goes_fast() and _C.observe_histogram(*args)):
-        observe_histogram_(*args)
+def observe_histogram_(
+    x: Tensor,
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    upsample_rate: int,
+    nonfinite: int,
+    times: int = 1,
+) -> None:
+    """The op."""
+    if may_skip_dispatcher(x):
+        done = _C.observe_histogram_(
+            x, histogram, min_val, max_val, nonfinite_count, upsample_rate, nonfinite, times
+        )
+        if done is True:
+            return
+        if done:
+            raise nonfinite_refusal(x, done)
+    statistics = (histogram, min_val, max_val, nonfinite_count)
+    ops.observe_histogram_(x, *statistics, upsample_rate, nonfinite, times)
 
 
 def histogram_qparams(
@@ -51,31 +81,45 @@ def histogram_qparams(
     dst_nbins: int,
     *config: int,
 ) -> tuple[Tensor, Tensor]:
-    """The op `choose_qparams` of what the op `search_histogram_range` finds; their arguments."""
-    if min_val.is_cpu and goes_fast():
+    """The op `choose_qparams` of what the op `search_histogram_range` finds.
+
+    Args: those of `search_histogram_range`, with `eps` before the last; `config`: those of
+    `choose_qparams` after its `eps`.
+    """
+    if may_skip_dispatcher(min_val) and min_val.is_cpu:
         scale = min_val.new_empty(1)
         zero_point = min_val.new_empty(1, dtype=zero_point_dtype(min_val, config[2]))
-        observed = (histogram, min_val, max_val, eps, dst_nbins)
-        if _C.histogram_qparams(*observed, *config, scale, zero_point):
+        args = (histogram, min_val, max_val, eps, dst_nbins, *config)
+        if _C.histogram_qparams(*args, scale, zero_point):
             return scale, zero_point
-    found = search_histogram_range(histogram, min_val, max_val, dst_nbins)
-    qparams: tuple[Tensor, Tensor] = choose_qparams(*found, eps, *config)
+    found = ops.search_histogram_range(histogram, min_val, max_val, dst_nbins)
+    qparams: tuple[Tensor, Tensor] = ops.choose_qparams(*found, eps, *config)
     return qparams
 
 
-def _attached(x: Tensor, made: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """The result that was made of x; where it came with a mask, with the gradient of x."""
-    if isinstance(made, Tensor):
-        return made
-    y: Tensor = with_straight_through(x, made)
-    return y
+def _needs_gradient(x: Tensor) -> bool:
+    return x.requires_grad and is_grad_enabled()
 
 
-def _made_by(op: Op, *args: Any) -> tuple[Tensor, Tensor]:
-    """Result and mask, without the gradient that is registered with the op."""
+def _outputs(x: Tensor, with_mask: bool) -> tuple[Tensor, Tensor | None]:
+    """Memory for x fake-quantized and, where that is wanted, for the mask of its gradient."""
+    y = _empty_like(x)
+    return y, empty_mask(x) if with_mask else None
+
+
+def _with_gradient(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    """y, which was made of x; where there is a mask, with the gradient of x."""
+    if mask is None:
+        return y
+    result: Tensor = gradients.with_straight_through(x, (y, mask))
+    return result
+
+
+def _below_autograd(op: ops.Op, *args: Any) -> tuple[Tensor, Tensor]:
+    """What the op returns, without the gradient that is registered with it for compilers."""
     with below_autograd():
-        made: tuple[Tensor, Tensor] = op(*args)
-    return made
+        result: tuple[Tensor, Tensor] = op(*args)
+    return result
 
 
 def may_be_read(x: Tensor) -> bool:
@@ -87,87 +131,79 @@ def may_be_read(x: Tensor) -> bool:
     return x.is_cpu and not is_compiling() and not is_tracing() and not dispatch_modes()
 
 
-def apply_fake_quantize(
+def fake_quantize(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
+    enabled: Tensor | None,
     ch_axis: int | None,
     quant_min: int,
     quant_max: int,
-    enabled: Tensor | None = None,
 ) -> Tensor:
-    """Fake-quantize `x`; the straight-through gradient where one is needed.
+    """The op, with the straight-through gradient where one is needed.
 
-    Args as the op `fake_quantize`. Where `enabled` says no on the CPU, `x` itself comes back.
+    Where `enabled` is off on the CPU, `x` itself is returned.
     """
-    needs_grad = x.requires_grad and is_grad_enabled()
-    settings: tuple[Any, ...] = (scale, zero_point, enabled, ch_axis, quant_min, quant_max)
-    y: Tensor
-    if goes_fast():
-        made = _C.fake_quantize(x, *settings, needs_grad)
-        if made is not None:
-            return _attached(x, made)
+    needs_grad = _needs_gradient(x)
+    if may_skip_dispatcher(x, scale, zero_point):
+        enabled_now = True if enabled is None else _C.is_on(enabled)
+        if enabled_now is False:
+            return x
+        if enabled_now:
+            y, mask = _outputs(x, needs_grad)
+            if _C.fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max, y, mask):
+                return _with_gradient(x, y, mask)
     if enabled is not None and may_be_read(x):
         if not enabled.item():
             return x
-        settings = (scale, zero_point, None, ch_axis, quant_min, quant_max)
+        enabled = None
+    args = (x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)
     if is_compiling():
-        y = fake_quantize_with_mask(x, *settings)[0] if needs_grad else fake_quantize(x, *settings)
+        y = ops.fake_quantize_with_mask(*args)[0] if needs_grad else ops.fake_quantize(*args)
     elif is_transformed() or (needs_grad and is_tracing()):
-        y, _ = transformable_fake_quantize(x, *settings)
+        y, _ = gradients.fake_quantize_with_mask(*args)
     elif needs_grad:
-        y = _attached(x, _made_by(fake_quantize_with_mask, x, *settings))
+        y = _with_gradient(x, *_below_autograd(ops.fake_quantize_with_mask, *args))
     else:
-        y = fake_quantize(x, *settings)
+        y = ops.fake_quantize(*args)
     return y
 
 
-def apply_fused(
-    x: Tensor, observer_enabled: Tensor, fake_quant_enabled: Tensor, *settings: Any
-) -> Tensor:
-    """Observe and fake-quantize `x`; the straight-through gradient where one is needed.
+def fused_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
+    """The op, with the straight-through gradient where one is needed.
 
-    Args as the op `fused_observe_fake_quantize`, all of them and in its order. Where
-    `fake_quant_enabled` says no on the CPU, `x` itself comes back.
+    Where `fake_quant_enabled` is off on the CPU, `x` itself is returned.
     """
-    needs_grad = x.requires_grad and is_grad_enabled()
-    args = (x, observer_enabled, fake_quant_enabled, *settings)
-    if goes_fast():
-        made = _C.observe_fake_quantize(*args, needs_grad)
-        if made is not None:
-            return _attached(x, made)
+    needs_grad = _needs_gradient(x)
+    if may_skip_dispatcher(x):
+        quantizes = _C.is_on(settings.fake_quant_enabled)
+        if quantizes is not None:
+            y, mask = _outputs(x, needs_grad) if quantizes else (None, None)
+            done = _C.fused_observe_fake_quantize(x, settings, y, mask)
+            if done is True:
+                return x if y is None else _with_gradient(x, y, mask)
+            if done:
+                raise nonfinite_refusal(x, done)
     # In two steps while compiling or tracing, since an op that changes its arguments can have no
     # gradient, and under transforms.
     if (needs_grad and (is_compiling() or is_tracing())) or (
         not is_compiling() and is_transformed()
     ):
-        observe_qparams_(x, observer_enabled, *settings)
-        _, _, scale, zero_point, _, _, ch_axis, _, quant_min, quant_max, *_ = settings
-        return apply_fake_quantize(
-            x, scale, zero_point, ch_axis, quant_min, quant_max, fake_quant_enabled
-        )
-    if may_be_read(x) and not fake_quant_enabled.item():
-        observe_qparams_(x, observer_enabled, *settings)
+        ops.observe_qparams_(x, *settings.to_observe())
+        return fake_quantize(x, *settings.to_fake_quantize())
+    if may_be_read(x) and not settings.fake_quant_enabled.item():
+        ops.observe_qparams_(x, *settings.to_observe())
         return x
     if needs_grad:
-        return _attached(x, _made_by(fused_observe_fake_quantize_with_mask, *args))
-    y: Tensor = fused_observe_fake_quantize(*args)
-    return y
+        made = _below_autograd(ops.fused_observe_fake_quantize_with_mask, x, *settings)
+        return _with_gradient(x, *made)
+    result: Tensor = ops.fused_observe_fake_quantize(x, *settings)
+    return result
 
 
-def apply_learnable_fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    ch_axis: int | None,
-    quant_min: int,
-    quant_max: int,
-    grad_factor: float,
-) -> Tensor:
-    """Fake-quantize `x` with a scale and zero point that have gradients; args as the op's."""
-    if is_compiling():
-        op = learnable_fake_quantize
-    else:
-        op = transformable_learnable if is_transformed() else learnable_with_gradients
-    y: Tensor = op(x, scale, zero_point, ch_axis, quant_min, quant_max, grad_factor)
+def learnable_fake_quantize(x: Tensor, *args: Any) -> Tensor:
+    """The op, with gradients of x, scale and zero point."""
+    # With its registered gradient while compiling, which alone compilers trace.
+    op = ops.learnable_fake_quantize if is_compiling() else gradients.learnable_fake_quantize
+    y: Tensor = op(x, *args)
     return y

@@ -90,6 +90,22 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
+def is_intercepted() -> bool:
+    """Whether anything has to see the ops that are called.
+
+    Modes (fake tensors, export, a default device), transforms of torch.func, forward-mode
+    derivatives, torch.jit.trace, the profiler.
+    """
+    return bool(
+        dispatch_modes()
+        or function_modes()
+        or innermost_transform() is not None
+        or _levels._current_level >= 0
+        or is_tracing()
+        or is_profiling()
+    )
+
+
 # --- tensors and dispatch -------------------------------------------------------------------
 
 # How `_C` reaches the memory of tensors without the dispatcher; without it, nothing does.
@@ -125,6 +141,31 @@ per_channel_quantized = _find("_make_per_channel_quantized_tensor", _quantized_a
 
 # Not empty: where torch keeps them elsewhere, there may be some.
 global_forward_hooks = _find("nn.modules.module._global_forward_hooks", {"unknown": None})
+global_forward_pre_hooks = _find("nn.modules.module._global_forward_pre_hooks", {"unknown": None})
+_call_impl = _find("nn.Module._call_impl", None)
+_module_call = nn.Module.__call__
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether calling the module with a detached tensor runs its class's forward, and no more.
+
+    Not where it has hooks, own or global, or where somebody replaced what calls forward. Backward
+    hooks have nothing to do where nothing needs a gradient.
+    """
+    own, cls = module.__dict__, type(module)
+    return (
+        cls.__call__ is _module_call
+        and cls._call_impl is _call_impl
+        and "forward" not in own
+        and "_call_impl" not in own
+        and not (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or global_forward_hooks
+            or global_forward_pre_hooks
+        )
+    )
+
 
 BatchNorm = _find(
     "nn.modules.batchnorm._BatchNorm",
