@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import re
@@ -268,6 +269,42 @@ def test_a_weight_fake_quant_in_two_layers_stays_one() -> None:
     layers[0].weight_fake_quant(layers[0].weight * 3)
     expected = tq.convert(copy.deepcopy(model))
     assert_same_models(fq.convert(model), expected, STATIC_CASES["linears"].inputs(7))
+
+
+def test_children_that_a_user_adds_to_a_layer_do_not_change_it() -> None:
+    torch.manual_seed(1)
+    for model in (calibrated("linears"), trained("linears"), calibrated("conv_net")):
+        for layer in [m for m in model.modules() if hasattr(m, "in_features")]:
+            layer.bn = nn.BatchNorm1d(layer.out_features)
+            layer.add_module("0", nn.Dropout())
+        x = STATIC_CASES["conv_net" if hasattr(model.body, "fc") else "linears"].inputs(7)
+        assert_same_models(fq.convert(model), tq.convert(copy.deepcopy(model)), x)
+
+
+def test_a_parametrization_inside_a_fused_layer_is_kept_up_with() -> None:
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+    model = Stubbed(fq, nni.ConvReLU2d(conv, nn.ReLU())).eval()
+    model.qconfig = fq.get_default_qconfig("x86")
+    prepared = fq.prepare(model)
+    x = torch.randn(2, 3, 8, 8)
+    prepared(x)
+    prepared.body[0].train()  # where each look at the weight changes it
+    before = copy.deepcopy(prepared.state_dict())
+    expected = tq.convert(copy.deepcopy(prepared))
+    assert_same_models(fq.convert(prepared), expected, (x,))
+    assert_same(dict(prepared.state_dict()), dict(before))
+
+
+def test_methods_bound_to_a_fake_quantizer_are_bound_to_its_copy() -> None:
+    model = trained("linears")
+    layer = model.body[0]
+    quantizer = layer.weight_fake_quant
+    for bind in (types.MethodType, functools.partial):
+        quantizer.forward = bind(type(quantizer).forward, quantizer)
+        before = copy.deepcopy(quantizer.state_dict())
+        expected = tq.convert(copy.deepcopy(model))
+        assert_same_models(fq.convert(model), expected, STATIC_CASES["linears"].inputs(7))
+        assert_same(dict(quantizer.state_dict()), dict(before))
 
 
 def test_global_hooks_see_what_torch_ao_would_show_them() -> None:

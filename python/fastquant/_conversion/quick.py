@@ -16,7 +16,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ _TRAINED = {
     for source in itertools.chain(*_SOURCES.values())
     if source in vars(nnqat).values() or source in vars(nniqat).values()
 }
+_FOLDING = (ao.conv_bn_base, nniqat.LinearBn1d)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, NonDynamicallyQuantizableLinear)
 # Modules that keep a scale and a zero point; made by from_float, which reads an observer.
 _SCALED = (nnq.Quantize, nnq.QFunctional)
 
@@ -137,8 +139,11 @@ def _is_known(target: Any, module: nn.Module) -> bool:
         return False
     if type(module) in _TRAINED:
         return "weight_fake_quant" in module._modules
-    # AdaRound gives float modules one.
-    return not any(hasattr(m, "weight_fake_quant") for m in (module, _layer(module)))
+    layer = _layer(module)
+    # A fused one may be parametrized; and AdaRound gives float layers a fake-quantizer.
+    return type(layer) in _LAYERS and not any(
+        hasattr(part, "weight_fake_quant") for part in (module, layer)
+    )
 
 
 def _layer(module: Any) -> Any:
@@ -166,7 +171,7 @@ def _is_on_cpu(module: nn.Module) -> bool:
 def make(target: Any, module: Any, use_precomputed_fake_quant: bool = False) -> nn.Module:
     """The quantized module that `target.from_float(module)` would make."""
     layer = _layer(module)
-    weight, bias = _folded(module) if "bn" in module._modules else (layer.weight, layer.bias)
+    weight, bias = _folded(module) if isinstance(module, _FOLDING) else (layer.weight, layer.bias)
     observer = getattr(module, "weight_fake_quant", None)
     if observer is None:
         observer = layer.qconfig.weight()
@@ -206,12 +211,13 @@ def _observe(observer: Any, weight: Tensor) -> None:
     if not spared or global_forward_hooks:
         observer(weight)
         return
-    enabled = bool(observer.fake_quant_enabled)
-    observer.disable_fake_quant()
+    flag = observer.fake_quant_enabled
+    before = flag.clone()
+    flag.zero_()
     try:
         observer(weight)
     finally:
-        observer.enable_fake_quant(enabled)
+        flag.copy_(before)
 
 
 def _quantized_layer(target: Any, layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
@@ -232,14 +238,12 @@ def _quantized_layer(target: Any, layer: Any, weight: Tensor, bias: Tensor | Non
         made.__setstate__(
             (
                 *(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride),
-                *(
-                    layer.padding,
-                    layer.dilation,
-                    False,
-                    (0,) * len(layer.kernel_size),
-                    layer.groups,
-                ),
-                *(layer.padding_mode, weight, bias, 1.0, 0, True),
+                *(layer.padding, layer.dilation),
+                # Not transposed, and without output padding.
+                *(False, (0,) * len(layer.kernel_size)),
+                *(layer.groups, layer.padding_mode, weight, bias),
+                # Scale, zero point, training.
+                *(1.0, 0, True),
             )
         )
     return made
@@ -282,17 +286,22 @@ def copy_to_convert(plan: Plan, remove_qconfig: bool) -> tuple[Any, Callable[[],
 def _is_only_read(entry: Entry) -> bool:
     """Whether what the entry's module becomes keeps nothing of it."""
     module, target = entry.module, entry.target
-    expected = {"activation_post_process"}
-    if _is_known(target, module):
-        expected |= {"weight_fake_quant", "bn"} if type(module) in _TRAINED else {"0", "1"}
-    elif target not in _SCALED:
-        return False
     return (
         entry.how is How.FLOAT
-        # What has modules of its own may have some that are swapped first.
-        and module._modules.keys() <= expected
+        and (_is_known(target, module) or target in _SCALED)
+        # What has other modules in it may have some that are swapped first.
+        and module._modules.keys() <= {"activation_post_process", *_parts(module)}
         and not has_hooks_of_its_own(module)
     )
+
+
+def _parts(module: nn.Module) -> tuple[str, ...]:
+    """The children that torch gives to a module, its observer aside."""
+    if isinstance(module, _FOLDING):
+        return ("weight_fake_quant", "bn")
+    if type(module) in _TRAINED:
+        return ("weight_fake_quant",)
+    return ("0", "1") if isinstance(module, ao.FusedModule) else ()
 
 
 def _shell(module: Any, memo: dict[int, Any]) -> Any:
@@ -338,6 +347,10 @@ def _copy_observer(observer: Any, memo: dict[int, Any]) -> Any:
     return copied
 
 
+_IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype, torch.qscheme))
+_PLAIN = _IMMUTABLE | {dict, OrderedDict, set, FunctionType}
+
+
 def _is_plain_observer(observer: Any) -> bool:
     """Whether an observer or fake-quantizer is a library's own, in class and in attributes."""
     return (
@@ -345,12 +358,10 @@ def _is_plain_observer(observer: Any) -> bool:
         and not observer._parameters
         and not observer._forward_hooks
         and not observer._forward_pre_hooks
-        and not any(type(value) is MethodType for value in vars(observer).values())
+        # Others are such as a method of this observer's, which deep copies make the copy's.
+        and all(type(v) in _PLAIN or k == "qconfig" for k, v in vars(observer).items())
         and all(child is not None and _is_plain_observer(child) for child in observer.children())
     )
-
-
-_IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype, torch.qscheme))
 
 
 def _copy(module: Any, memo: dict[int, Any]) -> Any:
