@@ -256,10 +256,10 @@ def calls_of_geometry(
 ) -> Iterator[Call]:
     """Calls of every op on tensors of that shape and layout, some with NaN and infinities."""
     values = random_values(shape, dtype, seed, "outliers")
-    odd_values = values.clone()
-    odd_values.view(-1)[:: max(7, values.numel() // 50)] = torch.tensor([INF]).to(dtype)
-    odd_values.view(-1)[-1:] = math.nan
-    x, odd = (LAYOUTS[layout](v, 1) for v in (values, odd_values))
+    nonfinite_values = values.clone()
+    nonfinite_values.view(-1)[:: max(7, values.numel() // 50)] = torch.tensor([INF]).to(dtype)
+    nonfinite_values.view(-1)[-1:] = math.nan
+    x, nonfinite = (LAYOUTS[layout](v, 1) for v in (values, nonfinite_values))
     channels = 1 if axis is None else x.shape[axis]
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(channels, generator=generator) * 0.1 + 0.01
@@ -268,14 +268,14 @@ def calls_of_geometry(
     low, high = torch.full((channels,), INF), torch.full((channels,), -INF)
     count = torch.zeros(1, dtype=torch.int64)
     for policy in (IGNORE, PROPAGATE):
-        yield "observe_minmax_", (odd, low, high, count, axis, None, policy)
+        yield "observe_minmax_", (nonfinite, low, high, count, axis, None, policy)
     yield "observe_minmax_", (x, low - 1, high + 1, count, axis, 0.01, RAISE)
     buffers = (low, high, scale, zero_point, count, eps(), axis, 0.1, 0, 255, AFFINE, 0, IGNORE)
     for flags in ((on, on), (on, off), (off, on)):
-        yield "fused_observe_fake_quantize_with_mask", (odd, *flags, *buffers)
+        yield "fused_observe_fake_quantize_with_mask", (nonfinite, *flags, *buffers)
     yield "observe_qparams_", (x, on, *buffers)
     for z in (zero_point, zero_point + 0.25):
-        yield "fake_quantize_with_mask", (odd, scale, z, None, axis, 0, 255)
+        yield "fake_quantize_with_mask", (nonfinite, scale, z, None, axis, 0, 255)
     learnable = (scale, zero_point.float() + 0.3, axis, 0, 255, 0.5)
     yield "learnable_fake_quantize", (x, *learnable)
     grad = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(torch.cos(x))

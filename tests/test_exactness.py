@@ -139,12 +139,12 @@ def test_per_channel(shape: tuple[int, ...], axis: int, any_isa: list[str], thre
 def test_layout(shape: tuple[int, ...], layout: str, threads: None) -> None:
     values = random_values(shape, torch.float32, seed=2)
     x = LAYOUTS[layout](values, 3)
-    plain = x.contiguous()  # an expanded tensor holds other values than `values`
+    contiguous = x.contiguous()  # an expanded tensor holds other values than `values`
     for count in (1, 2):
         torch.set_num_threads(count)
-        assert_same(per_tensor_results(x), per_tensor_results(plain))
+        assert_same(per_tensor_results(x), per_tensor_results(contiguous))
         for axis in range(4):
-            assert_same(per_channel_results(x, axis), per_channel_results(plain, axis))
+            assert_same(per_channel_results(x, axis), per_channel_results(contiguous, axis))
 
 
 @given(x=tensors(nonfinite=True), data=st.data())

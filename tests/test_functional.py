@@ -599,14 +599,14 @@ def test_what_is_refused_changes_nothing() -> None:
     histogram = F.histogram_state(8)
     F.observe_histogram_(X, *histogram)
     before = [t.clone() for t in (*state, *histogram)]
-    odd = X.clone()
-    odd[1, 1] = math.nan
-    for x, axis in ((odd, 0), (X, 1), (X, 2), (X.long(), 0), (X[:2], 0), ("x", 0)):
+    nonfinite = X.clone()
+    nonfinite[1, 1] = math.nan
+    for x, axis in ((nonfinite, 0), (X, 1), (X, 2), (X.long(), 0), (X[:2], 0), ("x", 0)):
         with pytest.raises((ValueError, TypeError)):
             F.fused_observe_fake_quantize(x, *state, ch_axis=axis, **settings)
         with pytest.raises((ValueError, TypeError)):
             F.observe_minmax_(x, *state[:2], ch_axis=axis, nonfinite="raise")
-    for x in (odd, X.long(), "x"):
+    for x in (nonfinite, X.long(), "x"):
         with pytest.raises((ValueError, TypeError)):
             F.observe_histogram_(x, *histogram, nonfinite="raise")
     assert_same([*state, *histogram], before)

@@ -15,19 +15,10 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from oracle import assert_same, quiet
-from zoo import STATIC_CASES, ConvNet, Stubbed, torchvision_model, tree
+from zoo import SHARED_CLASSES, STATIC_CASES, ConvNet, Stubbed, torchvision_model, tree
 
 # Models are small here: threads would cost them more than they give.
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-SHARED_CLASSES = [
-    name
-    for name in dir(fq)
-    if isinstance(getattr(fq, name), type)
-    and issubclass(getattr(fq, name), (fq.ObserverBase, fq.FakeQuantizeBase))
-    and hasattr(tq, name)
-]
 
 
 # ------------------------------------------------------------------------------- classes and hooks

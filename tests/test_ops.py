@@ -52,15 +52,15 @@ def samples(
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments for each op, in a few variants."""
     values = random_values((4, numel // 20, 5), dtype, 0, "outliers")
-    odd_values = values.clone()
-    odd_values.view(-1)[::7] = math.nan
-    x, odd = (LAYOUTS[layout](v, 1) for v in (values, odd_values))
+    nonfinite_values = values.clone()
+    nonfinite_values.view(-1)[::7] = math.nan
+    x, nonfinite = (LAYOUTS[layout](v, 1) for v in (values, nonfinite_values))
     for axis in (None, 0, 1, -1):
         channels = 1 if axis is None else x.shape[axis]
         scale = torch.linspace(0.01, 0.02, channels)
         zero_point = torch.arange(channels, dtype=torch.int32) % 7
         state = [*unobserved(channels), scale.clone(), zero_point.clone(), counter(), eps()]
-        for values in (x, odd):
+        for values in (x, nonfinite):
             yield "observe_minmax_", (values, *unobserved(channels), counter(), axis, 0.1, IGNORE)
             settings = (axis, None, -128, 127, AFFINE, 0, IGNORE)
             yield "observe_qparams_", (values, flag(True), *state, *settings)
@@ -75,16 +75,16 @@ def samples(
         yield "learnable_fake_quantize", (x, *args)
         yield "learnable_fake_quantize_backward", (torch.cos(x), x, *args)
         if axis is not None and dtype == torch.float32:
-            for values in (x, odd):
+            for values in (x, nonfinite):
                 yield "quantize_per_channel", (values, scale, axis, -127, 127)
     _, mask = ops.fake_quantize_with_mask(
         x, torch.tensor([0.01]), torch.tensor([0], dtype=torch.int32), None, None, -128, 127
     )
     yield "fake_quantize_backward", (torch.empty_like(x).copy_(x.cos()), mask)
     histogram, (low, high) = torch.zeros(300), unobserved()
-    yield "observe_histogram_", (odd, histogram, low, high, counter(), 16, IGNORE)
+    yield "observe_histogram_", (nonfinite, histogram, low, high, counter(), 16, IGNORE)
     reference_ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
-    yield "observe_histogram_", (odd * 3, histogram, low, high, counter(), 16, IGNORE)
+    yield "observe_histogram_", (nonfinite * 3, histogram, low, high, counter(), 16, IGNORE)
     yield "search_histogram_range", (histogram, low, high, 256)
     yield "choose_qparams", (torch.randn(9) - 3, torch.randn(9) + 3, eps(), 0, 255, AFFINE, 0)
 

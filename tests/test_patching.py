@@ -14,18 +14,10 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from oracle import assert_same, quiet
-from zoo import STATIC_CASES, ConvNet, Stubbed, torchvision_model
+from zoo import SHARED_CLASSES, STATIC_CASES, ConvNet, Stubbed, torchvision_model
 
 # Models are small here: threads would cost them more than they give.
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SHARED_CLASSES = [
-    name
-    for name in dir(fq)
-    if isinstance(getattr(fq, name), type)
-    and issubclass(getattr(fq, name), (fq.ObserverBase, fq.FakeQuantizeBase))
-    and hasattr(tq, name)
-]
 
 
 def test_a_patch_reaches_code_that_cannot_be_edited() -> None:

@@ -183,6 +183,8 @@ MODULE_PROTOCOL = {
     "_forward_pre_hooks_with_kwargs",
     "_load_from_state_dict",
     "_load_from_state_dict_script",
+    "_load_state_dict_post_hooks",
+    "_load_state_dict_pre_hooks",
     "_metadata",
     "_modules",
     "_non_persistent_buffers_set",

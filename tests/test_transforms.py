@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
 from oracle import assert_same, assert_same_state, assert_unchanged, quiet, snapshot
+from zoo import prepared
 
 # Models are small here: threads would cost them more than they give.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,21 +52,11 @@ def observing(kind: str) -> tuple[Any, Any]:
 
 
 def network(kind: str, ns: Any = fq) -> nn.Module:
-    """A small network, "min_max" and "histogram" prepared or "qat", that has seen a batch."""
     torch.manual_seed(0)
-    model: nn.Module = nn.Sequential(fq.QuantStub(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    if kind == "qat":
-        model.train().qconfig = fq.get_default_qat_qconfig("x86")
-        model = ns.prepare_qat(model)
-    else:
-        histogram = kind == "histogram"
-        model.eval().qconfig = fq.get_default_qconfig("x86") if histogram else fq.default_qconfig
-        model = ns.prepare(model)
-    model(torch.randn(4, 6))
-    return model
+    return prepared(kind, ns, (nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), (4, 6))
 
 
-# -------------------------------------------------------------------------------- odd tensors
+# ---------------------------------------------------------------------------- unusual tensors
 
 
 class Doubled(Tensor):
@@ -73,13 +64,13 @@ class Doubled(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = [a.as_subclass(Tensor) * 2 if isinstance(a, Doubled) else a for a in args]
-        return func(*plain, **(kwargs or {}))
+        values = [a.as_subclass(Tensor) * 2 if isinstance(a, Doubled) else a for a in args]
+        return func(*values, **(kwargs or {}))
 
 
 @every_observer
 @pytest.mark.parametrize(
-    "odd",
+    "made",
     [
         lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
         nn.Parameter,
@@ -89,9 +80,9 @@ class Doubled(Tensor):
     ],
     ids=["negative_bit", "parameter", "copy_on_write", "in_a_graph", "empty"],
 )
-def test_odd_tensors_are_observed_by_value(kind: str, odd: Callable[[Tensor], Tensor]) -> None:
+def test_unusual_tensors_are_observed_by_value(kind: str, made: Callable[[Tensor], Tensor]) -> None:
     ours, expected = observing(kind)
-    x = odd(torch.randn(4, 6) * 5)
+    x = made(torch.randn(4, 6) * 5)
     values = torch.tensor(x.tolist()).reshape(x.shape)
     ours(x)
     expected(values)

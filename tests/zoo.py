@@ -6,7 +6,7 @@ Each builder takes the namespace that stubs come from, `fastquant` or `torch.ao.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -14,22 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.ao.nn.quantized as nnq
+import torch.ao.quantization as tq
+import torch.quantization
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fastquant as fq
-from oracle import assert_same as assert_same
 from oracle import quiet
-from oracle import quiet as oracle  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Import this where models are small: threads cost them more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tree(model: nn.Module) -> dict[str, str]:
@@ -96,15 +87,24 @@ class Residual(nn.Module):
         return self.cat.cat([self.mul.mul(y, x), x], 1)
 
 
-def prepared(kind: str, ns: ModuleType = fq) -> nn.Module:
-    """A convolution and a linear layer that have seen a batch of shape (4, 3, 8, 8).
+def prepared(
+    kind: str,
+    ns: ModuleType = fq,
+    layers: Sequence[nn.Module] | None = None,
+    shape: tuple[int, ...] = (4, 3, 8, 8),
+) -> nn.Module:
+    """Layers behind a QuantStub, prepared by `ns`, that have seen a batch of that shape.
 
-    Prepared for calibration with observers "min_max" or "histogram", or "qat".
+    Args:
+        kind: "min_max" or "histogram" for calibration by such observers, or "qat".
+        ns: fastquant or torch.ao.quantization.
+        layers: a convolution and a linear layer, if not given.
+        shape: what the first layer takes.
     """
     torch.manual_seed(0)
-    model: nn.Module = nn.Sequential(
-        fq.QuantStub(), nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)
-    )
+    if layers is None:
+        layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    model: nn.Module = nn.Sequential(fq.QuantStub(), *layers)
     with quiet():
         if kind == "qat":
             model.train().qconfig = fq.get_default_qat_qconfig("x86")
@@ -114,7 +114,7 @@ def prepared(kind: str, ns: ModuleType = fq) -> nn.Module:
             model.eval()
             model.qconfig = fq.get_default_qconfig("x86") if histogram else fq.default_qconfig
             model = ns.prepare(model)
-        model(torch.randn(4, 3, 8, 8))
+        model(torch.randn(shape))
     return model
 
 
@@ -389,3 +389,13 @@ def torchvision_model(name: str) -> nn.Module:
         pytest.skip(f"torchvision does not import: {error}")
     torch.manual_seed(0)
     return getattr(quantization, name)(weights=None, quantize=False)
+
+
+# The observers and fake-quantizers whose names are in both namespaces.
+SHARED_CLASSES = [
+    name
+    for name in dir(fq)
+    if isinstance(getattr(fq, name), type)
+    and issubclass(getattr(fq, name), (fq.ObserverBase, fq.FakeQuantizeBase))
+    and hasattr(tq, name)
+]
