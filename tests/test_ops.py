@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -160,6 +163,28 @@ def test_the_fallback_never_waits_for_the_device() -> None:
             with NeverWaits():
                 _, _, raised = called(reference_ops.OPS[name], args)
             assert not raised
+
+
+def imported_with(isa: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "import fastquant; print(fastquant.build_info()['isa'])"],
+        env={**os.environ, "FASTQUANT_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_environment_names_an_instruction_set() -> None:
+    assert imported_with("scalar").stdout.strip() == "scalar"
+    assert imported_with("").stdout.strip() == _C.isas()[0]
+    refused = imported_with("bogus")
+    assert refused.returncode != 0
+    said = refused.stderr.splitlines()[-1]
+    accepted = ", ".join(_C.isas())
+    assert said == (
+        f"ImportError: FASTQUANT_ISA must be one of {accepted} on this processor, and is 'bogus'"
+    )
 
 
 def test_set_isa_knows_its_names(any_isa: list[str]) -> None:

@@ -1,7 +1,6 @@
 #include "dispatch.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
@@ -47,10 +46,7 @@ const Kernels* find(const char* name) {
   return nullptr;
 }
 
-const Kernels* choose() {
-  const char* wanted = std::getenv("FASTQUANT_ISA");
-  const Kernels* named = wanted == nullptr ? nullptr : find(wanted);
-  if (named != nullptr) return named;
+const Kernels* best() {
   for (const Kernels* table : kBuilt) {
     if (runs_here(table)) return table;
   }
@@ -58,7 +54,7 @@ const Kernels* choose() {
 }
 
 std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> table{choose()};
+  static std::atomic<const Kernels*> table{best()};
   return table;
 }
 

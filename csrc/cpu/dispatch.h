@@ -1,5 +1,4 @@
-// Which kernel table is in use. The best one this processor runs is chosen at load;
-// the environment variable FASTQUANT_ISA, or set_isa, names another.
+// Which kernel table is in use: the best one that this processor runs, until set_isa names another.
 #pragma once
 
 namespace fastquant {

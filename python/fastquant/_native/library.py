@@ -26,6 +26,24 @@ def _load_library() -> None:
 _load_library()
 
 
+def _select_isa() -> None:
+    """Use the kernels that the environment variable FASTQUANT_ISA names, if there is one."""
+    from .. import _C
+
+    name = os.environ.get("FASTQUANT_ISA")
+    if not name:
+        return
+    try:
+        _C.set_isa(name)
+    except ValueError as error:
+        raise ImportError(
+            f"FASTQUANT_ISA must be one of {', '.join(_C.isas())} on this processor, and is {name!r}"
+        ) from error
+
+
+_select_isa()
+
+
 def _load_cuda_library() -> str | None:
     """Load the kernels for CUDA tensors, where they were built and torch has CUDA.
 
