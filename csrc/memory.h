@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "numbers.h"
+#include "math/numbers.h"
 
 namespace fastquant {
 

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../memory.h"
-#include "../range_math.h"
 #include "dispatch.h"
 #include "kernels.h"
 

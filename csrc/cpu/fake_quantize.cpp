@@ -1,8 +1,8 @@
 // Fake-quantize over memory.
 #include "fake_quantize.h"
 
-#include "../channel_params.h"
-#include "../range_math.h"
+#include "../math/fake_quantize.h"
+#include "../math/qparams.h"
 
 namespace fastquant {
 namespace {
@@ -146,7 +146,7 @@ void mask_gradient(const Dense& grad, const uint64_t* mask, void* out) {
 std::vector<int64_t> whole_zero_points(const Array& zero_point, int64_t quant_min, int64_t quant_max) {
   std::vector<int64_t> whole;
   for (double z : read_values<double>(zero_point)) {
-    whole.push_back(static_cast<int64_t>(whole_zero_point(z, quant_min, quant_max)));
+    whole.push_back(static_cast<int64_t>(rounded_zero_point(z, quant_min, quant_max)));
   }
   return whole;
 }

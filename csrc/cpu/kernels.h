@@ -5,11 +5,11 @@
 
 #include <cstdint>
 
-#include "../numbers.h"
+#include "../math/numbers.h"
 
 namespace fastquant {
 
-// What FakeQuantizer or ExactQuantizer (formulas.h) are made of, one array each. T is the type
+// What FakeQuantizer or ExactQuantizer (math/fake_quantize.h) are made of, one array each. T is the type
 // of the arithmetic.
 //
 // Rows: memory is a sequence of rows of `inner` elements, and row r belongs to channel
@@ -89,7 +89,7 @@ struct Kernels {
   double (*quantization_error)(const float* density, int64_t bins, double bin_width, int64_t start_bin,
                                int64_t end_bin, double levels, float* scratch);
 
-  // out = quantized_to_int8(x) (formulas.h).
+  // out = quantized_to_int8(x) (math/fake_quantize.h).
   void (*quantize)(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high);
 };
 

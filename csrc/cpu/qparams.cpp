@@ -1,5 +1,5 @@
 // From statistics to quantization parameters.
-#include "../histogram_math.h"
+#include "../math/search.h"
 #include "statistics.h"
 
 namespace fastquant {

@@ -10,7 +10,7 @@
 #include <numeric>
 #include <utility>
 
-#include "../histogram_math.h"
+#include "../math/histogram.h"
 
 namespace fastquant {
 namespace {

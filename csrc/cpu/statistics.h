@@ -1,7 +1,7 @@
 // Statistics of a tensor, kept in small buffers, and quantization parameters from them.
 #pragma once
 
-#include "../range_math.h"
+#include "../math/qparams.h"
 #include "arrays.h"
 
 namespace fastquant {

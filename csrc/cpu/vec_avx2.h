@@ -1,8 +1,9 @@
+// Vectors of AVX2 with FMA and F16C, with the interface of ../math/vector.h.
 #pragma once
 
 #include <immintrin.h>
 
-#include "../numbers.h"
+#include "../math/numbers.h"
 
 namespace fastquant {
 namespace {
@@ -113,8 +114,8 @@ struct Avx2<float> {
     return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
   }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }
-  // x / 3, rounded once: multiplying by the rounded 1 / 3 is less than one unit off, and the
-  // remainder then says which neighbour is nearest (Markstein, https://doi.org/10.1147/rd.341.0111).
+  // The product with the rounded 1 / 3 is less than one unit in the last place off, and the remainder
+  // then tells the nearest neighbour (Markstein, https://doi.org/10.1147/rd.341.0111).
   static Reg third(Reg x) {
     const Reg inverse = set1(1.0f / 3.0f);
     const Reg quotient = mul(x, inverse);

@@ -1,8 +1,9 @@
+// Vectors of AVX-512 F, BW, DQ and VL, with the interface of ../math/vector.h.
 #pragma once
 
 #include <immintrin.h>
 
-#include "../numbers.h"
+#include "../math/numbers.h"
 
 namespace fastquant {
 namespace {
@@ -105,8 +106,8 @@ struct Avx512<float> {
   static float lowest(Reg x) { return _mm512_reduce_min_ps(x); }
   static float highest(Reg x) { return _mm512_reduce_max_ps(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }
-  // x / 3, rounded once: multiplying by the rounded 1 / 3 is less than one unit off, and the
-  // remainder then says which neighbour is nearest (Markstein, https://doi.org/10.1147/rd.341.0111).
+  // The product with the rounded 1 / 3 is less than one unit in the last place off, and the remainder
+  // then tells the nearest neighbour (Markstein, https://doi.org/10.1147/rd.341.0111).
   static Reg third(Reg x) {
     const Reg inverse = set1(1.0f / 3.0f);
     const Reg quotient = mul(x, inverse);

@@ -1,8 +1,9 @@
+// Vectors of NEON of 64-bit Arm, with the interface of ../math/vector.h.
 #pragma once
 
 #include <arm_neon.h>
 
-#include "../numbers.h"
+#include "../math/numbers.h"
 
 namespace fastquant {
 namespace {
@@ -86,8 +87,8 @@ struct Neon<float> {
   static float lowest(Reg x) { return vminvq_f32(x); }
   static float highest(Reg x) { return vmaxvq_f32(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return vfmsq_f32(c, a, b); }
-  // x / 3, rounded once: multiplying by the rounded 1 / 3 is less than one unit off, and the
-  // remainder then says which neighbour is nearest (Markstein, https://doi.org/10.1147/rd.341.0111).
+  // The product with the rounded 1 / 3 is less than one unit in the last place off, and the remainder
+  // then tells the nearest neighbour (Markstein, https://doi.org/10.1147/rd.341.0111).
   static Reg third(Reg x) {
     const Reg inverse = set1(1.0f / 3.0f);
     const Reg quotient = mul(x, inverse);

@@ -1,10 +1,8 @@
-// One element at a time: the portable table, and every other table's left-over elements.
-//
-// Every vector type has this interface. min and max return their second argument when
-// either is a NaN, so `acc = min(x, acc)` leaves NaN out.
+// Vectors of one element: the portable table, and the elements that whole vectors leave over in every other
+// table. The interface is described in ../math/vector.h.
 #pragma once
 
-#include "../numbers.h"
+#include "../math/numbers.h"
 
 namespace fastquant {
 namespace {
@@ -21,7 +19,6 @@ struct Scalar {
   static Reg load(const Stored* p) {
     return static_cast<T>(to_compute(*p));
   }
-  // Two vectors' worth, in whatever order is cheapest.
   template <class Stored>
   static void load_pair(const Stored* p, Reg* a, Reg* b) {
     *a = load(p);
@@ -31,21 +28,16 @@ struct Scalar {
   static void store(Stored* p, Reg x) {
     from_compute(p, x);
   }
-  // Values that are zero, normal numbers or a NaN that load_pair gave, in its order.
   template <class Stored>
   static void store_pair_normal(Stored* p, Reg a, Reg b) {
     store(p, a);
     store(p + N, b);
   }
-  // Bits of both masks in the order of memory, for elements stored as the pointer says.
   template <class Stored>
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
-  // Whether there is store_others: stores the elements that a mask does not name side by side, and
-  // returns how many. It may overwrite a whole vector.
   static constexpr bool kStoresOthers = false;
-  // Truncates towards zero.
   static void store_index(int32_t* p, Reg x) { *p = static_cast<int32_t>(x); }
 
   static Reg add(Reg a, Reg b) { return a + b; }
@@ -56,20 +48,15 @@ struct Scalar {
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static T lowest(Reg x) { return x; }
   static T highest(Reg x) { return x; }
-  // c - a * b, rounded once, for a * b that fits twice the precision of float.
   static float nmadd(float a, float b, float c) {
     return static_cast<float>(static_cast<double>(c) - static_cast<double>(a) * static_cast<double>(b));
   }
-
-  // x / 3, rounded once.
   static Reg third(Reg x) { return x / 3; }
-
-  // a * b + c, rounded once.
   static float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static double madd(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-  // To nearest, ties to even: from 2^digits on every number is whole, so adding and taking
-  // away as much rounds. nearbyint is a library call on a baseline processor.
+  // From 2^digits on every number is whole, so adding and subtracting as much rounds to nearest, ties to
+  // even. nearbyint is a library call on a baseline processor.
   static float round(float x) {
     const float magnitude = __builtin_fabsf(x);
     return magnitude < 0x1p23f ? __builtin_copysignf((magnitude + 0x1p23f) - 0x1p23f, x) : x;
@@ -85,7 +72,6 @@ struct Scalar {
 
   static Mask lt(Reg a, Reg b) { return a < b; }
   static Mask le(Reg a, Reg b) { return a <= b; }
-  // True also where either is NaN.
   static Mask not_lt(Reg a, Reg b) { return !(a < b); }
   static Mask unordered(Reg a, Reg b) { return a != a || b != b; }
   static Mask both(Mask a, Mask b) { return a && b; }

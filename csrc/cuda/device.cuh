@@ -8,7 +8,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "../range_math.h"
 #include "kernels.h"
 #include "vec_cuda.cuh"
 

@@ -1,7 +1,7 @@
 // Fake-quantize, tile by tile in the order of memory.
 #pragma once
 
-#include "../channel_params.h"
+#include "../math/fake_quantize.h"
 #include "reduce.cuh"
 
 namespace fastquant::cuda {
@@ -56,7 +56,7 @@ template <class T>
 __device__ ChannelParams<T> params_of(const QuantizeArgs& a, int64_t channel) {
   const T zero_point =
       a.rounds_zero_point
-          ? static_cast<T>(whole_zero_point(read<double>(a.zero_point, channel), a.quant_min, a.quant_max))
+          ? static_cast<T>(rounded_zero_point(read<double>(a.zero_point, channel), a.quant_min, a.quant_max))
           : read<T>(a.zero_point, channel);
   return channel_params<T>(read<T>(a.scale, channel), a.scale.type == Element::f64, zero_point,
                            has_float_zero_point(a), a.quant_min, a.quant_max);

@@ -4,7 +4,7 @@
 // histogram's range so far would do, which it mostly does; its last block decides. The second
 // adds those counts up; or, where the range has grown, it counts anew, while a few blocks of it
 // move the old counts to their new bins. A small tensor takes one block that does it all.
-#include "../histogram_math.h"
+#include "../math/search.h"
 #include "observe.cuh"
 
 namespace fastquant::cuda {

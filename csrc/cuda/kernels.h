@@ -5,8 +5,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../math/qparams.h"
 #include "../memory.h"
-#include "../range_math.h"
 
 namespace fastquant::cuda {
 

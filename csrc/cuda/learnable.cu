@@ -1,4 +1,5 @@
 // Gradients of fake-quantize with a learnable scale and zero point.
+#include "../math/learnable.h"
 #include "fake_quantize.cuh"
 
 namespace fastquant::cuda {

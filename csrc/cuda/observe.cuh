@@ -1,7 +1,6 @@
 // The reduction to smallest and largest values, and what becomes of them.
 #pragma once
 
-#include "../range_math.h"
 #include "reduce.cuh"
 
 namespace fastquant::cuda {

@@ -1,7 +1,7 @@
-// One element on a GPU, with the interface of cpu/vec_scalar.h: what formulas.h is made of here.
+// One element on a GPU, with the arithmetic of ../math/vector.h.
 #pragma once
 
-#include "../formulas.h"
+#include "../math/vector.h"
 
 namespace fastquant {
 namespace {
@@ -22,7 +22,6 @@ struct Cuda {
   FASTQUANT_HD static Reg third(Reg x) { return x / 3; }
   FASTQUANT_HD static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   FASTQUANT_HD static Reg max(Reg a, Reg b) { return a > b ? a : b; }
-  // c - a * b and a * b + c, rounded once.
   FASTQUANT_HD static float nmadd(float a, float b, float c) { return fmaf(-a, b, c); }
   FASTQUANT_HD static float madd(float a, float b, float c) { return fmaf(a, b, c); }
   FASTQUANT_HD static double madd(double a, double b, double c) { return fma(a, b, c); }
@@ -36,6 +35,8 @@ struct Cuda {
   FASTQUANT_HD static Mask both(Mask a, Mask b) { return a && b; }
   FASTQUANT_HD static Reg select(Mask m, Reg yes, Reg no) { return m ? yes : no; }
 };
+
+static_assert(has_arithmetic<Cuda<float>>() && has_arithmetic<Cuda<double>>(), "see math/vector.h");
 
 }  // namespace
 }  // namespace fastquant

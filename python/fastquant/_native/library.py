@@ -36,8 +36,9 @@ def _select_isa() -> None:
     try:
         _C.set_isa(name)
     except ValueError as error:
+        usable = ", ".join(_C.isas())
         raise ImportError(
-            f"FASTQUANT_ISA must be one of {', '.join(_C.isas())} on this processor, and is {name!r}"
+            f"FASTQUANT_ISA must be one of {usable} on this processor, and is {name!r}"
         ) from error
 
 

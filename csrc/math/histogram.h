@@ -1,13 +1,34 @@
-// Histograms: the range of the bins, the bin of a value, counts moved to other bins, and the
-// search for the range that quantizes best.
+// Histograms: the range of the bins, the bin of a value, and counts resampled onto a wider range.
 #pragma once
 
-#include "range_math.h"
+#include <cmath>
+
+#include "range.h"
 
 namespace fastquant {
 namespace {
 
 FASTQUANT_HD inline bool is_finite(double x) { return x - x == 0; }
+
+// The bin is (x - low) * bins / (high - low), rounded after each operation as torch.histc
+// does, so that counts are torch's to the last element. Needs low < high and a finite
+// (high - low) * bins.
+template <class V>
+struct BinFormula {
+  using Reg = typename V::Reg;
+  using T = typename V::Element;
+  Reg low, high, width, bins, last;
+
+  FASTQUANT_HD static BinFormula of(T low, T high, int64_t bins) {
+    return {V::set1(low), V::set1(high), V::set1(high - low), V::set1(static_cast<T>(bins)),
+            V::set1(static_cast<T>(bins - 1))};
+  }
+
+  FASTQUANT_HD typename V::Mask inside(Reg x) const { return V::both(V::le(low, x), V::le(x, high)); }
+
+  // To be truncated; only of what is inside.
+  FASTQUANT_HD Reg bin(Reg x) const { return V::min(V::div(V::mul(V::sub(x, low), bins), width), last); }
+};
 
 using HistogramRange = Range<double>;
 
@@ -154,127 +175,6 @@ FASTQUANT_HD inline int64_t bin_of_point(double value, const HistogramRange& to,
   if (!(low <= x && x <= high)) return -1;
   const T bin = (x - low) * static_cast<T>(bins) / (high - low);
   return bin < static_cast<T>(bins - 1) ? static_cast<int64_t>(bin) : bins - 1;
-}
-
-// ----------------------------------------------------------------------------- search
-
-// The total of a histogram, rounded where torch.sum rounds it on the CPU: the bounds of the search are
-// shares of it, and one unit in its last place can move them by a bin. torch.sum adds up 32 chains: four
-// vectors of eight floats, each chain in stretches of 16, and 16 stretches at a time. Chain `chain` of it.
-constexpr int kSumLanes = 8, kSumVectors = 4, kSumChains = kSumLanes * kSumVectors;
-
-FASTQUANT_HD inline float chain_of_sum(const float* x, int64_t n, int chain) {
-  constexpr int kLevels = 4, kBitsOfLevel = 4;
-  const int64_t length = n / kSumChains;
-  float sums[kLevels] = {};
-  for (int64_t i = 0; i < length;) {
-    sums[0] += x[i * kSumChains + chain];
-    ++i;
-    for (int level = 1; level < kLevels && i % (int64_t{1} << (level * kBitsOfLevel)) == 0; ++level) {
-      sums[level] += sums[level - 1];
-      sums[level - 1] = 0;
-    }
-  }
-  return sums[0] + sums[1] + sums[2] + sums[3];
-}
-
-// All chains, and the elements after them.
-FASTQUANT_HD inline float sum_of_chains(const float* chains, const float* x, int64_t n) {
-  const int64_t vectors = n / kSumLanes;
-  float total = 0;
-  for (int64_t i = vectors * kSumLanes; i < n; ++i) total += x[i];
-  for (int lane = 0; lane < kSumLanes; ++lane) {
-    float sum = chains[lane];
-    for (int64_t v = n / kSumChains * kSumVectors; v < vectors; ++v) sum += x[v * kSumLanes + lane];
-    for (int v = 1; v < kSumVectors; ++v) sum += chains[v * kSumLanes + lane];
-    total += sum;
-  }
-  return total;
-}
-
-// A walk from both ends of a histogram to the bins that hold the best range: one quantile step
-// at a time, until the quantization error grows. The walk, and the precision of each
-// comparison, are those of torch.ao's HistogramObserver._non_linear_param_search (after
-// caffe2's NormMinimization::NonlinearQuantizationParamsSearch).
-class RangeWalk {
- public:
-  // cumulative: the counts up to and with each bin; total: sum_of_chains.
-  FASTQUANT_HD RangeWalk(const float* cumulative, float total, int64_t bins)
-      : cumulative_(cumulative), total_(static_cast<double>(total)), end_(bins - 1) {
-    next_start_ = start_;
-    next_end_ = end_;
-  }
-
-  // Goes on to the next range worth a look, next_start() to next_end(); false at the end.
-  FASTQUANT_HD bool next() {
-    constexpr double kStep = 1e-5;
-    while (alpha_ < beta_) {
-      const double next_alpha = alpha_ + kStep, next_beta = beta_ - kStep;
-      const float lower = static_cast<float>(next_alpha * total_),
-                  upper = static_cast<float>(next_beta * total_);
-      int64_t left = start_, right = end_;
-      while (left < end_ && cumulative_[left] < lower) ++left;
-      while (right > start_ && cumulative_[right] > upper) --right;
-      next_start_ = start_;
-      next_end_ = end_;
-      if (left - start_ > end_ - right) {
-        next_start_ = left;
-        alpha_ = next_alpha;
-      } else {
-        next_end_ = right;
-        beta_ = next_beta;
-      }
-      if (next_start_ != start_ || next_end_ != end_) return true;
-    }
-    return false;
-  }
-
-  // Takes that range for its error; false, and the walk is over, where the error has grown.
-  FASTQUANT_HD bool take(double error) {
-    if (error > smallest_error_) return false;
-    smallest_error_ = error;
-    start_ = next_start_;
-    end_ = next_end_;
-    return true;
-  }
-
-  FASTQUANT_HD int64_t next_start() const { return next_start_; }
-  FASTQUANT_HD int64_t next_end() const { return next_end_; }
-  // The best range so far.
-  FASTQUANT_HD int64_t start() const { return start_; }
-  FASTQUANT_HD int64_t end() const { return end_; }
-
- private:
-  const float* cumulative_;
-  double total_;
-  double alpha_ = 0, beta_ = 1;
-  double smallest_error_ = infinity<double>();
-  int64_t start_ = 0, end_;
-  int64_t next_start_, next_end_;
-};
-
-FASTQUANT_HD inline double width_of_bins(const HistogramRange& r, int64_t bins) {
-  const double span = r.high - r.low, count = static_cast<double>(bins);
-  return is_finite(span) ? span / count : r.high / count - r.low / count;
-}
-
-// The search only compares errors. A power of two changes none of their digits and keeps their
-// cubes within what float holds, whatever the range.
-FASTQUANT_HD inline double width_for_search(const HistogramRange& r, int64_t bins) {
-  int exponent = 0;
-  return frexp(width_of_bins(r, bins), &exponent);
-}
-
-// The range of the bins [start, end] of a histogram, in the precision of its buffers.
-template <class B>
-FASTQUANT_HD Range<B> range_of_bins(const HistogramRange& r, int64_t bins, int64_t start, int64_t end) {
-  const B base = static_cast<B>(r.low);
-  const B span = static_cast<B>(r.high) - base;
-  const B width = is_finite(static_cast<double>(span)) ? span / static_cast<B>(bins)
-                                                       : static_cast<B>(width_of_bins(r, bins));
-  const B upper = base + width * static_cast<B>(end + 1);
-  return {start == 0 ? base : base + width * static_cast<B>(start),  // one bin may be infinitely wide
-          is_finite(static_cast<double>(upper)) ? upper : static_cast<B>(r.high)};
 }
 
 }  // namespace

@@ -1,9 +1,12 @@
-// The element types tensors are stored in, and the type each is computed in.
+// The element types tensors are stored in, and the type each is computed in. CPU and GPU share them, as
+// everything in this folder: kernels for every instruction set are made of it, so everything is `static`
+// or in an anonymous namespace, and nothing of std:: is used. A function that the linker could share with
+// another file might bring this file's instructions to a processor that lacks them.
 #pragma once
 
 #include <cstdint>
 
-// Functions that kernels on a GPU call too.
+// Of functions that GPU kernels call, too.
 #ifdef __CUDACC__
 #define FASTQUANT_HD __host__ __device__
 #else
@@ -32,8 +35,6 @@ struct ComputeType<double> {
 template <class Stored>
 using Compute = typename ComputeType<Stored>::type;
 
-// Declared `static` so that every file keeps its own copy: an inline function that the
-// linker merges could carry one instruction set's code into another's table.
 FASTQUANT_HD static inline float bits_to_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
@@ -114,4 +115,35 @@ FASTQUANT_HD static inline void from_compute(Half* to, float x) {
 #endif
 }
 
+namespace {
+
+template <class T>
+FASTQUANT_HD constexpr T infinity() {
+  return static_cast<T>(__builtin_inf());
+}
+
+template <class T>
+FASTQUANT_HD constexpr T largest() {
+  return sizeof(T) == sizeof(float) ? static_cast<T>(0x1.fffffep127) : static_cast<T>(__DBL_MAX__);
+}
+
+// The value, a finite one limited to [-most, most]; infinities and NaN stay.
+template <class T>
+FASTQUANT_HD T kept_finite(T value, double most) {
+  if (value - value != 0 || !(static_cast<double>(value < 0 ? -value : value) > most)) return value;
+  return static_cast<T>(value < 0 ? -most : most);
+}
+
+// Rounded towards zero and limited to what the type holds; NaN is 0.
+template <class Integer, class T>
+FASTQUANT_HD Integer saturated(T x) {
+  constexpr int kBits = 8 * static_cast<int>(sizeof(Integer));
+  constexpr Integer kLargest = static_cast<Integer>(~uint64_t{0} >> (65 - kBits));
+  const T beyond = static_cast<T>(uint64_t{1} << (kBits - 1));
+  if (x != x) return 0;
+  if (x >= beyond) return kLargest;
+  return x < -beyond ? -kLargest - 1 : static_cast<Integer>(x);
+}
+
+}  // namespace
 }  // namespace fastquant

@@ -1,0 +1,24 @@
+// Asking for memory ahead of its use.
+#pragma once
+
+#include "../../math/numbers.h"
+
+namespace fastquant {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Prefetches the memory that lies `distance` bytes after the next elements, which are read or written; into
+// the first-level cache by default. A processor's own prefetching stops at the end of a page, and stores
+// wait until their cache line is there.
+constexpr int kAhead = 4096;
+
+template <int kElements, int kLocality = 3, class S>
+void fetch_ahead(const S* p, int64_t distance = kAhead) {
+  constexpr int kBytes = kElements * sizeof(S), kLine = 64;
+  const char* const next = reinterpret_cast<const char*>(p) + distance;
+  for (int k = 0; k < kBytes; k += kLine) __builtin_prefetch(next + k, 0, kLocality);
+}
+
+}  // namespace
+}  // namespace fastquant
