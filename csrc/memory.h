@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "math/numbers.h"
+#include "math/elements.h"
 
 namespace fastquant {
 
@@ -30,8 +30,6 @@ struct NonfiniteElements : std::runtime_error {
 
   int64_t count;
 };
-
-enum class Element : uint8_t { f32, f64, f16, bf16, i32, i64, other };
 
 // Somebody's memory, of any strides.
 struct View {

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
+#include "../math/elements.h"
 #include "../memory.h"
 #include "dispatch.h"
 #include "kernels.h"
@@ -25,55 +25,10 @@ inline const KernelsFor<BFloat16, float>& kernels_of(BFloat16) { return kernels(
 
 // ---------------------------------------------------------------------------- buffers
 
-inline float number(float x) { return x; }
-inline double number(double x) { return x; }
-inline float number(Half x) { return to_compute(x); }
-inline float number(BFloat16 x) { return to_compute(x); }
-inline int32_t number(int32_t x) { return x; }
-inline int64_t number(int64_t x) { return x; }
-
-template <class T>
-void assign(float* to, T x) {
-  *to = static_cast<float>(x);
-}
-template <class T>
-void assign(double* to, T x) {
-  *to = static_cast<double>(x);
-}
-template <class T>
-void assign(Half* to, T x) {
-  from_compute(to, static_cast<float>(x));
-}
-template <class T>
-void assign(BFloat16* to, T x) {
-  from_compute(to, static_cast<float>(x));
-}
-template <class Integer, class T>
-void assign(Integer* to, T x) {
-  if constexpr (std::is_floating_point_v<T>) {
-    *to = saturated<Integer>(x);
-  } else {
-    *to = static_cast<Integer>(x);
-  }
-}
-
-// Calls f with a value of the type that a buffer's elements have.
-template <class F>
-auto with_buffer_type(Element type, const F& f) {
-  switch (type) {
-    case Element::i32:
-      return f(int32_t{});
-    case Element::i64:
-      return f(int64_t{});
-    default:
-      return with_stored_type(type, f);
-  }
-}
-
 template <class T>
 std::vector<T> read_values(const Array& a) {
   std::vector<T> values(a.numel);
-  with_buffer_type(a.type, [&](auto element) {
+  with_element(a.type, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(a.data);
     for (int64_t i = 0; i < a.numel; ++i) values[i] = static_cast<T>(number(data[i]));
   });
@@ -82,7 +37,7 @@ std::vector<T> read_values(const Array& a) {
 
 template <class T>
 void write_values(const Array& a, const std::vector<T>& values) {
-  with_buffer_type(a.type, [&](auto element) {
+  with_element(a.type, [&](auto element) {
     auto* data = static_cast<decltype(element)*>(a.data);
     const int64_t n = static_cast<int64_t>(values.size());
     for (int64_t i = 0; i < n; ++i) assign(data + i, values[i]);
@@ -92,25 +47,19 @@ void write_values(const Array& a, const std::vector<T>& values) {
 // The only element.
 template <class T>
 T read_value(const Array& a) {
-  return with_buffer_type(a.type, [&](auto element) {
+  return with_element(a.type, [&](auto element) {
     return static_cast<T>(number(*static_cast<const decltype(element)*>(a.data)));
   });
 }
 
 template <class T>
 void write_value(const Array& a, T value) {
-  with_buffer_type(a.type, [&](auto element) { assign(static_cast<decltype(element)*>(a.data), value); });
+  with_element(a.type, [&](auto element) { assign(static_cast<decltype(element)*>(a.data), value); });
 }
 
-// A value as elements of this type hold it; a finite one stays finite.
-template <class T>
-T rounded_to(Element type, T value) {
-  return with_stored_type(type, [&](auto element) {
-    assign(&element, kept_finite(value, largest_of(element)));
-    return static_cast<T>(number(element));
-  });
+inline void add_nonfinite(const Array& nonfinite_count, int64_t left_out) {
+  if (left_out > 0) write_value(nonfinite_count, read_value<int64_t>(nonfinite_count) + left_out);
 }
-
 // ----------------------------------------------------------------------------- layout
 
 // f(channel, begin, end) for each stretch of [begin, end) that lies in one channel.

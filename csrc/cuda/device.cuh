@@ -55,87 +55,16 @@ __device__ T* shared_memory() {
 
 // ------------------------------------------------------------------------------ buffers
 
-__device__ inline float number(float x) { return x; }
-__device__ inline double number(double x) { return x; }
-__device__ inline float number(Half x) { return to_compute(x); }
-__device__ inline float number(BFloat16 x) { return to_compute(x); }
-__device__ inline int32_t number(int32_t x) { return x; }
-__device__ inline int64_t number(int64_t x) { return x; }
-
-template <class T>
-__device__ void assign(float* to, T x) {
-  *to = static_cast<float>(x);
-}
-template <class T>
-__device__ void assign(double* to, T x) {
-  *to = static_cast<double>(x);
-}
-template <class T>
-__device__ void assign(Half* to, T x) {
-  from_compute(to, static_cast<float>(x));
-}
-template <class T>
-__device__ void assign(BFloat16* to, T x) {
-  from_compute(to, static_cast<float>(x));
-}
-template <class T>
-__device__ void assign(int32_t* to, T x) {
-  *to = saturated<int32_t>(x);
-}
-template <class T>
-__device__ void assign(int64_t* to, T x) {
-  *to = saturated<int64_t>(x);
-}
-
-template <class T>
-struct Stored {
-  using Type = T;
-};
-
-// Calls f with the type that elements are stored as.
-template <class F>
-__device__ auto with_type(Element type, const F& f) {
-  switch (type) {
-    case Element::f64:
-      return f(Stored<double>());
-    case Element::f16:
-      return f(Stored<Half>());
-    case Element::bf16:
-      return f(Stored<BFloat16>());
-    case Element::i32:
-      return f(Stored<int32_t>());
-    case Element::i64:
-      return f(Stored<int64_t>());
-    default:
-      return f(Stored<float>());
-  }
-}
-
 template <class T>
 __device__ __noinline__ T read(Buffer b, int64_t i = 0) {
-  return with_type(b.type, [&](auto stored) {
-    using Type = typename decltype(stored)::Type;
-    return static_cast<T>(number(static_cast<const Type*>(b.data)[i]));
+  return with_element(b.type, [&](auto element) {
+    return static_cast<T>(number(static_cast<const decltype(element)*>(b.data)[i]));
   });
 }
 
 template <class T>
 __device__ __noinline__ void write(Buffer b, int64_t i, T value) {
-  with_type(b.type, [&](auto stored) {
-    using Type = typename decltype(stored)::Type;
-    assign(static_cast<Type*>(b.data) + i, value);
-  });
-}
-
-// A value as elements of this type hold it; a finite one stays finite.
-template <class T>
-__device__ __noinline__ T rounded_to(Element type, T value) {
-  return with_type(type, [&](auto stored) {
-    typename decltype(stored)::Type element{};
-    if constexpr (!std::is_integral<decltype(element)>::value) value = kept_finite(value, largest_of(element));
-    assign(&element, value);
-    return static_cast<T>(number(element));
-  });
+  with_element(b.type, [&](auto element) { assign(static_cast<decltype(element)*>(b.data) + i, value); });
 }
 
 __device__ inline bool is_on(Flag flag) {

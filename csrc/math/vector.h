@@ -53,47 +53,44 @@ constexpr bool has_arithmetic() {
   using Reg = typename V::Reg;
   using Mask = typename V::Mask;
   static_assert(V::N >= 1, "N");
-  constexpr Reg (*kOfOne)(T) = V::set1;
-  constexpr Reg (*kUnary)(Reg) = V::round;
-  constexpr Reg (*kBinary[])(Reg, Reg) = {V::add, V::sub, V::mul, V::div, V::min, V::max};
-  constexpr Mask (*kComparisons[])(Reg, Reg) = {V::lt, V::le, V::not_lt};
-  constexpr Mask (*kBoth)(Mask, Mask) = V::both;
-  constexpr Reg (*kSelect)(Mask, Reg, Reg) = V::select;
-  bool all = kOfOne && kUnary && kBinary[0] && kComparisons[0] && kBoth && kSelect;
+  [[maybe_unused]] constexpr Reg (*kOfOne)(T) = V::set1;
+  [[maybe_unused]] constexpr Reg (*kUnary)(Reg) = V::round;
+  [[maybe_unused]] constexpr Reg (*kBinary[])(Reg, Reg) = {V::add, V::sub, V::mul, V::div, V::min, V::max};
+  [[maybe_unused]] constexpr Mask (*kComparisons[])(Reg, Reg) = {V::lt, V::le, V::not_lt};
+  [[maybe_unused]] constexpr Mask (*kBoth)(Mask, Mask) = V::both;
+  [[maybe_unused]] constexpr Reg (*kSelect)(Mask, Reg, Reg) = V::select;
   if constexpr (sizeof(T) == sizeof(float)) {
-    constexpr Reg (*kMore[])(Reg) = {V::floor, V::third};
-    constexpr Reg (*kNmadd)(Reg, Reg, Reg) = V::nmadd;
-    all = all && kMore[0] && kNmadd;
+    [[maybe_unused]] constexpr Reg (*kMore[])(Reg) = {V::floor, V::third};
+    [[maybe_unused]] constexpr Reg (*kNmadd)(Reg, Reg, Reg) = V::nmadd;
   }
   if constexpr (V::N == 1) {
-    constexpr T (*kMadd)(T, T, T) = V::madd;
-    all = all && kMadd;
+    [[maybe_unused]] constexpr T (*kMadd)(T, T, T) = V::madd;
   }
-  return all;
+  return true;
 }
 
 template <class V, class Stored>
 constexpr bool loads_and_stores() {
   using Reg = typename V::Reg;
   using Mask = typename V::Mask;
-  constexpr Reg (*kLoad)(const Stored*) = V::load;
-  constexpr void (*kLoadPair)(const Stored*, Reg*, Reg*) = V::load_pair;
-  constexpr void (*kStore)(Stored*, Reg) = V::store;
-  constexpr void (*kStorePair)(Stored*, Reg, Reg) = V::store_pair_normal;
-  constexpr uint32_t (*kPairBits)(const Stored*, Mask, Mask) = V::pair_bits;
-  return kLoad && kLoadPair && kStore && kStorePair && kPairBits;
+  [[maybe_unused]] constexpr Reg (*kLoad)(const Stored*) = V::load;
+  [[maybe_unused]] constexpr void (*kLoadPair)(const Stored*, Reg*, Reg*) = V::load_pair;
+  [[maybe_unused]] constexpr void (*kStore)(Stored*, Reg) = V::store;
+  [[maybe_unused]] constexpr void (*kStorePair)(Stored*, Reg, Reg) = V::store_pair_normal;
+  [[maybe_unused]] constexpr uint32_t (*kPairBits)(const Stored*, Mask, Mask) = V::pair_bits;
+  return true;
 }
 
 template <class W>
 constexpr bool has_words() {
   using Reg = typename W::Reg;
-  constexpr Reg (*kSet1)(int) = W::set1;
-  constexpr Reg (*kLoad)(const void*) = W::load;
-  constexpr void (*kStore)(void*, Reg) = W::store;
-  constexpr Reg (*kBinary[])(Reg, Reg) = {W::min, W::max, W::max_unsigned};
-  constexpr Reg (*kSelect)(Reg, Reg, Reg) = W::where_negative;
-  constexpr int (*kOfAll[])(Reg) = {W::lowest, W::highest, W::highest_unsigned};
-  return W::N > 1 && kSet1 && kLoad && kStore && kBinary[0] && kSelect && kOfAll[0];
+  [[maybe_unused]] constexpr Reg (*kSet1)(int) = W::set1;
+  [[maybe_unused]] constexpr Reg (*kLoad)(const void*) = W::load;
+  [[maybe_unused]] constexpr void (*kStore)(void*, Reg) = W::store;
+  [[maybe_unused]] constexpr Reg (*kBinary[])(Reg, Reg) = {W::min, W::max, W::max_unsigned};
+  [[maybe_unused]] constexpr Reg (*kSelect)(Reg, Reg, Reg) = W::where_negative;
+  [[maybe_unused]] constexpr int (*kOfAll[])(Reg) = {W::lowest, W::highest, W::highest_unsigned};
+  return W::N > 1;
 }
 
 template <class V>
@@ -101,27 +98,24 @@ constexpr bool has_vector_interface() {
   using T = typename V::Element;
   using Reg = typename V::Reg;
   using Mask = typename V::Mask;
-  constexpr void (*kStoreIndex)(int32_t*, Reg) = V::store_index;
-  constexpr T (*kOfAll[])(Reg) = {V::lowest, V::highest};
-  constexpr Mask (*kUnordered)(Reg, Reg) = V::unordered;
-  constexpr Mask (*kEither)(Mask, Mask) = V::either;
-  constexpr Mask (*kNone)() = V::none;
-  constexpr bool (*kAny)(Mask) = V::any;
-  constexpr uint32_t (*kBits)(Mask) = V::bits;
-  constexpr Mask (*kFromBits)(uint32_t) = V::from_bits;
-  bool all = has_arithmetic<V>() && loads_and_stores<V, T>() && kStoreIndex && kOfAll[0] && kUnordered &&
-             kEither && kNone && kAny && kBits && kFromBits;
+  [[maybe_unused]] constexpr void (*kStoreIndex)(int32_t*, Reg) = V::store_index;
+  [[maybe_unused]] constexpr T (*kOfAll[])(Reg) = {V::lowest, V::highest};
+  [[maybe_unused]] constexpr Mask (*kUnordered)(Reg, Reg) = V::unordered;
+  [[maybe_unused]] constexpr Mask (*kEither)(Mask, Mask) = V::either;
+  [[maybe_unused]] constexpr Mask (*kNone)() = V::none;
+  [[maybe_unused]] constexpr bool (*kAny)(Mask) = V::any;
+  [[maybe_unused]] constexpr uint32_t (*kBits)(Mask) = V::bits;
+  [[maybe_unused]] constexpr Mask (*kFromBits)(uint32_t) = V::from_bits;
+  bool all = has_arithmetic<V>() && loads_and_stores<V, T>();
   if constexpr (sizeof(T) == sizeof(float)) {
     all = all && loads_and_stores<V, Half>() && loads_and_stores<V, BFloat16>();
     if constexpr (V::N > 1) all = all && has_words<typename V::Words>();
   } else {
-    constexpr Reg (*kLoadFloat)(const float*) = V::load;
-    all = all && kLoadFloat;
+    [[maybe_unused]] constexpr Reg (*kLoadFloat)(const float*) = V::load;
   }
   if constexpr (V::kStoresOthers) {
-    constexpr Mask (*kEq)(Reg, Reg) = V::eq;
-    constexpr int (*kStoreOthers)(T*, Mask, Reg) = V::store_others;
-    all = all && kEq && kStoreOthers;
+    [[maybe_unused]] constexpr Mask (*kEq)(Reg, Reg) = V::eq;
+    [[maybe_unused]] constexpr int (*kStoreOthers)(T*, Mask, Reg) = V::store_others;
   }
   return all;
 }

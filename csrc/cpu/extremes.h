@@ -1,0 +1,157 @@
+// Smallest and largest elements of a whole tensor, per channel, on threads.
+#pragma once
+
+#include <numeric>
+
+#include "arrays.h"
+
+namespace fastquant {
+namespace {
+
+// One tensor's extremes, one entry a channel; low > high where a channel had nothing.
+template <class T>
+struct Extremes {
+  explicit Extremes(int64_t channels)
+      : low(channels, std::numeric_limits<T>::infinity()),
+        high(channels, -std::numeric_limits<T>::infinity()) {}
+
+  void fold(int64_t channel, T lo, T hi) {
+    low[channel] = std::min(low[channel], lo);
+    high[channel] = std::max(high[channel], hi);
+  }
+
+  std::vector<T> low, high;
+};
+
+// Rows at least this long are reduced one by one; shorter ones as columns.
+constexpr int64_t kShortRow = 512;
+
+template <class S, class T>
+bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
+  const auto minmax = kernels_of(S{}).minmax;
+  const int64_t n = d.numel();
+  const int64_t pieces = piece_count(n, kGrainOfReading);
+  std::vector<Extremes<T>> partial(pieces, Extremes<T>(d.channels));
+  std::vector<char> nonfinite(pieces, 0);
+  for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
+    for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
+      T lo, hi;
+      bool found;
+      minmax(x + from, to - from, &lo, &hi, &found);
+      partial[piece].fold(channel, lo, hi);
+      nonfinite[piece] |= found;
+    });
+  });
+  for (const auto& p : partial) {
+    for (int64_t c = 0; c < d.channels; ++c) result->fold(c, p.low[c], p.high[c]);
+  }
+  return std::any_of(nonfinite.begin(), nonfinite.end(), [](char found) { return found != 0; });
+}
+
+// Folds extremes of the columns of [repeat, channels, inner] into those of the channels.
+template <class T>
+void fold_columns(const Extremes<T>& columns, int64_t repeat, const Dense& d, Extremes<T>* result) {
+  const auto& kernels = kernels_of(T{});
+  const int64_t width = d.channels * d.inner;
+  bool found;
+  if (repeat > 1) {
+    Extremes<T> once(width), unused(width);
+    kernels.minmax_columns(columns.low.data(), repeat, width, width, once.low.data(), unused.high.data(), &found);
+    kernels.minmax_columns(columns.high.data(), repeat, width, width, unused.low.data(), once.high.data(),
+                           &found);
+    fold_columns(once, 1, d, result);
+    return;
+  }
+  for (int64_t c = 0; c < d.channels; ++c) {
+    T low = columns.low[c], high = columns.high[c], other;
+    if (d.inner > 1) {
+      kernels.minmax(&columns.low[c * d.inner], d.inner, &low, &other, &found);
+      kernels.minmax(&columns.high[c * d.inner], d.inner, &other, &high, &found);
+    }
+    result->fold(c, low, high);
+  }
+}
+
+// How many steps of the outer dimension to take as one row, so that the columns fill whole vectors; one where
+// that would make a row too long.
+inline int64_t side_by_side(int64_t width) {
+  constexpr int64_t kMost = 1024;
+  for (const int64_t elements : {64, 16}) {
+    const int64_t steps = elements / std::gcd(elements, width);
+    if (steps * width <= kMost) return steps;
+  }
+  return 1;
+}
+
+// Short rows: every position of [channels, inner] is a column of its own.
+template <class S, class T>
+bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
+  const auto minmax_columns = kernels_of(S{}).minmax_columns;
+  const int64_t width = d.channels * d.inner;
+  const int64_t repeat = std::min(d.outer, side_by_side(width));
+  const int64_t columns = width * repeat;
+  const int64_t rows = d.outer / repeat;
+  const int64_t pieces = std::min(piece_count(d.numel(), kGrainOfReading), std::max<int64_t>(rows, 1));
+  std::vector<Extremes<T>> partial(pieces, Extremes<T>(columns));
+  std::vector<char> nonfinite(pieces, 0);
+  for_pieces(rows, pieces, 1, [&](int64_t piece, int64_t begin, int64_t end) {
+    bool found = false;
+    auto& p = partial[piece];
+    minmax_columns(x + begin * columns, end - begin, columns, columns, p.low.data(), p.high.data(), &found);
+    nonfinite[piece] = found;
+  });
+  bool found = false;
+  auto& first = partial[0];
+  minmax_columns(x + rows * columns, 1, (d.outer - rows * repeat) * width, columns, first.low.data(),
+                 first.high.data(), &found);
+  for (const auto& p : partial) fold_columns(p, repeat, d, result);
+  return found || std::any_of(nonfinite.begin(), nonfinite.end(), [](char f) { return f != 0; });
+}
+
+// False where all elements are finite; otherwise NaN is left out, and infinities take part.
+template <class S, class T>
+bool extremes(const S* x, const Dense& d, Extremes<T>* result) {
+  return d.outer == 1 || d.inner >= kShortRow ? extremes_of_rows(x, d, result)
+                                              : extremes_of_columns(x, d, result);
+}
+
+// The extremes of finite elements, for tensors that hold NaN or infinities; returns how many of these.
+template <class S, class T>
+int64_t finite_extremes(const S* x, const Dense& d, Extremes<T>* result) {
+  const auto minmax_finite = kernels_of(S{}).minmax_finite;
+  const int64_t n = d.numel();
+  const int64_t pieces = piece_count(n);
+  std::vector<Extremes<T>> partial(pieces, Extremes<T>(d.channels));
+  std::vector<int64_t> counts(pieces, 0);
+  for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
+    for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
+      T lo, hi;
+      int64_t count;
+      minmax_finite(x + from, to - from, &lo, &hi, &count);
+      partial[piece].fold(channel, lo, hi);
+      counts[piece] += count;
+    });
+  });
+  for (const auto& p : partial) {
+    for (int64_t c = 0; c < d.channels; ++c) result->fold(c, p.low[c], p.high[c]);
+  }
+  int64_t total = 0;
+  for (int64_t count : counts) total += count;
+  return total;
+}
+
+// A NaN makes its channel's extremes NaN, as in torch.aminmax.
+template <class S, class T>
+void propagate_nan(const S* x, const Dense& d, Extremes<T>* result) {
+  for_segments(d, 0, d.numel(), [&](int64_t channel, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      if (std::isnan(to_compute(x[i]))) {
+        result->low[channel] = result->high[channel] = std::numeric_limits<T>::quiet_NaN();
+        return;
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastquant
