@@ -56,7 +56,8 @@ void fold_columns(const Extremes<T>& columns, int64_t repeat, const Dense& d, Ex
   bool found;
   if (repeat > 1) {
     Extremes<T> once(width), unused(width);
-    kernels.minmax_columns(columns.low.data(), repeat, width, width, once.low.data(), unused.high.data(), &found);
+    kernels.minmax_columns(columns.low.data(), repeat, width, width, once.low.data(), unused.high.data(),
+                           &found);
     kernels.minmax_columns(columns.high.data(), repeat, width, width, unused.low.data(), once.high.data(),
                            &found);
     fold_columns(once, 1, d, result);

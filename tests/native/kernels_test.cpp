@@ -92,15 +92,15 @@ void compare_minmax(const char* isa, const KernelsFor<S, T>& k, const KernelsFor
                     int64_t offset, bool hostile) {
   const auto x = random_buffer<S>(n, offset, hostile);
   T low[2], high[2];
-  bool odd[2];
-  k.minmax(x.get(), n, &low[0], &high[0], &odd[0]);
-  ref.minmax(x.get(), n, &low[1], &high[1], &odd[1]);
+  bool nonfinite[2];
+  k.minmax(x.get(), n, &low[0], &high[0], &nonfinite[0]);
+  ref.minmax(x.get(), n, &low[1], &high[1], &nonfinite[1]);
   ++compared;
-  if (!same_number(low[0], low[1]) || !same_number(high[0], high[1]) || odd[0] != odd[1])
+  if (!same_number(low[0], low[1]) || !same_number(high[0], high[1]) || nonfinite[0] != nonfinite[1])
     report(isa, "minmax", n, offset);
   bool truth = false;
   for (int64_t i = 0; i < n; ++i) truth |= !std::isfinite(to_compute(x.get()[i]));
-  if (odd[0] != truth) report(isa, "minmax nonfinite", n, offset);
+  if (nonfinite[0] != truth) report(isa, "minmax nonfinite", n, offset);
 
   int64_t count[2];
   k.minmax_finite(x.get(), n, &low[0], &high[0], &count[0]);
@@ -114,9 +114,11 @@ void compare_minmax(const char* isa, const KernelsFor<S, T>& k, const KernelsFor
   for (int t = 0; t < 2; ++t) {
     lows[t].assign(columns, std::numeric_limits<T>::infinity());
     highs[t].assign(columns, -std::numeric_limits<T>::infinity());
-    (t == 0 ? k : ref).minmax_columns(x.get(), rows, columns, stride, lows[t].data(), highs[t].data(), &odd[t]);
+    (t == 0 ? k : ref)
+        .minmax_columns(x.get(), rows, columns, stride, lows[t].data(), highs[t].data(), &nonfinite[t]);
   }
-  if (lows[0] != lows[1] || highs[0] != highs[1] || odd[0] != odd[1]) report(isa, "minmax_columns", n, offset);
+  if (lows[0] != lows[1] || highs[0] != highs[1] || nonfinite[0] != nonfinite[1])
+    report(isa, "minmax_columns", n, offset);
 }
 
 template <class S, class T>
@@ -282,8 +284,8 @@ void run_in_threads(const Kernels& k) {
   std::vector<float> lows(4), highs(4);
   for (size_t t = 0; t < 4; ++t) {
     threads.emplace_back([&, t] {
-      bool odd;
-      k.f32.minmax(x.data(), static_cast<int64_t>(x.size()), &lows[t], &highs[t], &odd);
+      bool nonfinite;
+      k.f32.minmax(x.data(), static_cast<int64_t>(x.size()), &lows[t], &highs[t], &nonfinite);
       std::vector<uint32_t> counts(static_cast<size_t>(4 * histogram_stride(64)), 0);
       k.f32.histogram(x.data(), static_cast<int64_t>(x.size()), 0.0f, 1.0f, 64, counts.data(), 4);
     });

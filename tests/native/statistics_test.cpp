@@ -96,12 +96,12 @@ void test_minmax() {
   const Dense& d = t.dense;
   std::vector<float> low(d.channels, kInf), high(d.channels, -kInf), true_low = low, true_high = high;
   std::vector<int64_t> count(1, 0);
-  int64_t odd = 0;
+  int64_t nonfinite = 0;
   constexpr double kMost = std::numeric_limits<float>::max();
   for (int64_t i = 0; i < d.numel(); ++i) {
     const double e = t.at(i);
     if (!std::isfinite(e)) {
-      ++odd;
+      ++nonfinite;
       continue;
     }
     const int64_t c = channel_of(d, i);
@@ -111,7 +111,7 @@ void test_minmax() {
   }
   observe_minmax(d, array(low, "low"), array(high, "high"), array(count, "count"), std::nullopt,
                  NonFinite::ignore);
-  expect(low == true_low && high == true_high && count[0] == odd, "minmax ignoring non-finite values");
+  expect(low == true_low && high == true_high && count[0] == nonfinite, "minmax ignoring non-finite values");
 
   bool raised = false;
   std::vector<float> kept = low;
@@ -120,7 +120,7 @@ void test_minmax() {
   } catch (const std::runtime_error&) {
     raised = true;
   }
-  expect(raised == (odd > 0), "minmax raising");
+  expect(raised == (nonfinite > 0), "minmax raising");
   if (raised) expect(low == kept, "statistics unchanged by an error");
 }
 
@@ -141,7 +141,7 @@ void test_histogram() {
     }
     const float before = low[0];
     observe_histogram(t.dense, array(histogram, "histogram"), array(low, "low"), array(high, "high"),
-                      array(count, "count"), 16, NonFinite::ignore);
+                      array(count, "count"), 16, NonFinite::ignore, 1);
     constexpr float kMost = std::numeric_limits<float>::max();
     expect(low[0] <= std::max(float(lo), -kMost) && high[0] >= std::min(float(hi), kMost) && low[0] <= before &&
                std::isfinite(low[0]) && std::isfinite(high[0]),
@@ -201,7 +201,7 @@ void test_type() {
 void test_threads() {
   constexpr int kThreads = 4, kRounds = 50, kElements = 1000;
   std::vector<float> histogram(64, 0), low(1, kInf), high(1, -kInf), least(1, kInf), greatest(1, -kInf);
-  std::vector<int64_t> count(1, 0), odd(1, 0);
+  std::vector<int64_t> count(1, 0), left_out(1, 0);
   std::vector<std::thread> workers;
   for (int t = 0; t < kThreads; ++t) {
     workers.emplace_back([&, t] {
@@ -209,10 +209,10 @@ void test_threads() {
         std::vector<float> x(kElements, float(t * kRounds + round));
         x[0] = NAN;
         const Dense d = {x.data(), Element::f32, 1, 1, kElements};
-        observe_minmax(d, array(least, "low"), array(greatest, "high"), array(odd, "count"), std::nullopt,
+        observe_minmax(d, array(least, "low"), array(greatest, "high"), array(left_out, "count"), std::nullopt,
                        NonFinite::ignore);
         observe_histogram(d, array(histogram, "histogram"), array(low, "low"), array(high, "high"),
-                          array(count, "count"), 16, NonFinite::ignore);
+                          array(count, "count"), 16, NonFinite::ignore, 1);
       }
     });
   }
@@ -221,7 +221,7 @@ void test_threads() {
   for (float h : histogram) total += h;
   const double seen = double(kThreads * kRounds * (kElements - 1));  // resampling rounds to float
   expect(std::abs(total - seen) < 1e-5 * seen, "histogram counts from several threads");
-  expect(odd[0] == kThreads * kRounds && count[0] == kThreads * kRounds,
+  expect(left_out[0] == kThreads * kRounds && count[0] == kThreads * kRounds,
          "left-out counts from several threads");
   expect(least[0] == 0 && greatest[0] == kThreads * kRounds - 1, "extremes from several threads");
 }
