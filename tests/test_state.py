@@ -498,6 +498,25 @@ def test_a_state_loads_into_parameters_in_the_place_of_buffers(name: str) -> Non
     assert_same(read.min_val.detach(), written.min_val)
 
 
+@pytest.mark.parametrize(
+    ("name", "replaced"),
+    [("FakeQuantize", "scale"), ("FakeQuantize", "zero_point"), ("HistogramObserver", "max_val")],
+)
+def test_a_plain_tensor_in_the_place_of_a_buffer_is_saved(name: str, replaced: str) -> None:
+    states = []
+    for library in (torch_quantization, fastquant):
+        with quiet():
+            module = getattr(library, name)()
+        module(torch.linspace(-1, 1, 9))
+        value = getattr(module, replaced).clone()
+        delattr(module, replaced)
+        setattr(module, replaced, value)
+        states.append(module.state_dict())
+    theirs, mine = states
+    assert list(mine) == list(theirs)
+    assert_same(mine[replaced], theirs[replaced])
+
+
 # ------------------------------------------------------------------- states of observers alone
 
 

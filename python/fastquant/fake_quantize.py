@@ -27,7 +27,14 @@ from ._core.arguments import (
 )
 from ._core.locks import RESIZING
 from ._core.schemes import NONFINITE_CODES, NonFinitePolicy
-from ._core.state import ActivationPostProcess, does_not_fit, qparams_error, refill, resized
+from ._core.state import (
+    ActivationPostProcess,
+    does_not_fit,
+    qparams_error,
+    refill,
+    resized,
+    save_replaced,
+)
 from ._native.graphs import may_be_run_in_graphs, run_in_graph
 from ._native.routes import (
     fake_quantize,
@@ -399,6 +406,10 @@ class FakeQuantize(FakeQuantizeBase):
             f"{name}={getattr(self.activation_post_process if name in of_observer else self, name)}"
             for name in self._shown
         )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_replaced(self, ("scale", "zero_point"), destination, prefix)
 
     def _load_from_state_dict(
         self,

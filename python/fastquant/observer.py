@@ -42,6 +42,7 @@ from ._core.state import (
     qparams_error,
     refill,
     resized,
+    save_replaced,
 )
 from ._native.ops import choose_qparams, search_histogram_range
 from ._native.reference import (
@@ -979,6 +980,10 @@ class HistogramObserver(_RangeObserver):
             return self._calculate_qparams(*self._non_linear_param_search())
         settings = (self.eps, self.dst_nbins, *self._scheme())
         return histogram_qparams(histogram, min_val, max_val, *settings)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_replaced(self, ("min_val", "max_val"), destination, prefix)
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
         """The clipping range (min, max) of least expected quantization error."""

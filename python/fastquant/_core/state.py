@@ -98,6 +98,15 @@ class ActivationPostProcess(ABC, KeepsState):
     """
 
 
+def save_replaced(
+    module: nn.Module, names: Sequence[str], destination: dict[str, Any], prefix: str
+) -> None:
+    """Add to a state the plain or parametrized tensors that somebody put in buffers' places."""
+    for name in names:
+        if prefix + name not in destination:
+            destination[prefix + name] = getattr(module, name).detach()
+
+
 def does_not_fit(prefix: str, problem: str) -> str:
     """What `load_state_dict` is to say of the state of the module at `prefix`."""
     where = f" of {prefix[:-1]}" if prefix else ""
