@@ -612,3 +612,24 @@ def test_fused_qparams_are_those_of_the_range_whatever_came_before() -> None:
     module = fq.default_fused_act_fake_quant()
     module.load_state_dict(state)
     check()
+
+
+@pytest.mark.parametrize("method", ["forward", "calculate_qparams"])
+def test_a_method_set_on_the_class_is_for_the_classes_it_is_for_in_torch(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(library: Any) -> list[str]:
+        calls: list[str] = []
+        original = getattr(library.FakeQuantize, method)
+
+        def noted(self: Any, *args: Any) -> Any:
+            calls.append(type(self).__name__)
+            return original(self, *args)
+
+        monkeypatch.setattr(library.FakeQuantize, method, noted)
+        for name in ("default_fused_act_fake_quant", "default_symmetric_fixed_qparams_fake_quant"):
+            getattr(library, name)()(torch.linspace(-1, 1, 9))
+        library.FakeQuantize()(torch.linspace(-1, 1, 9))
+        return calls
+
+    assert called(fake_quantize) == called(torch_fake_quantize)

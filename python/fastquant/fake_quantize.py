@@ -483,6 +483,7 @@ class FakeQuantize(FakeQuantizeBase):
 
 
 # Methods as they are here, to notice where somebody has put others in their place.
+_FORWARD: Any = FakeQuantize.forward
 _CALCULATE_QPARAMS: Any = FakeQuantize.calculate_qparams
 
 
@@ -528,6 +529,8 @@ class FixedQParamsFakeQuantize(FakeQuantize):
             TypeError: `x` is no tensor or not floating.
             ValueError: `x` lies on another device than the scale.
         """
+        if FakeQuantize.forward is not _FORWARD:  # somebody's, for all classes below it
+            return FakeQuantize.forward(self, x)
         kind = plain_kind(self.activation_post_process)
         if (
             kind is None
@@ -580,6 +583,10 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
                 f"MovingAveragePerChannelMinMaxObserver, got {type(made).__name__}"
             )
         self.is_symmetric_quant = _is_symmetric_quant(made.qscheme)
+
+    # Its own, as in torch.ao: what somebody sets on FakeQuantize is not for this class.
+    forward = FakeQuantize.forward
+    calculate_qparams = FakeQuantize.calculate_qparams
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.ao's fused op has a scale and zero point of its own.
