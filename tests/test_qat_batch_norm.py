@@ -182,17 +182,58 @@ def test_a_pruned_channel_does_not_widen_the_range_of_the_others() -> None:
     assert prepared[0].weight_fake_quant.activation_post_process.max_val < 10
 
 
-def test_without_rounding_the_weight_itself_is_used() -> None:
-    module, x = CASES["conv2d-plain-bias"]
+def off(module: nn.Module) -> Any:
     prepared = qat(module)
-    seen: list[Tensor] = []
-    prepared.weight_fake_quant.register_forward_hook(lambda m, inputs, y: seen.append(inputs[0]))
     prepared.apply(fq.disable_fake_quant)
-    assert torch.equal(prepared(x), copy.deepcopy(module)(x))
-    # What observes the weight sees what inference will, all the same.
-    bn = module[1]
-    scale = bn.weight / torch.sqrt(torch.ones(5) + bn.eps)
-    torch.testing.assert_close(seen, [module[0].weight * scale[:, None, None, None]])
+    prepared.apply(fq.disable_observer)
+    return prepared
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_all_off_the_weight_itself_is_used(name: str) -> None:
+    module, x = CASES[name]
+    assert torch.equal(off(module)(x), copy.deepcopy(module)(x))
+    still_on = off(module)
+    still_on.apply(fq.enable_fake_quant)
+    assert not torch.equal(still_on(x), copy.deepcopy(module)(x))
+
+
+@pytest.mark.parametrize("look_on", ["forward hook", "global hook", "backward hook", "subclass"])
+def test_who_looks_on_sees_the_weight_of_inference_with_all_off_too(look_on: str) -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    prepared = off(module)
+    fake_quantizer = prepared.weight_fake_quant
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, inputs: Any, *output: Any) -> None:
+        if module is fake_quantizer:
+            seen.append(inputs[0])
+
+    handle = None
+    if look_on == "forward hook":
+        fake_quantizer.register_forward_hook(see)
+    elif look_on == "global hook":
+        handle = nn.modules.module.register_module_forward_pre_hook(see)
+    elif look_on == "backward hook":
+        fake_quantizer.register_full_backward_hook(see)
+    else:
+
+        class Seeing(type(fake_quantizer)):
+            def forward(self, x: Tensor) -> Tensor:
+                see(self, (x,))
+                return super().forward(x)
+
+        fake_quantizer.__class__ = Seeing
+    y = prepared(x)
+    y.square().sum().backward()
+    if handle is not None:
+        handle.remove()
+    assert len(seen) == 1
+    if look_on != "backward hook":
+        bn = module[1]
+        scale = bn.weight / torch.sqrt(torch.ones(5) + bn.eps)
+        torch.testing.assert_close(seen[0], module[0].weight * scale[:, None, None, None])
+    torch.testing.assert_close(y, copy.deepcopy(module)(x))
 
 
 def test_a_fake_quantizer_that_rounds_in_place_is_heard() -> None:

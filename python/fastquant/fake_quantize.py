@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ._core.arguments import (
     channel_count,
@@ -25,6 +26,7 @@ from ._core.arguments import (
     input_error,
     nonfinite_error,
 )
+from ._core.errors import naming_its_layer
 from ._core.locks import RESIZING
 from ._core.schemes import NONFINITE_CODES, NonFinitePolicy
 from ._core.state import (
@@ -254,11 +256,11 @@ class FakeQuantize(FakeQuantizeBase):
             return self._forward_in_steps(x)
         try:
             return fused_observe_fake_quantize(x, settings)
-        except (AttributeError, RuntimeError, TypeError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             kept = ("min_val", "max_val", "scale", "zero_point")
             cause = self._explained(error, x, {name: getattr(settings, name) for name in kept})
             if cause is not None:
-                raise cause from None
+                raise naming_its_layer(self, cause) from None
             return x
 
     def _settings_of_one_op(self) -> FusedSettings | None:
@@ -322,7 +324,12 @@ class FakeQuantize(FakeQuantizeBase):
         """The same by the methods that torch.ao's forward calls, whatever they do."""
         error = input_error(x)
         if error is not None:
-            raise error
+            raise naming_its_layer(self, error)
+        if isinstance(x, Proxy) and self.observer_enabled:
+            raise TypeError(
+                f"torch.fx.symbolic_trace cannot record how {type(self).__name__} observes with a "
+                f"{type(self.activation_post_process).__name__}: call disable_observer() first"
+            )
         if _is_compiling() and not is_exporting():
             run_in_graph(self, "_observe_in_steps", x)
         else:
@@ -372,16 +379,18 @@ class FakeQuantize(FakeQuantizeBase):
         levels = (observer.quant_min, observer.quant_max)
         try:
             return fake_quantize(x, scale, zero_point, enabled, self._axis(), *levels)
-        except (AttributeError, RuntimeError, TypeError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             cause = self._explained(error, x, {"scale": scale, "zero_point": zero_point})
             if cause is not None:
-                raise cause from None
+                raise naming_its_layer(self, cause) from None
             return x
 
     def _explained(
         self, error: Exception, x: Any, buffers: Mapping[str, Tensor | None]
     ) -> Exception | None:
         """Why the op refused `x`, in words; None where `x` is empty, and nothing is wrong."""
+        if isinstance(error, ValueError):  # says so already
+            return error
         cause = input_error(x)
         if cause is None and x.numel() == 0:
             return None
@@ -717,7 +726,7 @@ class _LearnableFakeQuantize(FakeQuantizeBase):
             x, ch_axis, {"scale": self.scale, "zero_point": self.zero_point}
         )
         if error is not None:
-            raise error
+            raise naming_its_layer(self, error)
         self._update_qparams(x)
         if not self.fake_quant_enabled:
             return x

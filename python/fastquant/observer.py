@@ -31,6 +31,7 @@ from ._core.arguments import (
     nonfinite_error,
     width_error,
 )
+from ._core.errors import naming_its_layer
 from ._core.locks import RESIZING
 from ._core.qparams import symmetric_zero_point
 from ._core.ranges import UNOBSERVED, is_observed, is_unobserved, range_error
@@ -405,6 +406,8 @@ class _RangeObserver(UniformQuantizationObserverBase):
 
     def _explained(self, error: Exception, x: Any) -> Exception | None:
         """Why the op refused `x`, in words; None where `x` is empty, and nothing is wrong."""
+        if isinstance(error, ValueError):  # says so already
+            return error
         cause = input_error(x)
         if cause is None and x.numel() == 0:
             return None
@@ -538,17 +541,17 @@ class _MinMax(_RangeObserver):
             observe_minmax_(
                 x, min_val, max_val, nonfinite_count, ch_axis, averaging_constant, policy
             )
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             cause = self._explained(error, x)
             if cause is not None:
-                raise cause from None
+                raise naming_its_layer(self, cause) from None
         return x
 
     def _observe_first(self, x: Tensor, ch_axis: int, averaging_constant: float | None) -> Tensor:
         """The same for the first tensor, whose channels give the range its size."""
         error = input_error(x)
         if error is not None:
-            raise error
+            raise naming_its_layer(self, error)
         if x.numel() == 0:
             return x
         channels = channel_count(x, ch_axis)
@@ -890,17 +893,17 @@ class HistogramObserver(_RangeObserver):
                 policy,
                 self._times,
             )
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             cause = self._explained(error, x_orig)
             if cause is not None:
-                raise cause from None
+                raise naming_its_layer(self, cause) from None
         return x_orig
 
     def _forward_in_steps(self, x_orig: Tensor) -> None:
         """The same by the methods that torch.ao's forward calls, whatever they do."""
         error = input_error(x_orig)
         if error is not None:
-            raise error
+            raise naming_its_layer(self, error)
         x = x_orig.detach().to(self.histogram.dtype)
         finite = x.isfinite()
         if not bool(finite.all()):

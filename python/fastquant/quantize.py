@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._conversion import checks, swapping
@@ -436,8 +436,21 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
     plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None))
     checks.warn_of_root(plan)
     swapping.swap(plan)
+    for module in model.modules():
+        _set_channels_of_weight(module)
     _prepare(model, observer_non_leaf_module_list=mapping.values())
     return model
+
+
+def _set_channels_of_weight(module: nn.Module) -> None:
+    """Give a weight's fake-quantizer the size that its first call would, which graphs cannot."""
+    fake_quantizer: Any = getattr(module, "weight_fake_quant", None)
+    weight = getattr(module, "weight", None)
+    # Other observers get their size at the first call.
+    if hasattr(fake_quantizer, "_axis") and isinstance(weight, Tensor):
+        axis = fake_quantizer._axis()
+        if axis is not None and -weight.dim() <= axis < weight.dim():
+            fake_quantizer._set_channels(weight.shape[axis])
 
 
 # --- conversion -------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .errors import QuantizationError
 from .schemes import (
@@ -133,6 +134,8 @@ def check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None
 
 def input_error(x: object) -> Exception | None:
     """Why `x` cannot be observed or fake-quantized at all; None where it can."""
+    if isinstance(x, Proxy):  # torch.fx.symbolic_trace: nothing is known of it
+        return None
     if not isinstance(x, Tensor):
         return TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import _C
 from .._core.arguments import nonfinite_refusal
@@ -98,7 +99,18 @@ def histogram_qparams(
 
 
 def _needs_gradient(x: Tensor) -> bool:
-    return x.requires_grad and is_grad_enabled()
+    # Of a Proxy, attributes are proxies: what it stands for may need one.
+    return x.requires_grad is not False and is_grad_enabled()
+
+
+def _is_in_graph(x: Tensor) -> bool:
+    """Whether a call becomes part of a graph, of a compiler or of torch.fx.symbolic_trace."""
+    return is_compiling() or isinstance(x, Proxy)
+
+
+def _is_recorded() -> bool:
+    """Whether torch.jit.trace records the call, so that ops are to be torch's; see `traced`."""
+    return is_tracing() and not is_compiling()
 
 
 def _outputs(x: Tensor, with_mask: bool) -> tuple[Tensor, Tensor | None]:
@@ -153,16 +165,17 @@ def fake_quantize(
             y, mask = _outputs(x, needs_grad)
             if _C.fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max, y, mask):
                 return _with_gradient(x, y, mask)
-    if enabled is not None and may_be_read(x):
+    in_graph = _is_in_graph(x)
+    if enabled is not None and not in_graph and may_be_read(x):
         if not enabled.item():
             return x
         enabled = None
     args = (x, scale, zero_point, enabled, ch_axis, quant_min, quant_max)
-    if is_compiling():
+    if in_graph:
         y = ops.fake_quantize_with_mask(*args)[0] if needs_grad else ops.fake_quantize(*args)
-    elif is_transformed() or (needs_grad and is_tracing()):
+    elif is_transformed():
         y, _ = gradients.fake_quantize_with_mask(*args)
-    elif needs_grad:
+    elif needs_grad and not _is_recorded():
         y = _with_gradient(x, *_below_autograd(ops.fake_quantize_with_mask, *args))
     else:
         y = ops.fake_quantize(*args)
@@ -184,17 +197,16 @@ def fused_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
                 return x if y is None else _with_gradient(x, y, mask)
             if done:
                 raise nonfinite_refusal(x, done)
-    # In two steps while compiling or tracing, since an op that changes its arguments can have no
-    # gradient, and under transforms.
-    if (needs_grad and (is_compiling() or is_tracing())) or (
-        not is_compiling() and is_transformed()
-    ):
+    # In two steps in graphs, since an op that changes its arguments can have no gradient, and under
+    # transforms.
+    in_graph = _is_in_graph(x)
+    if (needs_grad and in_graph) or (not is_compiling() and is_transformed()):
         ops.observe_qparams_(x, *settings.to_observe())
         return fake_quantize(x, *settings.to_fake_quantize())
-    if may_be_read(x) and not settings.fake_quant_enabled.item():
+    if not in_graph and may_be_read(x) and not settings.fake_quant_enabled.item():
         ops.observe_qparams_(x, *settings.to_observe())
         return x
-    if needs_grad:
+    if needs_grad and not _is_recorded():
         made = _below_autograd(ops.fused_observe_fake_quantize_with_mask, x, *settings)
         return _with_gradient(x, *made)
     result: Tensor = ops.fused_observe_fake_quantize(x, *settings)
@@ -204,6 +216,7 @@ def fused_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
 def learnable_fake_quantize(x: Tensor, *args: Any) -> Tensor:
     """The op, with gradients of x, scale and zero point."""
     # With its registered gradient while compiling, which alone compilers trace.
-    op = ops.learnable_fake_quantize if is_compiling() else gradients.learnable_fake_quantize
+    in_graph = is_compiling() or is_tracing()
+    op = ops.learnable_fake_quantize if in_graph else gradients.learnable_fake_quantize
     y: Tensor = op(x, *args)
     return y

@@ -53,6 +53,11 @@ def _find(path: str, otherwise: Any) -> Any:
         return otherwise
 
 
+def _never() -> bool:
+    """For the place of a question about what a torch without the name cannot do."""
+    return False
+
+
 def _assume_so() -> bool:
     """For the place of a question: with this answer, callers take the way that is always right."""
     return True
@@ -135,6 +140,20 @@ def _quantized_again(integers: Tensor, scales: Tensor, zero_points: Tensor, axis
     return torch.quantize_per_channel(values.float(), scales, zero_points, axis, torch.qint8)
 
 
+def _not_learned(x: Tensor, scale: Tensor, zero_point: Tensor, *args: Any) -> Tensor:
+    """Fake-quantize without gradients of scale and zero point."""
+    *axis, quant_min, quant_max, _ = args
+    quantize: Any = torch.fake_quantize_per_tensor_affine
+    if axis:
+        quantize = torch.fake_quantize_per_channel_affine
+    rounded = zero_point.detach().round().clamp(quant_min, quant_max).to(torch.int32)
+    y: Tensor = quantize(x, scale.detach(), rounded, *axis, quant_min, quant_max)
+    return y
+
+
+learnable_per_tensor = _find("_fake_quantize_learnable_per_tensor_affine", _not_learned)
+learnable_per_channel = _find("_fake_quantize_learnable_per_channel_affine", _not_learned)
+
 per_channel_quantized = _find("_make_per_channel_quantized_tensor", _quantized_again)
 
 # --- modules --------------------------------------------------------------------------------
@@ -144,6 +163,8 @@ global_forward_hooks = _find("nn.modules.module._global_forward_hooks", {"unknow
 global_forward_pre_hooks = _find("nn.modules.module._global_forward_pre_hooks", {"unknown": None})
 _call_impl = _find("nn.Module._call_impl", None)
 _module_call = nn.Module.__call__
+# torch.fx.symbolic_trace replaces the latter while it traces.
+_is_fx_tracing = _find("fx._symbolic_trace.is_fx_tracing", _never)
 
 
 def is_called_plainly(module: nn.Module) -> bool:
@@ -154,7 +175,7 @@ def is_called_plainly(module: nn.Module) -> bool:
     """
     own, cls = module.__dict__, type(module)
     return (
-        cls.__call__ is _module_call
+        (cls.__call__ is _module_call or _is_fx_tracing())
         and cls._call_impl is _call_impl
         and "forward" not in own
         and "_call_impl" not in own
@@ -164,6 +185,23 @@ def is_called_plainly(module: nn.Module) -> bool:
             or global_forward_hooks
             or global_forward_pre_hooks
         )
+    )
+
+
+_global_backward_hooks = _find("nn.modules.module._global_backward_hooks", {"unknown": None})
+_global_backward_pre_hooks = _find(
+    "nn.modules.module._global_backward_pre_hooks", {"unknown": None}
+)
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether anything, own or global, looks at the gradients that pass the module."""
+    own = module.__dict__
+    return bool(
+        own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     )
 
 

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from ..._native.fast_calls import has_plain_gradients
 from ..._native.routes import may_be_read
 from ..._torch.ao import conv_bn_base, nniqat
-from ...fake_quantize import FakeQuantizeBase
+from ..._torch.private import has_backward_hooks, is_called_plainly
+from ...fake_quantize import FakeQuantize, FakeQuantizeBase
 
 __all__ = ["teach_torch_ao"]
 
@@ -80,21 +81,36 @@ class _Divided(torch.autograd.Function):
         return of_quantized, of_weight, of_scale, None
 
 
+# As it was written, to notice another in its place.
+_FORWARD: Any = FakeQuantize.forward
+
+
+def _is_off(fake_quantizer: Any) -> bool:
+    """Whether a call would return its argument and do nothing else, whoever might look on."""
+    if (
+        type(fake_quantizer).forward is not _FORWARD
+        or not is_called_plainly(fake_quantizer)
+        or has_backward_hooks(fake_quantizer)
+    ):
+        return False
+    flags = fake_quantizer.observer_enabled, fake_quantizer.fake_quant_enabled
+    return all(type(flag) is Tensor and may_be_read(flag) and not flag.item() for flag in flags)
+
+
 def _weight_of_inference(module: Any) -> Tensor:
     """The weight, quantized as scaled by the batch norm's running statistics, then unscaled."""
-    bn, weight = module.bn, module.weight
+    bn, weight, fake_quantizer = module.bn, module.weight, module.weight_fake_quant
     if bn.running_var is None:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
+    plain = has_plain_gradients()
+    if plain and _is_off(fake_quantizer):
+        # (w s) / s is w.
+        untouched: Tensor = weight
+        return untouched
     by_channel = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     scale = by_channel.reshape(-1, *(1,) * (weight.dim() - 1))
     scaled = weight * scale
-    plain = has_plain_gradients()
-    version = scaled._version if plain else None
-    quantized = module.weight_fake_quant(scaled)
-    if plain and quantized is scaled and quantized._version == version:
-        # Nothing was rounded: (w s) / s is w.
-        unrounded: Tensor = weight
-        return unrounded
+    quantized = fake_quantizer(scaled)
     zeros = _zeros(by_channel)
     if zeros is not None:
         zeros = zeros.view_as(scale)

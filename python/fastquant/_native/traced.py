@@ -1,0 +1,81 @@
+"""What torch.jit.trace records of the ops: torch's own, so that a saved trace needs no fastquant.
+
+While it traces, torch's dispatcher calls these functions in the place of the kernels, before
+autograd, and records the torch ops that they call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch.private import learnable_per_channel, learnable_per_tensor
+from . import reference
+from .ops import Op
+from .settings import FusedSettings
+
+
+def _is_on(flag: Tensor) -> bool:
+    # A trace keeps the answer, as one of torch.ao's fake-quantizers does.
+    return flag.is_meta or bool(flag)
+
+
+def _fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    enabled: Tensor | None,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """The ops that torch.ao's fake-quantizers call, which autograd and exporters know."""
+    if enabled is not None and not _is_on(enabled):
+        return x
+    scale = scale.to(torch.float32)
+    if not zero_point.is_floating_point():
+        zero_point = zero_point.to(torch.int32)
+    if ch_axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    axis = ch_axis % x.dim()
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
+
+
+def _fused_observe_fake_quantize(x: Tensor, *args: Any) -> Tensor:
+    settings = FusedSettings(*args)
+    if _is_on(settings.observer_enabled):
+        with torch.no_grad():
+            reference.observe_qparams_(x, *settings.to_observe())
+    return _fake_quantize(x, *settings.to_fake_quantize())
+
+
+def _learnable_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    grad_factor: float,
+) -> Tensor:
+    axis = () if ch_axis is None else (ch_axis % x.dim(),)
+    learnable = learnable_per_channel if axis else learnable_per_tensor
+    y: Tensor = learnable(x, scale, zero_point, *axis, quant_min, quant_max, grad_factor)
+    return y
+
+
+_RECORDED: dict[str, Op] = {
+    "observe_minmax_": torch.no_grad()(reference.observe_minmax_),
+    "observe_histogram_": torch.no_grad()(reference.observe_histogram_),
+    "observe_qparams_": torch.no_grad()(reference.observe_qparams_),
+    "search_histogram_range": reference.search_histogram_range,
+    "choose_qparams": reference.choose_qparams,
+    "fake_quantize": _fake_quantize,
+    "fused_observe_fake_quantize": _fused_observe_fake_quantize,
+    "learnable_fake_quantize": _learnable_fake_quantize,
+}
+_library: Any = torch.library.Library("fastquant", "IMPL")  # type: ignore[no-untyped-call]
+for _name, _op in _RECORDED.items():
+    _library.impl(_name, _op, "Tracer")
