@@ -11,15 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch.exporting import traced_fake_quantize, traces_for_onnx
 from .._torch.private import learnable_per_channel, learnable_per_tensor
 from . import reference
 from .ops import Op
 from .settings import FusedSettings
-
-
-def _is_on(flag: Tensor) -> bool:
-    # A trace keeps the answer, as one of torch.ao's fake-quantizers does.
-    return flag.is_meta or bool(flag)
 
 
 def _fake_quantize(
@@ -32,20 +28,25 @@ def _fake_quantize(
     quant_max: int,
 ) -> Tensor:
     """The ops that torch.ao's fake-quantizers call, which autograd and exporters know."""
-    if enabled is not None and not _is_on(enabled):
-        return x
+    if traces_for_onnx():
+        if enabled is not None and not enabled:
+            return x
+        return traced_fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max)
     scale = scale.to(torch.float32)
     if not zero_point.is_floating_point():
         zero_point = zero_point.to(torch.int32)
     if ch_axis is None:
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
-    axis = ch_axis % x.dim()
-    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
+        y = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    else:
+        axis = ch_axis % x.dim()
+        y = torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
+    return y if enabled is None else torch.where(enabled != 0, y, x)
 
 
 def _fused_observe_fake_quantize(x: Tensor, *args: Any) -> Tensor:
     settings = FusedSettings(*args)
-    if _is_on(settings.observer_enabled):
+    # A trace reads flags when it runs; an ONNX model has them as they are now.
+    if not traces_for_onnx() or settings.observer_enabled:
         with torch.no_grad():
             reference.observe_qparams_(x, *settings.to_observe())
     return _fake_quantize(x, *settings.to_fake_quantize())
