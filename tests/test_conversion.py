@@ -227,6 +227,26 @@ def test_replaced_methods_of_torchs_modules_are_called(
     assert calls
 
 
+def test_a_torch_whose_modules_have_more_attributes_gets_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = nnq.Conv2d.__mro__[1]
+    original = base._init
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.novelty = 1
+
+    model = calibrated("conv_net")
+    monkeypatch.setattr(base, "_init", init)
+    converted = fq.convert(model)
+    assert converted.body.conv1.novelty == 1
+    assert_same(
+        converted(*STATIC_CASES["conv_net"].inputs(7)),
+        fq.convert(model)(*STATIC_CASES["conv_net"].inputs(7)),
+    )
+
+
 class Stateful(fq.MinMaxObserver):
     """Counts how often its qparams are asked for."""
 

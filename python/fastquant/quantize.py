@@ -480,13 +480,15 @@ def convert(
             observing the weights again.
 
     Returns:
-        The converted model. Warns once, naming layers, if observers have seen no data: their
-        scale is then 1; and once, with counts, if they left out NaN or infinities.
+        The converted model. Warns, naming layers, if observers have seen no data, and their scale
+        is 1; if they left out NaN or infinities; if nothing quantizes the input of quantized
+        layers; and if torch computes a quantized transposed convolution wrongly.
 
     Raises:
         TypeError: `module` is no module.
-        QuantizationError: modules have a config but no observer: prepare is missing; or a
-            module cannot be converted, which it names.
+        QuantizationError: modules have a config but no observer, so prepare is missing; or a
+            module, which is named, cannot be converted, or only to one of torch's that computes
+            something else. Where `from_float` failed, it is a RuntimeError, too.
     """
     check_is_module("convert", module)
     return _check_and_convert(
