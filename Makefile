@@ -35,7 +35,7 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 	cuda-compile cuda-objects cuda-check clean
 
 help:
-	@echo "make demo         a small CNN on real data, float to int8, beside torch.ao"
+	@echo "make demo         a small CNN on real data, quantized by fastquant and by torch.ao"
 	@echo "make test         the whole test suite"
 	@echo "make native-test  tests of the kernels alone, without torch and Python"
 	@echo "make lint         check formatting, lint and types; make format fixes the formatting"

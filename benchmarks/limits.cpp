@@ -1,6 +1,6 @@
-// What bounds the histogram on one thread: counting elements whose bins are known already, beside
-// the whole kernel and beside reading. Every element is one increment in memory (but for values that
-// a tensor is full of, as zero after ReLU, which kernels-inl.h counts apart).
+// What limits the histogram on one thread: measures counting elements whose bins are already known,
+// the whole kernel, and reading. Every element takes one increment in memory, except for a value that
+// fills much of a tensor, such as zero after ReLU, which the kernel counts apart.
 //
 //   make limits
 #include <algorithm>
@@ -31,7 +31,7 @@ double nanoseconds_per_element(const F& f) {
   return times[100] * 1e9 / kElements;
 }
 
-// As the kernels do it: four tables, so that no increment waits for the one before.
+// Like the kernels: into four tables in turn, so that no increment waits for the one before.
 void count(const std::vector<uint32_t>& bins, uint32_t* tables, int64_t stride) {
   for (int64_t i = 0; i < kElements; i += 4) {
     uint64_t pairs[2];

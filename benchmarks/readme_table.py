@@ -29,7 +29,7 @@ def newest() -> Path:
     return results[-1]
 
 
-def beside_torch_ao(rows: list[Row]) -> list[str]:
+def compared_with_torch_ao(rows: list[Row]) -> list[str]:
     """The rows that compare with torch.ao, with three columns for each number of threads."""
     threads = sorted({row["threads"] for row in rows})
     lines = [
@@ -76,7 +76,7 @@ def section(path: Path) -> str:
         f"fastquant {about['fastquant']}; {result['date'][:10]}. Each time is the median of "
         "interleaved rounds of calls to the public modules.",
         "",
-        *beside_torch_ao([row for row in rows if row["benchmark"] in IN_README]),
+        *compared_with_torch_ao([row for row in rows if row["benchmark"] in IN_README]),
         *whole_models(rows),
         "",
         f"`make bench` repeats all measurements; `python benchmarks/readme_table.py` writes this "

@@ -1,4 +1,4 @@
-"""python -m fastquant.bench, the timing below it, and the benchmarks' harness."""
+"""`fastquant.bench`: its report, and the command `python -m fastquant.bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How times are taken: interleaved rounds, and those again that something disturbed."""
+"""How times are taken: interleaved rounds; disturbed rounds are found and repeated."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_round_is_disturbed_by_the_time_that_its_threads_lose(
     assert watch.undisturbed() is undisturbed
 
 
-def test_rounds_beside_a_slow_processor_are_disturbed(
+def test_rounds_on_a_slow_processor_are_disturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(tmp_path, monkeypatch)
@@ -189,7 +189,7 @@ def test_without_a_count_of_waiting_rounds_count_as_undisturbed(
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs the kernel's count")
-def test_work_beside_this_process_disturbs_it() -> None:
+def test_another_process_on_the_same_core_disturbs_a_round() -> None:
     mine = os.sched_getaffinity(0)
     core = {min(mine)}
     os.sched_setaffinity(0, core)  # a child inherits it: both share one core

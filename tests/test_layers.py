@@ -1,4 +1,4 @@
-"""Who may import whom: docs/architecture.md draws the rooms, this test holds their doors."""
+"""Who may import whom, as docs/architecture.md explains it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import fastquant
 
 PACKAGE = Path(fastquant.__file__).parent
 
-# From the ground up: a module imports only from rows above its own, or from its own row where that
-# is one room. Rooms are folders; every other name is a module.
+# A module imports only from rows above its own, and a folder also from itself. Names with a leading
+# underscore, `nn` and `bench` are folders (but for `_version` and `_C`); the others are modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "_C"),
     ("_core",),
@@ -33,7 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 CIRCLE = {"qconfig", "qconfig_mapping"}
 
 
-def room(module: str) -> str:
+def part(module: str) -> str:
+    """The folder or module below `fastquant` that a module path begins with."""
     return module.split(".")[0]
 
 
@@ -54,11 +55,11 @@ def imports_of(path: Path) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-            found |= {n.partition(".")[2] or "__init__" for n in names if room(n) == "fastquant"}
+            found |= {n.partition(".")[2] or "__init__" for n in names if part(n) == "fastquant"}
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 package = list(parts[: len(parts) - node.level])
-            elif node.module and room(node.module) == "fastquant":
+            elif node.module and part(node.module) == "fastquant":
                 package = []
                 node.module = node.module.partition(".")[2]
             else:
@@ -78,7 +79,7 @@ FILES = {
 
 def test_every_module_has_its_layer() -> None:
     known = {name for layer in LAYERS for name in layer}
-    assert {room(module) for module in FILES} | {"_C"} == known
+    assert {part(module) for module in FILES} | {"_C"} == known
 
 
 def test_modules_import_only_from_below() -> None:
@@ -86,7 +87,7 @@ def test_modules_import_only_from_below() -> None:
     upward = []
     for module, path in FILES.items():
         for imported in imports_of(path):
-            importer, target = room(module), room(imported)
+            importer, target = part(module), part(imported)
             if importer == target or {importer, target} == CIRCLE:
                 continue
             if level[target] >= level[importer]:

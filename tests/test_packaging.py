@@ -1,4 +1,4 @@
-"""What is shipped: version, build info, wheel, ABI; and builds that cannot be, in words."""
+"""What is shipped: version, build info, wheel and ABI; and what builds say that cannot work."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .._version import __version__
 
 
 def machine() -> dict[str, Any]:
-    """A description of this machine and of the software, to store beside what it measured."""
+    """A description of this machine and of the software, to store with what it measured."""
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),

@@ -66,7 +66,7 @@ class Report:
         return Summary.of([prepared / plain - 1 for prepared, plain in pairs])
 
     def caveats(self) -> list[str]:
-        """Why the times may mislead, in words; empty where nothing speaks against them."""
+        """Why the times may mislead, one sentence each; empty if nothing suggests that they do."""
         found = []
         if 2 * self.undisturbed < self.rounds:
             found.append(

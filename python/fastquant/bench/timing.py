@@ -14,8 +14,8 @@ import torch
 
 from .disturbance import Watch
 
-# Calls are timed in blocks of this length: long enough that reading the clock costs nothing beside
-# it, short enough that the scheduler rarely interrupts one. A single call may take longer.
+# Calls are timed in blocks of this length: long enough that reading the clock costs nothing in
+# comparison, short enough that the scheduler rarely interrupts one. A single call may take longer.
 _BLOCK_SECONDS = 0.001
 _MOST_CALLS = 20_000
 
