@@ -832,3 +832,19 @@ def test_a_fused_module_is_walked_over_once_and_counted_twice() -> None:
     assert calls == {fq: 2, tq: 4}
     assert torch.equal(ours, theirs)
     assert_same(our_qparams, their_qparams)
+
+
+def test_preparing_for_training_does_not_look_at_parametrized_weights_more_often_than_torch() -> (
+    None
+):
+    def prepared(ns: ModuleType) -> nn.Module:
+        torch.manual_seed(0)
+        # Each look at the weight takes a step of the power iteration.
+        model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))).train()
+        model.qconfig = ns.get_default_qat_qconfig("x86", 0)
+        return ns.prepare_qat(model)
+
+    with quiet():
+        theirs = prepared(tq)
+    norm = theirs[0].parametrizations.weight[0]
+    assert_same(prepared(fq)[0].parametrizations.weight[0]._u, norm._u)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ._conversion import checks, swapping
 from ._conversion.plan import Classes, Entry, Plan, has_qconfig, look_up
@@ -445,12 +445,13 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
 def _set_channels_of_weight(module: nn.Module) -> None:
     """Give a weight's fake-quantizer the size that its first call would, which graphs cannot."""
     fake_quantizer: Any = getattr(module, "weight_fake_quant", None)
-    weight = getattr(module, "weight", None)
-    # Other observers get their size at the first call.
-    if hasattr(fake_quantizer, "_axis") and isinstance(weight, Tensor):
-        axis = fake_quantizer._axis()
-        if axis is not None and -weight.dim() <= axis < weight.dim():
-            fake_quantizer._set_channels(weight.shape[axis])
+    # Other observers get their size at the first call. So do those of a parametrized weight, which
+    # every look at it computes, with effects of its own: spectral_norm moves on.
+    if not hasattr(fake_quantizer, "_axis") or is_parametrized(module, "weight"):
+        return
+    axis, weight = fake_quantizer._axis(), getattr(module, "weight", None)
+    if axis is not None and isinstance(weight, Tensor) and -weight.dim() <= axis < weight.dim():
+        fake_quantizer._set_channels(weight.shape[axis])
 
 
 # --- conversion -------------------------------------------------------------------------------
