@@ -120,3 +120,10 @@ def test_one_module_alone_imports_torch_ao() -> None:
         if line.lstrip().startswith(("from torch.ao", "import torch.ao", "from torch.quantization"))
     }
     assert importers == {"_torch.ao"}
+
+
+def test_every_public_module_has_its_tests() -> None:
+    tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    public = {module for module in FILES if "." not in module and not module.startswith("_")}
+    assert {"observer", "quantize"} <= public
+    assert {f"test_{module}" for module in public} <= tests

@@ -168,8 +168,9 @@ def test_building_without_torch_or_with_an_old_one_says_what_to_do(tmp_path: Pat
     output_of(sys.executable, "-m", "venv", "--without-pip", environment)
     python = environment / "bin" / "python"
     message = configure(python, tmp_path / "build")
-    assert "fastquant needs torch >= 2.10 at build time" in message
-    assert "Install torch first" in message
+    assert "builds against the torch (2.10 or newer)" in message
+    assert "pip's build isolation hides it" in message
+    assert "Otherwise install torch first" in message
 
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "torch").mkdir()

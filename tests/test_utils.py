@@ -63,13 +63,6 @@ def test_a_config_without_meaning_has_no_quant_type() -> None:
     nothing = fq.QConfig(fq.PlaceholderObserver, fq.PlaceholderObserver)
     with pytest.raises(ValueError, match="unrecognized dtype combination"):
         utils.get_quant_type(nothing)
-    assert fq.QuantType.QAT == tq.QuantType.QAT
-    for quant_type in tq.QuantType:
-        name = tq.quant_type._get_quant_type_to_str(quant_type)
-        assert fq.quant_type._get_quant_type_to_str(fq.QuantType(quant_type)) == name
-        assert fq.quant_type._quant_type_from_str(name) == quant_type
-    with pytest.raises(ValueError, match="unknown QuantType name 'none'"):
-        fq.quant_type._quant_type_from_str("none")
 
 
 DTYPES = [

@@ -53,11 +53,6 @@ def _find(path: str, otherwise: Any) -> Any:
         return otherwise
 
 
-def _never() -> bool:
-    """For the place of a question about what a torch without the name cannot do."""
-    return False
-
-
 def _assume_so() -> bool:
     """For the place of a question: with this answer, callers take the way that is always right."""
     return True
@@ -163,8 +158,11 @@ global_forward_hooks = _find("nn.modules.module._global_forward_hooks", {"unknow
 global_forward_pre_hooks = _find("nn.modules.module._global_forward_pre_hooks", {"unknown": None})
 _call_impl = _find("nn.Module._call_impl", None)
 _module_call = nn.Module.__call__
-# torch.fx.symbolic_trace replaces the latter while it traces.
-_is_fx_tracing = _find("fx._symbolic_trace.is_fx_tracing", _never)
+# torch.fx.symbolic_trace replaces the latter while it traces. Its flag, and not is_fx_tracing(),
+# which logs a warning.
+_fx: Any = SimpleNamespace(_is_fx_tracing_flag=False)
+if _find("fx._symbolic_trace._is_fx_tracing_flag", None) is not None:
+    _fx = torch.fx._symbolic_trace
 
 
 def is_called_plainly(module: nn.Module) -> bool:
@@ -175,7 +173,7 @@ def is_called_plainly(module: nn.Module) -> bool:
     """
     own, cls = module.__dict__, type(module)
     return (
-        (cls.__call__ is _module_call or _is_fx_tracing())
+        (cls.__call__ is _module_call or _fx._is_fx_tracing_flag)
         and cls._call_impl is _call_impl
         and "forward" not in own
         and "_call_impl" not in own
