@@ -1,5 +1,4 @@
-// Memory as native code sees it, free of torch and of Python: what is stored where, and the
-// layout of big tensors.
+// Memory as native code sees it, without torch and Python: what is stored where, and how tensors are laid out.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +12,7 @@
 
 namespace fastquant {
 
-// A guard of invariants: people's mistakes are explained in Python.
+// Throws unless an invariant holds. Python explains users' mistakes before or after.
 template <class... Parts>
 void check(bool holds, const Parts&... parts) {
   if (holds) return;
@@ -31,7 +30,7 @@ struct NonfiniteElements : std::runtime_error {
   int64_t count;
 };
 
-// Somebody's memory, of any strides.
+// The memory of a tensor, with any strides.
 struct View {
   const void* data;
   Element type;
@@ -41,7 +40,7 @@ struct View {
   int64_t numel;
 };
 
-// A small buffer without gaps.
+// A small contiguous buffer.
 struct Array {
   void* data;
   Element type;

@@ -1,4 +1,4 @@
-// Tensors as memory: views of them, and new ones.
+// Views of tensors' memory, and new tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,10 +37,10 @@ inline View view(const Tensor& t) {
           t.sizes().data(),   t.strides().data(),       t.numel()};
 }
 
-// x itself where its memory is dense, else a copy laid out as torch.empty_like(x) is.
+// x itself where its memory has neither gaps nor overlaps, else a copy laid out as torch.empty_like(x) is.
 inline Tensor densified(const Tensor& x) { return is_dense(view(x)) ? x : torch::stable::clone(x); }
 
-// A mask as whole 64-bit words, which somebody's view of a larger tensor may not be.
+// A mask as whole, aligned 64-bit words: itself, or a copy where it is a view that is not aligned.
 inline Tensor mask_words_of(const Tensor& mask) {
   const auto address = reinterpret_cast<uintptr_t>(mask.const_data_ptr());
   return mask.is_contiguous() && address % sizeof(uint64_t) == 0 ? mask : torch::stable::clone(mask);

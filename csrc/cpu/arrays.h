@@ -1,5 +1,4 @@
-// How the CPU code goes about memory: small buffers, stretches of big tensors, threads. Free of
-// torch and of Python.
+// How the CPU code accesses memory: small buffers, pieces of large tensors, threads. Without torch and Python.
 #pragma once
 
 #include <algorithm>
@@ -78,12 +77,12 @@ void for_segments(const Dense& d, int64_t begin, int64_t end, const F& f) {
 
 // ---------------------------------------------------------------------------- threads
 
-// Whoever links this code says which threads there are.
+// Defined by the program that links this code: torch's threads, or a test's own.
 int64_t thread_count();
 // f(context, i) for i in [0, count), on as many threads.
 void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context);
 
-// Elements that are worth a thread, where each is worked on, and where each is only looked at.
+// As many elements are worth a thread, where each is written and where each is only read.
 constexpr int64_t kGrain = 65536, kGrainOfReading = 131072;
 
 // How many pieces to cut n elements into.

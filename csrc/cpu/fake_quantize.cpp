@@ -7,7 +7,8 @@
 namespace fastquant {
 namespace {
 
-// Rows at least this long have their parameters broadcast; shorter ones repeat a pattern.
+// For rows at least this long, parameters are broadcast; for shorter ones, the parameters of one period are
+// laid out element by element.
 constexpr int64_t kShortRow = 32;
 
 // Owns the arrays that QuantParams points to.
@@ -72,8 +73,8 @@ class ParamArrays {
   std::vector<T> scale_, inverse_scale_, zero_point_, low_, high_, low_edge_, high_edge_;
 };
 
-// One stretch of one channel, short enough that its sums, added up in order, come out the
-// same on any number of threads.
+// A part of one channel, so short that one thread sums it up. The parts' sums are added in order, so the
+// result is the same for any number of threads.
 struct Stretch {
   int64_t channel, begin, end;
 };

@@ -19,13 +19,13 @@ void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, 
 void quantize_per_channel(const Dense& x, const Array& scale, int64_t quant_min, int64_t quant_max,
                           int8_t* out);
 
-// The mask of a tensor that nothing was done to.
+// Sets the mask of a tensor that is not fake-quantized: every gradient passes.
 void fill_mask(uint64_t* mask, int64_t numel);
 
 // Writes grad to out where the mask has a bit, zero elsewhere.
 void mask_gradient(const Dense& grad, const uint64_t* mask, void* out);
 
-// A zero point that learns is a number; these are the whole ones it stands for.
+// The integers in the quantized range that are nearest to learnable zero points.
 std::vector<int64_t> whole_zero_points(const Array& zero_point, int64_t quant_min, int64_t quant_max);
 
 // Gradients of fake-quantize for x, and for one scale and zero point a channel.

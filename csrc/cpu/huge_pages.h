@@ -1,4 +1,4 @@
-// Where big outputs lie.
+// Huge pages for large outputs.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace fastquant {
 
-// Fresh memory costs more in page faults than a kernel takes to fill it, and malloc hands out fresh
-// memory whenever it has given much back before, from 32 MiB on each time: ask for huge pages there,
-// one fault in place of 512. A system that gives none is none the worse for it.
+// Page faults of new memory take longer than a kernel takes to fill it, and malloc returns new memory for
+// every allocation from 32 MiB on. A huge page is one fault in place of 512. Where the system has none,
+// this does nothing.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

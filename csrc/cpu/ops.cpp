@@ -1,10 +1,10 @@
-// The ops of library.cpp for CPU tensors: tensors become views, outputs are allocated, and
-// torch's threads are lent.
+// Registers the ops of library.cpp for CPU tensors: takes views of tensors, allocates outputs, and runs the
+// work on torch's threads.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "../tensors.h"
+#include "../fused_arguments.h"
 #include "fake_quantize.h"
 #include "huge_pages.h"
 #include "statistics.h"
@@ -42,7 +42,7 @@ Tensor empty_output(const Tensor& like) {
   return output;
 }
 
-// A flag of any integer type; anything but zero is on.
+// Whether a flag of any integer type is not zero.
 bool flag(const Tensor& t) {
   check(t.numel() == 1 && t.is_cpu(), "a flag must be a CPU tensor of one element");
   const auto* bytes = static_cast<const uint8_t*>(t.const_data_ptr());
@@ -68,21 +68,14 @@ void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor
                     static_cast<NonFinite>(nonfinite), times);
 }
 
-void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val,
-                      Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
-                      std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
-                      int64_t quant_min, int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point,
-                      int64_t nonfinite) {
-  if (!flag(observer_enabled)) return;
-  const Array low = array(min_val, "min_val"), high = array(max_val, "max_val");
-  const Array s = array(scale, "scale"), z = array(zero_point, "zero_point");
-  for (const Array& a : {high, s, z}) check_count(a, low.numel);
-  const Array smallest = single(eps, "eps");
-  const Tensor t = densified(x);
-  observe_minmax(dense(view(t), ch_axis), low, high, single(nonfinite_count, "nonfinite_count"),
-                 averaging_constant, static_cast<NonFinite>(nonfinite));
-  choose_qparams(low, high, smallest, {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
-                 s, z);
+void observe_qparams_(const FusedArguments& a) {
+  if (!flag(a.observer_enabled)) return;
+  const Tensor t = densified(a.x);
+  observe_qparams(
+      dense(view(t), a.settings.ch_axis),
+      {array(a.min_val, "min_val"), array(a.max_val, "max_val"), array(a.scale, "scale"),
+       array(a.zero_point, "zero_point"), single(a.nonfinite_count, "nonfinite_count"), single(a.eps, "eps")},
+      a.settings);
 }
 
 // ----------------------------------------------------------------- quantization params
@@ -119,7 +112,7 @@ Tensor quantize_dense(const Tensor& x, const Tensor& scale, const Tensor& zero_p
   return y;
 }
 
-// The same for a dense x and for a flag that has been read.
+// For a dense x and a flag that has been read.
 Tensor quantize_or_copy(const Tensor& x, const Tensor& scale, const Tensor& zero_point, bool enabled,
                         std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max) {
   if (!enabled) return torch::stable::clone(x);
@@ -175,28 +168,20 @@ Tensor quantize_per_channel_op(const Tensor x, const Tensor scale, int64_t ch_ax
   return out;
 }
 
-Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled,
-                                   const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val,
-                                   Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
-                                   std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
-                                   int64_t quant_min, int64_t quant_max, int64_t scheme,
-                                   int64_t symmetric_zero_point, int64_t nonfinite) {
-  const Tensor t = densified(x);
-  observe_qparams_(t, observer_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps, ch_axis,
-                   averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
-  return quantize_or_copy(t, scale, zero_point, flag(fake_quant_enabled), ch_axis, quant_min, quant_max);
+Tensor fused_observe_fake_quantize(FusedArguments a) {
+  a.x = densified(a.x);
+  observe_qparams_(a);
+  const QParamsConfig& q = a.settings.qparams;
+  return quantize_or_copy(a.x, a.scale, a.zero_point, flag(a.fake_quant_enabled), a.settings.ch_axis,
+                          q.quant_min, q.quant_max);
 }
 
-std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(
-    const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
-    Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
-    std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t quant_min,
-    int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
-  const Tensor t = densified(x);
-  observe_qparams_(t, observer_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps, ch_axis,
-                   averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
-  return quantize_or_copy_with_mask(t, scale, zero_point, flag(fake_quant_enabled), ch_axis, quant_min,
-                                    quant_max);
+std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(FusedArguments a) {
+  a.x = densified(a.x);
+  observe_qparams_(a);
+  const QParamsConfig& q = a.settings.qparams;
+  return quantize_or_copy_with_mask(a.x, a.scale, a.zero_point, flag(a.fake_quant_enabled), a.settings.ch_axis,
+                                    q.quant_min, q.quant_max);
 }
 
 Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor zero_point,
@@ -231,15 +216,15 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
 STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
   m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
-  m.impl("observe_qparams_", TORCH_BOX(&observe_qparams_));
+  m.impl("observe_qparams_", TORCH_BOX(&observe_op<&observe_qparams_>));
   m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
   m.impl("choose_qparams", TORCH_BOX(&choose_qparams_op));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
   m.impl("fake_quantize_with_mask", TORCH_BOX(&fake_quantize_with_mask));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
   m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_op));
-  m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_observe_fake_quantize));
-  m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_observe_fake_quantize_with_mask));
+  m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_op<&fused_observe_fake_quantize>));
+  m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_op<&fused_observe_fake_quantize_with_mask>));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize));
   m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
 }

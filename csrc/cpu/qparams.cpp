@@ -71,6 +71,13 @@ void choose_qparams(const Array& min_val, const Array& max_val, const Array& eps
   }
 }
 
+void observe_qparams(const Dense& x, const FusedBuffers& buffers, const ObserveSettings& settings) {
+  const auto& [min_val, max_val, scale, zero_point, nonfinite_count, eps] = buffers;
+  for (const Array* a : {&max_val, &scale, &zero_point}) check_count(*a, min_val.numel);
+  observe_minmax(x, min_val, max_val, nonfinite_count, settings.averaging_constant, settings.nonfinite);
+  choose_qparams(min_val, max_val, eps, settings.qparams, scale, zero_point);
+}
+
 void search_histogram_range(const Array& histogram, const Array& min_val, const Array& max_val, int64_t levels,
                             const Array& new_min, const Array& new_max) {
   check_count(min_val, 1);

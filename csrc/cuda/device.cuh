@@ -197,16 +197,16 @@ __device__ P over_warp(P p) {
   return p;
 }
 
-// For all threads of a block of whole warps; each gets the result. `room` is shared memory for
+// For all threads of a block of whole warps; each gets the result. `shared` is shared memory for
 // one P a warp, which nothing else reads or writes meanwhile.
 template <class P>
-__device__ P over_block(P p, P* room) {
+__device__ P over_block(P p, P* shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   p = over_warp(p);
-  if (lane == 0) room[warp] = p;
+  if (lane == 0) shared[warp] = p;
   __syncthreads();
-  return over_warp(lane < warps ? room[lane] : P::nothing());
+  return over_warp(lane < warps ? shared[lane] : P::nothing());
 }
 
 // For all threads of a block: whether `blocks` - 1 other blocks have been here since the ticket
@@ -215,16 +215,16 @@ __device__ P over_block(P p, P* room) {
 //
 // One thread stands for its block: the barrier hands it what the others wrote, a fence is for all
 // that a thread knows of, and the barrier after it hands on what it has learned.
-__device__ inline bool arrives_last(unsigned* ticket, int64_t blocks, bool* room) {
+__device__ inline bool arrives_last(unsigned* ticket, int64_t blocks, bool* shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    *room = atomicAdd(ticket, 1u) == static_cast<unsigned>(blocks - 1);
-    if (*room) *ticket = 0;
+    *shared = atomicAdd(ticket, 1u) == static_cast<unsigned>(blocks - 1);
+    if (*shared) *ticket = 0;
     __threadfence();
   }
   __syncthreads();
-  return *room;
+  return *shared;
 }
 
 template <class P>

@@ -385,11 +385,11 @@ __device__ void quantize_by_segment(const QuantizeArgs& a, int64_t first) {
   }
 }
 
-// Every `blocks`-th tile of a tensor of many channels, by a block of so many threads. `room` is
+// Every `blocks`-th tile of a tensor of many channels, by a block of so many threads. `shared` is
 // shared memory for a table, where there is to be one.
 template <class S>
 __device__ void quantize_channels(const QuantizeArgs& a, int64_t block, int64_t blocks, int threads,
-                                  Compute<S>* room) {
+                                  Compute<S>* shared) {
   const int64_t tile_size = tile_elements<S>(threads);
   const int64_t tiles = (padded_elements(a.numel) + tile_size - 1) / tile_size;
   if (!is_on(a.enabled)) {
@@ -405,7 +405,7 @@ __device__ void quantize_channels(const QuantizeArgs& a, int64_t block, int64_t 
     }
     return;
   }
-  Table<Compute<S>> table(room, a.channels.divisor());
+  Table<Compute<S>> table(shared, a.channels.divisor());
   const bool exact = table.fill(a);
   for (int64_t tile = block; tile < tiles; tile += blocks) {
     if (exact) {

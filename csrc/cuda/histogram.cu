@@ -31,7 +31,7 @@ struct HistogramArgs {
   int64_t bins, rate;
   int64_t times;  // that counts are added, one after the other
   // Private histograms of a block, so that threads that count the same bin seldom meet; 0 where
-  // shared memory has no room for one.
+  // it does not fit into shared memory.
   int copies, copy_stride;
   bool guesses;  // whether to count before the range is known
   int64_t counting_blocks;
@@ -203,7 +203,7 @@ __device__ inline void write_bin(const HistogramArgs& a, const Plan& plan, int64
 // -------------------------------------------------------------------------- large tensors
 
 template <class P>
-struct LargeRoom {
+struct LargeShared {
   P warps[kThreads / kWarp];
   bool last;
 };
@@ -212,8 +212,8 @@ template <class S>
 __global__ void __launch_bounds__(kThreads) find_range(const __grid_constant__ HistogramArgs a) {
   using Op = MinMax<S, 1>;
   using P = typename Op::Partial;
-  auto* room = shared_memory<LargeRoom<P>>();
-  const Tables tables(a, reinterpret_cast<unsigned*>(room + 1));
+  auto* shared = shared_memory<LargeShared<P>>();
+  const Tables tables(a, reinterpret_cast<unsigned*>(shared + 1));
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t block = blockIdx.x, threads = a.counting_blocks * kThreads;
   const int64_t first = block * kThreads + thread;
@@ -247,17 +247,17 @@ __global__ void __launch_bounds__(kThreads) find_range(const __grid_constant__ H
   op.leave(a.minmax);
 
   P* ranges = static_cast<P*>(a.block_ranges);
-  P p = over_block(op.partial(0), room->warps);
+  P p = over_block(op.partial(0), shared->warps);
   if (thread == 0) ranges[block] = p;
   if (guesses) {
     for (int64_t bin = thread; bin < a.bins; bin += kThreads) {
       a.block_counts[block * a.bins + bin] = tables.count(bin);
     }
   }
-  if (!arrives_last(a.ticket, a.counting_blocks, &room->last)) return;
+  if (!arrives_last(a.ticket, a.counting_blocks, &shared->last)) return;
   p = P::nothing();
   for (int64_t b = thread; b < a.counting_blocks; b += kThreads) p = P::both(p, read_fresh(ranges + b));
-  p = over_block(p, room->warps);
+  p = over_block(p, shared->warps);
   if (thread == 0) {
     const Plan plan = plan_for(a, p);
     write_range(a, p, plan);
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) find_range(const __grid_constant__ H
 
 // Adds the counts of all blocks up, 32 bins at a time: one for each lane, a share of the blocks
 // for each warp.
-__device__ inline void add_up_guess(const HistogramArgs& a, const Plan& plan, unsigned long long* room) {
+__device__ inline void add_up_guess(const HistogramArgs& a, const Plan& plan, unsigned long long* shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   for (int64_t first = int64_t{blockIdx.x} * kWarp; first < a.bins; first += int64_t{gridDim.x} * kWarp) {
     const int64_t bin = first + lane;
@@ -275,11 +275,11 @@ __device__ inline void add_up_guess(const HistogramArgs& a, const Plan& plan, un
     for (int64_t b = warp; bin < a.bins && b < a.counting_blocks; b += kThreads / kWarp) {
       total += a.block_counts[b * a.bins + bin];
     }
-    room[warp * kWarp + lane] = total;
+    shared[warp * kWarp + lane] = total;
     __syncthreads();
     if (warp == 0 && bin < a.bins) {
       total = 0;
-      for (int w = 0; w < kThreads / kWarp; ++w) total += room[w * kWarp + lane];
+      for (int w = 0; w < kThreads / kWarp; ++w) total += shared[w * kWarp + lane];
       write_bin(a, plan, bin, 0.0, total);
     }
     __syncthreads();
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kThreads) count_range(const __grid_constant__ 
 // -------------------------------------------------------------------------- small tensors
 
 template <class P>
-struct SmallRoom {
+struct SmallShared {
   P warps[kThreads / kWarp];
   Plan plan;
 };
@@ -338,8 +338,8 @@ template <class S>
 __global__ void __launch_bounds__(kThreads) observe_small(const __grid_constant__ HistogramArgs a) {
   using Op = MinMax<S, 1>;
   using P = typename Op::Partial;
-  auto* room = shared_memory<SmallRoom<P>>();
-  const Tables tables(a, reinterpret_cast<unsigned*>(room + 1));
+  auto* shared = shared_memory<SmallShared<P>>();
+  const Tables tables(a, reinterpret_cast<unsigned*>(shared + 1));
   const int thread = static_cast<int>(threadIdx.x);
   tables.clear();
   Op op(a.minmax, {0});
@@ -347,13 +347,13 @@ __global__ void __launch_bounds__(kThreads) observe_small(const __grid_constant_
       a, thread, kThreads, [&](const Pack<S>& pack) { op.fold(pack, 0); },
       [&](S element) { op.take_any(to_compute(element), 0); });
   op.leave(a.minmax);
-  const P p = over_block(op.partial(0), room->warps);
+  const P p = over_block(op.partial(0), shared->warps);
   if (thread == 0) {
-    room->plan = plan_for(a, p);
-    write_range(a, p, room->plan);
+    shared->plan = plan_for(a, p);
+    write_range(a, p, shared->plan);
   }
   __syncthreads();
-  const Plan plan = room->plan;
+  const Plan plan = shared->plan;
   if (!plan.counts) return;
   if (plan.moves) {
     for (int64_t bin = thread; bin < a.bins; bin += kThreads) a.moved[bin] = moved_count(a, plan, bin);
@@ -392,10 +392,10 @@ void observe_histogram_of(Launcher& launcher, HistogramArgs a) {
   constexpr int64_t kSmallBytes = 64 * 1024;
   const size_t bins = static_cast<size_t>(a.bins);
   a.shift = alignment_of<S>({a.minmax.x}).shift;
-  choose_copies(&a, std::max(sizeof(SmallRoom<P>), sizeof(LargeRoom<P>)));
+  choose_copies(&a, std::max(sizeof(SmallShared<P>), sizeof(LargeShared<P>)));
   if (a.copies > 0 && a.numel * static_cast<int64_t>(sizeof(S)) <= kSmallBytes) {
     a.moved = static_cast<double*>(launcher.scratch(bins * sizeof(double)));
-    launch(launcher, observe_small<S>, 1, kThreads, sizeof(SmallRoom<P>) + table_bytes(a), a);
+    launch(launcher, observe_small<S>, 1, kThreads, sizeof(SmallShared<P>) + table_bytes(a), a);
     return;
   }
 
@@ -416,7 +416,7 @@ void observe_histogram_of(Launcher& launcher, HistogramArgs a) {
     a.block_counts = static_cast<unsigned*>(launcher.scratch(blocks * bins * sizeof(unsigned)));
   }
   a.ticket = launcher.tickets(1);
-  launch(launcher, find_range<S>, a.counting_blocks, kThreads, sizeof(LargeRoom<P>) + table_bytes(a), a);
+  launch(launcher, find_range<S>, a.counting_blocks, kThreads, sizeof(LargeShared<P>) + table_bytes(a), a);
   a.ticket = launcher.tickets(1);
   launch(launcher, count_range<S>, a.counting_blocks + (a.bins + kThreads - 1) / kThreads, kThreads,
          std::max(kThreads * sizeof(unsigned long long), sizeof(unsigned long long) + table_bytes(a)), a);
@@ -431,7 +431,7 @@ struct SearchArgs {
   float *counts, *cumulative, *errors;
 };
 
-struct SearchRoom {
+struct SearchShared {
   float chains[kSumChains];
   float total;
   double lanes[kErrorLanes];
@@ -441,11 +441,11 @@ struct SearchRoom {
 
 template <class B>
 __global__ void __launch_bounds__(kThreads) search_range(const __grid_constant__ SearchArgs a) {
-  auto* room = shared_memory<SearchRoom>();
+  auto* shared = shared_memory<SearchShared>();
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t b = thread; b < a.bins; b += kThreads) a.counts[b] = read<float>(a.histogram, b);
   __syncthreads();
-  if (thread < kSumChains) room->chains[thread] = chain_of_sum(a.counts, a.bins, thread);
+  if (thread < kSumChains) shared->chains[thread] = chain_of_sum(a.counts, a.bins, thread);
   __syncthreads();
   if (thread == 0) {
     double running = 0;
@@ -453,38 +453,38 @@ __global__ void __launch_bounds__(kThreads) search_range(const __grid_constant__
       running += static_cast<double>(a.counts[b]);
       a.cumulative[b] = static_cast<float>(running);
     }
-    room->total = sum_of_chains(room->chains, a.counts, a.bins);
+    shared->total = sum_of_chains(shared->chains, a.counts, a.bins);
   }
   __syncthreads();
   const HistogramRange range = {read<double>(a.min_val), read<double>(a.max_val)};
   const double width = width_for_search(range, a.bins);
   for (int64_t b = thread; b < a.bins; b += kThreads)
-    a.counts[b] /= static_cast<float>(width);         // densities now
-  RangeWalk walk(a.cumulative, room->total, a.bins);  // the first thread's
+    a.counts[b] /= static_cast<float>(width);           // densities now
+  RangeWalk walk(a.cumulative, shared->total, a.bins);  // the first thread's
   const auto announce = [&](bool goes_on) {
-    room->goes_on = goes_on;
-    room->start = walk.next_start();
-    room->end = walk.next_end();
+    shared->goes_on = goes_on;
+    shared->start = walk.next_start();
+    shared->end = walk.next_end();
   };
   if (thread == 0) announce(walk.next());
   __syncthreads();
-  while (room->goes_on) {
-    const double dst_width = width * static_cast<double>(room->end - room->start + 1) / a.levels;
+  while (shared->goes_on) {
+    const double dst_width = width * static_cast<double>(shared->end - shared->start + 1) / a.levels;
     const auto error = BinError<Cuda<float>>::of(width, dst_width, a.levels);
     for (int64_t b = thread; b < a.bins; b += kThreads) {
-      a.errors[b] = error(static_cast<float>(b - room->start), a.counts[b]);
+      a.errors[b] = error(static_cast<float>(b - shared->start), a.counts[b]);
     }
     __syncthreads();
     const int64_t whole = a.bins - a.bins % kErrorLanes;
     if (thread < kErrorLanes) {
       double sum = 0;
       for (int64_t b = thread; b < whole; b += kErrorLanes) sum += static_cast<double>(a.errors[b]);
-      room->lanes[thread] = sum;
+      shared->lanes[thread] = sum;
     }
     __syncthreads();
     if (thread == 0) {
       double total = 0;
-      for (double lane : room->lanes) total += lane;
+      for (double lane : shared->lanes) total += lane;
       for (int64_t b = whole; b < a.bins; ++b) total += static_cast<double>(a.errors[b]);
       announce(walk.take(dst_width == 0 ? 0.0 : total) && walk.next());
     }
@@ -544,7 +544,7 @@ void search_histogram_range(Launcher& launcher, const Array& histogram, const Ar
   a.cumulative = a.counts + a.bins;
   a.errors = a.cumulative + a.bins;
   const auto kernel = min_val.type == Element::f64 ? search_range<double> : search_range<float>;
-  launch(launcher, kernel, 1, kThreads, sizeof(SearchRoom), a);
+  launch(launcher, kernel, 1, kThreads, sizeof(SearchShared), a);
 }
 
 }  // namespace fastquant::cuda

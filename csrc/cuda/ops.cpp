@@ -1,10 +1,10 @@
-// The ops of library.cpp for CUDA tensors: tensors become views, outputs are allocated, and work
-// goes to torch's current stream of their device.
+// Registers the ops of library.cpp for CUDA tensors: takes views of tensors, allocates outputs, and starts
+// kernels on torch's current stream of their device.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "../tensors.h"
+#include "../fused_arguments.h"
 #include "kernels.h"
 #include "stream.h"
 #include "workspace.h"
@@ -14,7 +14,7 @@ namespace {
 
 int64_t mask_bytes(int64_t numel) { return (numel + 63) / 64 * 8; }
 
-// One op on x's device, and its other arguments, which have to lie there too.
+// One call of an op on x's device; checks that its other arguments are there too.
 class Call {
  public:
   explicit Call(const Tensor& x) : device_(x), workspace_(x, device_.index(), device_.stream()), x_(x) {}
@@ -99,17 +99,13 @@ void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor
                     static_cast<NonFinite>(nonfinite), times);
 }
 
-void observe_qparams_(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val,
-                      Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
-                      std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
-                      int64_t quant_min, int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point,
-                      int64_t nonfinite) {
-  Call call(x);
-  const Tensor t = densified(x);
-  observe_qparams(call.launcher(), dense(view(t), ch_axis), call.flag(observer_enabled),
-                  call.observed(min_val, max_val, nonfinite_count), call.qparams(scale, zero_point, eps),
-                  averaging_constant, {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
-                  static_cast<NonFinite>(nonfinite));
+void observe_qparams_(const FusedArguments& a) {
+  Call call(a.x);
+  const Tensor t = densified(a.x);
+  observe_qparams(call.launcher(), dense(view(t), a.settings.ch_axis), call.flag(a.observer_enabled),
+                  call.observed(a.min_val, a.max_val, a.nonfinite_count),
+                  call.qparams(a.scale, a.zero_point, a.eps), a.settings.averaging_constant, a.settings.qparams,
+                  a.settings.nonfinite);
 }
 
 // ----------------------------------------------------------------- quantization params
@@ -194,50 +190,23 @@ Tensor quantize_per_channel_op(const Tensor x, const Tensor scale, int64_t ch_ax
   return out;
 }
 
-struct FusedSettings {
-  Tensor observer_enabled, fake_quant_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps;
-  std::optional<int64_t> ch_axis;
-  std::optional<double> averaging_constant;
-  QParamsConfig config;
-  int64_t nonfinite;
-};
-
-Tensor fuse(const Tensor& x, const FusedSettings& s, Tensor* mask) {
-  Call call(x);
-  const Tensor t = densified(x);
+Tensor observe_and_quantize(const FusedArguments& a, Tensor* mask) {
+  Call call(a.x);
+  const Tensor t = densified(a.x);
   Tensor y = empty_as(t);
   observe_and_fake_quantize(
-      call.launcher(), dense(view(t), s.ch_axis), call.flag(s.observer_enabled),
-      call.flag(s.fake_quant_enabled), call.observed(s.min_val, s.max_val, s.nonfinite_count),
-      call.qparams(s.scale, s.zero_point, s.eps), s.averaging_constant, s.config,
-      static_cast<NonFinite>(s.nonfinite), y.mutable_data_ptr(), mask == nullptr ? nullptr : words(*mask));
+      call.launcher(), dense(view(t), a.settings.ch_axis), call.flag(a.observer_enabled),
+      call.flag(a.fake_quant_enabled), call.observed(a.min_val, a.max_val, a.nonfinite_count),
+      call.qparams(a.scale, a.zero_point, a.eps), a.settings.averaging_constant, a.settings.qparams,
+      a.settings.nonfinite, y.mutable_data_ptr(), mask == nullptr ? nullptr : words(*mask));
   return y;
 }
 
-Tensor fused_observe_fake_quantize(const Tensor x, const Tensor observer_enabled,
-                                   const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val,
-                                   Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
-                                   std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
-                                   int64_t quant_min, int64_t quant_max, int64_t scheme,
-                                   int64_t symmetric_zero_point, int64_t nonfinite) {
-  const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
-  return fuse(x,
-              {observer_enabled, fake_quant_enabled, min_val, max_val, scale, zero_point, nonfinite_count, eps,
-               ch_axis, averaging_constant, config, nonfinite},
-              nullptr);
-}
+Tensor fused_observe_fake_quantize(const FusedArguments& a) { return observe_and_quantize(a, nullptr); }
 
-std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(
-    const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
-    Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
-    std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t quant_min,
-    int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
-  const QParamsConfig config = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
-  Tensor mask = empty_mask(x);
-  Tensor y = fuse(x,
-                  {observer_enabled, fake_quant_enabled, min_val, max_val, scale, zero_point, nonfinite_count,
-                   eps, ch_axis, averaging_constant, config, nonfinite},
-                  &mask);
+std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(const FusedArguments& a) {
+  Tensor mask = empty_mask(a.x);
+  Tensor y = observe_and_quantize(a, &mask);
   return {y, mask};
 }
 
@@ -285,15 +254,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   using namespace fastquant::cuda;
   m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
   m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
-  m.impl("observe_qparams_", TORCH_BOX(&observe_qparams_));
+  m.impl("observe_qparams_", TORCH_BOX(&observe_op<&observe_qparams_>));
   m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
   m.impl("choose_qparams", TORCH_BOX(&choose_qparams_op));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
   m.impl("fake_quantize_with_mask", TORCH_BOX(&fake_quantize_with_mask));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
   m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_op));
-  m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_observe_fake_quantize));
-  m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_observe_fake_quantize_with_mask));
+  m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_op<&fused_observe_fake_quantize>));
+  m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_op<&fused_observe_fake_quantize_with_mask>));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize_op));
   m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
 }

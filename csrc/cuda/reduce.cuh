@@ -104,7 +104,7 @@ __device__ void fold_rows(Op* op, const RowGrid& g, int64_t channel, int64_t fir
 }
 
 template <class P>
-struct RowRoom {
+struct RowShared {
   P warps[kRowThreads / kWarp];
   bool last;
 };
@@ -126,20 +126,20 @@ __global__ void __launch_bounds__(kRowThreads)
     if (thread % kWarp == 0) Op::finish(args, channel, p);
     return;
   }
-  auto* room = shared_memory<RowRoom<P>>();
+  auto* shared = shared_memory<RowShared<P>>();
   const int64_t channel = block / g.splits;
   const int split = block % g.splits;
   Op op(args, {channel});
   fold_rows(&op, g, channel, split, g.splits, thread, kRowThreads);
   op.leave(args);
-  P p = over_block(op.partial(0), room->warps);
+  P p = over_block(op.partial(0), shared->warps);
   if (g.splits > 1) {
     P* parts = partials + channel * g.splits;
     if (thread == 0) parts[split] = p;
-    if (!arrives_last(tickets + channel, g.splits, &room->last)) return;
+    if (!arrives_last(tickets + channel, g.splits, &shared->last)) return;
     p = P::nothing();
     for (int s = thread; s < g.splits; s += kRowThreads) p = P::both(p, read_fresh(parts + s));
-    p = over_block(p, room->warps);
+    p = over_block(p, shared->warps);
   }
   if (thread == 0) Op::finish(args, channel, p);
 }
@@ -183,7 +183,7 @@ void launch_rows(Launcher& launcher, const Dense& x, Alignment alignment, const 
     partials = static_cast<P*>(launcher.scratch(sizeof(P) * static_cast<size_t>(blocks)));
     tickets = launcher.tickets(x.channels);
   }
-  launch(launcher, reduce_rows<Op>, blocks, kRowThreads, sizeof(RowRoom<P>), args, g, partials, tickets);
+  launch(launcher, reduce_rows<Op>, blocks, kRowThreads, sizeof(RowShared<P>), args, g, partials, tickets);
 }
 
 // ------------------------------------------------------------------------------- columns
@@ -201,7 +201,7 @@ struct ColumnGrid {
 };
 
 template <class Op, int kThreads>
-struct ColumnRoom {
+struct ColumnShared {
   using P = typename Op::Partial;
   static constexpr int kTile = kWarp * Pack<typename Op::S>::N;
   static constexpr int kWarps = kThreads / kWarp;
@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(kThreads)
     reduce_columns(const __grid_constant__ typename Op::Args args, const __grid_constant__ ColumnGrid g,
                    typename Op::Partial* partials, unsigned* tickets) {
   using P = typename Op::Partial;
-  using Room = ColumnRoom<Op, kThreads>;
-  constexpr int N = Pack<typename Op::S>::N, U = Op::kUnroll, kWarps = Room::kWarps;
+  using Shared = ColumnShared<Op, kThreads>;
+  constexpr int N = Pack<typename Op::S>::N, U = Op::kUnroll, kWarps = Shared::kWarps;
   if (!Op::begins(args)) return;
-  auto* room = shared_memory<Room>();
+  auto* shared = shared_memory<Shared>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int64_t tile = blockIdx.x % g.tiles, split = blockIdx.x / g.tiles;
   const int64_t first_column = tile * g.tile;
@@ -271,24 +271,24 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (warp >= half && warp < 2 * half) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) room->parts[(warp - half) * Room::kTile + column(j)] = mine[j];
+      for (int j = 0; j < N; ++j) shared->parts[(warp - half) * Shared::kTile + column(j)] = mine[j];
     }
     __syncthreads();
     if (warp < half) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) mine[j] = P::both(mine[j], room->parts[warp * Room::kTile + column(j)]);
+      for (int j = 0; j < N; ++j) mine[j] = P::both(mine[j], shared->parts[warp * Shared::kTile + column(j)]);
     }
   }
   if (warp == 0) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) room->parts[column(j)] = mine[j];
+    for (int j = 0; j < N; ++j) shared->parts[column(j)] = mine[j];
   }
   __syncthreads();
   P p = P::nothing();
   if (thread < channels) {
     const int inner = static_cast<int>(g.inner);
     for (int64_t from = int64_t{thread} * inner; from < columns; from += period) {
-      for (int k = 0; k < inner && from + k < columns; ++k) p = P::both(p, room->parts[from + k]);
+      for (int k = 0; k < inner && from + k < columns; ++k) p = P::both(p, shared->parts[from + k]);
     }
   }
   if (g.splits == 1) {
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads)
 
   // Over the splits: as many threads for each channel as there are.
   if (thread < channels) partials[split * g.channels + first_channel + thread] = p;
-  if (!arrives_last(tickets + tile, g.splits, &room->last)) return;
+  if (!arrives_last(tickets + tile, g.splits, &shared->last)) return;
   int stride = 1;
   while (stride < channels) stride *= 2;
   const int mates = kThreads / stride, mate = thread / stride, own = thread % stride;
@@ -308,10 +308,10 @@ __global__ void __launch_bounds__(kThreads)
       p = P::both(p, read_fresh(partials + s * g.channels + first_channel + own));
     }
   }
-  room->parts[thread] = p;
+  shared->parts[thread] = p;
   for (int half = mates / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (mate < half) room->parts[thread] = p = P::both(p, room->parts[thread + half * stride]);
+    if (mate < half) shared->parts[thread] = p = P::both(p, shared->parts[thread + half * stride]);
   }
   if (mate == 0 && own < channels) Op::finish(args, first_channel + own, p);
 }
@@ -347,9 +347,9 @@ ColumnGrid column_grid(const Dense& x, Alignment alignment) {
 template <class Op, int kThreads>
 void launch_columns(Launcher& launcher, const Dense& x, Alignment alignment, const typename Op::Args& args) {
   using P = typename Op::Partial;
-  using Room = ColumnRoom<Op, kThreads>;
-  constexpr int64_t kRound = int64_t{Room::kWarps} * Op::kUnroll;  // rows that a block has in flight
-  static_assert(Room::kTile <= kThreads, "a thread for each channel of a tile");
+  using Shared = ColumnShared<Op, kThreads>;
+  constexpr int64_t kRound = int64_t{Shared::kWarps} * Op::kUnroll;  // rows that a block has in flight
+  static_assert(Shared::kTile <= kThreads, "a thread for each channel of a tile");
   ColumnGrid g = column_grid<typename Op::S>(x, alignment);
   P* partials = nullptr;
   unsigned* tickets = nullptr;
@@ -363,8 +363,8 @@ void launch_columns(Launcher& launcher, const Dense& x, Alignment alignment, con
     partials = static_cast<P*>(launcher.scratch(sizeof(P) * static_cast<size_t>(g.splits * g.channels)));
     tickets = launcher.tickets(g.tiles);
   }
-  launch(launcher, reduce_columns<Op, kThreads>, g.tiles * g.splits, kThreads, sizeof(Room), args, g, partials,
-         tickets);
+  launch(launcher, reduce_columns<Op, kThreads>, g.tiles * g.splits, kThreads, sizeof(Shared), args, g,
+         partials, tickets);
 }
 
 // ---------------------------------------------------------------------------------- both

@@ -32,7 +32,7 @@ struct BinFormula {
 
 using HistogramRange = Range<double>;
 
-// The range of a histogram that has seen a tensor's; `first` where it had seen nothing.
+// Whether a histogram has counted nothing yet.
 FASTQUANT_HD inline bool is_unused(const HistogramRange& r) {
   return r.low == infinity<double>() || r.high == -infinity<double>();
 }
@@ -56,14 +56,14 @@ FASTQUANT_HD bool arithmetic_fits(const HistogramRange& r, int64_t bins) {
       static_cast<double>((static_cast<T>(r.high) - static_cast<T>(r.low)) * static_cast<T>(bins)));
 }
 
-// Whether BinFormula will do for values of type T.
+// Whether BinFormula applies to values of type T.
 template <class T>
 FASTQUANT_HD bool bin_formula_fits(const HistogramRange& r, int64_t bins) {
   return r.low < r.high && arithmetic_fits<T>(r, bins);
 }
 
-// The bin of a value, or -1, where it will not do: ranges too wide for the arithmetic of T, and
-// those that no widening opens.
+// The bin of a value, or -1 outside of the range, where BinFormula does not apply: for ranges too wide for
+// the arithmetic of T, and points so large that one more is the same number.
 FASTQUANT_HD inline int64_t wide_bin(double x, const HistogramRange& r, int64_t bins) {
   if (!(r.low <= x && x <= r.high)) return -1;
   const double half_span = r.high / 2 - r.low / 2;
@@ -160,12 +160,12 @@ class Resampling {
   Linspace<B> starts_, edges_;
 };
 
-// Whether middles are found in double: for a histogram in double, and where fp32 is too narrow.
+// Whether middles are computed in double: for a histogram in double, and where fp32 is too narrow.
 FASTQUANT_HD inline bool resamples_in_double(bool double_histogram, const HistogramRange& to, int64_t bins) {
   return double_histogram || !arithmetic_fits<float>(to, bins);
 }
 
-// The new bin of all counts of a histogram that had seen only one value.
+// The new bin of all counts of a histogram that has seen only one value.
 FASTQUANT_HD inline int64_t bin_of_point(double value, const HistogramRange& to, int64_t bins) {
   using T = float;
   const T x = static_cast<T>(value);

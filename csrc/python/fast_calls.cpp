@@ -185,23 +185,20 @@ struct FusedSettings {
     Arguments fields(field);
     observes = flag(fields.next());
     fields.next();  // fake_quant_enabled, which was read before there was memory for a result
-    min_val = buffer(fields.next(), "min_val"), max_val = buffer(fields.next(), "max_val");
-    scale = buffer(fields.next(), "scale"), zero_point = buffer(fields.next(), "zero_point");
-    for (const Array& a : {max_val, scale, zero_point}) check_count(a, min_val.numel);
-    nonfinite_count = single(fields.next(), "nonfinite_count"), eps = single(fields.next(), "eps");
-    ch_axis = optional_integer(fields.next());
-    averaging_constant = optional_number(fields.next());
-    qparams = qparams_config(&fields);
-    nonfinite = static_cast<NonFinite>(integer(fields.next()));
+    buffers.min_val = buffer(fields.next(), "min_val"), buffers.max_val = buffer(fields.next(), "max_val");
+    buffers.scale = buffer(fields.next(), "scale"), buffers.zero_point = buffer(fields.next(), "zero_point");
+    buffers.nonfinite_count = single(fields.next(), "nonfinite_count");
+    buffers.eps = single(fields.next(), "eps");
+    observe.ch_axis = optional_integer(fields.next());
+    observe.averaging_constant = optional_number(fields.next());
+    observe.qparams = qparams_config(&fields);
+    observe.nonfinite = static_cast<NonFinite>(integer(fields.next()));
   }
 
   static constexpr int kFields = 15;
   bool observes;
-  Array min_val, max_val, scale, zero_point, nonfinite_count, eps;
-  std::optional<int64_t> ch_axis;
-  std::optional<double> averaging_constant;
-  QParamsConfig qparams;
-  NonFinite nonfinite;
+  FusedBuffers buffers;
+  ObserveSettings observe;
 };
 
 // Runs f and returns True; None where only the op will do; the number of non-finite elements where
@@ -309,17 +306,15 @@ PyObject* fused_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py
   return attempt(given, count, 4, [](Arguments args) {
     const DLTensor t = tensor(args.next());
     const FusedSettings s(args.next());
-    const Dense x = dense(t, s.ch_axis);
+    const Dense x = dense(t, s.observe.ch_axis);
     PyObject* const result = args.next();
     void* const y = result == Py_None ? nullptr : output(result, t);
     uint64_t* const mask = mask_words_in(args.next(), x.numel());
     const WithoutGil released(x.numel());
-    if (s.observes) {
-      observe_minmax(x, s.min_val, s.max_val, s.nonfinite_count, s.averaging_constant, s.nonfinite);
-      choose_qparams(s.min_val, s.max_val, s.eps, s.qparams, s.scale, s.zero_point);
-    }
+    if (s.observes) observe_qparams(x, s.buffers, s.observe);
     if (y != nullptr) {
-      fake_quantize(x, s.scale, s.zero_point, s.qparams.quant_min, s.qparams.quant_max, y, mask);
+      const QParamsConfig& q = s.observe.qparams;
+      fake_quantize(x, s.buffers.scale, s.buffers.zero_point, q.quant_min, q.quant_max, y, mask);
     }
   });
 }

@@ -1,0 +1,41 @@
+// The arguments of observe_qparams_ and of the fused ops as one struct. Torch calls an op with its arguments
+// one by one, in the order of its schema: the templates below are the only functions that list them.
+#pragma once
+
+#include <utility>
+
+#include "settings.h"
+#include "tensors.h"
+
+namespace fastquant {
+
+struct FusedArguments {
+  Tensor x, observer_enabled, fake_quant_enabled;
+  Tensor min_val, max_val, scale, zero_point, nonfinite_count, eps;
+  ObserveSettings settings;
+};
+
+// A fused op that kOp implements.
+template <auto kOp>
+auto fused_op(const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
+              Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+              std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t quant_min,
+              int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+  const QParamsConfig qparams = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
+  return kOp(FusedArguments{x, observer_enabled, fake_quant_enabled, std::move(min_val), std::move(max_val),
+                            std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps,
+                            {ch_axis, averaging_constant, qparams, static_cast<NonFinite>(nonfinite)}});
+}
+
+// observe_qparams_, which has no fake_quant_enabled.
+template <auto kOp>
+auto observe_op(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val, Tensor scale,
+                Tensor zero_point, Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,
+                std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max, int64_t scheme,
+                int64_t symmetric_zero_point, int64_t nonfinite) {
+  return fused_op<kOp>(x, observer_enabled, observer_enabled, std::move(min_val), std::move(max_val),
+                       std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps, ch_axis,
+                       averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
+}
+
+}  // namespace fastquant
