@@ -252,6 +252,8 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   using namespace fastquant::cuda;
+  using fastquant::fused_op;
+  using fastquant::observe_op;
   m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
   m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
   m.impl("observe_qparams_", TORCH_BOX(&observe_op<&observe_qparams_>));
