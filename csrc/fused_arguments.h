@@ -22,8 +22,15 @@ auto fused_op(const Tensor x, const Tensor observer_enabled, const Tensor fake_q
               std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t quant_min,
               int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
   const QParamsConfig qparams = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
-  return kOp(FusedArguments{x, observer_enabled, fake_quant_enabled, std::move(min_val), std::move(max_val),
-                            std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps,
+  return kOp(FusedArguments{x,
+                            observer_enabled,
+                            fake_quant_enabled,
+                            std::move(min_val),
+                            std::move(max_val),
+                            std::move(scale),
+                            std::move(zero_point),
+                            std::move(nonfinite_count),
+                            eps,
                             {ch_axis, averaging_constant, qparams, static_cast<NonFinite>(nonfinite)}});
 }
 
