@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -133,3 +135,55 @@ def test_statistics_are_wide_whatever_the_default_dtype(name: str, dtype: torch.
     module(torch.randn(4, 5, dtype=dtype))
     assert {b.dtype for b in module.state_dict().values()} == {torch.float32}
     assert_usable_qparams(module)
+
+
+INTEGERS_AND_FP8 = (
+    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.uint16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+RANGE_OBSERVERS = (
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "PerChannelMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
+)
+
+
+@pytest.mark.parametrize("name", RANGE_OBSERVERS)
+@pytest.mark.parametrize("dtype", INTEGERS_AND_FP8)
+def test_observers_of_ranges_take_integers_and_fp8_as_torch_ao(
+    name: str, dtype: torch.dtype
+) -> None:
+    ours, theirs = getattr(ob, name)(), getattr(torch.ao.quantization, name)()
+    large = 100 if dtype.itemsize < 4 else 2**24 + 1
+    for values in ([[3, 1, 7], [0, 5, 6]], [[100, 2, 1], [4, 4, 4]], [[large, 0, 3], [1, 2, 0]]):
+        x = torch.tensor(values).to(dtype)
+        assert ours(x) is x
+        theirs(x)
+        assert_same_state(ours, theirs)
+    assert ours(torch.empty(0, 3).to(dtype)).numel() == 0
+    assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS_AND_FP8)
+@pytest.mark.parametrize(
+    "make", [ob.HistogramObserver, fq.FakeQuantize, fq.default_fused_wt_fake_quant]
+)
+def test_what_torch_ao_refuses_of_these_is_refused_in_words(make: Any, dtype: torch.dtype) -> None:
+    x = torch.ones(2, 3).to(dtype)
+    with pytest.raises(TypeError, match=f"x must have a floating dtype .* got {dtype}"):
+        make()(x)
+
+
+@pytest.mark.parametrize("name", RANGE_OBSERVERS)
+def test_complex_numbers_have_no_range(name: str) -> None:
+    """torch.ao drops the imaginary part."""
+    with pytest.raises(TypeError, match="x must have a floating dtype"):
+        getattr(ob, name)()(torch.ones(2, 3) + 1j)
+
+
+def test_fp8_infinities_and_nan_are_left_out() -> None:
+    observer = ob.MinMaxObserver()
+    observer(torch.tensor([1.0, float("inf"), float("nan"), -2.0]).to(torch.float8_e5m2))
+    assert (float(observer.min_val), float(observer.max_val)) == (-2.0, 1.0)
+    assert int(observer.nonfinite_count) == 2

@@ -219,3 +219,70 @@ def test_the_older_exporter_writes_the_same_model(backend: str, tmp_path: Path) 
         onnx.export(model, (x,), str(tmp_path / name), dynamo=dynamo, verbose=False)
     new, old = (outputs(tmp_path / name, x) for name in ("new", "old"))
     torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+def export_as_user_does(model: nn.Module, x: Tensor, path: Path) -> None:
+    """By torch's own function, without fastquant.onnx."""
+    torch.onnx.export(model, (x,), str(path), dynamo=False, opset_version=17, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export")
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("observing", [False, True])
+def test_torchs_older_exporter_takes_prepared_models(
+    version: int, observing: bool, tmp_path: Path
+) -> None:
+    model = nn.Sequential(fq.QuantStub(), nn.Conv2d(3, 4, 3), nn.ReLU(), fq.DeQuantStub())
+    model.train().qconfig = fq.get_default_qat_qconfig("x86", version=version)  # type: ignore[assignment]
+    prepared = fq.prepare_qat(model)
+    x = torch.randn(2, 3, 8, 8)
+    prepared(x)
+    prepared.eval()
+    if not observing:
+        prepared.apply(fq.disable_observer)
+    before = {name: value.clone() for name, value in prepared.state_dict().items()}
+    export_as_user_does(prepared, x, tmp_path / "old")
+    for name, value in prepared.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    onnx.export(prepared, (x,), str(tmp_path / "new"), verbose=False)
+    new, old = (outputs(tmp_path / name, x) for name in ("new", "old"))
+    torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fq.FakeQuantize(fq.HistogramObserver),
+        lambda: fq.LearnableFakeQuantize(fq.MovingAverageMinMaxObserver),
+        fq.MinMaxObserver,
+        fq.HistogramObserver,
+        fq.default_fixed_qparams_range_0to1_fake_quant,
+        lambda: fq.FakeQuantize(fq.MinMaxObserver, quant_min=-8, quant_max=7, dtype=torch.qint8),
+    ],
+    ids=["histogram fake-quantize", "learnable", "min/max", "histogram", "fixed", "four bits"],
+)
+def test_each_module_goes_through_torchs_older_exporter(make: Any, tmp_path: Path) -> None:
+    module = make()
+    x = torch.randn(6, 5)
+    expected = module(x)
+    export_as_user_does(nn.Sequential(nn.Identity(), module).eval(), x, tmp_path / "old")
+    torch.testing.assert_close(outputs(tmp_path / "old", x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export")
+def test_what_is_switched_off_is_not_exported(tmp_path: Path) -> None:
+    module = fq.default_fake_quant()
+    x = torch.randn(6, 5)
+    module(x)
+    module.disable_fake_quant()
+    export_as_user_does(nn.Sequential(nn.ReLU(), module).eval(), x, tmp_path / "old")
+    assert torch.equal(outputs(tmp_path / "old", x), x.relu())
+
+
+@pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export")
+def test_what_onnx_cannot_hold_is_refused_in_words(tmp_path: Path) -> None:
+    module = fq.FakeQuantize(fq.MinMaxObserver, quant_min=0, quant_max=1000, dtype=torch.qint32)
+    module(torch.randn(6, 5))
+    with pytest.raises(fq.QuantizationError, match="within -128"):
+        export_as_user_does(module.eval(), torch.randn(6, 5), tmp_path / "old")

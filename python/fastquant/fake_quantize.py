@@ -46,6 +46,7 @@ from ._native.routes import (
 from ._native.settings import FusedSettings
 from ._torch.ao import _is_fake_quant_script_module
 from ._torch.counterparts import scriptable
+from ._torch.exporting import traces_for_onnx
 from ._torch.overrides import keeps_tensors_plainly, reader
 from ._torch.private import is_exporting
 from .observer import (
@@ -337,6 +338,8 @@ class FakeQuantize(FakeQuantizeBase):
         return self._fake_quantize(x)
 
     def _observe_in_steps(self, x: Tensor) -> None:
+        if traces_for_onnx():
+            return
         # A flag on the meta device has no value; shapes are all that counts there.
         if not self.observer_enabled.is_meta and self.observer_enabled:
             self.activation_post_process(x.detach())
@@ -727,7 +730,8 @@ class _LearnableFakeQuantize(FakeQuantizeBase):
         )
         if error is not None:
             raise naming_its_layer(self, error)
-        self._update_qparams(x)
+        if not traces_for_onnx():
+            self._update_qparams(x)
         if not self.fake_quant_enabled:
             return x
         # LSQ's g = 1 / sqrt(N * Qp).

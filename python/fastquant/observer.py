@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._core.arguments import (
+    as_floating,
     channel_count,
     channel_error,
     check_averaging_constant,
@@ -524,10 +525,12 @@ class _MinMax(_RangeObserver):
         super().__init__(dtype=dtype, qscheme=qscheme, reduce_range=reduce_range, **kwargs)
 
     def _observe(self, x: Tensor, ch_axis: int | None, averaging_constant: float | None) -> Tensor:
-        """Update the range with `x` (floating, any shape and layout); returns `x` itself.
+        """Update the range with `x` (real numbers, any shape and layout); returns `x` itself.
+
+        Integers and fp8 numbers are converted to the dtype of the range, as in torch.ao.
 
         Raises:
-            TypeError: `x` is no tensor or not floating.
+            TypeError: `x` is no tensor, not dense, or complex.
             ValueError: no such channel axis, another number of channels or another device
                 than before, or a non-finite element under `nonfinite="raise"`. The range
                 keeps what it had.
@@ -542,6 +545,10 @@ class _MinMax(_RangeObserver):
                 x, min_val, max_val, nonfinite_count, ch_axis, averaging_constant, policy
             )
         except (RuntimeError, TypeError, ValueError) as error:
+            converted = as_floating(x, min_val.dtype)
+            if converted is not None:
+                self._observe(converted, ch_axis, averaging_constant)
+                return x
             cause = self._explained(error, x)
             if cause is not None:
                 raise naming_its_layer(self, cause) from None
@@ -549,6 +556,10 @@ class _MinMax(_RangeObserver):
 
     def _observe_first(self, x: Tensor, ch_axis: int, averaging_constant: float | None) -> Tensor:
         """The same for the first tensor, whose channels give the range its size."""
+        converted = as_floating(x, self.min_val.dtype)
+        if converted is not None:
+            self._observe_first(converted, ch_axis, averaging_constant)
+            return x
         error = input_error(x)
         if error is not None:
             raise naming_its_layer(self, error)

@@ -147,6 +147,23 @@ def input_error(x: object) -> Exception | None:
     return None
 
 
+def as_floating(x: object, dtype: torch.dtype) -> Tensor | None:
+    """`x` in `dtype`, where its own is one of real numbers that no op takes; None anywhere else.
+
+    Those are integers, truth values and fp8 numbers. torch.ao's observers of ranges convert them.
+    """
+    if (
+        not isinstance(x, Tensor)
+        or x.dtype in FLOATING
+        or x.is_complex()
+        or x.is_quantized
+        or x.layout != torch.strided
+        or x.is_nested
+    ):
+        return None
+    return x.detach().to(dtype)
+
+
 def channel_count(x: Tensor, ch_axis: int | None) -> int:
     """How many quantization parameters `x` has: one, or one per index of axis `ch_axis`.
 

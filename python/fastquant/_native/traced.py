@@ -46,9 +46,7 @@ def _fake_quantize(
 def _fused_observe_fake_quantize(x: Tensor, *args: Any) -> Tensor:
     settings = FusedSettings(*args)
     # A trace reads flags when it runs; an ONNX model has them as they are now.
-    if not traces_for_onnx() or settings.observer_enabled:
-        with torch.no_grad():
-            reference.observe_qparams_(x, *settings.to_observe())
+    _observing(reference.observe_qparams_)(x, *settings.to_observe())
     return _fake_quantize(x, *settings.to_fake_quantize())
 
 
@@ -61,16 +59,30 @@ def _learnable_fake_quantize(
     quant_max: int,
     grad_factor: float,
 ) -> Tensor:
+    if traces_for_onnx():
+        whole = zero_point.detach().round().clamp(quant_min, quant_max).int()
+        return traced_fake_quantize(x, scale, whole, ch_axis, quant_min, quant_max)
     axis = () if ch_axis is None else (ch_axis % x.dim(),)
     learnable = learnable_per_channel if axis else learnable_per_tensor
     y: Tensor = learnable(x, scale, zero_point, *axis, quant_min, quant_max, grad_factor)
     return y
 
 
+def _observing(op: Op) -> Op:
+    """An op of the reference that changes statistics, which an ONNX model does not have."""
+
+    def observe(*args: Any) -> None:
+        if not traces_for_onnx():
+            with torch.no_grad():
+                op(*args)
+
+    return observe
+
+
 _RECORDED: dict[str, Op] = {
-    "observe_minmax_": torch.no_grad()(reference.observe_minmax_),
-    "observe_histogram_": torch.no_grad()(reference.observe_histogram_),
-    "observe_qparams_": torch.no_grad()(reference.observe_qparams_),
+    "observe_minmax_": _observing(reference.observe_minmax_),
+    "observe_histogram_": _observing(reference.observe_histogram_),
+    "observe_qparams_": _observing(reference.observe_qparams_),
     "search_histogram_range": reference.search_histogram_range,
     "choose_qparams": reference.choose_qparams,
     "fake_quantize": _fake_quantize,

@@ -13,7 +13,12 @@ from .private import is_tracing
 
 def traces_for_onnx() -> bool:
     """Whether `torch.onnx.export(dynamo=False)` is tracing a model."""
-    return is_tracing() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+    return (
+        not torch.compiler.is_dynamo_compiling()  # first: Dynamo must not see what follows
+        and is_tracing()
+        and "torch.onnx" in sys.modules
+        and torch.onnx.is_in_onnx_export()
+    )
 
 
 def onnx_dtype(what: str, quant_min: int, quant_max: int) -> torch.dtype:
