@@ -31,16 +31,25 @@ bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax = kernels_of(S{}).minmax;
   const int64_t n = d.numel();
   const int64_t pieces = piece_count(n, kGrainOfReading);
+  const auto fold_piece = [&](int64_t begin, int64_t end, Extremes<T>* into, char* any_nonfinite) {
+    for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
+      T lo, hi;
+      bool nonfinite_here;
+      minmax(x + from, to - from, &lo, &hi, &nonfinite_here);
+      into->fold(channel, lo, hi);
+      *any_nonfinite |= nonfinite_here;
+    });
+  };
+  if (pieces == 1) {
+    // A small tensor, for which allocating partial results takes as long as reading it.
+    char any_nonfinite = 0;
+    if (n > 0) fold_piece(0, n, result, &any_nonfinite);
+    return any_nonfinite != 0;
+  }
   std::vector<Extremes<T>> partial(pieces, Extremes<T>(d.channels));
   std::vector<char> nonfinite(pieces, 0);
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
-    for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
-      T lo, hi;
-      bool found;
-      minmax(x + from, to - from, &lo, &hi, &found);
-      partial[piece].fold(channel, lo, hi);
-      nonfinite[piece] |= found;
-    });
+    fold_piece(begin, end, &partial[piece], &nonfinite[piece]);
   });
   for (const auto& p : partial) {
     for (int64_t c = 0; c < d.channels; ++c) result->fold(c, p.low[c], p.high[c]);

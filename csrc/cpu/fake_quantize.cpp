@@ -23,54 +23,36 @@ class ParamArrays {
     params_.inner = std::max<int64_t>(d.inner, 1);
     params_.float_zero_point = zero_point.type != Element::i32 && zero_point.type != Element::i64;
     params_.exact = false;
-    scale_ = read_values<T>(scale);
-    zero_point_ = read_values<T>(zero_point);
-    for (size_t c = 0; c < scale_.size(); ++c) {
-      const auto p = channel_params<T>(scale_[c], scale.type == Element::f64, zero_point_[c],
+    // One value a channel or, where rows are short, one an element, over and over.
+    const int64_t each = periodic_ ? d.inner : 1, pattern = d.channels * each;
+    params_.period = periodic_ ? pattern * ((kPeriodPadding + pattern - 1) / pattern) : 0;
+    const int64_t length = periodic_ ? params_.period + kPeriodPadding : pattern;
+    const T** const arrays[] = {&params_.scale, &params_.inverse_scale, &params_.zero_point, &params_.low,
+                                &params_.high,  &params_.low_edge,      &params_.high_edge};
+    constexpr int kArrays = static_cast<int>(sizeof arrays / sizeof *arrays);
+    values_.resize(kArrays * length);
+    for (int k = 0; k < kArrays; ++k) *arrays[k] = values_.data() + k * length;
+    const std::vector<T> scales = read_values<T>(scale), zero_points = read_values<T>(zero_point);
+    for (int64_t c = 0; c < d.channels; ++c) {
+      const auto p = channel_params<T>(scales[c], scale.type == Element::f64, zero_points[c],
                                        params_.float_zero_point, quant_min, quant_max);
-      inverse_scale_.push_back(p.inverse_scale);
-      low_.push_back(p.low);
-      high_.push_back(p.high);
-      low_edge_.push_back(p.low_edge);
-      high_edge_.push_back(p.high_edge);
+      const T of_channel[kArrays] = {p.scale, p.inverse_scale, p.zero_point, p.low,
+                                     p.high,  p.low_edge,      p.high_edge};
+      for (int k = 0; k < kArrays; ++k) std::fill_n(&values_[k * length + c * each], each, of_channel[k]);
       params_.exact |= p.exact;
     }
-    params_.period = 0;
-    if (periodic_) {
-      const int64_t pattern = d.channels * d.inner;
-      params_.period = pattern * ((kPeriodPadding + pattern - 1) / pattern);
-      for (std::vector<T>* values :
-           {&scale_, &inverse_scale_, &zero_point_, &low_, &high_, &low_edge_, &high_edge_}) {
-        repeat(values, d);
-      }
+    for (int k = 0; k < kArrays; ++k) {
+      for (int64_t i = k * length + pattern; i < (k + 1) * length; ++i) values_[i] = values_[i - pattern];
     }
-    params_.scale = scale_.data();
-    params_.inverse_scale = inverse_scale_.data();
-    params_.zero_point = zero_point_.data();
-    params_.low = low_.data();
-    params_.high = high_.data();
-    params_.low_edge = low_edge_.data();
-    params_.high_edge = high_edge_.data();
   }
 
   const QuantParams<T>& get() const { return params_; }
   bool periodic() const { return periodic_; }
 
  private:
-  // One value a channel becomes one value an element, over and over.
-  void repeat(std::vector<T>* values, const Dense& d) const {
-    std::vector<T> repeated;
-    const int64_t length = params_.period + kPeriodPadding;
-    repeated.reserve(length + d.inner);
-    while (static_cast<int64_t>(repeated.size()) < length) {
-      for (T value : *values) repeated.insert(repeated.end(), d.inner, value);
-    }
-    values->swap(repeated);
-  }
-
   bool periodic_;
   QuantParams<T> params_;
-  std::vector<T> scale_, inverse_scale_, zero_point_, low_, high_, low_edge_, high_edge_;
+  std::vector<T> values_;
 };
 
 // A part of one channel, so short that one thread sums it up. The parts' sums are added in order, so the

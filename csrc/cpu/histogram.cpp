@@ -192,9 +192,10 @@ std::vector<double> moved_histogram(const std::vector<double>& histogram, const 
 void add_counts(const Array& histogram, const Counts& counts, int64_t times) {
   with_element(histogram.type, [&](auto element) {
     auto* const data = static_cast<decltype(element)*>(histogram.data);
+    const auto* const more = counts.data();
+    const size_t bins = counts.size();
     for (int64_t t = 0; t < times; ++t) {
-      for (size_t b = 0; b < counts.size(); ++b)
-        assign(data + b, static_cast<double>(number(data[b])) + counts[b]);
+      for (size_t b = 0; b < bins; ++b) assign(data + b, static_cast<double>(number(data[b])) + more[b]);
     }
   });
 }

@@ -283,43 +283,42 @@ class FakeQuantize(FakeQuantizeBase):
             or not keeps_tensors_plainly(type(observer))
         ):
             return None
-        own, its = self._buffers, observer._buffers
-        try:
-            scale: Any = own["scale"]
-            min_val: Any = its["min_val"]
-            tensors = (
-                own["observer_enabled"],
-                own["fake_quant_enabled"],
-                min_val,
-                its["max_val"],
-                scale,
-                own["zero_point"],
-                its["nonfinite_count"],
-                its["eps"],
-            )
-        except KeyError:
-            return None  # a parameter, a parametrization or a plain tensor is in the place of one
         ch_axis = averaging_constant = None
+        own, its = self._buffers, observer._buffers
         if kind.per_channel:
             ch_axis = self.ch_axis
-            if observer.ch_axis != ch_axis or min_val.numel() != scale.numel():
+            if observer.ch_axis != ch_axis:
                 return None
         if kind.is_average:
             averaging_constant = observer.averaging_constant
         quant_min, quant_max, scheme, symmetric_zero_point = observer._scheme()
-        return _tuple(
-            FusedSettings,
-            (
-                *tensors,
-                ch_axis,
-                averaging_constant,
-                quant_min,
-                quant_max,
-                scheme,
-                symmetric_zero_point,
-                NONFINITE_CODES[observer.nonfinite],
-            ),
-        )
+        try:
+            scale: Any = own["scale"]
+            min_val: Any = its["min_val"]
+            if kind.per_channel and min_val.numel() != scale.numel():
+                return None
+            return _tuple(
+                FusedSettings,
+                (
+                    own["observer_enabled"],
+                    own["fake_quant_enabled"],
+                    min_val,
+                    its["max_val"],
+                    scale,
+                    own["zero_point"],
+                    its["nonfinite_count"],
+                    its["eps"],
+                    ch_axis,
+                    averaging_constant,
+                    quant_min,
+                    quant_max,
+                    scheme,
+                    symmetric_zero_point,
+                    NONFINITE_CODES[observer.nonfinite],
+                ),
+            )
+        except KeyError:
+            return None  # a parameter, a parametrization or a plain tensor is in the place of one
 
     def _forward_in_steps(self, x: Tensor) -> Tensor:
         """The same by the methods that torch.ao's forward calls, whatever they do."""

@@ -12,8 +12,9 @@ from abc import ABC as ABC  # code takes it from here, as from torch.ao's module
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -887,7 +888,15 @@ class HistogramObserver(_RangeObserver):
             ValueError: it lies on another device, or has a non-finite element under
                 `nonfinite="raise"`. The histogram keeps what it had.
         """
-        if _steps_of_forward.is_replaced(self):
+        own, cls = self.__dict__, type(self)
+        if (
+            cls._combine_histograms is not _COMBINE
+            or cls._upscale_histogram is not _UPSCALE
+            or cls.reset_histogram is not _RESET
+            or "_combine_histograms" in own
+            or "_upscale_histogram" in own
+            or "reset_histogram" in own
+        ):
             for _ in range(self._times):
                 self._forward_in_steps(x_orig)
             return x_orig
@@ -1057,9 +1066,10 @@ _steps_of_qparams = Written(
     "_compute_quantization_error",
     "_get_norm",
 )
-_steps_of_forward = Written(
-    HistogramObserver, "_combine_histograms", "_upscale_histogram", "reset_histogram"
-)
+# Those of forward by themselves: a call of a small tensor takes no longer than a loop over names.
+_COMBINE: Any = HistogramObserver._combine_histograms
+_UPSCALE: Any = HistogramObserver._upscale_histogram
+_RESET: Any = HistogramObserver.reset_histogram
 
 
 # --------------------------------------------------------------------------------------------
@@ -1124,7 +1134,8 @@ class FixedQParamsObserver(ObserverBase):
         self._load_whole(load, args[2], args[4])
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Kind:
     """What calling an observer and asking it for qparams comes to.
 
     Attributes:

@@ -113,16 +113,8 @@ def _is_recorded() -> bool:
     return is_tracing() and not is_compiling()
 
 
-def _outputs(x: Tensor, with_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """Memory for x fake-quantized and, where that is wanted, for the mask of its gradient."""
-    y = _empty_like(x)
-    return y, empty_mask(x) if with_mask else None
-
-
-def _with_gradient(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """y, which was made of x; where there is a mask, with the gradient of x."""
-    if mask is None:
-        return y
+def _with_gradient(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """y, which was made of x, with the gradient of x that passes where the mask has a bit."""
     result: Tensor = gradients.with_straight_through(x, (y, mask))
     return result
 
@@ -162,9 +154,9 @@ def fake_quantize(
         if enabled_now is False:
             return x
         if enabled_now:
-            y, mask = _outputs(x, needs_grad)
+            y, mask = _empty_like(x), empty_mask(x) if needs_grad else None
             if _C.fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max, y, mask):
-                return _with_gradient(x, y, mask)
+                return y if mask is None else _with_gradient(x, y, mask)
     in_graph = _is_in_graph(x)
     if enabled is not None and not in_graph and may_be_read(x):
         if not enabled.item():
@@ -191,10 +183,13 @@ def fused_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
     if may_skip_dispatcher(x):
         quantizes = _C.is_on(settings.fake_quant_enabled)
         if quantizes is not None:
-            y, mask = _outputs(x, needs_grad) if quantizes else (None, None)
+            y = _empty_like(x) if quantizes else None
+            mask = empty_mask(x) if quantizes and needs_grad else None
             done = _C.fused_observe_fake_quantize(x, settings, y, mask)
             if done is True:
-                return x if y is None else _with_gradient(x, y, mask)
+                if y is None:
+                    return x
+                return y if mask is None else _with_gradient(x, y, mask)
             if done:
                 raise nonfinite_refusal(x, done)
     # In two steps in graphs, since an op that changes its arguments can have no gradient, and under

@@ -90,13 +90,13 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
-def is_intercepted() -> bool:
-    """Whether anything has to see the ops that are called.
+def is_intercepted() -> Any:
+    """Whether (as a true value) anything has to see the ops that are called.
 
     Modes (fake tensors, export, a default device), transforms of torch.func, forward-mode
     derivatives, torch.jit.trace, the profiler.
     """
-    return bool(
+    return (
         dispatch_modes()
         or function_modes()
         or innermost_transform() is not None
