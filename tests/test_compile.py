@@ -7,6 +7,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -157,6 +158,83 @@ def test_a_graph_may_give_a_per_channel_module_its_size(kind: str, fullgraph: bo
         assert_unchanged(module, snapshot(expected))
         if x.requires_grad:
             assert_same(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, z)))
+
+
+def fresh_qat(ns: ModuleType = fq) -> nn.Module:
+    """A QAT model that has seen no batch, with per-channel weights, fused with batch norm."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        fq.QuantStub(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(288, 5), fq.DeQuantStub(),
+    ).train()  # fmt: skip
+    with quiet():
+        ns.fuse_modules_qat(model, [["1", "2", "3"]], inplace=True)
+        model.qconfig = ns.get_default_qat_qconfig("x86")
+        ns.prepare_qat(model, inplace=True)
+    return model
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_qat_model_trains_compiled_from_its_first_batch_on(fullgraph: bool) -> None:
+    model, expected = fresh_qat(), fresh_qat()
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    for x in batches():
+        y, z = compiled(x), expected(x)
+        assert_near(y, z)
+        y.square().mean().backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+            p.grad = None
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_qat_model_is_exported_before_its_first_batch(strict: bool) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    exported = torch.export.export(fresh_qat(), (x,), strict=strict).module()
+    assert_near(exported(x), fresh_qat()(x))
+
+
+def test_averages_of_a_qat_model_begin_before_its_first_batch() -> None:
+    model = fresh_qat()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for x in batches():
+        model(x)
+        average.update_parameters(model)
+    average(torch.randn(4, 3, 8, 8))
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize(("source", "target"), [(fq, tq), (tq, fq), (fq, fq)])
+@pytest.mark.parametrize("onto", ["a fresh model", "a trained one"])
+def test_states_of_qat_models_load_both_ways(
+    source: ModuleType, target: ModuleType, observed: bool, onto: str
+) -> None:
+    written, read = fresh_qat(source), fresh_qat(target)
+    for model, trained in ((written, observed), (read, onto == "a trained one")):
+        if trained:
+            model(torch.randn(4, 3, 8, 8))
+    state = written.state_dict()
+    with quiet():
+        expected = {k: (v.shape, v.dtype) for k, v in fresh_qat(tq).state_dict().items()}
+    if not observed:
+        assert {k: (v.shape, v.dtype) for k, v in state.items()} == expected
+    read.load_state_dict(copy.deepcopy(state), strict=True)
+    for key, value in read.state_dict().items():
+        assert_same(value, state[key], key)
+    x = torch.randn(4, 3, 8, 8)
+    y = read(x)
+    assert y.isfinite().all()
+    if source is target:
+        assert_same(y, written(x))
+
+
+def test_a_state_from_before_the_first_batch_leaves_the_sizes() -> None:
+    model = fresh_qat()
+    sizes = {name: buffer.shape for name, buffer in model.named_buffers()}
+    model.load_state_dict(fresh_qat(tq).state_dict())
+    assert {name: buffer.shape for name, buffer in model.named_buffers()} == sizes
 
 
 class Doubling(fq.MovingAverageMinMaxObserver):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ._core.arguments import (
-    channel_count,
     channel_error,
     check_fits_dtype,
     check_integer,
@@ -252,7 +251,7 @@ class FakeQuantize(FakeQuantizeBase):
         settings = self._settings_of_one_op()
         if settings is None:
             if is_dynamo_compiling() and self._lacks_channels(x):
-                self._set_channels(channel_count(x, self._axis()))
+                self._set_channels_of(x)
                 return FakeQuantize.forward(self, x)
             return self._forward_in_steps(x)
         try:
@@ -352,23 +351,31 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _lacks_channels(self, x: Tensor) -> bool:
         """Whether `x` is the first tensor of a module that keeps a range for each channel."""
-        observer = self.activation_post_process
+        observer, axis = self.activation_post_process, self._axis()
         return (
-            self.is_per_channel
+            axis is not None
             and isinstance(observer, PerChannelMinMaxObserver)
             and observer.max_val.numel() == 0
             and input_error(x) is None
             and x.numel() > 0
+            and channel_error(x, axis, {}) is None
         )
 
-    def _set_channels(self, channels: int) -> None:
-        """Give what is kept for each channel its size, with nothing observed as yet.
+    def _set_channels_of(self, x: Any) -> None:
+        """Give what is kept for each channel of `x` its size, with nothing observed as yet.
 
-        For graphs, in which the first tensor cannot do so.
+        `prepare_qat` does so for weights: then graphs, traces and copies that are made before the
+        first batch have every buffer in its final size. Nothing happens where `x` does not fit.
         """
-        observer = self.activation_post_process
-        if not self.is_per_channel or not isinstance(observer, PerChannelMinMaxObserver):
+        observer, axis = self.activation_post_process, self._axis()
+        if (
+            axis is None
+            or not isinstance(observer, PerChannelMinMaxObserver)
+            or not isinstance(x, Tensor)
+            or not -x.dim() <= axis < x.dim()
+        ):
             return
+        channels = x.shape[axis]
         if observer.max_val.numel() == 0:
             observer._set_channels(channels)
         for name, value in (("zero_point", 0), ("scale", 1)):
@@ -421,6 +428,25 @@ class FakeQuantize(FakeQuantizeBase):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         save_replaced(self, ("scale", "zero_point"), destination, prefix)
+        observer = self.activation_post_process
+        if (
+            isinstance(observer, PerChannelMinMaxObserver)
+            and observer._has_only_room()
+            and bool((self.scale == 1).all())
+            and bool((self.zero_point == 0).all())
+        ):
+            # As torch.ao's, which have one element before the first tensor.
+            for name in ("scale", "zero_point"):
+                destination[prefix + name] = destination[prefix + name][:1].clone()
+
+    def _saved_before_the_first_tensor(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether a state has one scale because nothing was observed, where there are several."""
+        names = ("scale", "zero_point", "activation_post_process.min_val")
+        sizes = [
+            value.numel() if isinstance(value := state_dict.get(prefix + name), Tensor) else -1
+            for name in names
+        ]
+        return sizes == [1, 1, 0] and self.scale.numel() > 1
 
     def _load_from_state_dict(
         self,
@@ -439,6 +465,10 @@ class FakeQuantize(FakeQuantizeBase):
             for key, value in state_dict.items()
             if key.startswith(of_observer)
         }
+        if self._saved_before_the_first_tensor(state_dict, prefix):
+            for name in ("scale", "zero_point"):
+                value = state_dict[prefix + name]
+                state_dict[prefix + name] = value.expand(getattr(self, name).shape).clone()
         saved = {
             name: state_dict[prefix + name]
             for name in ("scale", "zero_point")

@@ -73,7 +73,7 @@ from ._torch.ao import (
 )
 from ._torch.counterparts import scriptable
 from ._torch.overrides import Written, reader
-from ._torch.private import is_called_plainly
+from ._torch.private import dispatch_modes, is_called_plainly
 from .utils import (
     QuantizationError,
     calculate_qmin_qmax,
@@ -430,8 +430,23 @@ class _RangeObserver(UniformQuantizationObserverBase):
             "upsample_rate": self.__dict__.get("upsample_rate", 1),
         }
 
+    def _has_only_room(self) -> bool:
+        """Whether a range per channel has its size already, with nothing observed as yet."""
+        low, high = self.min_val, self.max_val
+        return (
+            self._per_channel
+            and low.numel() > 0
+            and not (low.is_meta or dispatch_modes())
+            and is_unobserved(low, high)
+        )
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._has_only_room():
+            # As torch.ao's, which have no size before the first tensor; its moving averages take
+            # any range of another size for an observed one.
+            for name, _ in UNOBSERVED:
+                destination[prefix + name] = destination[prefix + name].new_empty(0)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
             metadata["fastquant"] = self._recipe()
@@ -452,8 +467,9 @@ class _RangeObserver(UniformQuantizationObserverBase):
             if old_key in state_dict:
                 state_dict.setdefault(key, state_dict.pop(old_key))
             value = state_dict.get(key)
-            if not self._per_channel and isinstance(value, Tensor) and value.shape == (0,):
-                state_dict[key] = value.new_full((), unobserved)
+            if isinstance(value, Tensor) and value.shape == (0,):
+                # Nothing was observed: the range keeps its size.
+                state_dict[key] = value.new_full(getattr(self, name).shape, unobserved)
         if self._per_channel:
             # torch.ao does not ask for it here.
             state_dict.setdefault(prefix + "eps", self.eps)
@@ -582,7 +598,7 @@ class _MinMax(_RangeObserver):
                 raise
 
     def _set_channels(self, channels: int) -> None:
-        """Give the range room for so many channels, nothing of which is observed."""
+        """Give the range room for so many channels, with nothing observed as yet."""
         for name, unobserved in UNOBSERVED:
             refill(self, name, (channels,), unobserved)
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .private import is_exporting
+
 _is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
 
 # Names under which modules here keep tensors and modules.
@@ -42,7 +44,7 @@ def keeps_tensors_plainly(cls: Any) -> bool:
     Not where a property or a `__getattr__` is in the way. A class that has passed is remembered in
     the class; a subclass inherits that of another class, and is looked at anew.
     """
-    if cls._read_plainly is cls:
+    if cls._read_plainly is cls or is_exporting():  # export has a __getattr__ of its own
         return True
     plain = (
         cls.__getattribute__ is object.__getattribute__

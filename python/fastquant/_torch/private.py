@@ -173,7 +173,8 @@ def is_called_plainly(module: nn.Module) -> bool:
     """
     own, cls = module.__dict__, type(module)
     return (
-        (cls.__call__ is _module_call or _fx._is_fx_tracing_flag)
+        # These wrap it, to note the path of each call.
+        (cls.__call__ is _module_call or _fx._is_fx_tracing_flag or is_exporting())
         and cls._call_impl is _call_impl
         and "forward" not in own
         and "_call_impl" not in own
