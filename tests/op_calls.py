@@ -398,7 +398,7 @@ def called(op: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, list[Ten
     own = [a.clone() if isinstance(a, Tensor) and a.is_contiguous() else a for a in args]
     try:
         results = op(*own)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # in words, where the dispatcher was skipped
         return None, [a for a in own if isinstance(a, Tensor)], True
     return results, [a for a in own if isinstance(a, Tensor)], False
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ._core.arguments import (
+    channel_count,
     channel_error,
     check_fits_dtype,
     check_integer,
@@ -251,7 +252,7 @@ class FakeQuantize(FakeQuantizeBase):
         settings = self._settings_of_one_op()
         if settings is None:
             if is_dynamo_compiling() and self._lacks_channels(x):
-                self._set_channels_of(x)
+                self._set_channels(channel_count(x, self._axis()))
                 return FakeQuantize.forward(self, x)
             return self._forward_in_steps(x)
         try:
@@ -361,21 +362,15 @@ class FakeQuantize(FakeQuantizeBase):
             and channel_error(x, axis, {}) is None
         )
 
-    def _set_channels_of(self, x: Any) -> None:
-        """Give what is kept for each channel of `x` its size, with nothing observed as yet.
+    def _set_channels(self, channels: int) -> None:
+        """Give what is kept for each channel its size, with nothing observed as yet.
 
         `prepare_qat` does so for weights: then graphs, traces and copies that are made before the
-        first batch have every buffer in its final size. Nothing happens where `x` does not fit.
+        first batch have every buffer in its final size.
         """
-        observer, axis = self.activation_post_process, self._axis()
-        if (
-            axis is None
-            or not isinstance(observer, PerChannelMinMaxObserver)
-            or not isinstance(x, Tensor)
-            or not -x.dim() <= axis < x.dim()
-        ):
+        observer = self.activation_post_process
+        if self._axis() is None or not isinstance(observer, PerChannelMinMaxObserver):
             return
-        channels = x.shape[axis]
         if observer.max_val.numel() == 0:
             observer._set_channels(channels)
         for name, value in (("zero_point", 0), ("scale", 1)):

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
-from .fake_quantize import FakeQuantize
 from .nn.qat.batch_norm import teach_torch_ao
 from .observer import (
     HistogramObserver,
@@ -440,11 +439,6 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
     for module in model.modules():
         _set_channels_of_weight(module)
     _prepare(model, observer_non_leaf_module_list=mapping.values())
-    for module in model.modules():
-        fake_quantizer = getattr(module, "weight_fake_quant", None)
-        # Not isinstance, which torch.ao's fake-quantizers may be by registration.
-        if FakeQuantize in type(fake_quantizer).__mro__:
-            cast(FakeQuantize, fake_quantizer)._set_channels_of(module.weight)
     return model
 
 
