@@ -104,10 +104,9 @@ def is_observed(
             f"min_val={min_val[wrong].tolist()}, max_val={max_val[wrong].tolist()}"
             + (f" at channels {wrong.nonzero().flatten().tolist()}" if wrong.dim() else "")
         )
-    if bool(unobserved.all()):
+    if min_val.dim() == 0 or not min_val.numel():
         warn_of_unobserved(stacklevel + 1)
-        # Channels that have their size already get a default scale each.
-        return min_val.dim() > 0 and min_val.numel() > 0
+        return False
     warnings.warn(
         f"channels {unobserved.nonzero().flatten().tolist()} never had a finite value; "
         "they get a default scale",
