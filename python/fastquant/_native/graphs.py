@@ -24,17 +24,18 @@ _library.define("run_module_(Tensor x, Tensor(a!)[] buffers, int module, str met
 
 
 def may_be_run_in_graphs(module: nn.Module) -> None:
-    """Let :func:`run_in_graph` find a module; for each that is made, copied or unpickled."""
+    """Let :func:`run_in_graph` find a module: called for each that is made, copied or unpickled."""
     _MODULES[id(module)] = module
 
 
 def run_in_graph(module: nn.Module, method: str, x: Tensor) -> None:
     """While compiling: have the graph call `module.method(x)`, in Python and as it is, each time.
 
-    For methods that do what no graph can hold, such as to ask a flag or to call an observer that
-    somebody has written. All they may change are buffers, and none of these in size.
+    For methods that a graph cannot hold, since they branch on a flag or call an observer of the
+    user's own. They may change the values of buffers, but neither their sizes nor anything else
+    that the graph knows.
     """
-    # To ask for the id ties the graph to this module.
+    # Calling id(module) makes Dynamo guard on this module.
     _run_module(x.detach(), list(module.buffers()), id(module), method)
 
 
