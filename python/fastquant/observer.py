@@ -331,6 +331,7 @@ _ObserverBase = UniformQuantizationObserverBase
 
 _statistics = reader("min_val", "max_val", "nonfinite_count")
 _histogram_and_range = reader("histogram", "min_val", "max_val", "nonfinite_count")
+_histogram_range_and_eps = reader("histogram", "min_val", "max_val", "eps")
 
 
 class _RangeObserver(UniformQuantizationObserverBase):
@@ -1007,7 +1008,7 @@ class HistogramObserver(_RangeObserver):
         Raises:
             QuantizationError: the histogram does not have `bins` bins, or the span is no range.
         """
-        histogram, min_val, max_val, _ = _histogram_and_range(self)
+        histogram, min_val, max_val, eps = _histogram_range_and_eps(self)
         if not is_observed(min_val, max_val, self._is_average, stacklevel=2):
             device = min_val.device
             return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
@@ -1017,7 +1018,7 @@ class HistogramObserver(_RangeObserver):
             )
         if _steps_of_qparams.is_replaced(self):
             return self._calculate_qparams(*self._non_linear_param_search())
-        settings = (self.eps, self.dst_nbins, *self._scheme())
+        settings = (eps, self.dst_nbins, *self._scheme())
         return histogram_qparams(histogram, min_val, max_val, *settings)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
