@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.ao.quantization as tq
+from torch import Tensor, nn
 
 import fastquant as fq
+from oracle import quiet
 
 
 def model(qat: bool = False) -> nn.Module:
@@ -69,3 +71,71 @@ def test_the_output_of_a_recurrent_layer_is_a_tuple_and_says_where() -> None:
 def test_observers_outside_a_model_name_none() -> None:
     with pytest.raises(TypeError, match=r"^x must be a tensor"):
         fq.MinMaxObserver()(3)
+
+
+# ------------------------------------------------------------- models that have seen no data as yet
+
+
+def with_batch_norm() -> tuple[nn.Module, Tensor]:
+    parts = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    made = nn.Sequential(fq.QuantStub(), *parts, fq.DeQuantStub()).train()
+    made = fq.fuse_modules_qat(made, ["1", "2", "3"])
+    made.qconfig = fq.get_default_qat_qconfig()
+    return fq.prepare_qat(made), torch.randn(2, 3, 6, 6)
+
+
+def test_fake_quantizers_can_be_frozen_before_any_data() -> None:
+    prepared, x = with_batch_norm()
+    prepared.apply(fq.disable_observer)
+    assert prepared(x).isfinite().all()
+
+
+def test_averages_of_a_model_can_be_started_before_any_data() -> None:
+    prepared, x = with_batch_norm()
+    averaged = torch.optim.swa_utils.AveragedModel(prepared, use_buffers=True)
+    by_state = copy.deepcopy(prepared)
+    for _ in range(2):
+        prepared(x).sum().backward()
+        averaged.update_parameters(prepared)
+        for mine, its in zip(
+            by_state.state_dict().values(), prepared.state_dict().values(), strict=True
+        ):
+            mine.copy_(its)
+    assert torch.equal(by_state.eval()(x), copy.deepcopy(prepared).eval()(x))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_states_of_either_size_load(fresh: bool) -> None:
+    prepared, x = with_batch_norm()
+    other, _ = with_batch_norm()
+    if not fresh:
+        other(x)
+    prepared.load_state_dict(other.state_dict())
+    with quiet():
+        torchs = nn.Sequential(
+            tq.QuantStub(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1)
+        )
+        torchs = tq.fuse_modules_qat(torchs.train(), ["1", "2", "3"])
+        torchs.qconfig = tq.get_default_qat_qconfig()
+        torchs = tq.prepare_qat(torchs)
+        if not fresh:
+            torchs(x)
+    prepared.load_state_dict(torchs.state_dict())
+    torchs.load_state_dict(prepared.state_dict())
+    torch.testing.assert_close(prepared(x), torchs(x), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.0])
+def test_a_fresh_model_compiles_without_breaks_and_trains(gamma: float) -> None:
+    prepared, x = with_batch_norm()
+    prepared[1].bn.weight.data[0] = gamma
+    expected = copy.deepcopy(prepared)
+    compiled = torch.compile(prepared, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        results = []
+        for run, owner in ((compiled, prepared), (expected, expected)):
+            owner.zero_grad()
+            y = run(x)
+            y.square().mean().backward()
+            results.append((y.detach(), [p.grad for p in owner.parameters()]))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)

@@ -48,11 +48,8 @@ def _zeros(scale: Tensor) -> Tensor | None:
 
 
 def _divided(quantized: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor | None) -> Tensor:
-    """quantized / scale; the weight where the scale is 0."""
-    if zeros is None:
-        return quantized / scale
-    # The divisor is replaced too: the derivative of 0 / 0 is NaN, also where it counts for nothing.
-    return torch.where(zeros, weight, quantized / scale.masked_fill(zeros, 1.0))
+    """quantized / scale; the weight where `zeros` says that the scale was 0 before it became 1."""
+    return quantized / scale if zeros is None else torch.where(zeros, weight, quantized / scale)
 
 
 class _Divided(torch.autograd.Function):
@@ -72,7 +69,7 @@ class _Divided(torch.autograd.Function):
         of_weight = None
         if zeros is not None:
             of_weight = grad * zeros
-            grad, scale = grad.masked_fill(zeros, 0.0), scale.masked_fill(zeros, 1.0)
+            grad = grad.masked_fill(zeros, 0.0)
         of_quantized = grad / scale
         of_scale = None
         if ctx.needs_input_grad[2]:
@@ -107,15 +104,20 @@ def _weight_of_inference(module: Any) -> Tensor:
         # (w s) / s is w.
         untouched: Tensor = weight
         return untouched
-    by_channel = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    scale = by_channel.reshape(-1, *(1,) * (weight.dim() - 1))
-    scaled = weight * scale
-    quantized = fake_quantizer(scaled)
-    zeros = _zeros(by_channel)
-    if zeros is not None:
-        zeros = zeros.view_as(scale)
+    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    zeros = _zeros(scale)
+    per_channel = (-1, *(1,) * (weight.dim() - 1))
+    scale = scale.reshape(per_channel)
+    if zeros is None:
+        scaled = weight * scale
+    else:
+        zeros = zeros.reshape(per_channel)
+        # One scale for product and quotient: a compiler may compute it again for the backward pass,
+        # from running statistics that have moved, and only in both does that cancel out.
+        scale = scale.masked_fill(zeros, 1.0)
+        scaled = (weight * scale).masked_fill(zeros, 0.0)
     divided = _Divided.apply if plain else _divided
-    result: Tensor = divided(quantized, weight, scale, zeros)
+    result: Tensor = divided(fake_quantizer(scaled), weight, scale, zeros)
     return result
 
 
