@@ -95,15 +95,10 @@ def test_fake_quantizers_can_be_frozen_before_any_data() -> None:
 def test_averages_of_a_model_can_be_started_before_any_data() -> None:
     prepared, x = with_batch_norm()
     averaged = torch.optim.swa_utils.AveragedModel(prepared, use_buffers=True)
-    by_state = copy.deepcopy(prepared)
     for _ in range(2):
         prepared(x).sum().backward()
         averaged.update_parameters(prepared)
-        for mine, its in zip(
-            by_state.state_dict().values(), prepared.state_dict().values(), strict=True
-        ):
-            mine.copy_(its)
-    assert torch.equal(by_state.eval()(x), copy.deepcopy(prepared).eval()(x))
+    assert averaged.module.eval()(x).isfinite().all()
 
 
 @pytest.mark.parametrize("fresh", [True, False])
