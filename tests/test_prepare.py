@@ -12,7 +12,7 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from oracle import quiet
+from oracle import assert_same, quiet
 
 
 def model(qat: bool = False) -> nn.Module:
@@ -136,3 +136,27 @@ def test_a_fresh_model_compiles_without_breaks_and_trains(gamma: float) -> None:
             y.square().mean().backward()
             results.append((y.detach(), [p.grad for p in owner.parameters()]))
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("on", ["instance", "class"])
+def test_a_fused_module_with_another_forward_is_observed(
+    on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    seen = {}
+    for ns in (fq, tq):
+        torch.manual_seed(0)
+        model = nn.Sequential(ns.QuantStub(), nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+        model = ns.fuse_modules(model, [["1", "2"]])
+        model.qconfig = ns.get_default_qconfig("x86")
+        fused = model[1]
+        with monkeypatch.context() as patch:
+            if on == "instance":
+                fused.forward = lambda x, fused=fused: fused[1](fused[0](x))
+            else:
+                patch.setattr(type(fused), "forward", lambda self, x: self[1](self[0](x)))
+            prepared = ns.prepare(model, inplace=True)
+            prepared(x)
+        seen[ns] = prepared[1].activation_post_process
+    assert_same(seen[fq].histogram, seen[tq].histogram)
+    assert_same(seen[fq].calculate_qparams(), seen[tq].calculate_qparams())

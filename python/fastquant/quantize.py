@@ -23,6 +23,7 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
+from ._torch.overrides import Written
 from .nn.qat.batch_norm import teach_torch_ao
 from .observer import (
     HistogramObserver,
@@ -380,6 +381,10 @@ def _prepare(
             module.__dict__[PATH_IN_MODEL] = path
 
 
+# As nn.Sequential has it when fastquant is imported.
+_sequential_forward = Written(nn.Sequential, "forward")
+
+
 def _observe_sequentials_once(model: nn.Module) -> None:
     """Remove the observer's hook where a Sequential calls the observer too, as its last child.
 
@@ -393,7 +398,7 @@ def _observe_sequentials_once(model: nn.Module) -> None:
         observer = getattr(module, "activation_post_process", None)
         if (
             type(observer) in (MinMaxObserver, PerChannelMinMaxObserver, HistogramObserver)
-            and type(module).forward is nn.Sequential.forward
+            and not _sequential_forward.is_replaced(module)
             and observer is list(module._modules.values())[-1]
             and uses[observer] == 1
             and _observer_forward_hook in module._forward_hooks.values()
