@@ -116,6 +116,10 @@ def _torch_cannot_trace(program: Program, found: Difference) -> bool:
     )
 
 
+def _backward_hooks_and_traces(program: Program, found: Difference) -> bool:
+    return found.step.do == "trace" and "backward hooks" in str(found.ours)
+
+
 def _fused_hooks_not_doubled(program: Program, found: Difference) -> bool:
     """torch.ao leaves the first part's pre-hooks and the last one's hooks on copies of them."""
     if not program.fuse or not any(
@@ -125,7 +129,11 @@ def _fused_hooks_not_doubled(program: Program, found: Difference) -> bool:
         return False
     if found.what == "modules" and found.path.endswith(("hooks", "pre_hooks")):
         return set(found.theirs) - set(found.ours) <= {"inner hook", "inner pre-hook"}
-    return found.what == "log" and _thinned(found)
+    return found.what == "log" and _without_inner(found.theirs) == _without_inner(found.ours)
+
+
+def _without_inner(log: tuple[str, ...]) -> list[str]:
+    return [event for event in log if not event.startswith("inner")]
 
 
 def _hooks_on_lstm_stay(program: Program, found: Difference) -> bool:
@@ -226,7 +234,9 @@ def _hooked_once(program: Program, found: Difference) -> bool:
     if program.shared != "attribute":
         return False
     if found.what == "modules" and found.path.endswith(("hooks", "pre_hooks")):
-        return list(dict.fromkeys(found.theirs)) == found.ours
+        hook = "_observer_forward_hook"
+        once = list(dict.fromkeys(found.theirs))
+        return found.ours in (once, [name for name in once if name != hook])
     if found.what == "log":
         return _thinned(found)
     return found.what == "tensors"  # one module names its tensors once
@@ -246,6 +256,7 @@ DELIBERATE: tuple[tuple[Excuse, str], ...] = (
         "prepared models can be pickled; torch.ao's configs hold local functions",
     ),
     (_torch_cannot_trace, "torch.fx.symbolic_trace takes fake-quantizers whole"),
+    (_backward_hooks_and_traces, "torch.jit.trace refuses a module that has a backward hook"),
     (_fused_hooks_not_doubled, "fusing moves hooks and does not double them"),
     (_hooks_on_lstm_stay, "a module that is swapped keeps its hooks, also an LSTM"),
     (_bad_input_in_words, "bad input, and a model that was not prepared, raise an error in words"),
@@ -683,8 +694,8 @@ def programs(draw: st.DrawFn) -> Program:
         then=(Step("run", seed=9), *then, *([Step("run", seed=8)] if then else [])),
         patched=draw(st.booleans()),
     )
-    if _trains_batch_norm(program):
-        # A batch that hardly varies makes a batch norm's rounding errors large.
+    if any(excused(program) for excused, _ in CLOSE_NUMBERS):
+        # A batch that hardly varies, or training that diverges, makes rounding errors large.
         steady = [replace(step, what="") if step.do == "run" else step for step in program.steps]
         program = replace(program, steps=tuple(steady))
     return program
@@ -727,17 +738,28 @@ ONCE_TOLD_APART = (
         patched_class=("UniformQuantizationObserverBase", "_calculate_qparams"),
     ),
     *(
-        Program(mode="qat", config=Config("qat x86 0"), steps=(*_RUNS, Step("tweak", what), *_RUNS))
-        for what in ("calculate_qparams", "forward", "parameter scale", "plain scale")
+        Program(
+            mode="qat", config=Config("qat x86 0"), steps=(*_RUNS, Step("tweak", what, 1), *_RUNS)
+        )
+        for what in ("calculate_qparams", "forward", "parameter min_val", "parametrized min_val")
     ),
     *(
         Program(config=Config("static x86"), steps=(Step("tweak", what), *_RUNS))
         for what in ("parameter eps", "plain max_val", "parametrized min_val")
     ),
+    *(
+        Program(mode="qat", config=Config("qat x86 0"), steps=(Step("tweak", what), *_RUNS))
+        for what in ("parameter scale", "plain scale")
+    ),
     Program(config=Config("static x86"), steps=(*_RUNS, Step("adopt"), *_RUNS), patched=True),
     Program(pieces=(Piece("linear_relu"),), config=Config("static x86"), steps=_RUNS),
     Program(steps=(Step("run"), Step("reload", "lax partly same"))),
-    Program(mode="qat", pieces=(Piece("sigmoid"),), steps=(Step("repr"),)),
+    Program(
+        mode="qat",
+        pieces=(Piece("sigmoid"),),
+        config=Config("qat x86"),
+        steps=(Step("repr"),),
+    ),
     Program(mode="qat", config=Config("qat x86 0"), steps=(Step("run"), Step("observer_state"))),
     Program(mode="qat", config=Config("qat x86"), steps=(Step("symbolic_trace"),)),
     Program(
