@@ -156,13 +156,14 @@ template <class B>
 std::vector<double> resample(const std::vector<double>& histogram, const HistogramRange& from,
                              const HistogramRange& to, int64_t upsample_rate) {
   const int64_t bins = static_cast<int64_t>(histogram.size());
-  const Resampling<B> resampling(from, to, bins, upsample_rate);
+  std::vector<int64_t> parts_before(bins);
+  kernels_of(B{}).parts_before(from, to, bins, upsample_rate, parts_before.data());
   std::vector<double> result(bins), share(bins);
   for (int64_t bin = 0; bin < bins; ++bin) share[bin] = histogram[bin] / static_cast<double>(upsample_rate);
   // Resampling::sum for each bin, without its divisions.
   int64_t part = 0, old = 0;
   for (int64_t bin = 0; bin < bins; ++bin) {
-    const int64_t last = resampling.parts_before(bin + 1);
+    const int64_t last = parts_before[bin];
     double total = 0;
     while (part < last) {
       const int64_t end_of_old = (old + 1) * upsample_rate, stop = std::min(end_of_old, last);

@@ -21,9 +21,15 @@ template <class V, class S>
 constexpr KernelsFor<S, typename V::Element> kernels_for() {
   using T = typename V::Element;
   KernelsFor<S, T> kernels = {
-      minmax<V, S, T>,        minmax_finite<V, S, T>,      minmax_columns<V, S, T>,
-      histogram<V, S, T>,     fake_quantize_rows<V, S, T>, fake_quantize_periodic<V, S, T>,
-      mask_gradient<V, S, T>, learnable_backward<V, S, T>,
+      minmax<V, S, T>,
+      minmax_finite<V, S, T>,
+      minmax_columns<V, S, T>,
+      histogram<V, S, T>,
+      parts_before<T>,
+      fake_quantize_rows<V, S, T>,
+      fake_quantize_periodic<V, S, T>,
+      mask_gradient<V, S, T>,
+      learnable_backward<V, S, T>,
   };
   if constexpr (sizeof(S) == 2 && V::N > 1) {
     kernels.minmax = minmax_words<V, S>;

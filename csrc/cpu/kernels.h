@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../math/numbers.h"
+#include "../math/range.h"
 
 namespace fastquant {
 
@@ -60,6 +60,11 @@ struct KernelsFor {
   // increments of one counter would wait for each other. Each has histogram_stride(bins)
   // entries. Needs low < high and a finite (high - low) * bins.
   void (*histogram)(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* counts, int tables);
+
+  // parts[b] = Resampling<T>(from, to, bins, upsample_rate).parts_before(b + 1) (math/histogram.h), for all
+  // bins. A kernel because it is made of fused multiply-adds, which are calls to the library elsewhere.
+  void (*parts_before)(const Range<double>& from, const Range<double>& to, int64_t bins, int64_t upsample_rate,
+                       int64_t* parts);
 
   // y = fake-quantized x for the elements [begin, end), begin a multiple of 64. Where mask
   // is not null, its bit i says whether element i was in the quantized range.

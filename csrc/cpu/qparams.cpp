@@ -39,7 +39,7 @@ BinRange search_bins(const std::vector<float>& histogram, double bin_width, doub
   }
   const auto error = kernels().quantization_error;
   float chains[kSumChains];
-  for (int c = 0; c < kSumChains; ++c) chains[c] = chain_of_sum(histogram.data(), bins, c);
+  sum_chains<kSumChains>(histogram.data(), bins, 0, chains);
   RangeWalk walk(cumulative.data(), sum_of_chains(chains, histogram.data(), bins), bins);
   while (walk.next() && walk.take(error(density.data(), bins, bin_width, walk.next_start(), walk.next_end(),
                                         levels, scratch.data()))) {

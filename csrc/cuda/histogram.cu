@@ -445,7 +445,7 @@ __global__ void __launch_bounds__(kThreads) search_range(const __grid_constant__
   const int thread = static_cast<int>(threadIdx.x);
   for (int64_t b = thread; b < a.bins; b += kThreads) a.counts[b] = read<float>(a.histogram, b);
   __syncthreads();
-  if (thread < kSumChains) shared->chains[thread] = chain_of_sum(a.counts, a.bins, thread);
+  if (thread < kSumChains) sum_chains<1>(a.counts, a.bins, thread, &shared->chains[thread]);
   __syncthreads();
   if (thread == 0) {
     double running = 0;

@@ -72,22 +72,27 @@ constexpr int kErrorLanes = 16;
 
 // The total of a histogram, rounded where torch.sum rounds it on the CPU: the bounds of the search are
 // shares of it, and one unit in its last place can move them by a bin. torch.sum adds up 32 chains: four
-// vectors of eight floats, each chain in stretches of 16, and 16 stretches at a time. Chain `chain` of it.
+// vectors of eight floats, each chain in stretches of 16, and 16 stretches at a time.
 constexpr int kSumLanes = 8, kSumVectors = 4, kSumChains = kSumLanes * kSumVectors;
 
-FASTQUANT_HD inline float chain_of_sum(const float* x, int64_t n, int chain) {
+// kChains of the chains, from the chain `first`.
+template <int kChains>
+FASTQUANT_HD void sum_chains(const float* x, int64_t n, int first, float* out) {
   constexpr int kLevels = 4, kBitsOfLevel = 4;
   const int64_t length = n / kSumChains;
-  float sums[kLevels] = {};
+  float sums[kLevels][kChains] = {};
   for (int64_t i = 0; i < length;) {
-    sums[0] += x[i * kSumChains + chain];
+    const float* const row = x + i * kSumChains + first;
+    for (int c = 0; c < kChains; ++c) sums[0][c] += row[c];
     ++i;
     for (int level = 1; level < kLevels && i % (int64_t{1} << (level * kBitsOfLevel)) == 0; ++level) {
-      sums[level] += sums[level - 1];
-      sums[level - 1] = 0;
+      for (int c = 0; c < kChains; ++c) {
+        sums[level][c] += sums[level - 1][c];
+        sums[level - 1][c] = 0;
+      }
     }
   }
-  return sums[0] + sums[1] + sums[2] + sums[3];
+  for (int c = 0; c < kChains; ++c) out[c] = sums[0][c] + sums[1][c] + sums[2][c] + sums[3][c];
 }
 
 // All chains, and the elements after them.

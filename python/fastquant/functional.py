@@ -206,7 +206,7 @@ class _Grid(NamedTuple):
 
     quant_min: int
     quant_max: int
-    scheme: Scheme
+    scheme: int
     symmetric_zero_point: int
 
 

@@ -130,7 +130,7 @@ __all__ = [
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 _EPS = torch.finfo(torch.float32).eps
-_SYMMETRIC = Scheme.SYMMETRIC
+_SYMMETRIC = Scheme.SYMMETRIC.value
 
 # --------------------------------------------------------------------------------------------
 # Constructors with some arguments given
@@ -279,7 +279,7 @@ class UniformQuantizationObserverBase(ObserverBase):
         """
         quant_min, quant_max = self.quant_min, self.quant_max
         scheme = SCHEME_CODES[self.qscheme]
-        if scheme is not _SYMMETRIC:
+        if scheme != _SYMMETRIC:
             return quant_min, quant_max, scheme, 0
         middle = symmetric_zero_point(self.dtype, quant_min, quant_max, self.has_customized_qrange)
         return quant_min, quant_max, scheme, middle

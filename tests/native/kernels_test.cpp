@@ -159,6 +159,20 @@ void compare_histogram(const char* isa, const KernelsFor<S, T>& k, const Kernels
 }
 
 template <class S, class T>
+void compare_parts_before(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t bins = 2 + static_cast<int64_t>(rng() % 300), rate = 1 + static_cast<int64_t>(rng() % 16);
+    const auto part = [] { return static_cast<double>(static_cast<float>(rng() % 100000) / 7000.0f); };
+    const double low = part() - 10, high = low + part() + 1e-3;
+    const Range<double> from = {low, high}, to = {low - part(), high + part()};
+    std::vector<int64_t> parts[2] = {std::vector<int64_t>(bins), std::vector<int64_t>(bins)};
+    for (int t = 0; t < 2; ++t) (t == 0 ? k : ref).parts_before(from, to, bins, rate, parts[t].data());
+    ++compared;
+    if (parts[0] != parts[1]) report(isa, "parts_before", bins, rate);
+  }
+}
+
+template <class S, class T>
 void compare_fake_quantize(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
                            int64_t offset, bool hostile, bool periodic) {
   const auto x = random_buffer<S>(n, offset, hostile);
@@ -250,6 +264,7 @@ void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S
     // Longer than the blocks in which histograms look for a frequent value.
     compare_histogram(isa, k, ref, 8000 + static_cast<int64_t>(rng() % 20000), round % 5, round % 2 == 0);
   }
+  compare_parts_before(isa, k, ref, rounds);
 }
 
 void compare_search(const Kernels& k, const Kernels& ref, int rounds) {

@@ -1,4 +1,4 @@
-// Counting a tensor in bins.
+// Counting a tensor in bins, and moving counts to other bins.
 #pragma once
 
 #include "../../math/histogram.h"
@@ -163,6 +163,13 @@ void histogram(const S* x, int64_t n, T low, T high, int64_t bins, uint32_t* cou
   } else {
     counter.add(x, n);
   }
+}
+
+template <class T>
+void parts_before(const HistogramRange& from, const HistogramRange& to, int64_t bins, int64_t upsample_rate,
+                  int64_t* parts) {
+  const Resampling<T> resampling(from, to, bins, upsample_rate);
+  for (int64_t b = 0; b < bins; ++b) parts[b] = resampling.parts_before(b + 1);
 }
 
 }  // namespace

@@ -24,9 +24,7 @@ from .schemes import (
     QUANTIZED,
     SCHEME_CODES,
     WIDE,
-    NonFinite,
     NonFinitePolicy,
-    Scheme,
 )
 
 # --------------------------------------------------------------------------------------------
@@ -37,7 +35,7 @@ def _listed(accepted: Iterable[object]) -> str:
     return ", ".join(map(str, accepted))
 
 
-def check_nonfinite(nonfinite: str) -> NonFinite:
+def check_nonfinite(nonfinite: str) -> int:
     """The code of a policy for NaN and infinities."""
     if not isinstance(nonfinite, str) or nonfinite not in NONFINITE_CODES:
         raise QuantizationError(
@@ -46,7 +44,7 @@ def check_nonfinite(nonfinite: str) -> NonFinite:
     return NONFINITE_CODES[nonfinite]
 
 
-def check_qscheme(qscheme: torch.qscheme) -> Scheme:
+def check_qscheme(qscheme: torch.qscheme) -> int:
     """The code of a quantization scheme."""
     if not isinstance(qscheme, torch.qscheme) or qscheme not in SCHEME_CODES:
         raise QuantizationError(f"qscheme must be one of {_listed(SCHEME_CODES)}, got {qscheme!r}")

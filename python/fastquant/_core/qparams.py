@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .schemes import UINT8, Scheme
 
+_SYMMETRIC, _FLOAT_QPARAMS = Scheme.SYMMETRIC.value, Scheme.FLOAT_QPARAMS.value
+
 
 def symmetric_zero_point(
     dtype: torch.dtype, quant_min: int, quant_max: int, has_customized_qrange: bool
@@ -23,9 +25,9 @@ def symmetric_zero_point(
 
 def zero_point_dtype(min_val: Tensor, scheme: int) -> torch.dtype:
     """What observers give zero points, as torch.ao's do."""
-    if scheme == Scheme.FLOAT_QPARAMS:
+    if scheme == _FLOAT_QPARAMS:
         return min_val.dtype
-    return torch.int64 if scheme == Scheme.SYMMETRIC else torch.int32
+    return torch.int64 if scheme == _SYMMETRIC else torch.int32
 
 
 def qparams_of_range(
@@ -59,12 +61,12 @@ def qparams_of_range(
         # one: fp16 and bf16 do not hold every number of steps.
         return (width / width.new_full((), steps, dtype=wide)).to(width.dtype)
 
-    if scheme == Scheme.FLOAT_QPARAMS:
+    if scheme == _FLOAT_QPARAMS:
         scale = divided(high - low, levels)
         scale = torch.where(scale > eps, scale, 1.0)
         return scale, -low / scale
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if scheme == Scheme.SYMMETRIC:
+    if scheme == _SYMMETRIC:
         scale = torch.maximum(divided(torch.maximum(-low, high), levels / 2), eps)
         zero_point = torch.full_like(low, symmetric_zero_point, dtype=torch.int64)
     else:
