@@ -70,16 +70,16 @@ class Counter {
   }
 
   void drain() {
-    totals_.resize(bins_);
     const int64_t stride = histogram_stride(bins_);
-    const uint32_t* const c = scratch_.data();
-    // From int32_t: the only conversion to double that every processor does in vectors.
-    if (tables_ == 1) {
-      for (int64_t b = 0; b < bins_; ++b) totals_[b] += static_cast<int32_t>(c[b]);
+    // As int32_t: the only conversion to double that every processor does in vectors.
+    int32_t* const c = reinterpret_cast<int32_t*>(scratch_.data());
+    if (tables_ > 1) {
+      for (int64_t b = 0; b < bins_; ++b) c[b] += c[b + stride] + c[b + 2 * stride] + c[b + 3 * stride];
+    }
+    if (totals_.empty()) {
+      totals_.assign(c, c + bins_);
     } else {
-      for (int64_t b = 0; b < bins_; ++b) {
-        totals_[b] += static_cast<int32_t>(c[b] + c[b + stride] + c[b + 2 * stride] + c[b + 3 * stride]);
-      }
+      for (int64_t b = 0; b < bins_; ++b) totals_[b] += c[b];
     }
   }
 

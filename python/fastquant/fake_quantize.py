@@ -340,15 +340,18 @@ class FakeQuantize(FakeQuantizeBase):
         if traces_for_onnx():
             return
         # A flag on the meta device has no value; shapes are all that counts there.
-        if not self.observer_enabled.is_meta and self.observer_enabled:
+        enabled = self.observer_enabled
+        if not enabled.is_meta and enabled:
             self.activation_post_process(x.detach())
             scale, zero_point = self.calculate_qparams()
             # scale is resized last: once it has elements for all channels, zero_point has too.
             for name, value in (("zero_point", zero_point), ("scale", scale)):
-                if getattr(self, name).shape != value.shape:
+                buffer = getattr(self, name)
+                if buffer.shape != value.shape:
                     with RESIZING:
                         refill(self, name, value.shape, name == "scale")
-                getattr(self, name).copy_(value)
+                    buffer = getattr(self, name)
+                buffer.copy_(value)
 
     def _lacks_channels(self, x: Tensor) -> bool:
         """Whether `x` is the first tensor of a module that keeps a range for each channel."""

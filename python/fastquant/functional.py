@@ -491,7 +491,7 @@ def choose_qparams(
 
 def _smallest_scale(eps: float, like: Tensor) -> Tensor:
     check_eps(eps)
-    return torch.full((1,), eps, dtype=like.dtype, device=like.device)
+    return like.new_full((1,), eps)
 
 
 # --------------------------------------------------------------------------------- fake-quantize

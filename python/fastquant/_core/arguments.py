@@ -132,9 +132,9 @@ def check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None
 
 def input_error(x: object) -> Exception | None:
     """Why `x` cannot be observed or fake-quantized at all; None where it can."""
-    if isinstance(x, Proxy):  # torch.fx.symbolic_trace: nothing is known of it
-        return None
     if not isinstance(x, Tensor):
+        if isinstance(x, Proxy):  # torch.fx.symbolic_trace: nothing is known of it
+            return None
         return TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         accepted = ", ".join(map(str, FLOATING))

@@ -67,4 +67,7 @@ def may_skip_dispatcher(x: Any, *others: Any) -> bool:
         or is_intercepted()
     ):
         return False
-    return not others or all(type(o) in (Tensor, Parameter) and not o.is_neg() for o in others)
+    for other in others:  # all() takes 0.2 µs longer
+        if (type(other) is not Tensor and type(other) is not Parameter) or other.is_neg():
+            return False
+    return True

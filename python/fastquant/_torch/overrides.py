@@ -64,8 +64,9 @@ def reader(*names: str) -> Callable[[Any], Any]:
     items = operator.itemgetter(*names)
 
     def read(module: nn.Module) -> Any:
+        cls: Any = type(module)
         # Dynamo knows attributes, and no itemgetter.
-        if not _is_traced_by_dynamo() and keeps_tensors_plainly(type(module)):
+        if not _is_traced_by_dynamo() and (cls._read_plainly is cls or keeps_tensors_plainly(cls)):
             try:
                 return items(module._buffers)
             except KeyError:
