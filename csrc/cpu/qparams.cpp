@@ -1,4 +1,6 @@
 // From statistics to quantization parameters.
+#include <memory>
+
 #include "../math/search.h"
 #include "statistics.h"
 
@@ -29,7 +31,10 @@ struct BinRange {
 // The bins that hold the best range.
 BinRange search_bins(const std::vector<float>& histogram, double bin_width, double levels) {
   const int64_t bins = static_cast<int64_t>(histogram.size());
-  std::vector<float> cumulative(bins), density(bins), scratch(bins);
+  const std::unique_ptr<float[]> memory(new float[3 * bins]);
+  float* const cumulative = memory.get();
+  float* const density = cumulative + bins;
+  float* const scratch = density + bins;
   const float width = static_cast<float>(bin_width);
   double running = 0;
   for (int64_t b = 0; b < bins; ++b) {
@@ -40,9 +45,9 @@ BinRange search_bins(const std::vector<float>& histogram, double bin_width, doub
   const auto error = kernels().quantization_error;
   float chains[kSumChains];
   sum_chains<kSumChains>(histogram.data(), bins, 0, chains);
-  RangeWalk walk(cumulative.data(), sum_of_chains(chains, histogram.data(), bins), bins);
-  while (walk.next() && walk.take(error(density.data(), bins, bin_width, walk.next_start(), walk.next_end(),
-                                        levels, scratch.data()))) {
+  RangeWalk walk(cumulative, sum_of_chains(chains, histogram.data(), bins), bins);
+  while (walk.next() &&
+         walk.take(error(density, bins, bin_width, walk.next_start(), walk.next_end(), levels, scratch))) {
   }
   return {walk.start(), walk.end()};
 }
