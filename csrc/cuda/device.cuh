@@ -1,5 +1,5 @@
-// What kernels are written with: launching, small buffers, 16-byte accesses, division,
-// reductions over a warp, a block and a grid.
+// Building blocks of the kernels: launching them, access to small buffers, 16-byte accesses, fast integer
+// division, and reductions over a warp, a block and a grid.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 
 namespace fastquant::cuda {
 
-// An Array, as kernels take it.
+// An Array in the form in which it is passed to kernels: without what only error messages need.
 struct Buffer {
   Buffer() = default;
   explicit Buffer(const Array& a) : data(a.data), type(a.type) {}
@@ -42,13 +42,13 @@ void launch(const Launcher& launcher, void (*kernel)(Params...), int64_t blocks,
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
 }
 
-// The block's shared memory: as much as it was launched with.
+// The block's dynamic shared memory, whose size is set at launch.
 template <class T>
 __device__ T* shared_memory() {
 #ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char memory[];
   return reinterpret_cast<T*>(memory);
-#else  // compiled for a CPU, by the tests
+#else  // tests/native/cuda_emulation compiles kernels for the CPU
   return static_cast<T*>(emulated_shared_memory());
 #endif
 }
@@ -84,8 +84,8 @@ __device__ inline bool is_on(Flag flag) {
 
 // --------------------------------------------------------------------- 16-byte accesses
 
-// The elements that one access moves, in the registers that it moves: an array of elements would
-// take a register for each, twice or four times as many.
+// The elements that one 16-byte access loads or stores. They stay packed in four 32-bit registers: an
+// array of 16-bit elements would take a register for each element, twice as many.
 template <class S>
 class alignas(16) Pack {
  public:
@@ -111,7 +111,7 @@ class alignas(16) Pack {
   }
 
  private:
-  static constexpr int kWords = static_cast<int>(sizeof(S) / sizeof(unsigned));  // of a large element
+  static constexpr int kWords = static_cast<int>(sizeof(S) / sizeof(unsigned));  // 0 for 16-bit elements
 
   unsigned words_[4];
 };
@@ -131,7 +131,7 @@ __device__ void store_whole(S* to, const Pack<S>& pack) {
   uint4 words;
   memcpy(&words, &pack, sizeof words);
 #ifdef __CUDA_ARCH__
-  // An assignment may become four accesses.
+  // The compiler may split an assignment of uint4 into four accesses; this instruction stays whole.
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                :
                : "l"(__cvta_generic_to_global(to)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
@@ -145,8 +145,9 @@ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 
 // ------------------------------------------------------------------------------ division
 
-// By a number that stays the same: a multiplication and a shift, where 31 bits hold both
-// (Granlund and Montgomery, Division by Invariant Integers using Multiplication, 1994).
+// Divides non-negative integers by a fixed divisor. If dividend and divisor fit into 31 bits, it
+// multiplies and shifts instead of dividing (Granlund and Montgomery, Division by Invariant Integers
+// using Multiplication, 1994).
 class Divider {
  public:
   Divider() = default;
@@ -176,8 +177,9 @@ class Divider {
 
 // ---------------------------------------------------------------------------- reductions
 
-// A partial result P has P::nothing() and P::both(a, b). Both have one order for the same
-// launch, so that sums of floats come out the same every time.
+// A partial result P has P::nothing(), the result for no elements, and P::both(a, b), the result for the
+// elements of a and b together. The order of these combinations depends only on the launch configuration,
+// so that sums of floats are reproducible.
 
 template <class P>
 __device__ P shuffle_xor(const P& p, int offset) {
@@ -190,15 +192,16 @@ __device__ P shuffle_xor(const P& p, int offset) {
   return result;
 }
 
-// For all 32 threads of a warp; each gets the result.
+// Combines the values of all lanes of a warp. Must be called by all 32 lanes; each gets the result.
 template <class P>
 __device__ P over_warp(P p) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) p = P::both(p, shuffle_xor(p, offset));
   return p;
 }
 
-// For all threads of a block of whole warps; each gets the result. `shared` is shared memory for
-// one P a warp, which nothing else reads or writes meanwhile.
+// Combines the values of all threads of a block. Must be called by all threads of a block of whole warps;
+// each gets the result. `shared` is shared memory for one P per warp. No thread may still be using it for
+// something else.
 template <class P>
 __device__ P over_block(P p, P* shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -209,12 +212,13 @@ __device__ P over_block(P p, P* shared) {
   return over_warp(lane < warps ? shared[lane] : P::nothing());
 }
 
-// For all threads of a block: whether `blocks` - 1 other blocks have been here since the ticket
-// was zero, as it is again afterwards. What they wrote before is then in the second-level
-// cache, where read_fresh finds it.
+// Returns whether this block is the last of `blocks` blocks to call it, and then resets the ticket to zero,
+// where it must have started. Must be called by all threads of a block. What the other blocks wrote before
+// their calls is then in the L2 cache, from which read_fresh reads.
 //
-// One thread stands for its block: the barrier hands it what the others wrote, a fence is for all
-// that a thread knows of, and the barrier after it hands on what it has learned.
+// One thread acts for its block. The first barrier makes the writes of the block's threads visible to it;
+// the fence, which is cumulative, orders all these writes before its atomic. On the way back, the second
+// fence and the second barrier make what the other blocks wrote visible to all threads of this block.
 __device__ inline bool arrives_last(unsigned* ticket, int64_t blocks, bool* shared) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -227,6 +231,7 @@ __device__ inline bool arrives_last(unsigned* ticket, int64_t blocks, bool* shar
   return *shared;
 }
 
+// Reads past the L1 cache, which may still hold a value from before another block's write.
 template <class P>
 __device__ P read_fresh(const P* from) {
   static_assert(sizeof(P) % sizeof(unsigned) == 0, "read word by word");

@@ -1,4 +1,5 @@
-// Fake-quantize, tile by tile in the order of memory.
+// Device code that fake-quantizes a tensor in memory order. A block processes one tile of contiguous
+// elements at a time.
 #pragma once
 
 #include "../math/fake_quantize.h"
@@ -16,26 +17,26 @@ struct QuantizeArgs {
   Buffer scale, zero_point;
   Flag enabled;
   int64_t quant_min, quant_max;
-  bool rounds_zero_point;  // that is a number which stands for a whole one
-  bool aligned;            // x, on 16-byte boundaries as y always is
-  bool tabulates;          // whether blocks keep the parameters of all channels in shared memory
+  bool rounds_zero_point;  // the zero point is a learnable float, to be rounded before it is used
+  bool aligned;            // x is 16-byte aligned; y always is
+  bool tabulates;          // each block copies the parameters of all channels to shared memory
 };
 
-constexpr int kAccesses = 4;  // that a thread has in flight
+constexpr int kAccesses = 4;  // 16-byte accesses per thread and tile, all issued before the first is used
 
-// A tile is what a block does at a time; what a warp does of it lies together.
+// Number of elements in the tile of a block. The elements that one warp processes are contiguous.
 template <class S>
 FASTQUANT_HD constexpr int64_t tile_elements(int threads) {
   return int64_t{threads} * kAccesses * Pack<S>::N;
 }
 
-// From one access of a thread to the next.
+// Number of elements between the successive accesses of a thread.
 template <class S>
 FASTQUANT_HD constexpr int access_stride() {
   return kWarp * Pack<S>::N;
 }
 
-// A thread's first element of a tile.
+// Index of the first element of a tile that this thread processes.
 template <class S>
 __device__ int64_t first_in_tile(int64_t tile, int threads) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -43,7 +44,7 @@ __device__ int64_t first_in_tile(int64_t tile, int threads) {
          thread % kWarp * Pack<S>::N;
 }
 
-// Elements that bits of a mask are written for.
+// The mask is written in whole 64-bit words, so this many bits are written for numel elements.
 FASTQUANT_HD inline int64_t padded_elements(int64_t numel) { return (numel + 63) / 64 * 64; }
 
 // ---------------------------------------------------------------------------- parameters
@@ -67,7 +68,7 @@ __device__ FakeQuantizer<Cuda<T>> quantizer_of(const ChannelParams<T>& p) {
   return {p.scale, p.inverse_scale, p.low, p.high, p.low_edge, p.high_edge};
 }
 
-// What FakeQuantizer is made of, one array of all channels for each parameter.
+// The parameters of FakeQuantizer for all channels, one array per parameter, in shared memory.
 template <class T>
 class Table {
  public:
@@ -75,7 +76,7 @@ class Table {
 
   __device__ Table(T* values, int64_t channels) : values_(values), channels_(channels) {}
 
-  // For all threads of a block: true where any channel needs ExactQuantizer.
+  // Must be called by all threads of a block. Returns whether any channel needs ExactQuantizer.
   __device__ bool fill(const QuantizeArgs& a) {
     bool exact = false;
     for (int64_t c = threadIdx.x; c < channels_; c += blockDim.x) {
@@ -93,7 +94,8 @@ class Table {
     return {param(0), param(1), param(2), param(3), param(4), param(5)};
   }
 
-  // Of kSuccessive channels one after the other, the first and their number multiples of that.
+  // Loads the quantizers of the channels [c, c + kSuccessive) with 16-byte accesses. c and the number of
+  // channels must be multiples of kSuccessive.
   static constexpr int kSuccessive = sizeof(T) == sizeof(float) ? 4 : 2;
 
   __device__ void successive(int64_t c, FakeQuantizer<Cuda<T>> (&quantizers)[kSuccessive]) const {
@@ -117,7 +119,7 @@ class Table {
 
 // ------------------------------------------------------------------------------ elements
 
-// The result, and whether the gradient passes.
+// A fake-quantized element, and whether it was in the quantized range, where its gradient is kept.
 template <class S>
 struct Outcome {
   S y;
@@ -146,7 +148,7 @@ __device__ __noinline__ Outcome<S> quantized_exactly(S x, const QuantizeArgs& a,
 
 // ----------------------------------------------------------------------------- accesses
 
-// The elements from i on, as many as there are.
+// Loads up to N elements from index i on, without reading past the end of the tensor.
 template <class S>
 __device__ Pack<S> load_some(const void* from, int64_t i, int64_t numel, bool aligned) {
   constexpr int N = Pack<S>::N;
@@ -174,7 +176,7 @@ __device__ void store_some(void* to, int64_t i, int64_t numel, const Pack<S>& pa
   }
 }
 
-// A thread's elements of a tile.
+// The elements of a tile that one thread processes.
 template <class S>
 struct Share {
   Pack<S> packs[kAccesses];
@@ -190,8 +192,8 @@ __device__ Share<S> load_share(const QuantizeArgs& a, int64_t first) {
   return share;
 }
 
-// Stores N elements a thread, and their bits of the mask: 32 / N neighbours share a word. For
-// whole warps whose elements follow one another.
+// Stores a thread's N elements and their bits of the mask; 32 / N adjacent lanes share one word of the
+// mask. Must be called by all lanes of a warp, each lane's elements following those of the lane before.
 template <class S>
 __device__ void store_outcome(const QuantizeArgs& a, int64_t i, const Pack<S>& y, unsigned bits) {
   constexpr int N = Pack<S>::N, kThreadsOfWord = 32 / N;
@@ -213,15 +215,16 @@ __device__ void store_unchanged(const QuantizeArgs& a, int64_t first, const Shar
   }
 }
 
-// -------------------------------------------------------------------------------- places
+// ------------------------------------------------------------------ channels of elements
 
-// Where an element lies among the channels.
+// The channel of an element, and its index in its segment (see reduce.cuh).
 struct Place {
   int64_t channel;
-  int64_t position;  // in its segment
+  int64_t position;
 };
 
-// Places of elements near each other, from that of the first.
+// Computes the places of elements near `first`. Only the constructor divides the full indices, which may
+// need slow 64-bit divisions; after() divides positions relative to the place of `first`.
 class Places {
  public:
   __device__ Places(const QuantizeArgs& a, int64_t first) : a_(a) {
@@ -230,7 +233,7 @@ class Places {
     channel_ = row - a.channels.quotient(row) * a.channels.divisor();
   }
 
-  // Of the element that lies so far after the first.
+  // The place of element first + distance.
   __device__ Place after(int64_t distance) const {
     const int64_t position = position_ + distance, rows = a_.inner.quotient(position);
     const int64_t channel = channel_ + rows;
@@ -238,7 +241,7 @@ class Places {
             position - rows * a_.inner.divisor()};
   }
 
-  // To the next element.
+  // Changes the place of an element to that of the next element.
   __device__ void advance(Place* place) const {
     if (++place->position < a_.inner.divisor()) return;
     place->position = 0;
@@ -252,9 +255,9 @@ class Places {
 
 // --------------------------------------------------------------------------------- tiles
 
-// A thread's share of a tile; it begins at `first`.
+// These functions fake-quantize a thread's elements of a tile, the first of which has index `first`.
 
-// With parameters that no fast path is made for.
+// For parameters that FakeQuantizer does not support, so that elements need ExactQuantizer.
 template <class S>
 __device__ __noinline__ void quantize_exactly(const QuantizeArgs& a, int64_t first) {
   constexpr int N = Pack<S>::N;
@@ -291,10 +294,10 @@ __device__ void quantize_share(const QuantizeArgs& a, int64_t first, Share<S>* x
   }
 }
 
-// With one scale and zero point.
+// For a tensor with one scale and zero point.
 template <class S>
 __device__ void quantize_one_channel(const QuantizeArgs& a, int64_t first) {
-  // The loads come first: what follows waits for the parameters.
+  // x is loaded first, so that these loads overlap with reading the flag and the parameters.
   Share<S> x = load_share<S>(a, first);
   if (!is_on(a.enabled)) {
     store_unchanged(a, first, x);
@@ -308,7 +311,7 @@ __device__ void quantize_one_channel(const QuantizeArgs& a, int64_t first) {
   }
 }
 
-// With many channels, whose parameters are in a table.
+// For per-channel parameters that are in a table in shared memory.
 template <class S>
 __device__ void quantize_by_table(const QuantizeArgs& a, int64_t first, const Table<Compute<S>>& table) {
   using T = Compute<S>;
@@ -342,7 +345,8 @@ __device__ void quantize_by_table(const QuantizeArgs& a, int64_t first, const Ta
   }
 }
 
-// With many channels of long segments, whose parameters are read where they lie.
+// For per-channel parameters that are read from global memory: segments are long, so a thread meets few
+// channels.
 template <class S>
 __device__ void quantize_by_segment(const QuantizeArgs& a, int64_t first) {
   using T = Compute<S>;
@@ -352,8 +356,8 @@ __device__ void quantize_by_segment(const QuantizeArgs& a, int64_t first) {
   const Place start = places.after(0);
   auto params = params_of<T>(a, start.channel);
   auto q = quantizer_of(params);
-  // Only shuffles meet the other threads of the warp, which may be in another channel: they are
-  // one code for all.
+  // one_channel may differ between the lanes of a warp, so both branches below must reach the same
+  // call of store_outcome: its shuffles need all lanes.
   const bool one_channel = start.position + kReach <= a.inner.divisor() && !params.exact;
 #pragma unroll
   for (int u = 0; u < kAccesses; ++u) {
@@ -385,8 +389,8 @@ __device__ void quantize_by_segment(const QuantizeArgs& a, int64_t first) {
   }
 }
 
-// Every `blocks`-th tile of a tensor of many channels, by a block of so many threads. `shared` is
-// shared memory for a table, where there is to be one.
+// Fake-quantizes every `blocks`-th tile, from tile `block` on, of a tensor with per-channel parameters, by
+// one block of `threads` threads. `shared` is shared memory for the table, if a.tabulates.
 template <class S>
 __device__ void quantize_channels(const QuantizeArgs& a, int64_t block, int64_t blocks, int threads,
                                   Compute<S>* shared) {

@@ -1,18 +1,22 @@
-// One pass over a tensor that reduces every channel, in one launch: rows for long stretches of
-// one channel, columns for short ones. What is reduced, an Op says:
+// Per-channel reductions that read a tensor once, in one kernel launch. A channel's elements form
+// contiguous segments: long segments are reduced by reduce_rows, short ones by reduce_columns.
 //
-//   Args                  what its constructor needs; passed to the kernel
-//   S                     the type of the elements
-//   Partial               what a stretch of a channel gives; see device.cuh
-//   Op(args, channels)    what one thread folds, kColumns channels at a time
-//   load(i)               the Pack::N elements from i on, which lie on a 16-byte boundary; not yet
-//                         waited for
-//   fold(loaded, i)       takes them: all into one channel, or one into each
-//   fold_one(i, column)   takes one element
-//   partial(column)       what it has by now
-//   leave(args)           called once by whole warps, at the end
-//   finish(args, channel, partial)   called once a channel, by one thread
-//   static begins(args)   whether there is anything to do
+// A class Op defines the reduction. Each thread constructs one Op, which keeps the running results
+// of kColumns channels in registers: one for reduce_rows, Pack::N for reduce_columns.
+//
+//   Args                  kernel parameter that is passed to Op's functions
+//   S                     element type
+//   Partial               result of reducing a part of a channel; device.cuh has its interface
+//   kUnroll               how many loads a thread issues before it uses the first
+//   Op(args, channels)    `channels` are the indices of the thread's channels
+//   load(i)               starts loading the Pack::N elements from index i on; &x[i] is 16-byte aligned
+//   fold(loaded, i)       reduces the loaded elements: all into the one channel, or element j into
+//                         channel j
+//   fold_one(i, column)   reduces element i into channel `column`
+//   partial(column)       running result of channel `column`
+//   leave(args)           called once by all lanes of each warp, after the last element
+//   finish(args, channel, partial)   called by one thread for each channel, with the final result
+//   static begins(args)   false if the kernel shall return without doing anything
 #pragma once
 
 #include "device.cuh"
@@ -20,7 +24,8 @@
 namespace fastquant::cuda {
 namespace {
 
-// How the operands lie: `shift` elements from 16-byte boundaries, or not alike.
+// `shift`: how many elements after a 16-byte boundary the first operand begins. `alike`: whether all
+// operands have the same shift, so that elements of one index are aligned in all of them or in none.
 struct Alignment {
   int shift;
   bool alike;
@@ -38,35 +43,36 @@ Alignment alignment_of(std::initializer_list<const void*> operands) {
 
 // ---------------------------------------------------------------------------------- rows
 
-// A channel is `outer` segments of `inner` neighbours. Each segment is covered by slots of one
-// 16-byte access; those at its ends may reach beyond it.
+// A channel consists of `outer` segments of `inner` contiguous elements. A slot is what one 16-byte
+// access reads. Slots cover each segment; the first and last slot may extend beyond its ends.
 struct RowGrid {
   int64_t channels, inner;
-  int64_t slots;       // of a channel
-  Divider by_segment;  // slots of a segment
-  int shift;           // elements from a 16-byte boundary to the first
-  bool packs;          // whether slots lie on such boundaries; else they are read element by element
-  bool warps;          // a warp for each channel, instead of a block
-  int splits;          // blocks that share a channel
+  int64_t slots;       // number of slots per channel
+  Divider by_segment;  // divides by the number of slots per segment
+  int shift;           // how many elements after a 16-byte boundary the tensor begins
+  bool packs;          // slots are 16-byte aligned; if false, elements are read one at a time
+  bool warps;          // each channel is reduced by one warp instead of by blocks
+  int splits;          // number of blocks that share a channel
 };
 
 constexpr int kRowThreads = 256;
 
-// A slot covers the elements [begin, begin + N) as far as they are in its segment.
+// A slot covers the part of [begin, begin + N) that is inside the segment, which starts at `segment`.
 struct Slot {
   int64_t segment, begin;
 };
 
 template <int N>
 __device__ Slot slot_at(const RowGrid& g, int64_t channel, int64_t index) {
-  // Mostly there is one segment only, and nothing to divide.
+  // Most channels have only one segment; then the division is skipped.
   const int64_t row = g.slots == g.by_segment.divisor() ? 0 : g.by_segment.quotient(index);
   const int64_t segment = (row * g.channels + channel) * g.inner;
   const int64_t before = g.packs ? (segment + g.shift) & (N - 1) : 0;
   return {segment, segment - before + (index - row * g.by_segment.divisor()) * N};
 }
 
-// Folds the slots of a channel, `round` by round: in each, kUnroll for every lane.
+// Reduces every `rounds`-th round of a channel, from `first_round` on. In one round, each of the `lanes`
+// threads reads kUnroll slots.
 template <class Op>
 __device__ void fold_rows(Op* op, const RowGrid& g, int64_t channel, int64_t first_round, int64_t rounds,
                           int lane, int lanes) {
@@ -74,7 +80,7 @@ __device__ void fold_rows(Op* op, const RowGrid& g, int64_t channel, int64_t fir
   for (int64_t base = first_round * lanes * U; base < g.slots; base += rounds * lanes * U) {
     typename Op::Loaded loaded[U];
     int64_t begin[U];
-    unsigned whole = 0;  // a bit for each slot that is read at once, being all in its segment
+    unsigned whole = 0;  // bit u is set if slot u is entirely in its segment, so that one access reads it
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int64_t index = base + u * lanes + lane;
@@ -152,7 +158,7 @@ RowGrid row_grid(const Dense& x, Alignment alignment) {
   g.inner = x.inner;
   g.packs = alignment.alike;
   g.shift = alignment.shift;
-  // One more where segments may begin anywhere between boundaries.
+  // A segment that does not begin on a 16-byte boundary may need one more slot.
   const bool aligned = !g.packs || (g.shift == 0 && (x.inner % N == 0 || x.outer * x.channels == 1));
   const int64_t segment = (x.inner + N - 1) / N + (aligned ? 0 : 1);
   g.slots = x.outer * segment;
@@ -165,8 +171,8 @@ RowGrid row_grid(const Dense& x, Alignment alignment) {
 template <class Op>
 void launch_rows(Launcher& launcher, const Dense& x, Alignment alignment, const typename Op::Args& args) {
   using P = typename Op::Partial;
-  constexpr int kBlocksWanted = 4;                                // of a multiprocessor
-  constexpr int64_t kRound = int64_t{kRowThreads} * Op::kUnroll;  // slots that a block has in flight
+  constexpr int kBlocksWanted = 4;                                // per multiprocessor
+  constexpr int64_t kRound = int64_t{kRowThreads} * Op::kUnroll;  // slots that a block reads at a time
   RowGrid g = row_grid<typename Op::S>(x, alignment);
   g.warps = x.channels > 1 && g.slots <= kRound / 4;
   int64_t blocks = x.channels;
@@ -188,16 +194,17 @@ void launch_rows(Launcher& launcher, const Dense& x, Alignment alignment, const 
 
 // ------------------------------------------------------------------------------- columns
 
-// Memory as rows of `width` columns, the last row cut short. Each column is one channel's; a
-// thread keeps to Pack::N columns and walks down the rows. Tiles of columns share no channel.
+// The tensor's memory as a matrix with `width` columns whose last row may be incomplete. All elements of
+// a column belong to one channel. A thread reduces Pack::N columns, row after row. A tile is the set of
+// columns that one block reduces; no two tiles have columns of the same channel.
 struct ColumnGrid {
   int64_t numel;
   int64_t rows, width;
   int64_t inner, channels;
   int64_t tiles;
-  int tile;    // columns of a tile, but perhaps the last
-  int splits;  // blocks that share a tile
-  bool packs;  // whether a thread's columns are neighbours, on 16-byte boundaries
+  int tile;    // columns per tile; the last tile may have fewer
+  int splits;  // number of blocks that share a tile, each reducing some of the rows
+  bool packs;  // a thread's columns are adjacent and 16-byte aligned; if false, they are kWarp apart
 };
 
 template <class Op, int kThreads>
@@ -236,7 +243,7 @@ __global__ void __launch_bounds__(kThreads)
   Op op(args, channel_of);
   for (int64_t base = split * (kWarps * U) + warp; base < g.rows; base += g.splits * int64_t{kWarps * U}) {
     typename Op::Loaded loaded[U];
-    unsigned whole = 0;  // a bit for each row that has all of this thread's columns side by side
+    unsigned whole = 0;  // bit u is set if one access reads all of this thread's columns of row u
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       const int64_t row = base + u * kWarps;
@@ -263,7 +270,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   op.leave(args);
 
-  // Over the warps, by halves; then over the columns of each channel.
+  // Combine the results of the warps in a tree, then those of the columns of each channel.
   P mine[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) mine[j] = op.partial(j);
@@ -296,7 +303,8 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
 
-  // Over the splits: as many threads for each channel as there are.
+  // The block that finishes last combines the results of all blocks of the tile. kThreads / stride
+  // threads share each channel.
   if (thread < channels) partials[split * g.channels + first_channel + thread] = p;
   if (!arrives_last(tickets + tile, g.splits, &shared->last)) return;
   int stride = 1;
@@ -316,7 +324,7 @@ __global__ void __launch_bounds__(kThreads)
   if (mate == 0 && own < channels) Op::finish(args, first_channel + own, p);
 }
 
-// Segments shorter than this are read as columns.
+// Channels with several segments shorter than this are reduced by reduce_columns.
 constexpr int64_t kShortSegment = 32;
 
 template <class S>
@@ -328,7 +336,7 @@ ColumnGrid column_grid(const Dense& x, Alignment alignment) {
   g.inner = x.inner;
   g.channels = x.channels;
   const int64_t period = x.channels * x.inner;
-  int64_t steps = 1;  // outer steps laid side by side
+  int64_t steps = 1;  // how many indices of the outer dimension form one row
   if (period <= kTile) {
     steps = std::min(x.outer, kTile / period);
     if (steps >= N) steps -= steps % N;
@@ -348,13 +356,13 @@ template <class Op, int kThreads>
 void launch_columns(Launcher& launcher, const Dense& x, Alignment alignment, const typename Op::Args& args) {
   using P = typename Op::Partial;
   using Shared = ColumnShared<Op, kThreads>;
-  constexpr int64_t kRound = int64_t{Shared::kWarps} * Op::kUnroll;  // rows that a block has in flight
+  constexpr int64_t kRound = int64_t{Shared::kWarps} * Op::kUnroll;  // rows that a block reads at a time
   static_assert(Shared::kTile <= kThreads, "a thread for each channel of a tile");
   ColumnGrid g = column_grid<typename Op::S>(x, alignment);
   P* partials = nullptr;
   unsigned* tickets = nullptr;
   if (g.tiles <= kMaxTickets) {
-    constexpr int64_t kThreadsWanted = 2048;  // of a multiprocessor
+    constexpr int64_t kThreadsWanted = 2048;  // per multiprocessor
     const int64_t blocks = launcher.multiprocessors() * (kThreadsWanted / kThreads);
     const int64_t wanted = (blocks + g.tiles - 1) / g.tiles;
     g.splits = static_cast<int>(std::max<int64_t>(1, std::min(wanted, (g.rows + kRound - 1) / kRound)));
@@ -367,12 +375,12 @@ void launch_columns(Launcher& launcher, const Dense& x, Alignment alignment, con
          partials, tickets);
 }
 
-// ---------------------------------------------------------------------------------- both
+// ------------------------------------------------------------------------------ dispatch
 
 inline bool has_long_segments(const Dense& x) { return x.outer == 1 || x.inner >= kShortSegment; }
 
-// Op<S, kColumns> over all channels of x, which is not empty. Columns take blocks of so many
-// threads: the fewer registers Op needs, the more.
+// Reduces every channel of x, which must not be empty, with Op<S, kColumns>. kColumnThreads is the block
+// size of reduce_columns; it is limited by the number of registers that Op needs.
 template <template <class, int> class Op, class S, int kColumnThreads>
 void reduce_channels(Launcher& launcher, const Dense& x, std::initializer_list<const void*> operands,
                      const typename Op<S, 1>::Args& args) {

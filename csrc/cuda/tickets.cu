@@ -8,7 +8,8 @@ namespace {
 
 constexpr int64_t kCount = 65536;
 
-// Zero when the module is loaded, which needs no stream and cannot disturb a capture.
+// A global variable is zeroed when the module is loaded. A cudaMemset would have to run on a stream, which
+// may be capturing.
 __device__ unsigned pool[kCount];
 
 }  // namespace

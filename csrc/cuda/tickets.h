@@ -1,4 +1,4 @@
-// Tickets for kernels in CUDA graphs.
+// Tickets (see Launcher::tickets) for kernels in CUDA graphs.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ struct TicketPool {
   int64_t count;
 };
 
-// Those of the current device: zero, and never given back. When they are used up, graphs clear
-// tickets of their own.
+// The tickets of the current device. They start at zero, and each is given to one captured kernel only.
+// When all are taken, a captured kernel gets new memory that the graph sets to zero in every replay.
 TicketPool ticket_pool();
 
 }  // namespace fastquant::cuda

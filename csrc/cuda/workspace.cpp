@@ -16,7 +16,9 @@ constexpr int kMaxDevices = 64;
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// While other threads record graphs, memory may only be allocated by who says that it knows.
+// During a stream capture, CUDA refuses calls such as cudaMalloc, possibly in other threads too, since they
+// might interfere with the capture. Here they do not, so this switches the thread to the relaxed mode,
+// which allows them.
 class AllowedDuringCapture {
  public:
   AllowedDuringCapture() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
@@ -46,14 +48,14 @@ bool records_graph(cudaStream_t stream) {
 }
 
 TicketPool pool_of_device() {
-  const AllowedDuringCapture allowed;  // to load the module
+  const AllowedDuringCapture allowed;  // the first call loads the CUDA module, which allocates memory
   return ticket_pool();
 }
 
 }  // namespace
 
-// Tickets, then scratch memory. Grows by a new and larger block; the old one is not freed, since
-// that would wait for the device.
+// One block of device memory: tickets first, then scratch memory. To grow, it is replaced with a larger
+// block; the old block is not freed, since cudaFree would wait for the device.
 struct Workspace::StreamMemory {
   std::mutex mutex;
   unsigned char* data = nullptr;
@@ -77,10 +79,10 @@ Workspace::~Workspace() = default;
 
 Workspace::StreamMemory& Workspace::stream_memory() {
   if (memory_ != nullptr) return *memory_;
-  // Kept until the process ends: the CUDA runtime may end before static objects do.
+  // Never destroyed: at exit, the CUDA runtime may be torn down before static objects are.
   static auto& mutex = *new std::mutex;
   static auto& of_stream = *new std::map<std::pair<int, unsigned long long>, StreamMemory>;
-  unsigned long long id = 0;  // never used again, as a handle may be
+  unsigned long long id = 0;  // a stream's id is unique, while its handle may be reused
   check_cuda(cudaStreamGetId(stream(), &id));
   {
     const std::lock_guard<std::mutex> lock(mutex);

@@ -1,10 +1,10 @@
-// Memory for kernels besides their operands, without allocating at each call.
+// Scratch memory and tickets for kernels, without an allocation in each call.
 //
-// Outside of graphs, each stream has memory of its own, kept for good. Kernels of one stream run
-// one after the other, so an op may use all of it; threads that share a stream take turns. A
-// kernel recorded in a CUDA graph may later run beside any other, but not beside itself: it gets
-// tickets that nothing else will ever use, and scratch memory from the graph's own pool, which
-// torch hands to nothing else that could run at the same time.
+// Outside of CUDA graph capture, each stream has a block of memory that is never freed. Kernels of one
+// stream run one after the other, so each op may use the whole block; a mutex keeps host threads that
+// launch on the same stream apart. A captured kernel may later run concurrently with any other kernel, but
+// not with itself. So it gets tickets that no other kernel ever uses, and scratch memory from the graph's
+// memory pool, which torch does not share with anything that could run at the same time.
 #pragma once
 
 #include <memory>
@@ -18,7 +18,7 @@ namespace fastquant::cuda {
 
 class Workspace final : public Launcher {
  public:
-  // x: a tensor of the current device.
+  // x: any tensor on the current device; memory for captured kernels is allocated like it.
   Workspace(const Tensor& x, int device, cudaStream_t stream);
   ~Workspace() override;
 
