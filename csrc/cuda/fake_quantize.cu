@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSmallThreads = 1024;
-constexpr size_t kSharedBytes = 48 * 1024;  // what every device has for a block
+constexpr size_t kSharedBytes = 48 * 1024;  // shared memory that a block may use on every device
 
 // ------------------------------------------------------------------------- fake-quantize
 
@@ -57,9 +57,9 @@ void launch_quantize(Launcher& launcher, const Dense& x, QuantizeArgs a) {
       launch(launcher, quantize_tensor<S>, tiles, kThreads, 0, a);
       return;
     }
-    constexpr int64_t kLongSegment = 64;  // from here on parameters are read where they lie
+    constexpr int64_t kLongSegment = 64;  // from this length on, parameters are read from global memory
     a.tabulates = x.inner < kLongSegment && table_bytes<S>(x.channels) <= kSharedBytes;
-    // A table pays where a block does many elements.
+    // Filling a table costs time, so fewer blocks are launched, each of which does more tiles.
     const int64_t blocks = a.tabulates ? std::min(tiles, int64_t{4} * launcher.multiprocessors()) : tiles;
     launch(launcher, quantize_channels_of<S>, blocks, kThreads, a.tabulates ? table_bytes<S>(x.channels) : 0,
            a);
@@ -68,7 +68,7 @@ void launch_quantize(Launcher& launcher, const Dense& x, QuantizeArgs a) {
 
 // ------------------------------------------------------------ small tensors, in one block
 
-// Elements, and channels, of a tensor that one block observes and quantizes.
+// Limits up to which one block observes and fake-quantizes a whole tensor in a single launch.
 constexpr int64_t kSmallBytes = 64 * 1024;
 constexpr int64_t kSmallChannels = 1024;
 
@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(kSmallThreads)
   using P = typename Op::Partial;
   const int thread = static_cast<int>(threadIdx.x), channels = static_cast<int>(grid.channels);
   if (is_on(minmax.enabled)) {
-    // As few neighbours as a channel has work for share it; then a thread finishes each.
+    // `mates` adjacent lanes reduce one channel: about as many as it has slots, at most a warp. Then each
+    // channel's statistics are updated by one thread.
     P* parts = shared_memory<P>();
     int mates = 1;
     while (mates < kWarp && mates < grid.slots) mates *= 2;
@@ -126,7 +127,7 @@ template <class S>
 void launch_small(Launcher& launcher, const Dense& x, const MinMaxArgs& minmax, QuantizeArgs quantize) {
   using P = typename MinMax<S, 1>::Partial;
   Alignment alignment = alignment_of<S>({x.data});
-  // Short segments are read element by element.
+  // If segments are short, few slots are entirely in one, so all elements are read one at a time.
   alignment.alike = alignment.alike && x.inner >= 2 * Pack<S>::N;
   quantize.tabulates = x.channels > 1 && table_bytes<S>(x.channels) <= kSharedBytes;
   size_t shared = sizeof(P) * static_cast<size_t>(std::max<int64_t>(x.channels, kSmallThreads / kWarp));
@@ -146,7 +147,7 @@ struct WeightArgs {
   float low, high;
 };
 
-// Weights are quantized once: an element a thread is fast enough.
+// Weights are quantized only once, at conversion, so one element per thread is fast enough.
 __global__ void __launch_bounds__(kThreads) quantize_weight(const __grid_constant__ WeightArgs a) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= a.numel) return;
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) mask_tile(const __grid_constant__ Gr
   }
 #pragma unroll
   for (int u = 0; u < kAccesses; ++u) {
-    // A product, not a selection: the sign of zero, and NaN, come out as torch's.
+    // Torch multiplies the gradient by the mask. Selecting would differ for NaN and for the sign of zero.
 #pragma unroll
     for (int j = 0; j < Pack<S>::N; ++j) {
       S product;

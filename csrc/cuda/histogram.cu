@@ -1,9 +1,10 @@
-// Histograms, and the search for the range that quantizes best.
+// Observing a histogram, and the search for the range with the smallest quantization error.
 //
-// A large tensor takes two launches. The first finds its range, and meanwhile counts as if the
-// histogram's range so far would do, which it mostly does; its last block decides. The second
-// adds those counts up; or, where the range has grown, it counts anew, while a few blocks of it
-// move the old counts to their new bins. A small tensor takes one block that does it all.
+// A large tensor takes two launches. The first, find_range, computes the tensor's range. In the same pass
+// it counts elements in the bins of the histogram's present range, since most tensors do not extend that
+// range; its last block finds out whether this one does. The second, count_range, then adds up these
+// counts. If the range was extended, it counts again in the new bins instead, while some of its blocks
+// resample the old counts to the new bins. For a small tensor, one block does everything in one launch.
 #include "../math/search.h"
 #include "observe.cuh"
 
@@ -11,45 +12,46 @@ namespace fastquant::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr size_t kSharedBytes = 48 * 1024;  // what every device has for a block
+constexpr size_t kSharedBytes = 48 * 1024;  // shared memory that a block may use on every device
 
-// What a tensor's range means for the histogram.
+// How a tensor's range changes the histogram.
 struct Plan {
-  bool counts;         // whether there is anything to count
-  bool starts;         // whether the histogram had seen nothing
-  bool moves;          // whether its counts go to other bins
-  HistogramRange old;  // the range of the bins so far
-  HistogramRange now;  // and from now on
+  bool counts;         // the tensor has elements to count
+  bool starts;         // the histogram was empty
+  bool moves;          // the range changes, so the old counts have to be resampled
+  HistogramRange old;  // the range of the bins before this tensor
+  HistogramRange now;  // the range of the bins after it
 };
 
 struct HistogramArgs {
   MinMaxArgs minmax;
   int64_t numel;
-  int shift;  // elements from a 16-byte boundary to the first
+  int shift;  // how many elements after a 16-byte boundary the tensor begins
   Buffer histogram, min_val, max_val;
-  double most;  // the largest number of min_val and max_val: finite elements beyond count as it
+  double most;  // largest finite value of min_val's type; finite elements beyond it are clamped to it
   int64_t bins, rate;
-  int64_t times;  // that counts are added, one after the other
-  // Private histograms of a block, so that threads that count the same bin seldom meet; 0 where
-  // it does not fit into shared memory.
+  int64_t times;  // how often the counts are added to the histogram
+  // Each block counts in several copies of the histogram in shared memory, so that atomics on one bin
+  // contend less. 0 copies if not even one fits into shared memory.
   int copies, copy_stride;
-  bool guesses;  // whether to count before the range is known
+  bool guesses;  // find_range counts in the bins of the present range
   int64_t counting_blocks;
-  // What the first launch leaves behind: for each of its blocks the range (of any type) and, if
-  // it guesses, counts.
+  // Written by find_range for count_range: the plan and, for each block, its range (Extremes<T>, with T
+  // depending on the element type) and, if `guesses`, its counts.
   Plan* plan;
   void* block_ranges;
   unsigned* block_counts;
-  // For the second, where the guess was wrong: zero, and nothing.
+  // Used by count_range if it counts itself: total counts, which find_range sets to zero, and the resampled
+  // old counts.
   unsigned long long* counts;
   double* moved;
   unsigned* ticket;
 };
 
-// ------------------------------------------------------------------------------- walking
+// -------------------------------------------------------------------- visiting elements
 
-// Calls on_pack for 16 bytes of elements at a time and on_one for those that are left, all
-// together for those of every `threads`-th thread.
+// Visits this thread's elements out of `threads` threads: calls on_pack for aligned groups of 16 bytes, and
+// on_one for the single elements before the first and after the last group.
 template <class S, class OnPack, class OnOne>
 __device__ void walk(const HistogramArgs& a, int64_t thread, int64_t threads, const OnPack& on_pack,
                      const OnOne& on_one) {
@@ -77,14 +79,15 @@ __device__ void walk(const HistogramArgs& a, int64_t thread, int64_t threads, co
 
 // ------------------------------------------------------------------------------ counting
 
-// The value of an element as the range holds it.
+// The value of an element, clamped to the finite values that min_val and max_val can represent.
 template <class S>
 __device__ Compute<S> held(const HistogramArgs& a, S element) {
   const Compute<S> value = to_compute(element);
   return sizeof(S) == sizeof(double) ? kept_finite(value, a.most) : value;
 }
 
-// Calls add(bin) for the elements of a range that BinFormula is good enough for.
+// Calls add(bin) for each element in the range. Only for ranges where BinFormula is exact enough
+// (bin_formula_fits).
 template <class S, class Add>
 class Counter {
  public:
@@ -126,7 +129,7 @@ __device__ void count_elements(const HistogramArgs& a, const HistogramRange& ran
   }
 }
 
-// The private histograms of a block.
+// The copies of the histogram that a block counts in.
 class Tables {
  public:
   __device__ Tables(const HistogramArgs& a, unsigned* memory) : a_(a), memory_(memory) {}
@@ -135,7 +138,7 @@ class Tables {
     for (int i = static_cast<int>(threadIdx.x); i < a_.copies * a_.copy_stride; i += kThreads) memory_[i] = 0;
   }
 
-  // This thread's.
+  // The copy that this thread counts in.
   __device__ unsigned* own() const {
     return memory_ + static_cast<int>(threadIdx.x) % a_.copies * a_.copy_stride;
   }
@@ -160,7 +163,7 @@ __device__ Plan plan_for(const HistogramArgs& a, const Extremes<T>& seen) {
   plan.starts = is_unused(plan.old);
   plan.now = widened(plan.old, {kept_finite(static_cast<double>(seen.low), a.most),
                                 kept_finite(static_cast<double>(seen.high), a.most)});
-  plan.counts = !(seen.low > seen.high) && plan.now.low <= plan.now.high;  // not where it is NaN
+  plan.counts = !(seen.low > seen.high) && plan.now.low <= plan.now.high;  // false if the range is NaN
   plan.moves = !plan.starts && (plan.now.low != plan.old.low || plan.now.high != plan.old.high);
   return plan;
 }
@@ -172,7 +175,7 @@ __device__ void write_range(const HistogramArgs& a, const Extremes<T>& seen, con
   write(a.max_val, 0, plan.now.high);
 }
 
-// What the old counts come to in a new bin.
+// The count that a bin of the new range gets when the old counts are resampled.
 __device__ __noinline__ double moved_count(const HistogramArgs& a, const Plan& plan, int64_t bin) {
   const auto old = [&](int64_t b) { return read<double>(a.histogram, b); };
   if (plan.old.low == plan.old.high) {
@@ -265,8 +268,8 @@ __global__ void __launch_bounds__(kThreads) find_range(const __grid_constant__ H
   }
 }
 
-// Adds the counts of all blocks up, 32 bins at a time: one for each lane, a share of the blocks
-// for each warp.
+// Adds up the counts of all blocks of find_range, 32 bins at a time. Each lane sums one bin, and each warp
+// sums over some of the blocks.
 __device__ inline void add_up_guess(const HistogramArgs& a, const Plan& plan, unsigned long long* shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   for (int64_t first = int64_t{blockIdx.x} * kWarp; first < a.bins; first += int64_t{gridDim.x} * kWarp) {
@@ -369,7 +372,8 @@ __global__ void __launch_bounds__(kThreads) observe_small(const __grid_constant_
 
 // ------------------------------------------------------------------------------- launches
 
-// As many private histograms as fit, at most four, each beginning in another memory bank.
+// Chooses how many copies of the histogram a block counts in: at most four, as many as fit into shared
+// memory. The stride makes each copy begin in a different bank.
 void choose_copies(HistogramArgs* a, size_t other_bytes) {
   a->copies = 0;
   a->copy_stride = 0;
@@ -399,10 +403,10 @@ void observe_histogram_of(Launcher& launcher, HistogramArgs a) {
     return;
   }
 
-  constexpr int64_t kBlocksWanted = 2;                // of a multiprocessor
-  constexpr int64_t kRound = int64_t{kThreads} * 4;   // 16-byte accesses that a block has in flight
-  constexpr int64_t kMostOfBlock = int64_t{1} << 31;  // elements that cannot overflow a counter
-  constexpr int64_t kMostGuessedBins = 4096;          // of which every block stores a count
+  constexpr int64_t kBlocksWanted = 2;                // per multiprocessor
+  constexpr int64_t kRound = int64_t{kThreads} * 4;   // 16-byte loads that a block issues at a time
+  constexpr int64_t kMostOfBlock = int64_t{1} << 31;  // elements per block, so that no 32-bit count overflows
+  constexpr int64_t kMostGuessedBins = 4096;          // limits the memory for the counts of every block
   const int64_t rounds = a.numel / (kRound * Pack<S>::N) + 1;
   a.counting_blocks = std::max(std::min(launcher.multiprocessors() * kBlocksWanted, rounds),
                                (a.numel + kMostOfBlock - 1) / kMostOfBlock);
@@ -459,8 +463,8 @@ __global__ void __launch_bounds__(kThreads) search_range(const __grid_constant__
   const HistogramRange range = {read<double>(a.min_val), read<double>(a.max_val)};
   const double width = width_for_search(range, a.bins);
   for (int64_t b = thread; b < a.bins; b += kThreads)
-    a.counts[b] /= static_cast<float>(width);           // densities now
-  RangeWalk walk(a.cumulative, shared->total, a.bins);  // the first thread's
+    a.counts[b] /= static_cast<float>(width);           // from here on, counts holds densities
+  RangeWalk walk(a.cumulative, shared->total, a.bins);  // only thread 0 uses it
   const auto announce = [&](bool goes_on) {
     shared->goes_on = goes_on;
     shared->start = walk.next_start();
@@ -506,7 +510,7 @@ void observe_histogram(Launcher& launcher, const Dense& x, const Array& histogra
   check(histogram.numel > 0 && histogram.numel <= INT_MAX && upsample_rate > 0, "a histogram needs bins");
   check(times > 0, "times must be positive, and is ", times);
   for (const Array* buffer : {&histogram, &buffers.min_val, &buffers.max_val}) {
-    // Counts stall in anything narrower, at 256 in bf16.
+    // In narrower types, adding 1 to a count soon has no effect: from 256 on in bfloat16.
     check(buffer->type == Element::f32 || buffer->type == Element::f64, buffer->name,
           " must be float32 or float64");
   }

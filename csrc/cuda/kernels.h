@@ -1,6 +1,6 @@
-// What a GPU does over memory of its own: each function starts kernels on a stream and waits
-// for nothing, except under NonFinite::raise. Free of torch, like the CPU code beside it, and
-// with the same results; ops.cpp wraps it.
+// The GPU implementations of the ops, on plain device memory. Each function launches kernels on a stream
+// and returns without waiting for them, except under NonFinite::raise. Like the functions in csrc/cpu, they
+// do not depend on torch, and they give the same results; ops.cpp calls them with tensors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,19 +10,19 @@
 
 namespace fastquant::cuda {
 
-// Throws what a call of the CUDA runtime complains of, and what to do where these kernels, other
-// than torch's, do not run on a GPU or with its driver.
+// Throws if a call to the CUDA runtime failed. If these kernels cannot run on this GPU or driver, where
+// torch's own may still run, the message names the environment variable that disables them.
 inline void check_cuda(cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would report it again
+  cudaGetLastError();  // clears the error, so that the next check does not report it again
   const bool runs_here = error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction &&
                          error != cudaErrorUnsupportedPtxVersion && error != cudaErrorInsufficientDriver;
   check(false, "CUDA: ", cudaGetErrorString(error),
         runs_here ? "" : "; the environment variable FASTQUANT_CUDA_KERNELS=0 has plain torch ops do the work");
 }
 
-// Where an op starts its kernels, and the memory that it may use while they run. Other kernels
-// of the same stream run before or after all kernels of the op, never between them.
+// The stream on which an op launches its kernels, and temporary memory for them. Kernels of other ops on
+// the same stream run before or after all kernels of the op, never between them.
 class Launcher {
  public:
   Launcher(cudaStream_t stream, int multiprocessors) : stream_(stream), multiprocessors_(multiprocessors) {}
@@ -33,11 +33,12 @@ class Launcher {
   cudaStream_t stream() const { return stream_; }
   int multiprocessors() const { return multiprocessors_; }
 
-  // Memory of any content, aligned to 256 bytes, until the op is over.
+  // Uninitialized device memory, aligned to 256 bytes, which is valid until the op's last kernel ends.
   virtual void* scratch(size_t bytes) = 0;
-  // Counters that are zero, and that kernels leave at zero; asked for once a kernel.
+  // Counters with which a kernel finds out which of its blocks finishes last (arrives_last in device.cuh).
+  // They are zero, and a kernel must leave them at zero. Call this once for each kernel.
   virtual unsigned* tickets(int64_t count) = 0;
-  // Whether the stream records a graph, and nothing can be waited for.
+  // Whether the stream is capturing a CUDA graph, so that the host must not wait for it.
   virtual bool is_capturing() const = 0;
 
  private:
@@ -45,10 +46,10 @@ class Launcher {
   int multiprocessors_;
 };
 
-// Most tickets that anything asks for.
+// The most tickets that a kernel may ask for.
 constexpr int64_t kMaxTickets = 4096;
 
-// A flag on the device, an integer of 1, 2, 4 or 8 bytes, zero for off. Without data it is on.
+// A flag in device memory: an integer of 1, 2, 4 or 8 bytes, where zero means off. If data is null, it is on.
 struct Flag {
   const void* data = nullptr;
   int bytes = 0;
@@ -73,7 +74,8 @@ void observe_qparams(Launcher& launcher, const Dense& x, Flag enabled, const Obs
                      const QParamBuffers& qparams, std::optional<double> averaging_constant,
                      const QParamsConfig& config, NonFinite policy);
 
-// NaN cannot raise without waiting: under NonFinite::propagate it makes the range NaN.
+// Under NonFinite::propagate, a NaN makes the range NaN. On a CPU it raises an error, as torch does, which
+// is not possible here without waiting for the device.
 void observe_histogram(Launcher& launcher, const Dense& x, const Array& histogram,
                        const ObserveBuffers& buffers, int64_t upsample_rate, NonFinite policy, int64_t times);
 
@@ -83,11 +85,11 @@ void choose_qparams(Launcher& launcher, const Array& min_val, const Array& max_v
 void search_histogram_range(Launcher& launcher, const Array& histogram, const Array& min_val,
                             const Array& max_val, int64_t levels, const Array& new_min, const Array& new_max);
 
-// mask may be null. Where not enabled, y is x and every bit of the mask is set.
+// mask may be null. If `enabled` is off, x is copied to y and every bit of the mask is set.
 void fake_quantize(Launcher& launcher, const Dense& x, Flag enabled, const Array& scale,
                    const Array& zero_point, QuantRange range, void* y, uint64_t* mask);
 
-// To int8, with zero points of zero.
+// Quantizes to int8 with one scale per channel and zero points of zero.
 void quantize_per_channel(Launcher& launcher, const Dense& x, const Array& scale, QuantRange range,
                           int8_t* out);
 

@@ -22,8 +22,8 @@ struct Sums {
   }
 };
 
-// The gradient of every element, and the sums over a channel that are those of its scale and
-// zero point. See reduce.cuh.
+// An Op (see reduce.cuh) that writes the gradient of each element of x and sums the gradients of the
+// channel's scale and zero point.
 template <class Stored, int kColumns>
 class Learnable {
  public:
@@ -65,7 +65,7 @@ class Learnable {
       from_compute(&element, terms.x);
       grad_x.put(j, element);
       if (kColumns == 1) {
-        // Few enough for a sum in T.
+        // So few terms can be summed in T without losing accuracy; the sums across packs are double.
         scale_sum += terms.scale;
         zero_point_sum += terms.zero_point;
       } else {

@@ -1,11 +1,13 @@
-// The reduction to smallest and largest values, and what becomes of them.
+// The min/max reduction, and the update of an observer's statistics and quantization parameters from its
+// result.
 #pragma once
 
 #include "reduce.cuh"
 
 namespace fastquant::cuda {
 
-// Statistics and, where there is a scale, quantization parameters.
+// The buffers that are updated: min_val and max_val, and, unless scale.data is null, the quantization
+// parameters.
 struct Statistics {
   Buffer min_val, max_val, scale, zero_point, eps;
   bool averages;
@@ -16,16 +18,17 @@ struct Statistics {
 struct MinMaxArgs {
   const void* x;
   Flag enabled;
-  // Whether infinities and NaN take part; those that do not are counted, where anyone asks.
+  // Whether infinities and NaN take part in the reduction. Those that do not are counted in *left_out,
+  // unless it is null.
   bool keeps_infinite, keeps_nan;
   int64_t* left_out;
-  // What becomes of the result.
-  bool updates;
-  bool in_double;  // the precision of the buffers
+  bool updates;    // write the result to `statistics`
+  bool in_double;  // min_val and max_val are float64, so the update is computed in double
   Statistics statistics;
 };
 
-// The arguments to update statistics; under NonFinite::raise to be preceded by refuse_nonfinite.
+// The arguments of a reduction that updates statistics. Under NonFinite::raise, call refuse_nonfinite before
+// the reduction is launched.
 MinMaxArgs minmax_args(const Dense& x, Flag enabled, const ObserveBuffers& buffers,
                        std::optional<double> averaging_constant, NonFinite policy);
 
@@ -33,12 +36,12 @@ void add_qparams(const QParamBuffers& qparams, const QParamsConfig& config, Stat
 
 void reduce_minmax(Launcher& launcher, const Dense& x, const MinMaxArgs& args);
 
-// Waits for the device, and throws where an enabled observer would meet NaN or infinities.
+// Throws NonfiniteElements if x has NaN or infinities and the observer is enabled. Waits for the device.
 void refuse_nonfinite(Launcher& launcher, const Dense& x, Flag enabled);
 
 namespace {
 
-// ------------------------------------------------------- what becomes of a channel's range
+// ----------------------------------------------------------------- updating one channel
 
 template <class B>
 __device__ void choose_channel(const Statistics& s, int64_t channel, Range<B> range) {
@@ -56,7 +59,7 @@ __device__ void update_channel(const Statistics& s, int64_t channel, Range<T> se
     range = folded<B>(range, now, s.averages, static_cast<B>(s.constant));
     write(s.min_val, channel, range.low);
     write(s.max_val, channel, range.high);
-    // As anyone reads them from now on.
+    // Read back, because the buffers may be narrower than B; the parameters must match what they hold.
     range = {read<B>(s.min_val, channel), read<B>(s.max_val, channel)};
   }
   if (s.scale.data != nullptr) choose_channel(s, channel, range);
@@ -64,7 +67,8 @@ __device__ void update_channel(const Statistics& s, int64_t channel, Range<T> se
 
 // ------------------------------------------------------------------------------- min/max
 
-// Of numbers: one instruction each, other than Cuda<T>::min and max, which have to keep NaN.
+// For values that are not NaN. Each is one instruction, unlike Cuda<T>::min and max, whose result for NaN
+// math/vector.h prescribes.
 __device__ inline float lesser(float a, float b) { return fminf(a, b); }
 __device__ inline float greater(float a, float b) { return fmaxf(a, b); }
 __device__ inline double lesser(double a, double b) { return fmin(a, b); }
@@ -105,7 +109,7 @@ class MinMax {
 
   __device__ void fold(const Loaded& loaded, int64_t) {
     T values[Loaded::N];
-    // Zero, unless there is a NaN or an infinity.
+    // The sum of all values times 0: it is 0 unless one of them is NaN or infinite.
     T probe = 0;
 #pragma unroll
     for (int j = 0; j < Loaded::N; ++j) {
@@ -163,7 +167,7 @@ class MinMax {
 
   const S* x_;
   T low_[kColumns], high_[kColumns];
-  unsigned nan_ = 0;  // a bit for each column
+  unsigned nan_ = 0;  // bit c is set if column c has a NaN
   unsigned left_out_ = 0;
   bool keeps_infinite_, keeps_nan_;
 };

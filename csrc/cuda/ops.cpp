@@ -1,5 +1,5 @@
-// Registers the ops of library.cpp for CUDA tensors: takes views of tensors, allocates outputs, and starts
-// kernels on torch's current stream of their device.
+// Registers the CUDA implementations of the ops in library.cpp. They check tensors, allocate outputs, and
+// launch kernels on torch's current stream of x's device.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -14,21 +14,21 @@ namespace {
 
 int64_t mask_bytes(int64_t numel) { return (numel + 63) / 64 * 8; }
 
-// One call of an op on x's device; checks that its other arguments are there too.
+// One call of an op. Makes x's device the current one, and checks that all other tensors are on it.
 class Call {
  public:
   explicit Call(const Tensor& x) : device_(x), workspace_(x, device_.index(), device_.stream()), x_(x) {}
 
   Launcher& launcher() { return workspace_; }
 
-  // Of any type.
+  // A contiguous tensor of any dtype.
   Array memory(const Tensor& t, const char* name) const {
     check_device(t, name);
     check(t.is_contiguous(), name, " must be contiguous");
     return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), name};
   }
 
-  // Of numbers that kernels can read.
+  // A contiguous tensor of a dtype that kernels can read.
   Array array(const Tensor& t, const char* name) const {
     const Array a = memory(t, name);
     check(a.type != Element::other, name, " must be floating, int32 or int64");
@@ -41,14 +41,14 @@ class Call {
     return a;
   }
 
-  // A count of elements.
+  // An int64 tensor of one element, in which elements are counted.
   Array counter(const Tensor& t, const char* name) const {
     const Array a = single(t, name);
     check(a.type == Element::i64, name, " must be int64");
     return a;
   }
 
-  // Of any integer type.
+  // A tensor of one element, of bool or any integer dtype.
   Flag flag(const Tensor& t) const {
     check_device(t, "a flag");
     const size_t bytes = t.element_size();

@@ -10,8 +10,9 @@ namespace {
 
 using GetStream = AOTITorchError (*)(int32_t device, void** stream);
 
-// libtorch_cuda has been loaded wherever there is a CUDA tensor. To link to it would take a CUDA
-// build of torch to build with; before torch 2.13 the stable ABI has no other way to a stream.
+// Looks the function up at run time, because linking to libtorch_cuda would require a CUDA build of torch at
+// build time. The library is loaded already if there is a CUDA tensor. Before torch 2.13, the stable ABI has
+// no other function that returns a stream.
 GetStream find_get_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   check(library != nullptr, "libtorch_cuda.so is not loaded");

@@ -1,4 +1,4 @@
-// The device and stream that torch has work go to.
+// Torch's current device and stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,7 @@
 
 namespace fastquant::cuda {
 
-// Makes a tensor's device the current one while it lives.
+// A guard that makes x's device the current one until it is destroyed.
 class OnDevice {
  public:
   explicit OnDevice(const torch::stable::Tensor& x);

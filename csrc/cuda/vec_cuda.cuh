@@ -1,4 +1,4 @@
-// One element on a GPU, with the arithmetic of ../math/vector.h.
+// The vector interface of ../math/vector.h for one element per GPU thread, for code that CPU and GPU share.
 #pragma once
 
 #include "../math/vector.h"

@@ -1,4 +1,4 @@
-// CUDA C++ as far as fastquant's kernels use it, for a host compiler. See emulation.h.
+// The parts of CUDA C++ that fastquant's kernels use, for a host compiler. See emulation.h.
 #pragma once
 
 #include <cmath>
@@ -24,7 +24,7 @@ struct dim3 {
   unsigned x;
 };
 
-// Of the fiber that runs, whenever it is asked.
+// threadIdx and the like: constants that give the running fiber's value each time they are read.
 struct Coordinate {
   unsigned (*now)();
   operator unsigned() const { return now(); }

@@ -1,5 +1,5 @@
-// The little of the CUDA runtime that fastquant's host code calls, on memory of the host.
-// See emulation.h.
+// The functions of the CUDA runtime that fastquant's host code calls, implemented with host memory. See
+// emulation.h.
 #pragma once
 
 #include <cstddef>

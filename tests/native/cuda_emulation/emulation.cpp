@@ -42,7 +42,7 @@ int multiprocessor_count = 4;
 
 // ------------------------------------------------------------------------------ contexts
 
-// A stack, and where to go on with it.
+// A suspended fiber's stack and registers.
 struct Context {
 #if defined(__x86_64__)
   void* stack_pointer = nullptr;
@@ -50,13 +50,13 @@ struct Context {
   ucontext_t machine = {};
 #endif
   unsigned char* stack = nullptr;
-  const void* bottom = nullptr;  // for AddressSanitizer
+  const void* bottom = nullptr;  // this and the following members are for AddressSanitizer
   size_t bytes = 0;
   void* fake_stack = nullptr;
 };
 
 #if defined(__x86_64__)
-// Saves what a call preserves, and changes stacks: swapcontext would call the kernel each time.
+// Saves the callee-saved registers and switches stacks. swapcontext would make a system call each time.
 extern "C" void emulation_switch(void** save, void* load);
 asm(R"(
 .text
@@ -91,14 +91,15 @@ void prepare(Context* c, void (*entry)()) {
     c->stack = static_cast<unsigned char*>(memory);
   }
 #if defined(__SANITIZE_ADDRESS__)
-  // Frames that a fiber left for good were never taken down.
+  // A fiber that has ended did not return from its outermost frames, so they are still poisoned.
   __asan_unpoison_memory_region(c->stack + kStackBytes - kAbandonedBytes, kAbandonedBytes);
 #endif
   c->bottom = c->stack;
   c->bytes = kStackBytes;
   c->fake_stack = nullptr;
 #if defined(__x86_64__)
-  // As if entry had been called: the stack is 8 off a multiple of 16 then.
+  // Lays the stack out as if `entry` had just been called, when the stack pointer is 8 below a multiple of
+  // 16.
   auto** top = reinterpret_cast<void**>(c->stack + kStackBytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
@@ -113,7 +114,8 @@ void prepare(Context* c, void (*entry)()) {
 #endif
 }
 
-// `came_from`: told where its stack is, which only AddressSanitizer knows.
+// Completes a switch to `c`. Stores the bounds of the stack that was left in `came_from`, unless it is null:
+// for the scheduler's stack, only AddressSanitizer knows them.
 void arrived(Context* c, [[maybe_unused]] Context* came_from) {
 #if defined(__SANITIZE_ADDRESS__)
   const void* bottom = nullptr;
@@ -150,11 +152,11 @@ struct Fiber {
   unsigned thread = 0;
 };
 
-// Fibers that wait for each other.
+// A barrier, of a block or a warp.
 struct Meeting {
   std::vector<Fiber*> waiting;
   int any = 0;
-  int result[2] = {};  // of even and odd meetings: some may still read the last one
+  int result[2] = {};  // alternates, because some fibers may read the last result after others have gone on
   uint64_t words[2][kWarp] = {};
   unsigned count = 0;
 };
@@ -189,7 +191,7 @@ void fiber_main() {
   leave_for_scheduler(true);
 }
 
-// Waits until all of `expected` fibers are here; which meeting of its kind it was, even or odd.
+// Waits until `expected` fibers have called it. Returns which of the alternating results this time uses.
 template <class Post>
 unsigned meet(Meeting* m, unsigned expected, const Post& post) {
   const unsigned parity = m->count % 2;
@@ -294,7 +296,8 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::func
     if (block->live > 0) continue;
     const auto finished =
         std::find_if(under_way.begin(), under_way.end(), [&](const auto& b) { return b.get() == block; });
-    // Kernels read the words that lanes post, too; a later block may get that memory as shared.
+    // The race detector also saw accesses to the words of warp operations. A later block may get this memory
+    // as shared memory, so both are forgotten.
     races_forget(block->shared.get(), shared_bytes);
     races_forget(block->warps.data(), block->warps.size() * sizeof(Meeting));
     for (auto& f : block->fibers) spare.push_back(std::move(f));
@@ -316,7 +319,7 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "no memory"; }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
-  // Kept for good, as the caller keeps it.
+  // Never freed, because the caller (csrc/cuda/workspace.cpp) never frees it either.
   *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xa5, bytes);

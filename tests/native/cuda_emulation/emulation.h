@@ -1,14 +1,14 @@
-// Runs CUDA kernels, compiled by a host compiler, on one thread of the host: every thread of a
-// block is a fiber with a stack of its own.
+// Runs CUDA kernels that a host compiler has compiled, on a single host thread. Every thread of a block is
+// a fiber with its own stack.
 //
-// Fibers run until they meet a barrier, a warp operation, an atomic or a fence, and go on in
-// random order; a few blocks are under way at once, blocks start in random order. So a kernel
-// that counts on an order it has not asked for fails here, sooner or later. Shared memory is
-// allocated to the byte, for AddressSanitizer, and starts out as rubbish. A barrier or warp
-// operation that not all threads reach ends the process with a message.
+// A fiber runs until it reaches a barrier, a warp operation, an atomic or a fence. Then another fiber,
+// chosen at random, goes on. Blocks start in random order, and a few run at the same time. So a kernel that
+// depends on an order without synchronizing fails here sooner or later. Shared memory has exactly the size
+// of the launch, so that AddressSanitizer finds accesses beyond it, and it starts with random contents. If
+// some threads do not reach a barrier or warp operation, the process aborts with a message.
 //
-// What it cannot show: the order in which a GPU makes writes visible, and time. Which accesses are
-// ordered at all, races.h looks into.
+// Not emulated are timing and weak memory: every write is visible to all fibers at once. Missing
+// synchronization that this would hide is found by races.h.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@
 
 namespace emulation {
 
-// Of the fiber that runs.
+// The coordinates and state of the running fiber.
 unsigned thread_index();
 unsigned block_index();
 unsigned block_size();
@@ -27,17 +27,17 @@ unsigned barriers_passed();
 bool in_kernel();
 bool is_on_own_stack(const void* address);
 
-// Lets other fibers run, now and then.
+// Switches to another fiber, with a probability of 1/4.
 void yield();
-// Waits for the block; whether any predicate was true.
+// Waits until all threads of the block have called it. Returns whether any predicate was nonzero.
 int sync_block(int predicate);
-// Waits for the warp; the words that its 32 lanes posted.
+// Waits until all lanes of the warp have called it. Returns the words of the 32 lanes.
 const uint64_t* post_to_warp(unsigned lanes, uint64_t word);
 
-// A launch, from its start to its end.
+// Runs a kernel with this launch configuration until all its blocks have ended.
 void run(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
 
-// How many launches there have been, and the settings of the device.
+// The number of launches so far, and settings of the emulated device.
 int64_t launches();
 void set_capturing(bool capturing);
 void set_multiprocessors(int count);

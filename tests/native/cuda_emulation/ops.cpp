@@ -1,5 +1,5 @@
-// The CUDA ops for CPU tensors: csrc/cuda/ops.cpp, registered for another device. Compiled with
-// fastquant renamed, since the ops of that name have CPU kernels of their own.
+// Registers csrc/cuda/ops.cpp as the implementation for CPU tensors. CMakeLists.txt renames the torch library
+// from fastquant to fastquant_emulated, since the ops of "fastquant" have CPU kernels of their own.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

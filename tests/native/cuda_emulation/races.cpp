@@ -11,34 +11,36 @@
 namespace emulation {
 namespace {
 
-// Where in a launch a thread is: `barriers` are those of its block that it has passed.
+// When a thread made an access: `barriers` is how many barriers its block had passed.
 struct Moment {
   unsigned block, thread, barriers;
   bool atomic;
 };
 
-// The latest write and, since then, the latest reads of two threads.
+// The accesses to one piece of memory: the latest write and, since then, the latest reads of two threads.
 struct Cell {
   Moment write, reads[2];
   int read_count = 0;
   bool written = false;
 };
 
-// Of each block, the barriers before which all it did is known.
+// For each other block, a number of barriers: its accesses before that barrier are visible.
 using Knowledge = std::map<unsigned, unsigned>;
 
 struct Learned {
   Knowledge knowledge;
-  unsigned thread, barriers;  // who fetched it, and when; the others have it after the next barrier
+  // The thread that acquired the knowledge, and its barriers then. The block's other threads have it after
+  // their next barrier.
+  unsigned thread, barriers;
 };
 
-constexpr uintptr_t kCell = 2;  // bytes, of the smallest element
+constexpr uintptr_t kCell = 2;  // bytes per cell: the size of the smallest element type
 
 std::unordered_map<uintptr_t, Cell> cells;
-std::unordered_map<uintptr_t, Knowledge> published;           // by memory of atomics
-std::map<unsigned, Learned> known;                            // by block
-std::map<std::pair<unsigned, unsigned>, unsigned> fenced_at;  // by block and thread, the barriers
-std::map<std::pair<unsigned, unsigned>, Knowledge> fetched;   // by an atomic; known after a fence
+std::unordered_map<uintptr_t, Knowledge> published;           // key: the address of an atomic
+std::map<unsigned, Learned> known;                            // key: block
+std::map<std::pair<unsigned, unsigned>, unsigned> fenced_at;  // key: block and thread; barriers at its fence
+std::map<std::pair<unsigned, unsigned>, Knowledge> fetched;   // read by an atomic, known after a fence
 bool in_atomic = false;
 
 Moment now() { return {block_index(), thread_index(), barriers_passed(), in_atomic}; }
@@ -142,7 +144,7 @@ void races_atomic_end() { in_atomic = false; }
 
 }  // namespace emulation
 
-// What -fsanitize=thread has compilers call.
+// The functions that code compiled with -fsanitize=thread calls.
 #define FASTQUANT_ACCESSES(bytes)                                                               \
   extern "C" void __tsan_read##bytes(void* p) { emulation::access(p, bytes, false); }           \
   extern "C" void __tsan_write##bytes(void* p) { emulation::access(p, bytes, true); }           \

@@ -1,11 +1,14 @@
-// Finds accesses of different threads to the same memory, one of them a write, that nothing orders:
-// where a launch has any, the process ends with a message. What orders them is what CUDA says does:
+// A race detector for emulated kernels. If two threads access the same memory, at least one of them writes,
+// and nothing orders the two accesses, the process aborts with a message. As in CUDA's memory model, two
+// accesses are ordered by
 //
-// - in a block, a barrier between them; warp operations are none;
-// - between blocks, a barrier, a fence and an atomic of one thread, then an atomic on the same
-//   memory and a fence of another thread, then a barrier where it is others that go on.
+// - within a block, a barrier between them; warp operations do not count;
+// - between blocks, this chain: a barrier in the first block; a fence and then an atomic by one of its
+//   threads; an atomic on the same memory and then a fence by a thread of the second block; and a barrier
+//   in the second block, if another of its threads makes the second access.
 //
-// Kernels are compiled with -fsanitize=thread, whose calls come here instead of to its library.
+// Kernels are compiled with -fsanitize=thread. The functions that it calls for each access are defined in
+// races.cpp, in place of ThreadSanitizer's library.
 #pragma once
 
 #include <cstddef>
@@ -13,10 +16,10 @@
 namespace emulation {
 
 #if defined(FASTQUANT_EMULATION_RACES)
-void races_launch();                                  // a launch starts: all before is ordered
-void races_forget(const void* memory, size_t bytes);  // the memory is somebody else's now
-void races_fence();                                   // of the fiber that runs
-void races_atomic_begin(const void* memory);          // its accesses until the end are atomic
+void races_launch();                                  // a launch starts after all earlier ones have ended
+void races_forget(const void* memory, size_t bytes);  // this memory was freed and may be reused
+void races_fence();                                   // the running fiber executes a fence
+void races_atomic_begin(const void* memory);          // accesses until races_atomic_end are atomic
 void races_atomic_end();
 #else
 inline void races_launch() {}

@@ -1,5 +1,5 @@
-// What stands in for csrc/cuda/stream.cpp and tickets.cu where kernels are emulated; and the
-// emulation's settings, for Python.
+// Replaces csrc/cuda/stream.cpp and tickets.cu in the emulation, and exports the emulation's settings to
+// the Python tests.
 #include "cuda/stream.h"
 
 #include "cuda/tickets.h"
@@ -13,7 +13,7 @@ OnDevice::OnDevice(const torch::stable::Tensor&) : index_(0) {}
 OnDevice::~OnDevice() = default;
 cudaStream_t OnDevice::stream() const { return nullptr; }
 
-// Few enough to be used up.
+// So few that the tests also reach the case where none are left.
 TicketPool ticket_pool() {
   static unsigned tickets[64] = {};
   return {tickets, 64};
