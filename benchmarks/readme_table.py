@@ -8,6 +8,7 @@ With --check it writes nothing, and fails where the README differs from what it 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from fastquant.bench.timing import readable_time
@@ -40,8 +41,7 @@ def compared_with_torch_ao(rows: list[Row]) -> list[str]:
     ]
     found: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
-        if row["unit"] == "x" and {OURS, THEIRS} == row["seconds"].keys():
-            found.setdefault((row["work"], row["input"]), {})[row["threads"]] = row
+        found.setdefault((row["work"], row["input"]), {})[row["threads"]] = row
     for (work, input), by_threads in found.items():
         cells = [work, input]
         for n in threads:
@@ -53,11 +53,10 @@ def compared_with_torch_ao(rows: list[Row]) -> list[str]:
 
 
 def whole_models(rows: list[Row]) -> list[str]:
-    found = [row for row in rows if row["benchmark"] == "whole_models" and row["unit"] == "more"]
-    if not found:
+    if not rows:
         return []
     lines = ["| model | threads | time over float |", "|---|--:|--:|"]
-    lines += [f"| {row['work']} | {row['threads']} | {value_text(row)} |" for row in found]
+    lines += [f"| {row['work']} | {row['threads']} | {value_text(row)} |" for row in rows]
     return ["", "Whole models, batch 8 at 224 x 224:", "", *lines]
 
 
@@ -65,7 +64,15 @@ def section(path: Path) -> str:
     result = load(path)
     about, rows = result["machine"], result["rows"]
     met = [row["met"] for row in rows if row["met"] is not None]
-    disturbed = mostly_disturbed(rows)
+    compared = [
+        row
+        for row in rows
+        if row["benchmark"] in IN_README
+        and row["unit"] == "x"
+        and {OURS, THEIRS} == row["seconds"].keys()
+    ]
+    whole = [row for row in rows if row["benchmark"] == "whole_models" and row["unit"] == "more"]
+    disturbed, disturbed_here = mostly_disturbed(rows), mostly_disturbed([*compared, *whole])
     stored = path.resolve()
     if stored.is_relative_to(ROOT):
         stored = stored.relative_to(ROOT)
@@ -76,8 +83,8 @@ def section(path: Path) -> str:
         f"fastquant {about['fastquant']}; {result['date'][:10]}. Each time is the median of "
         "interleaved rounds of calls to the public modules.",
         "",
-        *compared_with_torch_ao([row for row in rows if row["benchmark"] in IN_README]),
-        *whole_models(rows),
+        *compared_with_torch_ao(compared),
+        *whole_models(whole),
         "",
         f"`make bench` repeats all measurements; `python benchmarks/readme_table.py` writes this "
         f"section. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, among "
@@ -85,12 +92,14 @@ def section(path: Path) -> str:
         f"{sum(met)} of {len(met)} targets are met; [docs/performance.md](docs/performance.md) "
         "explains what limits the others."
         + (
-            f" In {disturbed} of the measurements, other processes disturbed most of the rounds."
+            f" Other processes disturbed most of the rounds of {disturbed} measurements, "
+            f"{disturbed_here} of them in the tables above: their times may be too long."
             if disturbed
             else ""
         ),
     ]
-    return "\n".join(lines)
+    wrap = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if line.startswith("|") else wrap.fill(line) for line in lines)
 
 
 def main() -> None:
