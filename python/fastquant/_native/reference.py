@@ -424,7 +424,7 @@ def range_of_least_error(
     base, top = min_val.reshape(()).to(compute), max_val.reshape(()).to(compute)
     width = (top - base) / bins
     # A single bin may be wider than the largest number.
-    wide = torch.tensor(bin_width, dtype=torch.float64).to(width)
+    wide = torch.as_tensor(bin_width, dtype=torch.float64).to(width)
     width = torch.where(width.isfinite(), width, wide)
     new_min = base + width * start_bin if start_bin else base
     new_max = base + width * (end_bin + 1)
