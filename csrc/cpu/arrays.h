@@ -1,4 +1,5 @@
-// How the CPU code accesses memory: small buffers, pieces of large tensors, threads. Without torch and Python.
+// Access to memory for the CPU code: reading and writing small buffers, and splitting large tensors into pieces
+// for threads. Independent of torch and Python.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +44,7 @@ void write_values(const Array& a, const std::vector<T>& values) {
   });
 }
 
-// The only element.
+// The value of an array that has one element.
 template <class T>
 T read_value(const Array& a) {
   return with_element(a.type, [&](auto element) {
@@ -61,7 +62,7 @@ inline void add_nonfinite(const Array& nonfinite_count, int64_t left_out) {
 }
 // ----------------------------------------------------------------------------- layout
 
-// f(channel, begin, end) for each stretch of [begin, end) that lies in one channel.
+// Splits [begin, end) at the boundaries between channels, and calls f(channel, begin, end) for each part.
 template <class F>
 void for_segments(const Dense& d, int64_t begin, int64_t end, const F& f) {
   int64_t row = begin / d.inner;
@@ -77,12 +78,14 @@ void for_segments(const Dense& d, int64_t begin, int64_t end, const F& f) {
 
 // ---------------------------------------------------------------------------- threads
 
-// Defined by the program that links this code: torch's threads, or a test's own.
+// These two functions are defined by the program that links this code: ops.cpp uses torch's thread pool, tests
+// their own threads.
 int64_t thread_count();
-// f(context, i) for i in [0, count), on as many threads.
+// Calls f(context, i) for all i in [0, count), in parallel.
 void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context);
 
-// As many elements are worth a thread, where each is written and where each is only read.
+// How many elements a thread must have for its start to pay off, in an op that writes each element and in one
+// that only reads it.
 constexpr int64_t kGrain = 65536, kGrainOfReading = 131072;
 
 // How many pieces to cut n elements into.
@@ -90,7 +93,8 @@ inline int64_t piece_count(int64_t n, int64_t grain = kGrain) {
   return n < 2 * grain ? 1 : std::min<int64_t>(thread_count(), n / grain);
 }
 
-// f(piece, begin, end) for `pieces` pieces of [0, n), each but the last a multiple of unit.
+// Splits [0, n) into `pieces` pieces and calls f(piece, begin, end) for each, in parallel. The length of each
+// piece but the last is a multiple of `unit`.
 template <class F>
 void for_pieces(int64_t n, int64_t pieces, int64_t unit, const F& f) {
   if (pieces <= 1) {

@@ -20,8 +20,8 @@ const Kernels* const kBuilt[] = {
 };
 constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(kBuilt[0]);
 
-// By feature, not by processor model; cpu_supports also asks whether the operating system
-// saves the registers.
+// Tests for features, not processor models. __builtin_cpu_supports also checks that the operating system saves
+// the vector registers.
 bool runs_here(const Kernels* table) {
 #if defined(FASTQUANT_X86)
   __builtin_cpu_init();
@@ -31,7 +31,7 @@ bool runs_here(const Kernels* table) {
            __builtin_cpu_supports("fma");
   }
   if (table == &kAvx2Kernels) {
-    // Every processor with AVX2 has F16C, which older compilers cannot ask for.
+    // F16C is not tested, because older compilers cannot: every processor with AVX2 has it.
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   }
 #endif

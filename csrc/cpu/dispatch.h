@@ -1,4 +1,4 @@
-// Which kernel table is in use: the best one that this processor runs, until set_isa names another.
+// Selects the kernel table: the best one that this processor supports, unless set_isa chooses another.
 #pragma once
 
 namespace fastquant {
@@ -11,13 +11,13 @@ const Kernels& kernels();
 // Name of the table in use.
 const char* isa();
 
-// The i-th table that was built and that this processor runs, best first; nullptr past the end.
+// The name of the i-th table that was built and that this processor supports, best first; nullptr past the end.
 const char* usable_isa(int i);
 
-// The i-th table that was built, best first; nullptr past the end.
+// The name of the i-th table that was built, best first; nullptr past the end.
 const char* built_isa(int i);
 
-// Switches to a usable table. False, with nothing changed, where there is none of that name.
+// Switches to the table with this name. Returns false, and changes nothing, if there is no usable one.
 bool set_isa(const char* name);
 
 }  // namespace fastquant

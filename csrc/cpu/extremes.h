@@ -1,4 +1,4 @@
-// Smallest and largest elements of a whole tensor, per channel, on threads.
+// The smallest and largest elements of each channel of a tensor, computed in parallel.
 #pragma once
 
 #include <numeric>
@@ -8,7 +8,7 @@
 namespace fastquant {
 namespace {
 
-// One tensor's extremes, one entry a channel; low > high where a channel had nothing.
+// The smallest and largest element of each channel. low > high if no element of a channel was taken.
 template <class T>
 struct Extremes {
   explicit Extremes(int64_t channels)
@@ -23,7 +23,7 @@ struct Extremes {
   std::vector<T> low, high;
 };
 
-// Rows at least this long are reduced one by one; shorter ones as columns.
+// A row is `inner` contiguous elements of one channel. Rows of at least this length are reduced one by one.
 constexpr int64_t kShortRow = 512;
 
 template <class S, class T>
@@ -41,7 +41,8 @@ bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
     });
   };
   if (pieces == 1) {
-    // A small tensor, for which allocating partial results takes as long as reading it.
+    // Writes to `result` directly: for a small tensor, allocating partial results would take as long as reading
+    // it.
     char any_nonfinite = 0;
     if (n > 0) fold_piece(0, n, result, &any_nonfinite);
     return any_nonfinite != 0;
@@ -57,7 +58,8 @@ bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
   return std::any_of(nonfinite.begin(), nonfinite.end(), [](char found) { return found != 0; });
 }
 
-// Folds extremes of the columns of [repeat, channels, inner] into those of the channels.
+// Reduces the extremes of each column of a matrix with rows of shape [repeat, channels, inner] to those of each
+// channel.
 template <class T>
 void fold_columns(const Extremes<T>& columns, int64_t repeat, const Dense& d, Extremes<T>* result) {
   const auto& kernels = kernels_of(T{});
@@ -82,8 +84,8 @@ void fold_columns(const Extremes<T>& columns, int64_t repeat, const Dense& d, Ex
   }
 }
 
-// How many steps of the outer dimension to take as one row, so that the columns fill whole vectors; one where
-// that would make a row too long.
+// How many indices of the outer dimension to combine into one row of the matrix, so that its columns fill whole
+// vectors. 1 if such a row would be too long.
 inline int64_t side_by_side(int64_t width) {
   constexpr int64_t kMost = 1024;
   for (const int64_t elements : {64, 16}) {
@@ -93,7 +95,8 @@ inline int64_t side_by_side(int64_t width) {
   return 1;
 }
 
-// Short rows: every position of [channels, inner] is a column of its own.
+// For short rows: treats the tensor as a matrix with one column for each position in [channels, inner], and
+// reduces the columns.
 template <class S, class T>
 bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax_columns = kernels_of(S{}).minmax_columns;
@@ -118,14 +121,15 @@ bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   return found || std::any_of(nonfinite.begin(), nonfinite.end(), [](char f) { return f != 0; });
 }
 
-// False where all elements are finite; otherwise NaN is left out, and infinities take part.
+// Computes the extremes of all elements except NaN. Returns whether there were NaN or infinities.
 template <class S, class T>
 bool extremes(const S* x, const Dense& d, Extremes<T>* result) {
   return d.outer == 1 || d.inner >= kShortRow ? extremes_of_rows(x, d, result)
                                               : extremes_of_columns(x, d, result);
 }
 
-// The extremes of finite elements, for tensors that hold NaN or infinities; returns how many of these.
+// Computes the extremes of the finite elements of a tensor that has NaN or infinities. Returns the number of
+// elements that are not finite.
 template <class S, class T>
 int64_t finite_extremes(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax_finite = kernels_of(S{}).minmax_finite;
@@ -150,7 +154,7 @@ int64_t finite_extremes(const S* x, const Dense& d, Extremes<T>* result) {
   return total;
 }
 
-// A NaN makes its channel's extremes NaN, as in torch.aminmax.
+// Sets the extremes of each channel that has a NaN to NaN, as torch.aminmax does.
 template <class S, class T>
 void propagate_nan(const S* x, const Dense& d, Extremes<T>* result) {
   for_segments(d, 0, d.numel(), [&](int64_t channel, int64_t from, int64_t to) {

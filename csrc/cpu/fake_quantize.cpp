@@ -1,4 +1,4 @@
-// Fake-quantize over memory.
+// Fake-quantize ops on plain memory, in parallel.
 #include "fake_quantize.h"
 
 #include "../math/fake_quantize.h"
@@ -7,8 +7,9 @@
 namespace fastquant {
 namespace {
 
-// For rows at least this long, parameters are broadcast; for shorter ones, the parameters of one period are
-// laid out element by element.
+// A row is `inner` contiguous elements of one channel. For rows of at least this length, a row's parameters are
+// broadcast to vectors. For shorter rows, arrays hold the parameters of each of the channels * inner elements
+// after which they repeat.
 constexpr int64_t kShortRow = 32;
 
 // Owns the arrays that QuantParams points to.
@@ -23,7 +24,8 @@ class ParamArrays {
     params_.inner = std::max<int64_t>(d.inner, 1);
     params_.float_zero_point = zero_point.type != Element::i32 && zero_point.type != Element::i64;
     params_.exact = false;
-    // One value a channel or, where rows are short, one an element, over and over.
+    // The arrays hold one value per channel or, if rows are short, one per element, repeated to fill the
+    // padding.
     const int64_t each = periodic_ ? d.inner : 1, pattern = d.channels * each;
     params_.period = periodic_ ? pattern * ((kPeriodPadding + pattern - 1) / pattern) : 0;
     const int64_t length = periodic_ ? params_.period + kPeriodPadding : pattern;
@@ -55,8 +57,8 @@ class ParamArrays {
   std::vector<T> values_;
 };
 
-// A part of one channel, so short that one thread sums it up. The parts' sums are added in order, so the
-// result is the same for any number of threads.
+// A part of one channel that is summed by one thread. Neither the lengths of parts nor the order in which their
+// sums are added depends on the number of threads, so the result does not either.
 struct Stretch {
   int64_t channel, begin, end;
 };

@@ -11,7 +11,7 @@
 namespace fastquant {
 namespace {
 
-// Whole numbers, exact up to 2^53.
+// Counts of elements; double is exact up to 2^53.
 using Counts = std::vector<double>;
 
 template <class S>
@@ -22,7 +22,7 @@ void count_wide(const S* x, int64_t n, const HistogramRange& r, int64_t bins, Co
   }
 }
 
-// Counts one thread's part of a tensor.
+// Counts the elements of the piece of a tensor that one thread processes.
 template <class S>
 class Counter {
  public:
@@ -51,7 +51,7 @@ class Counter {
     }
   }
 
-  // Whether an element was outside of the range, or NaN.
+  // Whether any element so far was outside the range or NaN.
   bool left_out() const { return left_out_; }
 
   Counts totals() {
@@ -60,8 +60,9 @@ class Counter {
   }
 
  private:
-  static constexpr int64_t kSmall = 4096;  // below it, summing four tables costs more than it saves
-  static constexpr int64_t kCounterMax = int64_t{1} << 30;  // elements whose count is an int32_t
+  static constexpr int64_t kSmall = 4096;  // with fewer elements, summing four tables costs more than it saves
+  static constexpr int64_t kCounterMax = int64_t{1}
+                                         << 30;  // after so many elements, every count fits an int32_t
 
   int64_t entries_left_out() const {
     int64_t sum = 0;
@@ -71,7 +72,7 @@ class Counter {
 
   void drain() {
     const int64_t stride = histogram_stride(bins_);
-    // As int32_t: the only conversion to double that every processor does in vectors.
+    // As int32_t, because only its conversion to double has a vector instruction on every processor.
     int32_t* const c = reinterpret_cast<int32_t*>(scratch_.data());
     if (tables_ > 1) {
       for (int64_t b = 0; b < bins_; ++b) c[b] += c[b + stride] + c[b + 2 * stride] + c[b + 3 * stride];
@@ -117,15 +118,15 @@ Counts count_bins(const S* x, int64_t n, const HistogramRange& r, int64_t bins) 
   return summed(std::move(partial));
 }
 
-// Whether T holds the ends of a range, so that comparisons in T decide what is inside.
+// Whether T can represent both ends of a range exactly, so that comparing elements with them in T is exact.
 template <class T>
 bool is_exact(const HistogramRange& r) {
   return static_cast<double>(static_cast<T>(r.low)) == r.low &&
          static_cast<double>(static_cast<T>(r.high)) == r.high;
 }
 
-// Counts within the range of earlier tensors. False where an element is outside of it, which is noticed at the
-// end of a block: the counts are then incomplete.
+// Counts the elements in the bins of the histogram's present range. Returns false as soon as a block has an
+// element outside that range; the counts are then incomplete.
 template <class S>
 bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, int64_t bins, Counts* counts) {
   constexpr int64_t kBlock = 8192;
@@ -144,7 +145,7 @@ bool count_into_known_range(const S* x, int64_t n, const HistogramRange& known, 
   return !outside;
 }
 
-// x with finite elements limited to [-most, most].
+// A copy of x with finite elements clamped to [-most, most].
 template <class S>
 std::vector<S> limited(const S* x, int64_t n, double most) {
   std::vector<S> result(x, x + n);
@@ -160,7 +161,7 @@ std::vector<double> resample(const std::vector<double>& histogram, const Histogr
   kernels_of(B{}).parts_before(from, to, bins, upsample_rate, parts_before.data());
   std::vector<double> result(bins), share(bins);
   for (int64_t bin = 0; bin < bins; ++bin) share[bin] = histogram[bin] / static_cast<double>(upsample_rate);
-  // Resampling::sum for each bin, without its divisions.
+  // Computes Resampling::sum for all bins in one pass, which needs no divisions.
   int64_t part = 0, old = 0;
   for (int64_t bin = 0; bin < bins; ++bin) {
     const int64_t last = parts_before[bin];
@@ -189,7 +190,7 @@ std::vector<double> moved_histogram(const std::vector<double>& histogram, const 
                                                   : resample<float>(histogram, from, to, upsample_rate);
 }
 
-// Rounds each time, as that many observations would.
+// Adds the counts `times` times, rounding to the histogram's type after each, as repeated observations would.
 void add_counts(const Array& histogram, const Counts& counts, int64_t times) {
   with_element(histogram.type, [&](auto element) {
     auto* const data = static_cast<decltype(element)*>(histogram.data);
@@ -210,7 +211,7 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   const HistogramRange old = {read_value<double>(min_val), read_value<double>(max_val)};
   const bool first = is_unused(old);
   Counts counts;
-  // Most tensors stay within the range so far: then one pass is enough.
+  // Most tensors do not extend the histogram's range; for these, one pass over x is enough.
   if (!first && bin_formula_fits<T>(old, bins) && is_exact<T>(old) &&
       count_into_known_range(x, d.numel(), old, bins, &counts)) {
     add_counts(histogram, counts, times);
@@ -219,7 +220,7 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   Extremes<T> range(1);
   const bool nonfinite = extremes(x, d, &range);
   int64_t left_out = 0;
-  // Infinities never enter a histogram, whatever the policy; NaN raises where torch's would.
+  // No policy lets infinities into a histogram. NaN raises an error if it is to be propagated, as in torch.
   if (nonfinite) {
     if (policy == NonFinite::propagate) {
       propagate_nan(x, d, &range);
@@ -255,7 +256,7 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
     write_value(min_val, now.low);
     write_value(max_val, now.high);
   }
-  // torch.ao has no such count: an element that was left out is one, however often it would be seen.
+  // Each element that was left out is counted once, whatever `times` is; torch.ao has no such count to match.
   if (policy == NonFinite::ignore) add_nonfinite(nonfinite_count, left_out);
 }
 
@@ -268,7 +269,7 @@ void observe_histogram(const Dense& x, const Array& histogram, const Array& min_
   check(histogram.numel > 0 && upsample_rate > 0, "a histogram needs bins");
   check(times > 0, "times must be positive, and is ", times);
   for (const Array* a : {&histogram, &min_val, &max_val}) {
-    // Counts stall in anything narrower, at 256 in bf16.
+    // In narrower types, adding 1 to a count soon has no effect: from 256 on in bfloat16.
     check(a->type == Element::f32 || a->type == Element::f64, a->name, " must be float32 or float64");
   }
   with_stored_type(x.type, [&](auto stored) {

@@ -9,9 +9,9 @@
 
 namespace fastquant {
 
-// Page faults of new memory take longer than a kernel takes to fill it, and malloc returns new memory for
-// every allocation from 32 MiB on. A huge page is one fault in place of 512. Where the system has none,
-// this does nothing.
+// Asks for huge pages for a large output. malloc maps new memory for every allocation of 32 MiB or more, and
+// its page faults take longer than a kernel takes to fill it. A huge page needs one fault instead of 512. This
+// has no effect on systems without huge pages.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

@@ -1,9 +1,9 @@
-// The table of kernels of one instruction set. Each kernel's body exists once, in kernels/: V is a vector
-// type (../math/vector.h), S the type of the elements in memory, T the type of the arithmetic.
+// Defines the kernel table of one instruction set from the templates in kernels/. There, V is a vector type
+// (../math/vector.h), S the type of the elements in memory, and T the type of the arithmetic.
 //
-// Only for inclusion by the kernels_<isa>.cpp files. Everything is in an anonymous namespace, and nothing of
-// std:: is used: a function that the linker could share with another file might bring this file's
-// instructions to a processor that lacks them.
+// Included only by the kernels_<isa>.cpp files, each of which is compiled for its instruction set. Everything
+// is in an anonymous namespace, and std:: is not used: the linker keeps one copy of an inline function, and if
+// it kept the one from such a file, other code would run instructions that the processor may not have.
 #pragma once
 
 #include "../math/vector.h"

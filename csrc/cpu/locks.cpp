@@ -8,8 +8,8 @@
 namespace fastquant {
 namespace {
 
-// A few locks, chosen by address, serve all buffers. In a forked child all of them start unlocked, whoever
-// held them in the parent.
+// All buffers share a few locks, which are chosen by address. A forked child starts with new, unlocked ones,
+// because the threads that held the parent's locks do not exist in the child.
 using Locks = std::array<std::mutex, 64>;
 
 Locks& locks() {

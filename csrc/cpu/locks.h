@@ -1,5 +1,5 @@
-// Several threads may observe with the same module, each without the GIL: what one of them reads, changes and
-// writes back in a buffer has to be one step for the others.
+// Locks for buffers. Several threads may observe with the same module and without the GIL, so each update of a
+// statistic (read, change, write) must be atomic.
 #pragma once
 
 #include <mutex>

@@ -6,8 +6,8 @@
 namespace fastquant {
 namespace {
 
-// Extremes under the policy; *left_out is how many elements took no part. Raises under
-// NonFinite::raise.
+// The extremes of the elements that the policy lets take part. *left_out is set to the number of the others.
+// Under NonFinite::raise, throws if there are any.
 template <class S, class T>
 Extremes<T> observed_extremes(const S* x, const Dense& d, NonFinite policy, int64_t* left_out) {
   Extremes<T> result(d.channels);
@@ -23,7 +23,7 @@ Extremes<T> observed_extremes(const S* x, const Dense& d, NonFinite policy, int6
   return finite;
 }
 
-// Folds a tensor's extremes into the buffers, in the buffers' precision B.
+// Updates min_val and max_val from a tensor's extremes. B is the type of the buffers' arithmetic.
 template <class B, class T>
 void update_buffers(const Extremes<T>& current, std::optional<double> averaging_constant, const Array& min_val,
                     const Array& max_val) {

@@ -1,5 +1,5 @@
-// Registers the ops of library.cpp for CPU tensors: takes views of tensors, allocates outputs, and runs the
-// work on torch's threads.
+// Registers the CPU implementations of the ops in library.cpp. They check tensors, allocate outputs, and run on
+// torch's thread pool.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -112,7 +112,7 @@ Tensor quantize_dense(const Tensor& x, const Tensor& scale, const Tensor& zero_p
   return y;
 }
 
-// For a dense x and a flag that has been read.
+// For x that is already dense, and an `enabled` flag that was already read.
 Tensor quantize_or_copy(const Tensor& x, const Tensor& scale, const Tensor& zero_point, bool enabled,
                         std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max) {
   if (!enabled) return torch::stable::clone(x);

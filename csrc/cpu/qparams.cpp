@@ -1,4 +1,4 @@
-// From statistics to quantization parameters.
+// Computes quantization parameters from the statistics of observers.
 #include <memory>
 
 #include "../math/search.h"
@@ -28,7 +28,7 @@ struct BinRange {
   int64_t start, end;
 };
 
-// The bins that hold the best range.
+// Finds the range of bins with the smallest quantization error.
 BinRange search_bins(const std::vector<float>& histogram, double bin_width, double levels) {
   const int64_t bins = static_cast<int64_t>(histogram.size());
   const std::unique_ptr<float[]> memory(new float[3 * bins]);

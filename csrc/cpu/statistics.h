@@ -1,4 +1,4 @@
-// Statistics of a tensor, kept in small buffers, and quantization parameters from them.
+// Updates observers' statistics from a tensor, and computes quantization parameters from statistics.
 #pragma once
 
 #include "../settings.h"
@@ -6,11 +6,11 @@
 
 namespace fastquant {
 
-// Whatever throws does so before any buffer has changed.
+// If one of these functions throws, it has not changed any buffer.
 void observe_minmax(const Dense& x, const Array& min_val, const Array& max_val, const Array& nonfinite_count,
                     std::optional<double> averaging_constant, NonFinite policy);
 
-// As `times` observations of x, one after the other, would leave the buffers.
+// Updates the buffers as if x were observed `times` times in succession.
 void observe_histogram(const Dense& x, const Array& histogram, const Array& min_val, const Array& max_val,
                        const Array& nonfinite_count, int64_t upsample_rate, NonFinite policy, int64_t times);
 
@@ -18,10 +18,10 @@ void observe_histogram(const Dense& x, const Array& histogram, const Array& min_
 void choose_qparams(const Array& min_val, const Array& max_val, const Array& eps, const QParamsConfig& config,
                     const Array& scale, const Array& zero_point);
 
-// observe_minmax, then choose_qparams from the new range.
+// Calls observe_minmax and then choose_qparams with the updated range.
 void observe_qparams(const Dense& x, const FusedBuffers& buffers, const ObserveSettings& settings);
 
-// The range within [min_val, max_val] whose quantization loses least.
+// Finds the range within [min_val, max_val] that has the smallest quantization error.
 void search_histogram_range(const Array& histogram, const Array& min_val, const Array& max_val, int64_t levels,
                             const Array& new_min, const Array& new_max);
 

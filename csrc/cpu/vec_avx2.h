@@ -114,8 +114,9 @@ struct Avx2<float> {
     return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
   }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }
-  // The product with the rounded 1 / 3 is less than one unit in the last place off, and the remainder
-  // then tells the nearest neighbour (Markstein, https://doi.org/10.1147/rd.341.0111).
+  // x / 3 without a division: multiplying by the rounded 1 / 3 gives a quotient with an error below one unit in
+  // the last place, and adding a third of the remainder rounds it correctly (Markstein,
+  // https://doi.org/10.1147/rd.341.0111).
   static Reg third(Reg x) {
     const Reg inverse = set1(1.0f / 3.0f);
     const Reg quotient = mul(x, inverse);
@@ -141,7 +142,7 @@ struct Avx2<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, m); }
 
  private:
-  // The upper half of each lane is the bfloat16 nearest to it, ties to even; not for NaN.
+  // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m256i rounded_bits(Reg x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

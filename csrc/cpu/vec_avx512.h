@@ -106,8 +106,9 @@ struct Avx512<float> {
   static float lowest(Reg x) { return _mm512_reduce_min_ps(x); }
   static float highest(Reg x) { return _mm512_reduce_max_ps(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }
-  // The product with the rounded 1 / 3 is less than one unit in the last place off, and the remainder
-  // then tells the nearest neighbour (Markstein, https://doi.org/10.1147/rd.341.0111).
+  // x / 3 without a division: multiplying by the rounded 1 / 3 gives a quotient with an error below one unit in
+  // the last place, and adding a third of the remainder rounds it correctly (Markstein,
+  // https://doi.org/10.1147/rd.341.0111).
   static Reg third(Reg x) {
     const Reg inverse = set1(1.0f / 3.0f);
     const Reg quotient = mul(x, inverse);
@@ -130,7 +131,7 @@ struct Avx512<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_blend_ps(m, no, yes); }
 
  private:
-  // The upper half of each lane is the bfloat16 nearest to it, ties to even; not for NaN.
+  // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m512i rounded_bits(Reg x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));

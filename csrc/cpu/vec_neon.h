@@ -81,14 +81,15 @@ struct Neon<float> {
   static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
-  // Not vminq/vmaxq: those return NaN where either argument is one.
+  // vminq and vmaxq are not used, because they return NaN if either argument is NaN.
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static float lowest(Reg x) { return vminvq_f32(x); }
   static float highest(Reg x) { return vmaxvq_f32(x); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return vfmsq_f32(c, a, b); }
-  // The product with the rounded 1 / 3 is less than one unit in the last place off, and the remainder
-  // then tells the nearest neighbour (Markstein, https://doi.org/10.1147/rd.341.0111).
+  // x / 3 without a division: multiplying by the rounded 1 / 3 gives a quotient with an error below one unit in
+  // the last place, and adding a third of the remainder rounds it correctly (Markstein,
+  // https://doi.org/10.1147/rd.341.0111).
   static Reg third(Reg x) {
     const Reg inverse = set1(1.0f / 3.0f);
     const Reg quotient = mul(x, inverse);

@@ -1,5 +1,5 @@
-// Vectors of one element: the portable table, and the elements that whole vectors leave over in every other
-// table. The interface is described in ../math/vector.h.
+// Vectors of one element, with the interface of ../math/vector.h. The portable kernel table consists of them,
+// and other tables use them for the elements that are left over by whole vectors.
 #pragma once
 
 #include "../math/numbers.h"
@@ -55,8 +55,8 @@ struct Scalar {
   static float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static double madd(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-  // From 2^digits on every number is whole, so adding and subtracting as much rounds to nearest, ties to
-  // even. nearbyint is a library call on a baseline processor.
+  // From 2^23 on (2^52 in double), every number is an integer. So adding and then subtracting it rounds to
+  // the nearest integer, ties to even. nearbyint would be a library call on the baseline processor.
   static float round(float x) {
     const float magnitude = __builtin_fabsf(x);
     return magnitude < 0x1p23f ? __builtin_copysignf((magnitude + 0x1p23f) - 0x1p23f, x) : x;

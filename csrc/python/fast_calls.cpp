@@ -9,7 +9,7 @@ namespace {
 
 // ------------------------------------------------------------------------------ DLPack
 
-// The part in use of the stable ABI at https://dmlc.github.io/dlpack/latest/c_api.html.
+// The part of DLPack's stable ABI that is used here: https://dmlc.github.io/dlpack/latest/c_api.html.
 struct DLTensor {
   void* data;
   int32_t device_type, device_id;
@@ -39,7 +39,8 @@ const DLPackExchangeAPI* exchange = nullptr;
 PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 
-// Thrown where only the op will do; a Python error may be set, which is dropped.
+// Thrown if the fast call does not support its arguments, so that the caller must call the op. If a Python
+// error is set at the same time, it is cleared.
 struct NeedsOp {};
 
 void require(bool holds) {
@@ -49,7 +50,7 @@ void require(bool holds) {
 // ------------------------------------------------------------------------------ arguments
 
 DLTensor tensor(PyObject* object) {
-  // Subclasses may mean something else by their memory.
+  // Other subclasses may override ops or not store their values in plain memory.
   require(Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type);
   DLTensor t;
   require(exchange->dltensor_from_py_object_no_sync(object, &t) == 0);
@@ -58,7 +59,7 @@ DLTensor tensor(PyObject* object) {
   return t;
 }
 
-// Sizes of 1 have any stride.
+// The stride of a dimension of size 1 is never used, so it may be anything.
 bool has_strides(const DLTensor& t, const int64_t* strides) {
   for (int d = 0; d < t.ndim; ++d) {
     if (t.shape[d] != 1 && t.strides[d] != strides[d]) return false;
@@ -127,7 +128,7 @@ std::optional<double> optional_number(PyObject* object) {
   return value;
 }
 
-// Memory for a result that lies as x does.
+// The memory of an output tensor, which must have the shape, strides and dtype of x.
 void* output(PyObject* object, const DLTensor& x) {
   const DLTensor y = tensor(object);
   require(y.ndim == x.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape) && element(y) == element(x) &&
@@ -136,7 +137,7 @@ void* output(PyObject* object, const DLTensor& x) {
   return y.data;
 }
 
-// The words of a mask of n elements; null for None.
+// The memory of a mask for n elements, or null if `object` is None.
 uint64_t* mask_words_in(PyObject* object, int64_t n) {
   if (object == Py_None) return nullptr;
   const DLTensor mask = tensor(object);
@@ -145,7 +146,7 @@ uint64_t* mask_words_in(PyObject* object, int64_t n) {
   return static_cast<uint64_t*>(mask.data);
 }
 
-// Lets other threads run Python while a big tensor is read.
+// Releases the GIL while a large tensor is processed. For a small one, that costs more than it gains.
 class WithoutGil {
  public:
   explicit WithoutGil(int64_t elements) : state_(elements < kGrain ? nullptr : PyEval_SaveThread()) {}
@@ -159,7 +160,7 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-// One argument after the other.
+// Reads a call's arguments in order.
 class Arguments {
  public:
   explicit Arguments(PyObject* const* next) : next_(next) {}
@@ -176,7 +177,7 @@ QParamsConfig qparams_config(Arguments* args) {
   return {quant_min, quant_max, scheme, integer(args->next())};
 }
 
-// The NamedTuple of this name in fastquant/_native/settings.py.
+// The fields of the NamedTuple FusedSettings in fastquant/_native/settings.py.
 struct FusedSettings {
   explicit FusedSettings(PyObject* settings) {
     PyObject* field[kFields];
@@ -184,7 +185,7 @@ struct FusedSettings {
     for (int i = 0; i < kFields; ++i) field[i] = PyTuple_GetItem(settings, i);
     Arguments fields(field);
     observes = flag(fields.next());
-    fields.next();  // fake_quant_enabled, which was read before there was memory for a result
+    fields.next();  // fake_quant_enabled: the caller has read it already, to decide whether to allocate y
     buffers.min_val = buffer(fields.next(), "min_val"), buffers.max_val = buffer(fields.next(), "max_val");
     buffers.scale = buffer(fields.next(), "scale"), buffers.zero_point = buffer(fields.next(), "zero_point");
     buffers.nonfinite_count = single(fields.next(), "nonfinite_count");
@@ -201,8 +202,8 @@ struct FusedSettings {
   ObserveSettings observe;
 };
 
-// Runs f and returns True; None where only the op will do; the number of non-finite elements where
-// they are refused. Whatever is thrown is thrown before a statistic has changed.
+// Runs f and returns True. Returns None if f throws, so that the caller calls the op instead, or the number of
+// non-finite elements if NonFinite::raise rejects them. f throws before it changes any statistic.
 template <class F>
 PyObject* attempt(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, const F& f) {
   try {
@@ -212,7 +213,7 @@ PyObject* attempt(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, 
   } catch (const NonfiniteElements& refused) {
     return PyLong_FromLongLong(refused.count);
   } catch (...) {
-    // An interruption is for the caller to see.
+    // KeyboardInterrupt and the like are passed on to the caller.
     if (PyErr_Occurred() != nullptr && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
     PyErr_Clear();
     Py_RETURN_NONE;
@@ -282,7 +283,7 @@ PyObject* histogram_qparams_call(PyObject*, PyObject* const* given, Py_ssize_t c
     const int64_t levels = integer(args.next());
     const QParamsConfig config = qparams_config(&args);
     const Array scale = single(args.next(), "scale"), zero_point = single(args.next(), "zero_point");
-    double found[2];  // in the type of the buffers, whichever it is
+    double found[2];  // memory for two values of the buffers' type, which takes at most 8 bytes
     const Array new_min = {&found[0], low.type, 1, "new_min"}, new_max = {&found[1], high.type, 1, "new_max"};
     search_histogram_range(histogram, low, high, levels, new_min, new_max);
     choose_qparams(new_min, new_max, eps, config, scale, zero_point);

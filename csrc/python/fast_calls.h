@@ -1,9 +1,10 @@
-// The ops without torch's dispatcher, which takes longer than the work on a small tensor.
+// Functions that do the work of the CPU ops without going through torch's dispatcher, which takes longer than
+// the work itself if the tensor is small.
 //
-// Memory is reached through the DLPack C exchange API that torch.Tensor has in newer releases.
-// Python has asked before whether anything has to see the op and has allocated the results
-// (fastquant/_native/fast_calls.py). A call that cannot do the work changes nothing and returns
-// None: then the op does it, or says what is wrong with the arguments.
+// They access the memory of tensors through the DLPack C exchange API of recent torch releases. The caller,
+// fastquant/_native/fast_calls.py, first makes sure that nothing (autograd, a dispatch mode, a tracer) has to
+// see the op, and allocates the results. If a function does not support its arguments, it changes nothing and
+// returns None. The caller then calls the op, which does the work or raises an error about the arguments.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -13,7 +14,7 @@ namespace fastquant {
 
 using FastCall = PyObject* (*)(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
-// How Python's method table wants a FastCall.
+// Casts a FastCall to the type that PyMethodDef needs. The cast by way of void (*)() avoids a compiler warning.
 inline PyCFunction as_method(FastCall f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }

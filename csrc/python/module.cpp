@@ -1,5 +1,5 @@
-// The importable module fastquant._C. Importing it registers the ops; its functions tell
-// which instruction set the CPU kernels use.
+// The extension module fastquant._C. Importing it registers the ops. Its functions query and select the
+// instruction set of the CPU kernels, and make the fast calls (fast_calls.h) available.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

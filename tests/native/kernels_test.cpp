@@ -1,8 +1,8 @@
-// Compares every kernel table that this processor runs with the scalar one, bit for bit,
-// over sizes from nothing to several vectors, alignments, and hostile values. Knows no
-// torch and no Python: it runs under sanitizers, and under emulation for other processors.
+// Checks that every kernel table that this processor supports gives exactly the results of the scalar table,
+// for sizes from zero to several vectors, different alignments, and special values. Independent of torch and
+// Python, so that it can run under sanitizers, and under emulators of other processors.
 //
-// Buffers are allocated to the element, so that AddressSanitizer sees any step outside.
+// Buffers have exactly the size that is needed, so that AddressSanitizer finds any access beyond them.
 #include "cpu/kernels.h"
 
 #include <algorithm>
@@ -36,7 +36,7 @@ bool same_bits(const X* a, const X* b, int64_t n) {
   return n == 0 || std::memcmp(a, b, sizeof(X) * static_cast<size_t>(n)) == 0;
 }
 
-// Elements at an offset into an allocation that ends with the last one.
+// Elements that begin at an offset into an allocation, which ends after the last of them.
 template <class X>
 class Buffer {
  public:
@@ -81,7 +81,7 @@ Buffer<S> random_buffer(int64_t n, int64_t offset, bool hostile) {
   return b;
 }
 
-// NaN by NaN; otherwise equal numbers (the sign of a zero depends on the order of lanes).
+// NaN equals NaN here, and 0 equals -0, because a zero's sign depends on the order in which lanes are combined.
 template <class T>
 bool same_number(T a, T b) {
   return a == b || (std::isnan(a) && std::isnan(b));
@@ -128,7 +128,7 @@ void compare_histogram(const char* isa, const KernelsFor<S, T>& k, const Kernels
   const T* const range = kRanges[rng() % 4];
   const T low = range[0], high = range[1];
   auto x = random_buffer<S>(n, offset, hostile);
-  // As after ReLU, in stretches: whole channels may have more or less of it.
+  // Long runs of zeros, as after ReLU, where a channel may have many or few of them.
   const T frequent = std::min(std::max(T(0), low), high);
   for (int64_t i = 0, share = 0; i < n; ++i) {
     if (i % 3000 == 0) share = static_cast<int64_t>(rng() % 5);
@@ -261,7 +261,7 @@ void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S
       compare_fake_quantize(isa, k, ref, n, offset, hostile, true);
       compare_learnable(isa, k, ref, n, offset);
     }
-    // Longer than the blocks in which histograms look for a frequent value.
+    // Longer than a block in which the histogram kernel looks for a frequent value.
     compare_histogram(isa, k, ref, 8000 + static_cast<int64_t>(rng() % 20000), round % 5, round % 2 == 0);
   }
   compare_parts_before(isa, k, ref, rounds);
@@ -292,7 +292,7 @@ void compare_quantize(const Kernels& k, const Kernels& ref, int rounds) {
   }
 }
 
-// Kernels keep no state: several threads at once, for ThreadSanitizer.
+// Kernels keep no state. This calls them from several threads at once, so that ThreadSanitizer can check it.
 void run_in_threads(const Kernels& k) {
   std::vector<float> x(100000, 0.25f);
   std::vector<std::thread> threads;

@@ -1,5 +1,5 @@
-// Observing and fake-quantizing over whole tensors, on threads, against loops that anyone can
-// read. Like kernels_test it knows no torch: for sanitizers, and for other processors.
+// Compares observing and fake-quantizing whole tensors, in parallel, with simple loops. Like kernels_test, it
+// is independent of torch, so that it can run under sanitizers and emulators of other processors.
 #include "cpu/statistics.h"
 
 #include <cmath>
@@ -51,7 +51,7 @@ Array array(std::vector<int64_t>& v, const char* name) {
 
 int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[rng() % choices.size()]; }
 
-// Elements of any type, `offset` of them past where an allocation begins, and none after them.
+// Elements of any type that begin `offset` elements into an allocation, which ends after the last of them.
 template <class S>
 struct Tensor {
   std::vector<S> memory;
@@ -91,7 +91,7 @@ int64_t channel_of(const Dense& d, int64_t i) { return i / d.inner % d.channels;
 template <class S>
 void test_minmax() {
   const bool hostile = rng() % 2 == 0;
-  // Beyond fp32 some of the time, where the elements can be.
+  // For float64, some tensors have values outside the range of float32.
   Tensor<S> t = random_tensor<S>(hostile, sizeof(S) == 8 && rng() % 4 == 0 ? 1e39 : 1);
   const Dense& d = t.dense;
   std::vector<float> low(d.channels, kInf), high(d.channels, -kInf), true_low = low, true_high = high;
@@ -129,7 +129,7 @@ void test_histogram() {
   std::vector<float> histogram(257, 0), low(1, kInf), high(1, -kInf);
   std::vector<int64_t> count(1, 0);
   double seen = 0, scale = 1e-3;
-  // Within fp16; beyond fp32 in the end for fp64.
+  // Values grow up to this limit: within the range of float16 for 16-bit types, beyond float32 for float64.
   const double most = sizeof(S) == 2 ? 1e3 : sizeof(S) == 4 ? 1e30 : 1e300;
   for (int round = 0; round < 4; ++round) {
     Tensor<S> t = random_tensor<S>(round == 2, scale);
@@ -197,7 +197,7 @@ void test_type() {
   test_fake_quantize<S>();
 }
 
-// The same buffers from several threads: nothing that one of them saw is lost.
+// Several threads update the same buffers at once. No thread's observation may be lost.
 void test_threads() {
   constexpr int kThreads = 4, kRounds = 50, kElements = 1000;
   std::vector<float> histogram(64, 0), low(1, kInf), high(1, -kInf), least(1, kInf), greatest(1, -kInf);

@@ -1,4 +1,4 @@
-// Fake-quantize, the gradient that its mask lets pass, and quantizing of weights.
+// Kernels for fake-quantize, its straight-through gradient, and quantizing weights to int8.
 #pragma once
 
 #include "../../math/fake_quantize.h"
@@ -9,13 +9,12 @@
 namespace fastquant {
 namespace {
 
-// Packs bits into 64-bit words, a few at a time. Does nothing where there is no memory to
-// write to.
+// Packs bits into 64-bit words, a few at a time. Does nothing if `words` is null.
 class BitWriter {
  public:
   explicit BitWriter(uint64_t* words) : words_(words) {}
 
-  // At most 63 bits.
+  // count must be at most 63.
   void push(uint64_t bits, int count) {
     if (words_ == nullptr) return;
     word_ |= bits << fill_;
@@ -53,12 +52,13 @@ FakeQuantizer<V> quantizer_of_channel(const QuantParams<T>& p, int64_t c) {
           V::set1(p.high[c]),  V::set1(p.low_edge[c]),      V::set1(p.high_edge[c])};
 }
 
-// Elements [begin, end) with one quantizer.
+// Fake-quantizes the elements [begin, end), all with quantizer q, as far as whole vectors cover them. Returns
+// the index of the first element that is left.
 template <bool kMask, class V, class S>
 int64_t fake_quantize_run(const S* x, S* y, int64_t begin, int64_t end, const FakeQuantizer<V>& q,
                           BitWriter* writer) {
   constexpr int kPair = 2 * V::N;
-  constexpr int kGroup = 64;  // pushed at once
+  constexpr int kGroup = 64;  // elements whose bits fill one word of the mask
   const auto pair = [&](int64_t i) {
     typename V::Reg a, b;
     V::load_pair(x + i, &a, &b);
@@ -90,7 +90,7 @@ void fake_quantize_one(const S* x, S* y, const FakeQuantizer<Scalar<T>>& q, BitW
   if (kMask) writer->push(q.inside(t), 1);
 }
 
-// With the parameters at i.
+// Fake-quantizes one element with the parameters at index i.
 template <class S, class T>
 void fake_quantize_exact(const S* x, S* y, const QuantParams<T>& p, int64_t i, BitWriter* writer) {
   using One = Scalar<T>;
@@ -122,7 +122,7 @@ void fake_quantize_rows_masked(const S* x, S* y, int64_t begin, int64_t end, con
 template <bool kMask, class V, class S, class T>
 void fake_quantize_periodic_masked(const S* x, S* y, int64_t begin, int64_t end, const QuantParams<T>& p,
                                    BitWriter* writer) {
-  constexpr int kGroup = 64;  // fetched at once
+  constexpr int kGroup = 64;  // elements per prefetch
   int64_t phase = begin % p.period;
   const auto advance = [&](int64_t by) {
     phase += by;
@@ -174,7 +174,7 @@ void fake_quantize_periodic(const S* x, S* y, uint64_t* mask, int64_t begin, int
 
 template <class V, class S, class T>
 void mask_gradient(const S* grad, const uint64_t* mask, S* out, int64_t begin, int64_t end) {
-  // A product, not a selection: the sign of zero, and NaN, come out as torch's.
+  // Torch multiplies the gradient by the mask. Selecting would differ for NaN and for the sign of zero.
   const auto zero = V::set1(T{0}), one = V::set1(T{1});
   int64_t i = begin;
   for (; i + 64 <= end; i += 64) {
@@ -192,7 +192,7 @@ void mask_gradient(const S* grad, const uint64_t* mask, S* out, int64_t begin, i
   }
 }
 
-// Compilers vectorize this loop themselves.
+// Uses no vector type, because compilers vectorize this loop by themselves.
 template <class V>
 void quantize(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high) {
   for (int64_t i = 0; i < n; ++i) out[i] = quantized_to_int8(x[i], inverse_scale, low, high);

@@ -1,4 +1,4 @@
-// Counting a tensor in bins, and moving counts to other bins.
+// Kernels that count elements in bins and that resample counts to other bins.
 #pragma once
 
 #include "../../math/histogram.h"
@@ -9,13 +9,13 @@
 namespace fastquant {
 namespace {
 
-// Counting is not bound by memory: even what lies after the caller's block can be fetched meanwhile.
+// Prefetches far ahead, even beyond the block that the caller passed: counting leaves memory bandwidth unused.
 template <int kElements, class S>
 void fetch_far_ahead(const S* p) {
   fetch_ahead<kElements, 2>(p, 32768);
 }
 
-// Adds elements to tables of counts; those outside of the range to the entry after the last bin.
+// Counts elements in tables of counts, and those outside the range in the entry after the last bin.
 template <class V>
 class BinCounter {
  public:
@@ -29,8 +29,9 @@ class BinCounter {
     for (int t = 0; t < 4; ++t) tables_[t] = tables == 4 ? counts + t * histogram_stride(bins) : counts;
   }
 
-  // Finding bins is bound by arithmetic and counting by memory, so they alternate and overlap. An index is
-  // read long after it was written: forwarding it from the store buffer would take longer.
+  // Finding bins is limited by arithmetic and counting by memory accesses, so the two alternate, and the
+  // processor overlaps them. A ring of indices delays counting until an index has left the store buffer:
+  // forwarding from there would be slower.
   template <bool kFromMemory = true, class S>
   void add(const S* x, int64_t n) const {
     constexpr int kRing = 4 * kStep;
@@ -63,7 +64,7 @@ class BinCounter {
 
   void count(const int32_t* index) const {
     for (int k = 0; k < kStep; k += 4) {
-      // Two indices a load, since this loop is bound by loads.
+      // Each load reads two indices, since this loop is limited by loads.
       uint64_t pairs[2];
       __builtin_memcpy(pairs, index + k, sizeof pairs);
       ++tables_[0][pairs[0] & 0xffffffffu];
@@ -79,9 +80,9 @@ class BinCounter {
   uint32_t* tables_[4];
 };
 
-// Counts a tensor that holds one value many times, as after ReLU, without an increment in memory for each
-// of these elements. All others are packed side by side and counted as one stream. The value is 0, or the
-// end of the range that is nearest to it.
+// Counts the elements of a tensor that has one value very often, like 0 after ReLU. Occurrences of that value
+// are counted in a register. All other elements are packed into a buffer, which BinCounter counts. The value is
+// 0 or, if the range does not include 0, the end of the range that is nearest to it.
 template <class V>
 class FrequentValue {
  public:
@@ -91,13 +92,13 @@ class FrequentValue {
   FrequentValue(T low, T high, const BinCounter<V>* counter)
       : value_(Scalar<T>::min(Scalar<T>::max(T{0}, low), high)), counter_(counter) {}
 
-  // To be called last.
+  // Counts what is still buffered. Must be called once, at the end.
   void finish() {
     counter_->add(others_, held_);
     if (times_ > 0) counter_->add_one(value_, times_);
   }
 
-  // Whether samples hold the value often enough for add() to be faster.
+  // Whether the value is so frequent, in a sample of x, that add() is faster than BinCounter::add.
   template <class S>
   bool prevails(const S* x, int64_t n) const {
     constexpr int kLooks = 16;
@@ -127,7 +128,7 @@ class FrequentValue {
         }
       }
       times_ += static_cast<uint32_t>((i - begin) - (held_ - before));
-      // In whole steps; what is left over comes with the next ones.
+      // Counts whole steps only; the remaining elements stay in the buffer for the next round.
       const int64_t whole = held_ - held_ % BinCounter<V>::kStep;
       counter_->template add<false>(others_, whole);
       held_ -= whole;

@@ -13,7 +13,7 @@ template <class V, class S, class T>
 int64_t learnable_backward_run(const S* grad, const S* x, S* grad_x, int64_t begin, int64_t n, T scale,
                                T inverse_scale, T zero_point, T quant_min, T quant_max, T grad_factor,
                                LearnableSums* sums) {
-  constexpr int64_t kBlock = 1024;  // short enough for sums in T
+  constexpr int64_t kBlock = 1024;  // elements that are summed in T before the sum is added to a double
   const auto gradients =
       LearnableGradients<V>::of(scale, inverse_scale, zero_point, quant_min, quant_max, grad_factor);
   int64_t i = begin;

@@ -28,7 +28,7 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
       hi = One::max(e, hi);
     }
   } else {
-    // Four independent chains hide the latency of min and max.
+    // Four independent accumulators hide the latency of min and max.
     auto lo0 = V::set1(lo), lo1 = lo0, lo2 = lo0, lo3 = lo0;
     auto hi0 = V::set1(hi), hi1 = hi0, hi2 = hi0, hi3 = hi0;
     auto nans = V::none();
@@ -38,7 +38,7 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
       typename V::Reg a, b, c, d;
       V::load_pair(x + i, &a, &b);
       V::load_pair(x + i + 2 * N, &c, &d);
-      // min and max drop NaN; one comparison finds it in two vectors.
+      // min and max ignore NaN, so it is detected separately: one comparison checks two vectors.
       nans = V::either(nans, V::either(V::unordered(a, b), V::unordered(c, d)));
       lo0 = V::min(a, lo0);
       hi0 = V::max(a, hi0);
@@ -50,7 +50,7 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
       hi3 = V::max(d, hi3);
     }
     for (; i < n; i += N) {
-      // The last vector may overlap the one before: seen twice, an element changes nothing.
+      // The last vector may overlap the one before. Reducing an element twice does not change the result.
       const auto a = V::load(x + smaller(i, n - N));
       nans = V::either(nans, V::unordered(a, a));
       lo0 = V::min(a, lo0);
@@ -94,10 +94,11 @@ void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
   *nonfinite = n - finite;
 }
 
-// The extremes of 16-bit elements, found among their bits as integers: no element is widened, and none
-// compared with itself. As two's complement numbers, positive elements are in ascending and negative ones
-// in descending order. So the largest signed, largest unsigned and smallest signed integer tell the
-// extremes of all elements. NaN and infinities take part: they lie beyond all finite elements of their sign.
+// Finds the extremes of 16-bit floats by comparing their bits as integers, which needs neither a conversion to
+// float nor a check for NaN. Interpreted as two's complement integers, positive floats are in ascending order
+// and negative floats in descending order. So the largest signed, the largest unsigned and the smallest signed
+// integer determine the extremes. NaN and infinities take part: they come after all finite elements of their
+// sign.
 template <class W>
 struct WordExtremes {
   using Reg = typename W::Reg;
@@ -149,7 +150,7 @@ void minmax_words(const S* x, int64_t n, float* low, float* high, bool* nonfinit
   minmax<V, S, float>(x, n, low, high, nonfinite);
 }
 
-// The extremes of adjacent columns, updated row by row.
+// Reduces adjacent columns of a matrix, row by row.
 template <class V, int kVectors>
 struct ColumnStrip {
   using T = typename V::Element;
@@ -173,7 +174,7 @@ struct ColumnStrip {
     }
   }
 
-  // Whether there was a NaN.
+  // Stores the extremes. Returns whether there was a NaN.
   bool finish(T* low, T* high) const {
     for (int v = 0; v < kVectors; ++v) {
       V::store(low + v * V::N, lows[v]);
@@ -197,7 +198,8 @@ struct WordStrip {
     for (int v = 0; v < kVectors; ++v) extremes[v].fold(W::load(row + v * W::N));
   }
 
-  // Whether there was a NaN or an infinity; then elements are missing from low and high.
+  // Updates low and high. Returns whether there was a NaN or an infinity; if so, they lack some finite
+  // elements.
   bool finish(float* low, float* high) const {
     bool finite = true;
     for (int v = 0; v < kVectors; ++v) {
@@ -222,11 +224,11 @@ struct WordStrip {
 
 constexpr int64_t kRowBlock = 16384;  // bytes
 
-// The columns [begin, end) as far as whole strips cover them; returns the first that is left.
+// Reduces the columns [begin, end) as far as whole strips cover them. Returns the first column that is left.
 template <class Strip, class S, class T>
 int64_t minmax_strips(const S* x, int64_t rows, int64_t begin, int64_t end, int64_t row_stride, T* low, T* high,
                       bool* nonfinite) {
-  // Prefetches these columns of the next block of rows, where the first-level cache holds both.
+  // Prefetches these columns of the next block of rows, if the L1 cache has room for both blocks.
   const int64_t next = rows * row_stride * static_cast<int64_t>(sizeof(S));
   const bool fits = next <= kRowBlock;
   int64_t c = begin;
@@ -242,7 +244,7 @@ int64_t minmax_strips(const S* x, int64_t rows, int64_t begin, int64_t end, int6
   return c;
 }
 
-// f(x, rows) for blocks of rows that fill a third of the first-level cache.
+// Calls f(x, rows) for blocks of rows that fill about a third of the L1 cache.
 template <class S, class F>
 void for_row_blocks(const S* x, int64_t rows, int64_t row_stride, const F& f) {
   constexpr int64_t kFewest = 8;
@@ -255,7 +257,7 @@ template <class T>
 bool holds_infinity(int64_t rows, int64_t columns, const T* low, const T* high) {
   bool infinite = false;
   for (int64_t c = 0; rows > 0 && c < columns; ++c) {
-    // low > high where a column has had nothing but NaN.
+    // low > high if the column has only NaN.
     infinite |= low[c] <= high[c] && !is_finite_range(low[c], high[c]);
   }
   return infinite;
@@ -283,8 +285,8 @@ void minmax_columns_of_words(const S* x, int64_t rows, int64_t columns, int64_t 
     minmax_strips<ColumnStrip<Scalar<float>, 1>>(p, count, c, columns, row_stride, low, high, &found);
   });
   *nonfinite = found || holds_infinity(rows, columns, low, high);
-  // Elements that were folded already change nothing the second time; those that NaN and infinities hid
-  // are added.
+  // NaN and infinities hid some finite elements, so the columns are reduced again, in T. Elements that were
+  // taken the first time do not change the result.
   if (*nonfinite) minmax_columns<V, S, float>(x, rows, columns, row_stride, low, high, nonfinite);
 }
 

@@ -1,4 +1,4 @@
-// Asking for memory ahead of its use.
+// Software prefetching.
 #pragma once
 
 #include "../../math/numbers.h"
@@ -8,9 +8,9 @@ namespace {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Prefetches the memory that lies `distance` bytes after the next elements, which are read or written; into
-// the first-level cache by default. A processor's own prefetching stops at the end of a page, and stores
-// wait until their cache line is there.
+// Prefetches the memory `distance` bytes after the kElements elements from p on, by default into the L1 cache.
+// It helps both loads and stores: hardware prefetchers stop at the end of a page, and a store has to wait for
+// its cache line.
 constexpr int kAhead = 4096;
 
 template <int kElements, int kLocality = 3, class S>

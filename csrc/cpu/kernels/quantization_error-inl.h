@@ -1,4 +1,4 @@
-// The error that a range of bins makes when it is quantized.
+// The kernel for the error of quantizing a range of a histogram's bins.
 #pragma once
 
 #include "../../math/search.h"
@@ -25,8 +25,8 @@ double sum_of_floats(const float* x, int64_t n) {
   return total;
 }
 
-// The errors of the bins [begin, end) as far as whole vectors cover them; returns the first bin that is left.
-// start_bin is the first quantized one.
+// Computes the errors of the bins [begin, end) as far as whole vectors cover them. Returns the first bin that
+// is left. start_bin is the first bin of the quantized range.
 template <class V>
 int64_t errors_of_bins(const float* density, int64_t begin, int64_t end, int64_t start_bin,
                        const BinError<V>& error, float* out) {
