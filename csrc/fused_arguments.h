@@ -15,7 +15,7 @@ struct FusedArguments {
   ObserveSettings settings;
 };
 
-// A fused op that kOp implements.
+// The function to register for a fused op: it collects the arguments into the struct and calls kOp with it.
 template <auto kOp>
 auto fused_op(const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
               Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
@@ -34,7 +34,7 @@ auto fused_op(const Tensor x, const Tensor observer_enabled, const Tensor fake_q
                             {ch_axis, averaging_constant, qparams, static_cast<NonFinite>(nonfinite)}});
 }
 
-// observe_qparams_, which has no fake_quant_enabled.
+// The same for observe_qparams_, which has no argument fake_quant_enabled.
 template <auto kOp>
 auto observe_op(const Tensor x, const Tensor observer_enabled, Tensor min_val, Tensor max_val, Tensor scale,
                 Tensor zero_point, Tensor nonfinite_count, const Tensor eps, std::optional<int64_t> ch_axis,

@@ -1,8 +1,8 @@
-// Every op's schema, and nothing else. Semantics: docs/architecture.md.
+// The schemas of all ops. docs/architecture.md describes what the ops do.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastquant, m) {
-  // Observe: statistics are updated in place, where they lie.
+  // Observe: these ops update the statistics in place.
   m.def(
       "observe_minmax_(Tensor x, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) nonfinite_count, "
       "int? ch_axis, float? averaging_constant, int nonfinite) -> ()");
@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "int quant_min, int quant_max) -> (Tensor, Tensor)");
   m.def("fake_quantize_backward(Tensor grad, Tensor mask) -> Tensor");
 
-  // Both in one call.
+  // Observe and fake-quantize in one call.
   m.def(
       "fused_observe_fake_quantize(Tensor x, Tensor observer_enabled, Tensor fake_quant_enabled, "
       "Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, Tensor(d!) zero_point, "
@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, float? averaging_constant, int quant_min, "
       "int quant_max, int scheme, int symmetric_zero_point, int nonfinite) -> (Tensor, Tensor)");
 
-  // Quantize weights: int8, zero points of zero.
+  // Quantize weights to int8 with zero points of 0.
   m.def("quantize_per_channel(Tensor x, Tensor scale, int ch_axis, int quant_min, int quant_max) -> Tensor");
 
   // Learnable scale and zero point (LSQ).

@@ -1,4 +1,5 @@
-// Memory as native code sees it, without torch and Python: what is stored where, and how tensors are laid out.
+// Descriptions of tensors' memory for code that includes neither torch nor Python: pointers, element types,
+// layouts.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +13,8 @@
 
 namespace fastquant {
 
-// Throws unless an invariant holds. Python explains users' mistakes before or after.
+// Throws unless an invariant holds. Python code checks users' arguments, and its messages explain their
+// mistakes.
 template <class... Parts>
 void check(bool holds, const Parts&... parts) {
   if (holds) return;
@@ -22,7 +24,8 @@ void check(bool holds, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-// Elements that are NaN or infinite, where they are refused: counted, for Python to say so.
+// Thrown where an observer refuses NaN and infinite elements. It carries their number, which the error that
+// Python raises reports.
 struct NonfiniteElements : std::runtime_error {
   explicit NonfiniteElements(int64_t n)
       : std::runtime_error("fastquant: x has " + std::to_string(n) + " non-finite elements"), count(n) {}
@@ -52,8 +55,7 @@ inline void check_count(const Array& a, int64_t count) {
   check(a.numel == count, a.name, " has ", a.numel, " elements, needs ", count);
 }
 
-// Memory without gaps or overlaps, seen as [outer, channels, inner]; per tensor that is
-// one channel.
+// Memory without gaps or overlaps, viewed as [outer, channels, inner]. Per-tensor quantization has one channel.
 struct Dense {
   const void* data;
   Element type;

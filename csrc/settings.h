@@ -16,7 +16,7 @@ struct ObserveSettings {
   NonFinite nonfinite;
 };
 
-// What they update, and eps.
+// The buffers that these ops update, and eps.
 struct FusedBuffers {
   Array min_val, max_val, scale, zero_point, nonfinite_count, eps;
 };

@@ -40,13 +40,14 @@ inline View view(const Tensor& t) {
 // x itself where its memory has neither gaps nor overlaps, else a copy laid out as torch.empty_like(x) is.
 inline Tensor densified(const Tensor& x) { return is_dense(view(x)) ? x : torch::stable::clone(x); }
 
-// A mask as whole, aligned 64-bit words: itself, or a copy where it is a view that is not aligned.
+// A mask that can be read as aligned 64-bit words: the mask itself, or a copy where it is a view that is not
+// aligned.
 inline Tensor mask_words_of(const Tensor& mask) {
   const auto address = reinterpret_cast<uintptr_t>(mask.const_data_ptr());
   return mask.is_contiguous() && address % sizeof(uint64_t) == 0 ? mask : torch::stable::clone(mask);
 }
 
-// Uninitialized, on the device of another tensor.
+// A new uninitialized tensor on the device of another tensor.
 inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType type,
                             const Tensor& like) {
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));

@@ -1,4 +1,4 @@
-// Elements of small buffers, whose type is known only when the program runs.
+// Reads and writes elements of small buffers, whose element type is known only at run time.
 #pragma once
 
 #include <type_traits>
@@ -27,7 +27,7 @@ FASTQUANT_DEVICE auto number(S element) {
   }
 }
 
-// Rounds to what the element holds; integers truncate.
+// Floating types round the value to nearest; integer types truncate it.
 template <class S, class T>
 FASTQUANT_DEVICE void assign(S* to, T value) {
   if constexpr (!std::is_integral_v<S>) {
@@ -58,7 +58,7 @@ FASTQUANT_DEVICE auto with_element(Element type, const F& f) {
   }
 }
 
-// A value as elements of this type hold it; a finite one stays finite.
+// The value rounded to this element type. A finite value that is too large becomes the largest finite one.
 template <class T>
 FASTQUANT_DEVICE T rounded_to(Element type, T value) {
   return with_element(type, [&](auto element) {

@@ -25,8 +25,8 @@ struct FakeQuantizer {
   // x / scale.
   FASTQUANT_HD Reg steps(Reg x) const { return V::mul(x, inverse_scale); }
 
-  // NaN stays NaN, since max and min return their second argument where either is one. Clamping before
-  // rounding gives the same, low and high being whole, and allows rounding by an addition, whose zero is
+  // NaN stays NaN, because max and min return their second argument where either argument is NaN. Clamping
+  // before rounding gives the same, low and high being whole, and allows rounding by an addition, whose zero is
   // never negative.
   FASTQUANT_HD Reg value(Reg t) const {
     const auto magic = V::set1(fast_bound<typename V::Element>() * 3);
@@ -34,14 +34,14 @@ struct FakeQuantizer {
     return V::mul(V::sub(V::add(clamped, magic), magic), scale);
   }
 
-  // Whether the gradient passes; that of NaN does.
+  // Whether the gradient passes. It passes where x is NaN, as in torch.
   FASTQUANT_HD typename V::Mask inside(Reg t) const {
     return V::both(V::not_lt(t, low_edge), V::not_lt(high_edge, t));
   }
 };
 
-// Integers as int64, the product in double, as torch does; and like torch's build, a float
-// zero point is added without rounding in between. V of one element.
+// Follows torch's own arithmetic: it computes integers as int64 and the product in double, and adds a float
+// zero point by a fused multiply-add, as the compiled torch does. V has one element.
 template <class V>
 struct ExactQuantizer {
   using T = typename V::Element;
@@ -97,14 +97,15 @@ FASTQUANT_HD bool is_within(T x, T bound) {
 template <class T>
 struct ChannelParams {
   T scale, inverse_scale, zero_point;
-  // See FakeQuantizer; the edges only where not exact.
+  // See FakeQuantizer. The edges are set only where `exact` is false.
   T low, high, low_edge, high_edge;
-  // Whether only ExactQuantizer will do: float zero points, integers that T cannot tell apart,
-  // scales that are no normal number. Elsewhere both give the same.
+  // Whether ExactQuantizer has to be used: for float zero points, for integers too large for T to represent
+  // exactly, and for scales that are not normal numbers. Otherwise both quantizers give the same result.
   bool exact;
 };
 
-// Taken in the scale's own precision, as torch does; double_scale: whether that is fp64.
+// The reciprocal is computed in the scale's own precision, as torch does; double_scale says whether that is
+// fp64.
 template <class T>
 FASTQUANT_HD T reciprocal(T scale, bool double_scale) {
   return double_scale ? static_cast<T>(1.0 / static_cast<double>(scale))

@@ -26,7 +26,7 @@ struct BinFormula {
 
   FASTQUANT_HD typename V::Mask inside(Reg x) const { return V::both(V::le(low, x), V::le(x, high)); }
 
-  // To be truncated; only of what is inside.
+  // The bin index before truncation. Valid only for values inside the range.
   FASTQUANT_HD Reg bin(Reg x) const { return V::min(V::div(V::mul(V::sub(x, low), bins), width), last); }
 };
 
@@ -63,7 +63,7 @@ FASTQUANT_HD bool bin_formula_fits(const HistogramRange& r, int64_t bins) {
 }
 
 // The bin of a value, or -1 outside of the range, where BinFormula does not apply: for ranges too wide for
-// the arithmetic of T, and points so large that one more is the same number.
+// the arithmetic of T, and for values so large that adding 1 does not change them.
 FASTQUANT_HD inline int64_t wide_bin(double x, const HistogramRange& r, int64_t bins) {
   if (!(r.low <= x && x <= r.high)) return -1;
   const double half_span = r.high / 2 - r.low / 2;
@@ -72,8 +72,8 @@ FASTQUANT_HD inline int64_t wide_bin(double x, const HistogramRange& r, int64_t 
   return bin < bins ? bin : bins - 1;
 }
 
-// a * b + c, rounded once, as torch's vectorized linspace computes it in float. Double is for ranges that
-// torch fails on, and rounds twice.
+// a * b + c, rounded once, as torch's vectorized linspace computes it in float. Double is used
+// only for ranges on which torch fails, so there it may round twice.
 FASTQUANT_HD inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FASTQUANT_HD inline double multiply_add(double a, double b, double c) { return a * b + c; }
 
@@ -108,14 +108,14 @@ class Resampling {
         starts_(low_, static_cast<B>(from.high), bins * rate + 1),
         edges_(static_cast<B>(to.low), static_cast<B>(to.high), bins + 1) {}
 
-  // How many parts go to new bins before this one.
+  // How many parts go to the new bins that come before this bin.
   FASTQUANT_HD int64_t parts_before(int64_t bin) const {
     const int64_t parts = bins_ * rate_;
     if (bin <= 0) return 0;
     if (bin >= bins_) return parts;
     const B edge = edges_[bin];
-    // The middles that should lie before the edge, and from there the few steps that rounding may
-    // ask for; by halves where the estimate is no use.
+    // Estimate how many middles lie before the edge, then correct the estimate by the few steps that
+    // rounding may have moved it. Where it cannot be used, search by bisection.
     const B guess = (edge - low_) / part_width_ + static_cast<B>(0.5);
     int64_t count = guess > 0 ? (guess < static_cast<B>(parts) ? static_cast<int64_t>(guess) : parts) : 0;
     for (int steps = 0; steps < 8; ++steps) {
@@ -139,7 +139,7 @@ class Resampling {
     return least_count;
   }
 
-  // The counts of the parts [first, last), of which old(bin) gives those of a whole bin.
+  // The counts of the parts [first, last). old(bin) gives the count of a whole old bin.
   template <class Old>
   FASTQUANT_HD double sum(int64_t first, int64_t last, const Old& old) const {
     double total = 0;
@@ -160,7 +160,7 @@ class Resampling {
   Linspace<B> starts_, edges_;
 };
 
-// Whether middles are computed in double: for a histogram in double, and where fp32 is too narrow.
+// Whether middles are computed in double: for a histogram in double, and where fp32 would overflow.
 FASTQUANT_HD inline bool resamples_in_double(bool double_histogram, const HistogramRange& to, int64_t bins) {
   return double_histogram || !arithmetic_fits<float>(to, bins);
 }

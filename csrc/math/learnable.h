@@ -6,9 +6,9 @@
 namespace fastquant {
 namespace {
 
-// LSQ, https://openreview.net/pdf?id=rkgO66VKDS: inside the range the scale's gradient is
-// (x̂ - x) / scale, outside it is the bound less the zero point; the zero point's is -scale
-// outside and nothing inside.
+// LSQ, https://openreview.net/pdf?id=rkgO66VKDS. With x̂ the fake-quantized x, the gradient of the scale is
+// (x̂ - x) / scale inside the range, and the bound minus the zero point outside. The gradient of the zero point
+// is 0 inside and -scale outside.
 template <class V>
 struct LearnableGradients {
   using Reg = typename V::Reg;
@@ -36,7 +36,7 @@ struct LearnableGradients {
   FASTQUANT_HD Terms operator()(Reg grad, Reg x) const {
     const auto q = V::add(V::round(V::mul(x, inverse)), zero_point);
     const auto small = V::lt(q, low);
-    // NaN counts as inside: its gradient passes, and that of the scale becomes NaN.
+    // NaN counts as inside: the gradient of x passes, and the gradient of the scale becomes NaN.
     const auto inside = V::both(V::not_lt(q, low), V::not_lt(high, q));
     const auto error = V::mul(V::sub(V::mul(V::sub(q, zero_point), scale), x), inverse);
     const auto slope = V::select(inside, error, V::select(small, below, above));

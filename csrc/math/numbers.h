@@ -1,12 +1,12 @@
-// The element types tensors are stored in, and the type each is computed in. CPU and GPU share them, as
-// everything in this folder: kernels for every instruction set are made of it, so everything is `static`
-// or in an anonymous namespace, and nothing of std:: is used. A function that the linker could share with
-// another file might bring this file's instructions to a processor that lacks them.
+// The element types tensors are stored in, and the type each is computed in. CPU and GPU kernels
+// share this folder, and it is compiled once for each instruction set. Therefore everything in it is `static`
+// or in an anonymous namespace, and nothing of std:: is used: the linker keeps one copy of an inline function
+// that several files define, and that copy might hold instructions that the processor lacks.
 #pragma once
 
 #include <cstdint>
 
-// Of functions that GPU kernels call, too.
+// Marks functions that GPU kernels call as well as CPU code.
 #ifdef __CUDACC__
 #define FASTQUANT_HD __host__ __device__
 #else
@@ -31,7 +31,7 @@ template <>
 struct ComputeType<double> {
   using type = double;
 };
-// fp64 is computed in fp64; everything narrower in fp32.
+// The type in which elements are computed: fp64 for fp64, fp32 for every narrower type.
 template <class Stored>
 using Compute = typename ComputeType<Stored>::type;
 
@@ -81,7 +81,7 @@ FASTQUANT_HD static inline void from_compute(float* to, float x) { *to = x; }
 
 FASTQUANT_HD static inline void from_compute(double* to, double x) { *to = x; }
 
-// Both narrowing conversions round to nearest, ties to even, and keep NaN a NaN.
+// Both narrowing conversions round to nearest, ties to even, and convert NaN to NaN.
 FASTQUANT_HD static inline void from_compute(BFloat16* to, float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(x));
@@ -127,14 +127,14 @@ FASTQUANT_HD constexpr T largest() {
   return sizeof(T) == sizeof(float) ? static_cast<T>(0x1.fffffep127) : static_cast<T>(__DBL_MAX__);
 }
 
-// The value, a finite one limited to [-most, most]; infinities and NaN stay.
+// Clamps a finite value to [-most, most]; returns infinities and NaN unchanged.
 template <class T>
 FASTQUANT_HD T kept_finite(T value, double most) {
   if (value - value != 0 || !(static_cast<double>(value < 0 ? -value : value) > most)) return value;
   return static_cast<T>(value < 0 ? -most : most);
 }
 
-// Rounded towards zero and limited to what the type holds; NaN is 0.
+// Converts to an integer type: rounds towards zero and clamps to the type's range. NaN becomes 0.
 template <class Integer, class T>
 FASTQUANT_HD Integer saturated(T x) {
   constexpr int kBits = 8 * static_cast<int>(sizeof(Integer));

@@ -24,14 +24,14 @@ struct ScaleAndZeroPoint {
   double zero_point;  // of any quantized dtype, 32 bits wide too
 };
 
-// (high - low) / levels, also where high - low is beyond the largest number.
+// (high - low) / levels, correct even where high - low overflows.
 template <class B>
 FASTQUANT_HD B step_of(B low, B high, B levels) {
   const B span = high - low;
   return span == infinity<B>() || span == -infinity<B>() ? high / levels - low / levels : span / levels;
 }
 
-// At least eps; and never zero, as nothing but zeros would make it where eps is zero.
+// The scale, at least eps. It is never zero: where eps is zero, a tensor of only zeros would make it so.
 template <class B>
 FASTQUANT_HD B usable_scale(B scale, B eps) {
   if (scale < eps) scale = eps;

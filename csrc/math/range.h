@@ -32,7 +32,7 @@ FASTQUANT_HD B greatest(B a, B b) {
   return a != a ? a : (a < b || b != b ? b : a);
 }
 
-// A step of a moving average, also where the difference is beyond the largest number.
+// A step of a moving average, correct even where the difference overflows.
 template <class B>
 FASTQUANT_HD B moved_average(B so_far, B now, B constant) {
   const B difference = now - so_far;
@@ -41,7 +41,8 @@ FASTQUANT_HD B moved_average(B so_far, B now, B constant) {
   return (B{1} - constant) * so_far + constant * now;
 }
 
-// The range of a tensor folded into that so far: a moving average where `averages`, else the running range.
+// Combines the observed range with that of a new tensor: by a moving average where `averages` is set, else by
+// the minimum and maximum of both.
 template <class B>
 FASTQUANT_HD Range<B> folded(Range<B> so_far, Range<B> now, bool averages, B constant) {
   if (!averages) return {least(now.low, so_far.low), greatest(now.high, so_far.high)};

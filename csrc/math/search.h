@@ -8,8 +8,8 @@ namespace {
 
 // ----------------------------------------------------------------- quantization error
 
-// floor(a / b) of a quotient from 0 to 2^20, exact; a number below 0 for one below 0. inverse_b is a
-// little less than 1 / b, so that the estimate is right or one too small, which the remainder tells.
+// The exact floor(a / b) for quotients from 0 to 2^20; some negative number for negative quotients. inverse_b
+// is a little less than 1 / b, so the estimate is either right or one too small, and the remainder shows which.
 template <class V>
 FASTQUANT_HD typename V::Reg floor_divide(typename V::Reg a, typename V::Reg b, typename V::Reg inverse_b,
                                           typename V::Reg one) {
@@ -19,7 +19,7 @@ FASTQUANT_HD typename V::Reg floor_divide(typename V::Reg a, typename V::Reg b, 
 
 FASTQUANT_HD inline float cube(float x) { return x * x * x; }
 
-// The squared error that quantizing the values of a bin makes, in the order and precision of
+// The squared error of quantizing the values of one bin, computed in the order and precision of
 // torch.ao's HistogramObserver._compute_quantization_error. Values are taken as spread evenly
 // over their bin; the integral of x² from a to b is (b³ - a³) / 3.
 template <class V>
@@ -43,8 +43,8 @@ struct BinError {
             V::set1(0.5f)};
   }
 
-  // Of the bins that lie `index` bins after the first quantized one and hold density * width. What
-  // is below 0 or above `last` need not be divided exactly.
+  // The error of the bins that lie `index` bins after the first quantized one and count density * width each.
+  // Quotients below 0 or above `last` need not be exact, because they are clamped.
   FASTQUANT_HD Reg operator()(Reg index, Reg density) const {
     const auto from = V::mul(index, width);
     const auto to = V::add(from, width);
@@ -65,7 +65,7 @@ struct BinError {
 };
 
 // Lanes in which the errors of bins are summed in double, whatever the vector length: the same
-// sum on every instruction set. What is left over after whole rounds of lanes comes last.
+// sum on every instruction set. The bins left over after the last full set of lanes are added at the end.
 constexpr int kErrorLanes = 16;
 
 // ------------------------------------------------------------------------------ walk
@@ -115,14 +115,14 @@ FASTQUANT_HD inline float sum_of_chains(const float* chains, const float* x, int
 // caffe2's NormMinimization::NonlinearQuantizationParamsSearch).
 class RangeWalk {
  public:
-  // cumulative: the counts up to and with each bin; total: sum_of_chains.
+  // cumulative: the counts up to and including each bin; total: the result of sum_of_chains.
   FASTQUANT_HD RangeWalk(const float* cumulative, float total, int64_t bins)
       : cumulative_(cumulative), total_(static_cast<double>(total)), end_(bins - 1) {
     next_start_ = start_;
     next_end_ = end_;
   }
 
-  // Goes on to the next range worth a look, next_start() to next_end(); false at the end.
+  // Moves to the next candidate range, next_start() to next_end(). Returns false where none is left.
   FASTQUANT_HD bool next() {
     constexpr double kStep = 1e-5;
     while (alpha_ < beta_) {
@@ -146,7 +146,7 @@ class RangeWalk {
     return false;
   }
 
-  // Takes that range for its error; false, and the walk is over, where the error has grown.
+  // Accepts that range if its error has not grown. Otherwise returns false, and the search ends.
   FASTQUANT_HD bool take(double error) {
     if (error > smallest_error_) return false;
     smallest_error_ = error;
@@ -157,7 +157,7 @@ class RangeWalk {
 
   FASTQUANT_HD int64_t next_start() const { return next_start_; }
   FASTQUANT_HD int64_t next_end() const { return next_end_; }
-  // The best range so far.
+  // The best range found so far.
   FASTQUANT_HD int64_t start() const { return start_; }
   FASTQUANT_HD int64_t end() const { return end_; }
 
@@ -175,8 +175,8 @@ FASTQUANT_HD inline double width_of_bins(const HistogramRange& r, int64_t bins) 
   return is_finite(span) ? span / count : r.high / count - r.low / count;
 }
 
-// The search only compares errors. A power of two changes none of their digits and keeps their
-// cubes within what float holds, whatever the range.
+// The search only compares errors, so the range may be scaled first. A power of two loses no precision, and
+// keeps the cubes of bin edges from overflowing float.
 FASTQUANT_HD inline double width_for_search(const HistogramRange& r, int64_t bins) {
   int exponent = 0;
   return frexp(width_of_bins(r, bins), &exponent);

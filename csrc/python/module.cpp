@@ -46,31 +46,38 @@ PyMethodDef methods[] = {
     {"set_isa", set_isa, METH_O,
      "set_isa(name)\n\nUse the kernels of this instruction set from now on, in every thread."},
     {"set_up_fast_calls", fastquant::set_up_fast_calls, METH_VARARGS,
-     "set_up_fast_calls(exchange_api, tensor_type, parameter_type)\n\nMakes the functions below usable: "
-     "torch.Tensor's DLPack C exchange API, and the two\nexact types that they take."},
+     "set_up_fast_calls(exchange_api, tensor_type, parameter_type)\n\nMust be called before the functions "
+     "below. Takes torch.Tensor's DLPack C exchange API, and the two\ntypes of tensors that they accept."},
     {"is_on", fastquant::is_on_call, METH_O,
      "is_on(flag) -> bool | None\n\nWhether a CPU tensor of one element is not zero; None for anything else."},
-    fast_call("observe_minmax_", fastquant::observe_minmax_call,
-              "observe_minmax_(...) -> True | int | None\n\nThe op of this name without the dispatcher. Where "
-              "only the op will do: None, with\nnothing done. Where non-finite elements are refused: how many "
-              "there are."),
+    fast_call(
+        "observe_minmax_", fastquant::observe_minmax_call,
+        "observe_minmax_(...) -> True | int | None\n\nRuns the op of this name without torch's dispatcher, and "
+        "returns True. Returns None, and\nchanges nothing, where it does not support the arguments: the "
+        "caller then calls the op.\nReturns the number of non-finite elements where these are refused."),
     fast_call("observe_histogram_", fastquant::observe_histogram_call,
-              "observe_histogram_(...) -> True | int | None\n\nLikewise."),
+              "observe_histogram_(...) -> True | int | None\n\nThe same as observe_minmax_ for this op."),
     fast_call("histogram_qparams", fastquant::histogram_qparams_call,
               "histogram_qparams(histogram, min_val, max_val, eps, dst_nbins, quant_min, quant_max, scheme, "
-              "symmetric_zero_point, scale, zero_point) -> True | None\n\nLikewise for search_histogram_range "
-              "and, with its result, choose_qparams,\ninto scale and zero_point."),
-    fast_call("fake_quantize", fastquant::fake_quantize_call,
-              "fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max, y, mask) -> True | None\n\n"
-              "Likewise, into y and, where it is a tensor, into mask."),
+              "symmetric_zero_point, scale, zero_point) -> True | None\n\nRuns search_histogram_range and, on "
+              "the range that it finds, choose_qparams, and writes\nscale and zero_point. Returns None, and "
+              "changes nothing, where only the ops support the arguments."),
+    fast_call(
+        "fake_quantize", fastquant::fake_quantize_call,
+        "fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max, y, mask) -> True | None\n\n"
+        "Runs the op, and writes its results to y and, unless it is None, to mask. Returns None, and\nchanges "
+        "nothing, where only the op supports the arguments."),
     fast_call(
         "fused_observe_fake_quantize", fastquant::fused_observe_fake_quantize_call,
-        "fused_observe_fake_quantize(x, settings, y, mask) -> True | int | None\n\nLikewise, into y and "
-        "mask; where y is None, x is only observed. settings:\na fastquant._native.settings.FusedSettings, "
+        "fused_observe_fake_quantize(x, settings, y, mask) -> True | int | None\n\nRuns the op, and writes its "
+        "results to y and mask. Where y is None, it only observes x.\nReturns what observe_minmax_ does. "
+        "settings: "
+        "a fastquant._native.settings.FusedSettings, "
         "whose fake_quant_enabled is not read."),
     fast_call("fake_quantize_backward", fastquant::fake_quantize_backward_call,
-              "fake_quantize_backward(grad, mask, out) -> True | None\n\nLikewise, into out, which lies as "
-              "grad does."),
+              "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
+              "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "
+              "supports the arguments."),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -26,7 +26,7 @@ __all__ = ["Calibration", "calibrate"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one :func:`calibrate` run went through.
+    """What one run of :func:`calibrate` processed.
 
     ``batches`` and ``samples`` (the sum of the batches' first dimensions) are counts;
     ``seconds`` is the wall-clock time, loading of the data included.
@@ -60,14 +60,14 @@ def calibrate(
             it is neither tensor nor mapping, as it is.
         progress: show a progress bar on stderr.
 
-    Every submodule's training mode is as before afterwards, also after an exception.
+    Afterwards every submodule has its former training mode again, also after an exception.
     Ctrl-C takes effect between two batches (a second one at once), so every observer has
     seen the same batches, and the statistics gathered up to there stay in place.
     Observers that left out non-finite values are named in one warning.
 
     Raises:
-        TypeError: an argument, or a batch without ``forward``, of a type that does not fit.
-        ValueError: no observers in ``model``, ``model`` on several devices or on meta,
+        TypeError: an argument has a wrong type, or, without ``forward``, a batch has.
+        ValueError: ``model`` has no observers, or is on several devices or on meta,
             ``batches`` < 1, or no batch in ``data``.
     """
     if batches is not None:
@@ -91,8 +91,8 @@ def calibrate(
     done = samples = 0
     try:
         model.eval()
-        # no_grad, not inference_mode: what a model or an observer keeps from its forward must
-        # stay usable in training afterwards.
+        # no_grad, not inference_mode: tensors that a model or an observer stores in its forward
+        # must stay usable in later training, and inference tensors are not.
         with (
             torch.no_grad(),
             tqdm(
@@ -113,7 +113,7 @@ def calibrate(
             module.training = training
     if done == 0:
         raise ValueError("data is empty: there was no batch to calibrate with")
-    # Reading the counts waits for the device, so the time below is that of finished work.
+    # Reading the counts waits for the device, so the time below includes all of its work.
     _warn_of_nonfinite(before, nonfinite_counts(model))
     return Calibration(done, samples, time.perf_counter() - start)
 

@@ -142,7 +142,7 @@ def to_underlying_dtype(qdtype: torch.dtype) -> torch.dtype:
 def get_qparam_dict(observer_or_fake_quant: Any) -> dict[str, Any]:
     """The quantization parameters of an observer or fake-quantize, as reference modules take them.
 
-    Keys: `qscheme` (affine where the observer's is symmetric: quantized tensors know no other)
+    Keys: `qscheme` (affine where the observer's is symmetric: quantized tensors have no other)
     and `dtype`; unless the observer has no qscheme, also `scale`, `zero_point`, `axis` (per
     channel), `quant_min` and `quant_max` (where the observer has them).
 
@@ -255,7 +255,7 @@ def get_quant_type(qconfig: QConfig | None) -> QuantType:
     """The kind of quantization that a qconfig asks for.
 
     Raises:
-        QuantizationError: no qconfig, or a combination of dtypes that means nothing.
+        QuantizationError: no qconfig, or a combination of dtypes that is not supported.
     """
     activation, weight = _observers(qconfig, "quant type")
     if weight.dtype in _INTEGER_LIKE or weight.dtype == torch.float16:
@@ -353,7 +353,7 @@ def determine_qparams(
         qscheme: affine, symmetric or affine with floating parameters.
 
     Returns:
-        ([1.0], [0]) with a warning where nothing was observed.
+        Both tensors; ([1.0], [0]), with a warning, where nothing was observed.
 
     Raises:
         QuantizationError: a minimum lies above its maximum.
@@ -361,7 +361,8 @@ def determine_qparams(
     if not check_min_max_valid(min_val, max_val):
         device = min_val.device
         return torch.tensor([1.0], device=device), torch.tensor([0], device=device)
-    # Here, unlike in observers, torch.ao gives uint16 no middle.
+    # Unlike torch.ao's observers, this function of torch.ao does not put the zero point of
+    # uint16 in the middle of the range.
     middle = symmetric_zero_point(dtype, quant_min, quant_max, has_customized_qrange)
     scale, zero_point = qparams_of_range(
         min_val,
@@ -401,10 +402,10 @@ def _get_path_of_module(root: nn.Module, submodule: nn.Module) -> str | None:
 
 
 def _assert_and_get_unique_device(module: nn.Module) -> torch.device | None:
-    """The one device of a module, None where it has no tensors; `meta` yields to another.
+    """The one device of a module, None where it has no tensors; `meta` is ignored beside another.
 
     Raises:
-        QuantizationError: the module lies on several devices; they are named.
+        QuantizationError: the module is on several devices; the message names them.
     """
     devices = {t.device for ts in (module.parameters(), module.buffers()) for t in ts}
     if len(devices) > 1:

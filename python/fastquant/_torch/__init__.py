@@ -1,1 +1,1 @@
-"""Torch as fastquant needs it: torch.ao, hooks, the compiler, private names."""
+"""All that depends on torch's internals: torch.ao, hooks, the compiler, private names."""

@@ -113,7 +113,7 @@ _REPEATED_WARNINGS = (
     ("torch.quantize_per_tensor, torch.quantize_per_channel and other", UserWarning),
     # Every construction of a torch.ao observer that a user's QConfig holds.
     ("Please use quant_min and quant_max to specify the range", UserWarning),
-    # Per layer; convert names the layers itself, once.
+    # One for each layer; fastquant's convert names all these layers in one warning instead.
     ("must run observer before calling calculate_qparams", UserWarning),
     # fastquant's own, from a convert inside a convert under `patch_torch_ao`.
     ("convert: the observers of these layers have seen no data", UserWarning),
@@ -123,7 +123,7 @@ _REPEATED_WARNINGS = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep from users the warnings that torch repeats for work they did not ask torch to do."""
+    """Suppress warnings of torch about calls that fastquant makes and the user does not."""
     with warnings.catch_warnings():
         for message, category in _REPEATED_WARNINGS:
             warnings.filterwarnings("ignore", re.escape(message), category)

@@ -1,7 +1,7 @@
-"""What torch.compile has to be told, as soon as torch._dynamo is imported.
+"""Settings for torch.compile, made as soon as torch._dynamo is imported.
 
-Importing torch._dynamo takes longer than importing torch, and most programs never compile. So
-`when_compiling` puts off until then whatever needs it.
+Importing torch._dynamo takes longer than importing torch, and most programs never compile.
+Therefore `when_compiling` delays whatever needs torch._dynamo until something else imports it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which class of torch.ao a class of ours stands in for."""
+"""Which class of fastquant replaces which class of torch.ao."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from .._core.errors import PATH_IN_MODEL
 
-# A class of ours by the torch.ao class that it stands in for.
+# Maps a class of torch.ao to the class of fastquant that replaces it.
 COUNTERPARTS: dict[type, type] = {}
 
 
@@ -23,16 +23,17 @@ def subclasshook(cls: type, candidate: type) -> bool | types.NotImplementedType:
 def scriptable(module: nn.Module, cls: type | None = None) -> nn.Module:
     """torch.ao's module with the same state, which is what TorchScript compiles.
 
-    Its tensors are the same, so what either observes the other has seen.
+    Both modules share their tensors, so statistics that one observes appear in the other.
 
     Args:
         module: an observer or fake-quantizer of fastquant's.
-        cls: fastquant's class to take the counterpart of; the module's own.
+        cls: fastquant's class whose counterpart to make; by default the module's class.
 
     Raises:
-        NotImplementedError: the module's class is a user's.
-        RuntimeError: the module is in a prepared model. To let torch find that hooks cannot be
-            scripted would be too late: by then it has put what this returns into the model.
+        NotImplementedError: a user defined the module's class, so torch.ao has no counterpart.
+        RuntimeError: the module is in a prepared model. This check comes first,
+            because torch finds that it cannot script the hooks only after it has put the module
+            that this returns into the model.
     """
     if PATH_IN_MODEL in vars(module):
         raise RuntimeError(
@@ -49,7 +50,7 @@ def scriptable(module: nn.Module, cls: type | None = None) -> nn.Module:
     twin: nn.Module = object.__new__(theirs)
     for name, value in vars(module).items():
         twin.__dict__[name] = value.copy() if isinstance(value, (dict, set)) else value
-    # State of ours that torch.ao does not know.
+    # Attributes of fastquant's that torch.ao's class does not have.
     for name in twin._non_persistent_buffers_set:
         del twin._buffers[name]
     twin._non_persistent_buffers_set.clear()

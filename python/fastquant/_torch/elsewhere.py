@@ -1,7 +1,8 @@
-"""What `torch.ao.quantization` has and fastquant has not: names that say where to find it.
+"""Errors for names of `torch.ao.quantization` that fastquant lacks: they say where to find them.
 
 fastquant is for eager mode. `import fastquant.quantize_fx`, `from fastquant import prepare_jit` and
-`fastquant.backend_config` raise what Python raises for any unknown name, in words.
+`fastquant.backend_config` raise the same exception types as any unknown name, with a message that
+says where to find it.
 """
 
 from __future__ import annotations
@@ -57,18 +58,18 @@ def missing(name: str) -> NoReturn:
 
 
 class _Elsewhere(MetaPathFinder):
-    """Asked after all other finders, which means that there is no such module."""
+    """An import finder. It is the last one, so it is asked only for modules that do not exist."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
         if package == _PACKAGE and name in _ELSEWHERE:
-            # Without its `name`, which would make `from fastquant import` drop the message.
+            # Without the argument `name`: with it, `from fastquant import` would drop the message.
             raise ModuleNotFoundError(_message(name))
         return None
 
 
 def explain_missing_modules() -> None:
-    """Have imports of the modules that are elsewhere say so."""
+    """Make imports of modules that only torch.ao has fail with a message that says so."""
     sys.meta_path.append(_Elsewhere())

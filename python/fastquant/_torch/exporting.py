@@ -1,4 +1,4 @@
-"""What torch.onnx's exporters get in the place of ops that only fastquant knows."""
+"""What torch.onnx's exporters get in place of ops that only fastquant defines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def clamped_to_grid(
     quant_max: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x in fp32, without what quantizes to values of `dtype` beyond the quantized range.
+    """x in fp32, clamped so that it quantizes to no value outside of the quantized range.
 
     QuantizeLinear saturates at the ends of its dtype. For a narrower range x is clamped first, to
     values that quantize to the ends exactly, so that QuantizeLinear and DequantizeLinear stay the

@@ -24,7 +24,7 @@ def _observe_input(self: Any, input: Any) -> Any:
 
 @when_compiling
 def _show_dynamo_the_hooks() -> None:
-    """torch.compile does not trace into functions of torch.ao, but into these in their place."""
+    """Make torch.compile trace these functions in place of torch.ao's, which it does not enter."""
     for hook, same in zip(_OBSERVER_HOOKS, (_observe_output, _observe_input), strict=True):
         # Dynamo refuses a second registration, as when this module is reloaded.
         with suppress(ValueError):
@@ -35,7 +35,7 @@ def copy_forward_pre_hooks(source: nn.Module, target: nn.Module) -> None:
     """Register on `target` the forward pre-hooks of `source`, observers' hooks aside.
 
     Order and flags are kept. A target made by copying the source has its hooks already, under
-    the same keys; they are not doubled.
+    the same keys; these are not registered twice.
     """
     for key, hook in source._forward_pre_hooks.items():
         if hook not in _OBSERVER_HOOKS and key not in target._forward_pre_hooks:
@@ -73,7 +73,7 @@ def remove_observer_hooks(module: nn.Module) -> None:
 
 
 def has_hooks_of_its_own(module: nn.Module) -> bool:
-    """Whether anything but an observer hooks into the module's passes."""
+    """Whether the module has forward or backward hooks besides those of observers."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return (
         any(hook not in _OBSERVER_HOOKS for hook in hooks)

@@ -1,11 +1,12 @@
-"""What users replace: whether a module still is what its class was written to be.
+"""Detects what users have replaced in a module: methods, buffers, attributes, hooks.
 
-A short way (one op in the place of several methods, buffers read without `Module.__getattr__`) may
-be taken only where nobody can tell. Users set methods on instances, patch them on classes, make
-attributes properties, put parameters in the place of buffers and add hooks, own or global. Every
-short way asks here, at each call, and in Python: comparing a method of a class takes the
-interpreter 10 ns, a third of what it would take through C. Plain settings (`ch_axis`, `quant_min`)
-need no such question: they are read as attributes, so a property is seen as one.
+A shortcut (one op in place of several methods, buffers read without `Module.__getattr__`) may be
+taken only where it gives the same result as the full code. Users set methods on instances, patch
+them on classes, make attributes properties, put parameters in the place of buffers and add hooks,
+per module or global. Every shortcut checks for that here at each call, and does so in Python:
+comparing a method of a class takes the interpreter 10 ns, a third of what it would take through C.
+Plain settings (`ch_axis`, `quant_min`) need no such check: they are read as ordinary attributes, so
+properties work.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ _KEPT = frozenset(
 def keeps_tensors_plainly(cls: Any) -> bool:
     """Whether a buffer in `_buffers` of an instance is what its attribute of that name is.
 
-    Not where a property or a `__getattr__` is in the way. A class that has passed is remembered in
-    the class; a subclass inherits that of another class, and is looked at anew.
+    False where the class has a property of that name or its own `__getattr__`. A class that passes
+    stores itself in `_read_plainly`. A subclass inherits that entry, which is not the subclass
+    itself, and so is checked anew.
     """
     if cls._read_plainly is cls or is_exporting():  # export has a __getattr__ of its own
         return True
@@ -59,31 +61,31 @@ def keeps_tensors_plainly(cls: Any) -> bool:
 def reader(*names: str) -> Callable[[Any], Any]:
     """A function that reads tensors of a module: what its attributes of these names are.
 
-    It takes a tenth of the time that the attributes of buffers take.
+    It takes a tenth of the time of reading buffers as attributes.
     """
     items = operator.itemgetter(*names)
 
     def read(module: nn.Module) -> Any:
         cls: Any = type(module)
-        # Dynamo knows attributes, and no itemgetter.
+        # Dynamo can trace attributes, but not itemgetter.
         if not _is_traced_by_dynamo() and (cls._read_plainly is cls or keeps_tensors_plainly(cls)):
             try:
                 return items(module._buffers)
             except KeyError:
-                pass  # a parameter, a parametrization or a plain tensor is in the place of one
+                pass  # a parameter, a parametrization or a plain tensor has replaced a buffer
         return [getattr(module, name) for name in names]
 
     return read
 
 
 class Written:
-    """Methods of a class as they were written, when this was made: to notice others later."""
+    """Methods of a class, recorded when this object is made, to detect replacements later."""
 
     def __init__(self, cls: type, *names: str) -> None:
         self._methods = [(name, getattr(cls, name)) for name in names]
 
     def is_replaced(self, module: nn.Module) -> bool:
-        """Whether the module, its class or a base has another method of one of these names."""
+        """Whether the module, its class or a base class has replaced one of these methods."""
         own, cls = module.__dict__, type(module)
         for name, method in self._methods:  # any() takes 0.3 µs longer
             if getattr(cls, name) is not method or name in own:

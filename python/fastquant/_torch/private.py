@@ -1,8 +1,8 @@
 """Every private name of torch that fastquant uses; those of torch.ao are in `ao`.
 
 A release of torch may rename or drop any of them. Each is therefore looked up once, when fastquant
-is imported, and has something in its place: a slower public way, an answer that makes callers take
-the slower way, or an error that names the supported releases. tests/test_private_names.py takes
+is imported, and has a fallback: a slower public function, an answer that makes callers take their
+slower path, or an error that names the supported releases. tests/test_private_names.py takes
 each of `NAMES` away and runs a model through prepare, training and convert.
 """
 
@@ -37,7 +37,7 @@ def _unsupported(reason: object) -> str:
 
 @contextmanager
 def required() -> Iterator[None]:
-    """Let an import that fails name the supported releases of torch."""
+    """Make a failing import raise an error that names the supported releases of torch."""
     try:
         yield
     except ImportError as error:
@@ -54,7 +54,7 @@ def _find(path: str, otherwise: Any) -> Any:
 
 
 def _assume_so() -> bool:
-    """For the place of a question: with this answer, callers take the way that is always right."""
+    """A fallback for a check: with this answer, callers take the path that is always correct."""
     return True
 
 
@@ -67,7 +67,7 @@ dispatch_modes = _find("_C._len_torch_dispatch_stack", _assume_so)
 function_modes = _find("_C._len_torch_function_stack", _assume_so)
 innermost_transform = _find("_C._functorch.peek_interpreter_stack", _assume_so)
 is_profiling = _find("_C._autograd._profiler_enabled", _assume_so)
-# The public function is a Python one, and asks about scripting too.
+# The public function is written in Python, and slower because it also checks for scripting.
 is_tracing = _find("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 _missing = SimpleNamespace(_current_level=0, _is_exporting_flag=None)
@@ -108,7 +108,7 @@ def is_intercepted() -> Any:
 
 # --- tensors and dispatch -------------------------------------------------------------------
 
-# How `_C` reaches the memory of tensors without the dispatcher; without it, nothing does.
+# How `_C` reaches the memory of tensors without the dispatcher. Without it there are no fast calls.
 exchange_api = _find("Tensor.__dlpack_c_exchange_api__", None)
 
 below_autograd = _find("_C._AutoDispatchBelowAutograd", torch.no_grad)
@@ -125,7 +125,7 @@ def _without_derivatives() -> Callable[[], AbstractContextManager[Any]]:
     )
 
 
-# A context in which ops go past autograd; under no_grad they go through it and record nothing.
+# A context in which ops skip autograd. Under no_grad they still pass through it, which costs time.
 without_derivatives = _without_derivatives()
 
 
@@ -153,13 +153,13 @@ per_channel_quantized = _find("_make_per_channel_quantized_tensor", _quantized_a
 
 # --- modules --------------------------------------------------------------------------------
 
-# Not empty: where torch keeps them elsewhere, there may be some.
+# The fallback is not empty: where torch stores its global hooks elsewhere, there may be some.
 global_forward_hooks = _find("nn.modules.module._global_forward_hooks", {"unknown": None})
 global_forward_pre_hooks = _find("nn.modules.module._global_forward_pre_hooks", {"unknown": None})
 _call_impl = _find("nn.Module._call_impl", None)
 _module_call = nn.Module.__call__
-# torch.fx.symbolic_trace replaces the latter while it traces. Its flag, and not is_fx_tracing(),
-# which logs a warning.
+# torch.fx.symbolic_trace replaces nn.Module.__call__ while it traces. We read its flag, because
+# is_fx_tracing() logs a warning.
 _fx: Any = SimpleNamespace(_is_fx_tracing_flag=False)
 if _find("fx._symbolic_trace._is_fx_tracing_flag", None) is not None:
     _fx = torch.fx._symbolic_trace
@@ -168,12 +168,12 @@ if _find("fx._symbolic_trace._is_fx_tracing_flag", None) is not None:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling the module with a detached tensor runs its class's forward, and no more.
 
-    Not where it has hooks, own or global, or where somebody replaced what calls forward. Backward
-    hooks have nothing to do where nothing needs a gradient.
+    False where it has forward hooks, its own or global ones, or where somebody replaced the method
+    that calls forward. Backward hooks do not count: they do nothing where nothing needs a gradient.
     """
     own, cls = module.__dict__, type(module)
     return (
-        # These wrap it, to note the path of each call.
+        # These wrap it to record the module path of each call.
         (cls.__call__ is _module_call or _fx._is_fx_tracing_flag or is_exporting())
         and cls._call_impl is _call_impl
         and "forward" not in own
@@ -194,7 +194,7 @@ _global_backward_pre_hooks = _find(
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether anything, own or global, looks at the gradients that pass the module."""
+    """Whether the module has backward hooks, its own or global ones."""
     own = module.__dict__
     return bool(
         own["_backward_hooks"]
