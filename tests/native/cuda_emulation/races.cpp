@@ -34,7 +34,7 @@ struct Learned {
   unsigned thread, barriers;
 };
 
-constexpr uintptr_t kCell = 2;  // bytes per cell: the size of the smallest element type
+constexpr uintptr_t kCell = 1;  // bytes per cell: the size of the smallest element type, int8
 
 std::unordered_map<uintptr_t, Cell> cells;
 std::unordered_map<uintptr_t, Knowledge> published;           // key: the address of an atomic
