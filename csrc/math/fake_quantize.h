@@ -34,7 +34,7 @@ struct FakeQuantizer {
     return V::mul(V::sub(V::add(clamped, magic), magic), scale);
   }
 
-  // Whether the gradient passes. It passes where x is NaN, as in torch.
+  // Whether the gradient passes. It does where x is NaN.
   FASTQUANT_HD typename V::Mask inside(Reg t) const {
     return V::both(V::not_lt(t, low_edge), V::not_lt(high_edge, t));
   }
@@ -68,7 +68,7 @@ struct ExactQuantizer {
 
 // ------------------------------------------------------------------------- parameters
 
-// The neighbour of a finite number other than zero, by a step away from zero or towards it.
+// The floating-point neighbour of a finite nonzero number, away from zero or towards zero.
 FASTQUANT_HD inline float next_to(float x, bool away) {
   return bits_to_float(away ? float_to_bits(x) + 1u : float_to_bits(x) - 1u);
 }
@@ -81,7 +81,8 @@ FASTQUANT_HD inline double next_to(double x, bool away) {
   return x;
 }
 
-// The furthest value on that side of a whole bound that rounds to it, ties to even.
+// The furthest value above (side = 1) or below (side = -1) a whole-number bound that still rounds to the bound,
+// ties to even.
 template <class T>
 FASTQUANT_HD T rounding_edge(T bound, int side) {
   const T half = bound + static_cast<T>(0.5) * static_cast<T>(side);
@@ -97,7 +98,7 @@ FASTQUANT_HD bool is_within(T x, T bound) {
 template <class T>
 struct ChannelParams {
   T scale, inverse_scale, zero_point;
-  // See FakeQuantizer. The edges are set only where `exact` is false.
+  // See FakeQuantizer. The edges are used only where `exact` is false.
   T low, high, low_edge, high_edge;
   // Whether ExactQuantizer has to be used: for float zero points, for integers too large for T to represent
   // exactly, and for scales that are not normal numbers. Otherwise both quantizers give the same result.

@@ -165,7 +165,7 @@ FASTQUANT_HD inline bool resamples_in_double(bool double_histogram, const Histog
   return double_histogram || !arithmetic_fits<float>(to, bins);
 }
 
-// The new bin of all counts of a histogram that has seen only one value.
+// The bin that receives all counts of a histogram that has seen only one value, so that its range is empty.
 FASTQUANT_HD inline int64_t bin_of_point(double value, const HistogramRange& to, int64_t bins) {
   using T = float;
   const T x = static_cast<T>(value);

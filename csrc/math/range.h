@@ -21,7 +21,7 @@ FASTQUANT_HD bool is_observed(Range<B> r) {
   return !(r.low == infinity<B>() && r.high == -infinity<B>());
 }
 
-// Unlike the min and max of vector types: NaN where either is NaN.
+// Unlike the min and max of vector types, least and greatest return NaN where either argument is NaN.
 template <class B>
 FASTQUANT_HD B least(B a, B b) {
   return a != a ? a : (b < a || b != b ? b : a);

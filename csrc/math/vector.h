@@ -24,13 +24,13 @@
 //
 // Memory and masks, for CPU kernels
 //   load(p)                  from Element*; float also from Half* and BFloat16*, double from float*
-//   store(p, x)              likewise, but double to double* only
-//   load_pair(p, &a, &b)     2 N elements, in the order that is cheapest for their type
-//   store_pair_normal(p, a, b)   the reverse, of zero, normal numbers and NaN that load_pair gave
+//   store(p, x)              to the same types as load, but double to double* only
+//   load_pair(p, &a, &b)     2 N elements, in whatever order is cheapest for their type
+//   store_pair_normal(p, a, b)   stores in that order; only for zero, normal numbers and NaN from load_pair
 //   pair_bits(p, m, n)       the bits of the masks of such a pair, in the order of memory
 //   store_index(p, x)        N int32, truncated towards zero
-//   store_others(p, m, x)    the elements that m does not name, side by side; returns how many. It may
-//                            overwrite a whole vector
+//   store_others(p, m, x)    stores the elements for which m is false side by side, and returns how many. It
+//                            may write a whole vector to p
 //   lowest, highest(x)       of all elements
 //   eq, unordered(a, b)      unordered: where either is NaN
 //   either(m, n), none(), any(m)

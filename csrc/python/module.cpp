@@ -47,7 +47,8 @@ PyMethodDef methods[] = {
      "set_isa(name)\n\nUse the kernels of this instruction set from now on, in every thread."},
     {"set_up_fast_calls", fastquant::set_up_fast_calls, METH_VARARGS,
      "set_up_fast_calls(exchange_api, tensor_type, parameter_type)\n\nMust be called before the functions "
-     "below. Takes torch.Tensor's DLPack C exchange API, and the two\ntypes of tensors that they accept."},
+     "below. Takes torch.Tensor's DLPack C exchange API, and torch.Tensor and\nnn.Parameter, the only types "
+     "(not subclasses) that they accept."},
     {"is_on", fastquant::is_on_call, METH_O,
      "is_on(flag) -> bool | None\n\nWhether a CPU tensor of one element is not zero; None for anything else."},
     fast_call(
@@ -71,8 +72,8 @@ PyMethodDef methods[] = {
         "fused_observe_fake_quantize", fastquant::fused_observe_fake_quantize_call,
         "fused_observe_fake_quantize(x, settings, y, mask) -> True | int | None\n\nRuns the op, and writes its "
         "results to y and mask. Where y is None, it only observes x.\nReturns what observe_minmax_ does. "
-        "settings: "
-        "a fastquant._native.settings.FusedSettings, "
+        "settings: a "
+        "fastquant._native.settings.FusedSettings, "
         "whose fake_quant_enabled is not read."),
     fast_call("fake_quantize_backward", fastquant::fake_quantize_backward_call,
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "

@@ -107,11 +107,11 @@ PlaceholderObserver = _observer.PlaceholderObserver
 # --- warnings -------------------------------------------------------------------------------
 
 _REPEATED_WARNINGS = (
-    # Calls of torch.ao.quantization from inside torch.ao.nn (LSTM, MultiheadAttention).
+    # From calls of torch.ao.quantization inside torch.ao.nn (LSTM, MultiheadAttention).
     ("torch.ao.quantization is deprecated", DeprecationWarning),
-    # Every quantized tensor that a swapped-in module creates.
+    # From every quantized tensor that a swapped-in module creates.
     ("torch.quantize_per_tensor, torch.quantize_per_channel and other", UserWarning),
-    # Every construction of a torch.ao observer that a user's QConfig holds.
+    # From every construction of a torch.ao observer that a user's QConfig names.
     ("Please use quant_min and quant_max to specify the range", UserWarning),
     # One for each layer; fastquant's convert names all these layers in one warning instead.
     ("must run observer before calling calculate_qparams", UserWarning),

@@ -32,7 +32,7 @@ def _show_dynamo_the_hooks() -> None:
 
 
 def copy_forward_pre_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Register on `target` the forward pre-hooks of `source`, observers' hooks aside.
+    """Register on `target` the forward pre-hooks of `source`, except those of observers.
 
     Order and flags are kept. A target made by copying the source has its hooks already, under
     the same keys; these are not registered twice.
@@ -46,7 +46,7 @@ def copy_forward_pre_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def copy_forward_hooks(source: nn.Module, target: nn.Module) -> None:
-    """The same for the forward hooks, which run after `forward`."""
+    """Do what `copy_forward_pre_hooks` does for the forward hooks, which run after `forward`."""
     for key, hook in source._forward_hooks.items():
         if hook not in _OBSERVER_HOOKS and key not in target._forward_hooks:
             target.register_forward_hook(
@@ -57,7 +57,7 @@ def copy_forward_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def add_observer_hook(module: nn.Module, pre_hook: bool) -> None:
-    """Have `module.activation_post_process` called first, on each input or on each output."""
+    """Make a first hook call `module.activation_post_process` on each input or each output."""
     if pre_hook:
         if observer_forward_pre_hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(observer_forward_pre_hook, prepend=True)

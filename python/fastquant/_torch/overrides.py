@@ -40,7 +40,7 @@ _KEPT = frozenset(
 
 
 def keeps_tensors_plainly(cls: Any) -> bool:
-    """Whether a buffer in `_buffers` of an instance is what its attribute of that name is.
+    """Whether reading an instance's `_buffers[name]` gives the same as its attribute `name`.
 
     False where the class has a property of that name or its own `__getattr__`. A class that passes
     stores itself in `_read_plainly`. A subclass inherits that entry, which is not the subclass
