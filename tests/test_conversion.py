@@ -879,3 +879,31 @@ def test_transposed_convolutions_that_torch_computes_wrongly_are_named(
     assert bool(warned) == (not is_right)
     assert all(f"{engine!r} for body.0." in str(w.message) for w in warned)
     assert all(w.filename == __file__ for w in warned)
+
+
+@pytest.mark.parametrize("on", ["instance", "class"])
+def test_another_forward_of_a_weights_fake_quantizer_sees_it_fake_quantize(
+    on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[ModuleType, list[tuple[int, bool]]] = {}
+    for ns in (fq, tq):
+        model = nn.Sequential(ns.QuantStub(), nn.Linear(4, 4), ns.DeQuantStub()).train()
+        model.qconfig = ns.get_default_qat_qconfig("x86", 0)
+        with quiet(), monkeypatch.context() as patch:
+            prepared = ns.prepare_qat(model)
+            prepared(torch.randn(8, 4))
+            fake_quantizer: Any = prepared[1].weight_fake_quant
+            forward, calls = type(fake_quantizer).forward, seen.setdefault(ns, [])
+
+            def spy(self: Any, x: Tensor, forward: Any = forward, calls: Any = calls) -> Tensor:
+                y = forward(self, x)
+                if x.shape == (4, 4):
+                    calls.append((int(self.fake_quant_enabled), torch.equal(x, y)))
+                return y  # type: ignore[no-any-return]
+
+            if on == "class":
+                patch.setattr(type(fake_quantizer), "forward", spy)
+            else:
+                fake_quantizer.forward = functools.partial(spy, fake_quantizer)
+            ns.convert(prepared.eval(), inplace=True)
+    assert seen[fq] == seen[tq] == [(1, False)]

@@ -27,8 +27,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from .._torch import ao
 from .._torch.ao import nni, nniq, nniqat, nniqd, nnq, nnqat, nnqd
 from .._torch.hooks import has_hooks_of_its_own
-from .._torch.private import global_forward_hooks, without_derivatives
-from ..fake_quantize import FakeQuantizeBase
+from .._torch.overrides import Written
+from .._torch.private import is_called_plainly, without_derivatives
+from ..fake_quantize import FakeQuantize
 from .plan import Entry, How, Plan
 from .weights import quantize_weight
 
@@ -205,10 +206,13 @@ def _folded(module: Any) -> tuple[Tensor, Tensor]:
         )
 
 
+# As FakeQuantize has it when fastquant is imported.
+_forward = Written(FakeQuantize, "forward")
+
+
 def _observe(observer: Any, weight: Tensor) -> None:
     """Have a weight observed; a fake-quantizer of ours need not fake-quantize it, too."""
-    spared = isinstance(observer, FakeQuantizeBase) and _is_plain_observer(observer)
-    if not spared or global_forward_hooks:
+    if not is_called_plainly(observer) or _forward.is_replaced(observer):
         observer(weight)
         return
     flag = observer.fake_quant_enabled
