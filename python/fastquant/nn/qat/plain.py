@@ -1,0 +1,32 @@
+"""Whether one op may do what the call of a fake-quantizer does, together with what precedes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..._native.settings import FusedSettings
+from ..._torch.private import has_backward_hooks, is_called_plainly
+from ...fake_quantize import FakeQuantize
+
+__all__ = ["settings_per_tensor"]
+
+# As it was written, to notice another in its place.
+_FORWARD: Any = FakeQuantize.forward
+
+
+def settings_per_tensor(fake_quantizer: Any) -> FusedSettings | None:
+    """What an op needs to do a call of this fake-quantizer, which has one scale for the tensor.
+
+    None where somebody could tell that the module itself was not called, because of hooks or
+    replaced methods, and for modules other than fastquant's fake-quantizers of a minimum and
+    maximum or their moving averages. It says nothing about the tensor, nor about what surrounds the
+    call: modes, tracing, transforms.
+    """
+    if (
+        getattr(type(fake_quantizer), "forward", None) is not _FORWARD
+        or not is_called_plainly(fake_quantizer)
+        or has_backward_hooks(fake_quantizer)
+    ):
+        return None
+    settings: FusedSettings | None = fake_quantizer._settings_of_one_op()
+    return settings if settings is not None and settings.ch_axis is None else None
