@@ -12,10 +12,11 @@ result is NaN. Here such a channel uses w itself: gamma makes the channel's outp
 case, and its gradient is the normalized output of the convolution, as without quantization, so
 that training can bring the channel back.
 
-The blocks stay torch.ao's classes: its functions and users' code recognise them by their type.
-`teach_torch_ao` replaces the two methods that do the folding, for blocks whose weight is quantized
-by a fake-quantizer of fastquant; others keep torch.ao's. `prepare_qat` calls it. In a process that
-unpickles a prepared model and never calls `prepare_qat`, torch.ao's own methods run.
+`teach_torch_ao` replaces the two methods of torch.ao's classes that do the folding, for blocks
+whose weight is quantized by a fake-quantizer of fastquant; others keep torch.ao's. The blocks stay
+torch.ao's classes: its functions and users' code recognise them by their type. `prepare_qat` calls
+it. In a process that unpickles a prepared model and never calls `prepare_qat`, torch.ao's own
+methods run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._native.fast_calls import has_plain_gradients
@@ -34,7 +35,7 @@ from ..._torch.ao import conv_bn_base, nniqat
 from ..._torch.private import has_backward_hooks, is_called_plainly
 from ...fake_quantize import FakeQuantize, FakeQuantizeBase
 
-__all__ = ["teach_torch_ao"]
+__all__ = ["before_batch_norm", "teach_torch_ao"]
 
 _Forward = Callable[[Any, Tensor], Tensor]
 
@@ -121,20 +122,23 @@ def _weight_of_inference(module: Any) -> Tensor:
     return result
 
 
-def _conv_bn(module: Any, x: Tensor) -> Tensor:
+def before_batch_norm(module: Any, x: Tensor) -> Tensor:
+    """What the block gives to its batch norm."""
     weight = _weight_of_inference(module)
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, module.bias)
     bias = None if module.bias is None else module.bias.to(x.dtype)
-    result: Tensor = module.bn(module._conv_forward(x, weight, bias))
+    result: Tensor = module._conv_forward(x, weight, bias)
     return result
 
 
-def _linear_bn(module: Any, x: Tensor) -> Tensor:
-    result: Tensor = module.bn(F.linear(x, _weight_of_inference(module), module.bias))
+def _forward(module: Any, x: Tensor) -> Tensor:
+    result: Tensor = module.bn(before_batch_norm(module, x))
     return result
 
 
-def _replace(cls: type, name: str, forward: _Forward) -> None:
-    """Use `forward` in the place of a method, for modules with a fake-quantizer of ours."""
+def _replace(cls: type, name: str) -> None:
+    """Use `_forward` in the place of a method, for modules with a fake-quantizer of ours."""
     theirs: _Forward | None = vars(cls).get(name)
     if theirs is None:
         return  # a torch that does it some other way
@@ -142,7 +146,7 @@ def _replace(cls: type, name: str, forward: _Forward) -> None:
     @functools.wraps(theirs)
     def method(self: Any, input: Tensor) -> Tensor:
         ours = FakeQuantizeBase in type(self.weight_fake_quant).__mro__
-        return forward(self, input) if ours else theirs(self, input)
+        return _forward(self, input) if ours else theirs(self, input)
 
     setattr(cls, name, method)
 
@@ -150,5 +154,5 @@ def _replace(cls: type, name: str, forward: _Forward) -> None:
 @functools.cache
 def teach_torch_ao() -> None:
     """Have torch.ao's blocks fold on the weight's side, from now on in this process."""
-    _replace(conv_bn_base, "_forward_approximate", _conv_bn)
-    _replace(nniqat.LinearBn1d, "forward", _linear_bn)
+    _replace(conv_bn_base, "_forward_approximate")
+    _replace(nniqat.LinearBn1d, "forward")
