@@ -44,6 +44,21 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, float? averaging_constant, int quant_min, "
       "int quant_max, int scheme, int symmetric_zero_point, int nonfinite) -> (Tensor, Tensor)");
 
+  // Batch norm, an activation that clamps to [low, high], observe and fake-quantize per tensor.
+  m.def(
+      "observe_batch_norm_(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
+      "Tensor(b!) running_var, bool training, float momentum, float bn_eps, float low, float high, "
+      "Tensor observer_enabled, Tensor fake_quant_enabled, Tensor(c!) min_val, Tensor(d!) max_val, "
+      "Tensor(e!) scale, Tensor(f!) zero_point, Tensor(g!) nonfinite_count, Tensor eps, "
+      "float? averaging_constant, int quant_min, int quant_max, int scheme, int symmetric_zero_point, "
+      "int nonfinite) -> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_fake_quantize(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor quantizer, "
+      "bool training, float low, float high, int quant_min, int quant_max) -> Tensor");
+  m.def(
+      "batch_norm_fake_quantize_backward(Tensor grad, Tensor x, Tensor norm, Tensor quantizer, bool training, "
+      "float low, float high, int quant_min, int quant_max) -> (Tensor, Tensor, Tensor)");
+
   // Quantize weights to int8 with zero points of 0.
   m.def("quantize_per_channel(Tensor x, Tensor scale, int ch_axis, int quant_min, int quant_max) -> Tensor");
 

@@ -33,7 +33,7 @@ from ._core.ranges import INF, Range, has_seen_nothing, is_unobserved, range_err
 from ._core.schemes import Scheme
 from ._core.state import eps_error, resized
 from ._native.ops import choose_qparams, search_histogram_range
-from ._native.reference import _widest_dtype, moved_histogram
+from ._native.reference.basics import _widest_dtype, moved_histogram
 from .fake_quantize import FakeQuantize, FakeQuantizeBase, LearnableFakeQuantize
 from .observer import _is_activation_post_process
 

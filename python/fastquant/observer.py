@@ -48,7 +48,7 @@ from ._core.state import (
     save_replaced,
 )
 from ._native.ops import choose_qparams, search_histogram_range
-from ._native.reference import (
+from ._native.reference.basics import (
     moved_histogram,
     quantization_error,
     range_of_least_error,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._core.qparams import zero_point_dtype
 from .ops import Op
+from .reference.basics import _compute_dtype
 
 
 def _on_one_device(kernel: Op) -> Op:
@@ -66,6 +67,18 @@ def _empty_qparams(
     return min_val.new_empty(n), min_val.new_empty(n, dtype=dtype)
 
 
+def _empty_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    norm = x.new_empty((4, x.shape[1]), dtype=_compute_dtype(x))
+    return norm, x.new_empty(3, dtype=torch.float64)
+
+
+def _empty_batch_norm_gradients(
+    grad: Tensor, x: Tensor, norm: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = norm.shape[1]
+    return torch.empty_like(x), norm.new_empty(channels), norm.new_empty(channels)
+
+
 def _empty_gradients(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,6 +97,9 @@ _FAKE_KERNELS: dict[str, Op] = {
     "quantize_per_channel": _empty_int8,
     "fused_observe_fake_quantize": _empty_like_first,
     "fused_observe_fake_quantize_with_mask": _empty_with_mask,
+    "observe_batch_norm_": _empty_norm,
+    "batch_norm_fake_quantize": _empty_like_first,
+    "batch_norm_fake_quantize_backward": _empty_batch_norm_gradients,
     "learnable_fake_quantize": _empty_like_first,
     "learnable_fake_quantize_backward": _empty_gradients,
 }

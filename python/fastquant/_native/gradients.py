@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _C
 from . import ops
 from .fast_calls import may_skip_dispatcher
+from .reference import batch_norm
 
 
 def _with_gradients(
@@ -102,6 +103,59 @@ fake_quantize_with_mask = _with_gradients(
     _save_mask,
     _gradients_of_fake_quantize,
     "fake_quantize_with_mask",
+)
+
+
+# ------------------------------------------------------------ batch norm and fake-quantize
+
+
+def _save_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, norm, quantizer, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, norm, quantizer)
+    ctx.bias_dtype = bias.dtype
+
+
+def _gradients_of_x_weight_bias(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, norm, quantizer = ctx.saved_tensors
+    training, *clamp = ctx.settings
+    twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad, x, weight))
+    if twice:
+        with torch.no_grad():
+            _, passes = batch_norm.quantized(x, norm, quantizer, *clamp)
+        made = batch_norm.differentiable_gradients(grad, passes, x, weight, norm, training)
+    else:
+        made = ops.batch_norm_fake_quantize_backward(grad, x, norm, quantizer, training, *clamp)
+    of_x, of_weight, of_bias = made
+    return of_x.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(ctx.bias_dtype)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Gives a result that was made of x, weight and bias their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, y: tuple[Tensor], inputs: tuple[Any, ...]
+    ) -> Tensor:
+        _save_batch_norm(ctx, (x, weight, bias, *inputs), y[0])
+        return y[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients_of_x_weight_bias(ctx, grad), None, None
+
+
+with_batch_norm_gradients: ops.Op = _BatchNorm.apply
+
+
+def _gradients_of_batch_norm(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients_of_x_weight_bias(ctx, grad), *(None,) * 7
+
+
+batch_norm_fake_quantize = _with_gradients(
+    ops.batch_norm_fake_quantize,
+    _save_batch_norm,
+    _gradients_of_batch_norm,
+    "batch_norm_fake_quantize",
 )
 
 

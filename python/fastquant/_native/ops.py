@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import library as library  # loads the ops
-from . import reference
+from .reference import OPS
 
 Op = Callable[..., Any]
 
@@ -32,11 +32,14 @@ fake_quantize_backward = _bind("fake_quantize_backward")
 quantize_per_channel = _bind("quantize_per_channel")
 fused_observe_fake_quantize = _bind("fused_observe_fake_quantize")
 fused_observe_fake_quantize_with_mask = _bind("fused_observe_fake_quantize_with_mask")
+observe_batch_norm_ = _bind("observe_batch_norm_")
+batch_norm_fake_quantize = _bind("batch_norm_fake_quantize")
+batch_norm_fake_quantize_backward = _bind("batch_norm_fake_quantize_backward")
 learnable_fake_quantize = _bind("learnable_fake_quantize")
 learnable_fake_quantize_backward = _bind("learnable_fake_quantize_backward")
 
 # An op that has no autograd of its own leaves gradients on while its kernel runs, so the
 # fallback turns them off itself.
 _fallback: Any = torch.library.Library("fastquant", "IMPL")  # type: ignore[no-untyped-call]
-for _name, _op in reference.OPS.items():
+for _name, _op in OPS.items():
     _fallback.impl(_name, torch.no_grad()(_op), "CompositeExplicitAutograd")

@@ -208,6 +208,44 @@ def fused_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
     return result
 
 
+def batch_norm_observe_fake_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    bn_eps: float,
+    low: float,
+    high: float,
+    settings: FusedSettings,
+) -> Tensor:
+    """The ops `observe_batch_norm_` and `batch_norm_fake_quantize`, with gradients where needed.
+
+    `settings.ch_axis` must be None.
+    """
+    statistics = (running_mean, running_var, training, momentum, bn_eps, low, high)
+    observing = (*statistics, *settings.per_tensor())
+    clamping = (training, low, high, settings.quant_min, settings.quant_max)
+    tensors = (x, weight, bias)
+    y: Tensor
+    in_graph = _is_in_graph(x)
+    if in_graph or is_transformed():
+        made = ops.observe_batch_norm_(*(t.detach() for t in tensors), *observing)
+        op = ops.batch_norm_fake_quantize if in_graph else gradients.batch_norm_fake_quantize
+        y = op(*tensors, *made, *clamping)
+    elif _is_recorded() or not any(map(_needs_gradient, tensors)):
+        made = ops.observe_batch_norm_(*tensors, *observing)
+        y = ops.batch_norm_fake_quantize(*tensors, *made, *clamping)
+    else:
+        with below_autograd():
+            made = ops.observe_batch_norm_(*tensors, *observing)
+            y = ops.batch_norm_fake_quantize(*tensors, *made, *clamping)
+        y = gradients.with_batch_norm_gradients(*tensors, (y,), (*made, *clamping))
+    return y
+
+
 def learnable_fake_quantize(x: Tensor, *args: Any) -> Tensor:
     """The op, with gradients of x, scale and zero point."""
     # With its registered gradient while compiling, which alone compilers trace.

@@ -33,6 +33,10 @@ class FusedSettings(NamedTuple):
         """The arguments of `observe_qparams_` after x: the first half of the fused op."""
         return (self.observer_enabled, *self[2:])
 
+    def per_tensor(self) -> tuple[Any, ...]:
+        """All but ch_axis, for the ops that quantize per tensor only."""
+        return (*self[:8], *self[9:])
+
     def to_fake_quantize(self) -> tuple[Any, ...]:
         """The arguments of `fake_quantize` after x: the second half."""
         return (

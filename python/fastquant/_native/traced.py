@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._torch.exporting import traced_fake_quantize, traces_for_onnx
 from .._torch.private import learnable_per_channel, learnable_per_tensor
-from . import reference
 from .ops import Op
+from .reference import basics, batch_norm
 from .settings import FusedSettings
 
 
@@ -46,8 +46,26 @@ def _fake_quantize(
 def _fused_observe_fake_quantize(x: Tensor, *args: Any) -> Tensor:
     settings = FusedSettings(*args)
     # A trace reads flags when it runs; an ONNX model has them as they are now.
-    _observing(reference.observe_qparams_)(x, *settings.to_observe())
+    _observing(basics.observe_qparams_)(x, *settings.to_observe())
     return _fake_quantize(x, *settings.to_fake_quantize())
+
+
+def _batch_norm_fake_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Tensor,
+    quantizer: Tensor,
+    training: bool,
+    low: float,
+    high: float,
+    *quant_range: int,
+) -> Tensor:
+    """The gradients of a trace take mean and variance for constants."""
+    mean, _, gain, shift = norm.reshape(4, 1, -1, *(1,) * (x.dim() - 2)).unbind()
+    y = ((x - mean) * gain + shift).clamp(low, high).to(x.dtype)
+    scale, zero_point, enabled = quantizer.unbind()
+    return _fake_quantize(y, scale, zero_point.to(torch.int32), enabled, None, *quant_range)
 
 
 def _learnable_fake_quantize(
@@ -80,13 +98,15 @@ def _observing(op: Op) -> Op:
 
 
 _RECORDED: dict[str, Op] = {
-    "observe_minmax_": _observing(reference.observe_minmax_),
-    "observe_histogram_": _observing(reference.observe_histogram_),
-    "observe_qparams_": _observing(reference.observe_qparams_),
-    "search_histogram_range": reference.search_histogram_range,
-    "choose_qparams": reference.choose_qparams,
+    "observe_minmax_": _observing(basics.observe_minmax_),
+    "observe_histogram_": _observing(basics.observe_histogram_),
+    "observe_qparams_": _observing(basics.observe_qparams_),
+    "search_histogram_range": basics.search_histogram_range,
+    "choose_qparams": basics.choose_qparams,
     "fake_quantize": _fake_quantize,
     "fused_observe_fake_quantize": _fused_observe_fake_quantize,
+    "observe_batch_norm_": torch.no_grad()(batch_norm.observe_batch_norm_),
+    "batch_norm_fake_quantize": _batch_norm_fake_quantize,
     "learnable_fake_quantize": _learnable_fake_quantize,
 }
 _library: Any = torch.library.Library("fastquant", "IMPL")  # type: ignore[no-untyped-call]

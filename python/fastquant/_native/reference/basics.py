@@ -1,10 +1,4 @@
-"""Every op in plain, obvious torch ops.
-
-The fallback on devices that have no kernels of their own, and the truth that tests compare
-native kernels with. Nothing here waits for the device, except where `nonfinite` is RAISE
-and in `search_histogram_range`. Signatures are the schemas' (`csrc/library.cpp`); what each op
-means is written in `docs/architecture.md`.
-"""
+"""The ops that observe, choose quantization parameters or fake-quantize one tensor."""
 
 from __future__ import annotations
 
@@ -17,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.qparams import qparams_of_range, zero_point_dtype
-from .._core.schemes import FLOATING, WIDE, NonFinite
-from .settings import FusedSettings
+from ..._core.qparams import qparams_of_range, zero_point_dtype
+from ..._core.schemes import FLOATING, WIDE, NonFinite
+from ..settings import FusedSettings
 
 INF = math.inf
 # From here on fp32 cannot tell neighbouring integers apart.
@@ -623,23 +617,3 @@ def learnable_fake_quantize_backward(
 
     dx = torch.empty_like(x).copy_(dy * in_range)
     return dx, total(dscale, scale), total(dzero_point, zero_point)
-
-
-OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op
-    for op in (
-        observe_minmax_,
-        observe_histogram_,
-        observe_qparams_,
-        search_histogram_range,
-        choose_qparams,
-        fake_quantize,
-        fake_quantize_with_mask,
-        fake_quantize_backward,
-        quantize_per_channel,
-        fused_observe_fake_quantize,
-        fused_observe_fake_quantize_with_mask,
-        learnable_fake_quantize,
-        learnable_fake_quantize_backward,
-    )
-}

@@ -1,0 +1,54 @@
+"""Every op in plain, obvious torch ops: the fallback, and the truth that tests compare with.
+
+Nothing here waits for the device, except where `nonfinite` is RAISE and in
+`search_histogram_range`. Signatures are the schemas' (`csrc/library.cpp`); what each op means is
+written in `docs/architecture.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .basics import (
+    choose_qparams,
+    fake_quantize,
+    fake_quantize_backward,
+    fake_quantize_with_mask,
+    fused_observe_fake_quantize,
+    fused_observe_fake_quantize_with_mask,
+    learnable_fake_quantize,
+    learnable_fake_quantize_backward,
+    observe_histogram_,
+    observe_minmax_,
+    observe_qparams_,
+    quantize_per_channel,
+    search_histogram_range,
+)
+from .batch_norm import (
+    batch_norm_fake_quantize,
+    batch_norm_fake_quantize_backward,
+    observe_batch_norm_,
+)
+
+OPS: dict[str, Callable[..., Any]] = {
+    op.__name__: op
+    for op in (
+        observe_minmax_,
+        observe_histogram_,
+        observe_qparams_,
+        search_histogram_range,
+        choose_qparams,
+        fake_quantize,
+        fake_quantize_with_mask,
+        fake_quantize_backward,
+        quantize_per_channel,
+        fused_observe_fake_quantize,
+        fused_observe_fake_quantize_with_mask,
+        observe_batch_norm_,
+        batch_norm_fake_quantize,
+        batch_norm_fake_quantize_backward,
+        learnable_fake_quantize,
+        learnable_fake_quantize_backward,
+    )
+}
