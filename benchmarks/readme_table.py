@@ -53,11 +53,23 @@ def compared_with_torch_ao(rows: list[Row]) -> list[str]:
 
 
 def whole_models(rows: list[Row]) -> list[str]:
+    """What whole models cost beyond float, QAT first, with a column for each number of threads."""
     if not rows:
         return []
-    lines = ["| model | threads | time over float |", "|---|--:|--:|"]
-    lines += [f"| {row['work']} | {row['threads']} | {value_text(row)} |" for row in rows]
-    return ["", "Whole models, batch 8 at 224 x 224:", "", *lines]
+    threads = sorted({row["threads"] for row in rows})
+    found: dict[str, dict[int, str]] = {}
+    for row in sorted(rows, key=lambda row: "QAT step" not in row["work"]):
+        found.setdefault(row["work"], {})[row["threads"]] = value_text(row)
+    titles = [f"{n} thread{'s' * (n > 1)}" for n in threads]
+    lines = [f"| model | {' | '.join(titles)} |", "|---" + "|--:" * len(threads) + "|"]
+    for work, by_threads in found.items():
+        lines.append(f"| {work} | {' | '.join(by_threads.get(n, '') for n in threads)} |")
+    return [
+        "Whole models, batch 8 at 224 x 224: time, or peak memory, beyond the float model's.",
+        "",
+        *lines,
+        "",
+    ]
 
 
 def section(path: Path) -> str:
@@ -83,8 +95,8 @@ def section(path: Path) -> str:
         f"fastquant {about['fastquant']}; {result['date'][:10]}. Each time is the median of "
         "interleaved rounds of calls to the public modules.",
         "",
-        *compared_with_torch_ao(compared),
         *whole_models(whole),
+        *compared_with_torch_ao(compared),
         "",
         f"`make bench` repeats all measurements; `python benchmarks/readme_table.py` writes this "
         f"section. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, among "

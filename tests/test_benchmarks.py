@@ -148,3 +148,21 @@ def test_readme_section(
     with pytest.raises(SystemExit) as raised:
         scripts.run("readme_table", stored, "--check")
     assert raised.value.code == 0
+
+
+def test_readme_shows_qat_steps_of_whole_models_first(
+    scripts: Scripts, harness: ModuleType
+) -> None:
+    rows = []
+    for threads in (1, 2):
+        suite = harness.Suite("whole_models", rounds=1, threads=threads)
+        suite.add_value("net: calibration forward over float", "x", 0.1 * threads, "more")
+        suite.add_value("net: QAT step over float", "x", -0.2 * threads, "more")
+        rows += suite.rows
+    lines = scripts.module("readme_table").whole_models(rows)
+    assert [line for line in lines if line.startswith("|")] == [
+        "| model | 1 thread | 2 threads |",
+        "|---|--:|--:|",
+        "| net: QAT step over float | -20% | -40% |",
+        "| net: calibration forward over float | +10% | +20% |",
+    ]
