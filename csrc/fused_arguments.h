@@ -1,5 +1,5 @@
 // The arguments of observe_qparams_ and of the fused ops as one struct. Torch calls an op with its arguments
-// one by one, in the order of its schema: the templates below are the only functions that list them.
+// one by one, in the order of its schema: the functions below are the only ones that list them.
 #pragma once
 
 #include <utility>
@@ -15,23 +15,36 @@ struct FusedArguments {
   ObserveSettings settings;
 };
 
+inline FusedArguments fused_arguments(const Tensor& x, const Tensor& observer_enabled,
+                                      const Tensor& fake_quant_enabled, Tensor min_val, Tensor max_val,
+                                      Tensor scale, Tensor zero_point, Tensor nonfinite_count,
+                                      const Tensor& eps, std::optional<int64_t> ch_axis,
+                                      std::optional<double> averaging_constant, int64_t quant_min,
+                                      int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point,
+                                      int64_t nonfinite) {
+  const QParamsConfig qparams = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
+  return {x,
+          observer_enabled,
+          fake_quant_enabled,
+          std::move(min_val),
+          std::move(max_val),
+          std::move(scale),
+          std::move(zero_point),
+          std::move(nonfinite_count),
+          eps,
+          {ch_axis, averaging_constant, qparams, static_cast<NonFinite>(nonfinite)}};
+}
+
 // The function to register for a fused op: it collects the arguments into the struct and calls kOp with it.
 template <auto kOp>
 auto fused_op(const Tensor x, const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
               Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
               std::optional<int64_t> ch_axis, std::optional<double> averaging_constant, int64_t quant_min,
               int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
-  const QParamsConfig qparams = {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point};
-  return kOp(FusedArguments{x,
-                            observer_enabled,
-                            fake_quant_enabled,
-                            std::move(min_val),
-                            std::move(max_val),
-                            std::move(scale),
-                            std::move(zero_point),
-                            std::move(nonfinite_count),
-                            eps,
-                            {ch_axis, averaging_constant, qparams, static_cast<NonFinite>(nonfinite)}});
+  return kOp(fused_arguments(x, observer_enabled, fake_quant_enabled, std::move(min_val), std::move(max_val),
+                             std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps, ch_axis,
+                             averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point,
+                             nonfinite));
 }
 
 // The same for observe_qparams_, which has no argument fake_quant_enabled.
@@ -43,6 +56,20 @@ auto observe_op(const Tensor x, const Tensor observer_enabled, Tensor min_val, T
   return fused_op<kOp>(x, observer_enabled, observer_enabled, std::move(min_val), std::move(max_val),
                        std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps, ch_axis,
                        averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite);
+}
+
+// The same for add_observe_fake_quantize, which quantizes per tensor and takes a second tensor and two bounds.
+template <auto kOp>
+auto add_op(const Tensor a, const Tensor b, double low, double high, const Tensor observer_enabled,
+            const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point,
+            Tensor nonfinite_count, const Tensor eps, std::optional<double> averaging_constant,
+            int64_t quant_min, int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point,
+            int64_t nonfinite) {
+  return kOp(
+      fused_arguments(a, observer_enabled, fake_quant_enabled, std::move(min_val), std::move(max_val),
+                      std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps, std::nullopt,
+                      averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite),
+      b, low, high);
 }
 
 }  // namespace fastquant

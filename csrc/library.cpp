@@ -59,6 +59,13 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "batch_norm_fake_quantize_backward(Tensor grad, Tensor x, Tensor norm, Tensor quantizer, bool training, "
       "float low, float high, int quant_min, int quant_max) -> (Tensor, Tensor, Tensor)");
 
+  // The sum of two tensors, clamped to [low, high], observed and fake-quantized per tensor.
+  m.def(
+      "add_observe_fake_quantize(Tensor a, Tensor b, float low, float high, Tensor observer_enabled, "
+      "Tensor fake_quant_enabled, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) scale, "
+      "Tensor(d!) zero_point, Tensor(e!) nonfinite_count, Tensor eps, float? averaging_constant, "
+      "int quant_min, int quant_max, int scheme, int symmetric_zero_point, int nonfinite) -> (Tensor, Tensor)");
+
   // Quantize weights to int8 with zero points of 0.
   m.def("quantize_per_channel(Tensor x, Tensor scale, int ch_axis, int quant_min, int quant_max) -> Tensor");
 

@@ -40,6 +40,16 @@ inline View view(const Tensor& t) {
 // x itself where its memory has neither gaps nor overlaps, else a copy laid out as torch.empty_like(x) is.
 inline Tensor densified(const Tensor& x) { return is_dense(view(x)) ? x : torch::stable::clone(x); }
 
+// Whether two tensors of the same shape and dtype lie in memory in the same order.
+inline bool has_layout_of(const Tensor& x, const Tensor& y) {
+  const auto a = x.sizes(), b = y.sizes(), s = x.strides(), t = y.strides();
+  if (x.scalar_type() != y.scalar_type() || !std::equal(a.begin(), a.end(), b.begin(), b.end())) return false;
+  for (size_t d = 0; d < a.size(); ++d) {
+    if (a[d] != 1 && s[d] != t[d]) return false;
+  }
+  return true;
+}
+
 // A mask that can be read as aligned 64-bit words: the mask itself, or a copy where it is a view that is not
 // aligned.
 inline Tensor mask_words_of(const Tensor& mask) {

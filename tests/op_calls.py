@@ -82,9 +82,9 @@ def observe_minmax_(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def _observing(draw: st.DrawFn) -> tuple[Tensor, tuple[Any, ...]]:
+def _observing(draw: st.DrawFn, per_tensor: bool = False) -> tuple[Tensor, tuple[Any, ...]]:
     """x, and the arguments of `observe_qparams_` from min_val on."""
-    x, axis, channels = draw(with_axis(inputs))
+    x, axis, channels = (draw(inputs), None, 1) if per_tensor else draw(with_axis(inputs))
     low, high, count = draw(statistics(_buffer_shape(axis, channels)))
     quant_min, quant_max, scheme, symmetric = draw(schemes())
     scale, zero_point = draw(qparams(channels, quant_min, quant_max))
@@ -108,6 +108,24 @@ def fused(draw: st.DrawFn) -> Call:
         st.sampled_from(["fused_observe_fake_quantize", "fused_observe_fake_quantize_with_mask"])
     )
     return name, (x, draw(flags), draw(flags), *rest)
+
+
+bounds = st.sampled_from([(-INF, INF), (0.0, INF), (0.0, 6.0), (-0.3, 0.3), (-INF, 1e6)])
+
+
+def _lying_otherwise(x: Tensor) -> Tensor:
+    return x if x.dim() < 2 else x.mT.contiguous().mT
+
+
+@st.composite
+def add_observe_fake_quantize(draw: st.DrawFn) -> Call:
+    a, rest = draw(_observing(per_tensor=True))
+    values = a.reshape(-1).flip(0).reshape(a.shape) * draw(st.sampled_from([1, -0.5]))
+    b = torch.empty_like(a).copy_(values)
+    if draw(st.integers(0, 3)) == 0:
+        b = _lying_otherwise(b)
+    of_tensor = FusedSettings(draw(flags), draw(flags), *rest).per_tensor()
+    return "add_observe_fake_quantize", (a, b, *draw(bounds), *of_tensor)
 
 
 @st.composite
@@ -204,6 +222,7 @@ SINGLE_CALLS: dict[str, Callable[[], st.SearchStrategy[Call]]] = {
         observe_minmax_,
         observe_qparams_,
         fused,
+        add_observe_fake_quantize,
         fake_quantize,
         fake_quantize_backward,
         quantize_per_channel,
@@ -274,6 +293,9 @@ def calls_of_geometry(
     for flags in ((on, on), (on, off), (off, on)):
         yield "fused_observe_fake_quantize_with_mask", (nonfinite, *flags, *buffers)
     yield "observe_qparams_", (x, on, *buffers)
+    if axis is None:
+        of_tensor = FusedSettings(on, on, *buffers).per_tensor()
+        yield "add_observe_fake_quantize", (nonfinite, x, 0.0, 6.0, *of_tensor)
     for z in (zero_point, zero_point + 0.25):
         yield "fake_quantize_with_mask", (nonfinite, scale, z, None, axis, 0, 255)
     learnable = (scale, zero_point.float() + 0.3, axis, 0, 255, 0.5)
@@ -336,10 +358,11 @@ INEXACT = {"learnable_fake_quantize_backward": slice(1, 3)}
 
 def own_arguments(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
     """The same arguments, those that the op changes in memory of their own."""
-    if not name.startswith(("observe", "fused")):
+    if not name.startswith(("observe", "fused", "add")):
         return tuple(args)
-    x, *others = args
-    return x, *(a.clone() if isinstance(a, Tensor) else a for a in others)
+    inputs = 2 if name.startswith("add") else 1
+    others = (a.clone() if isinstance(a, Tensor) else a for a in args[inputs:])
+    return *args[:inputs], *others
 
 
 def outcome(op: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor] | None:

@@ -8,6 +8,7 @@
 
 #include "../math/vector.h"
 #include "kernels.h"
+#include "kernels/clamped_sum-inl.h"
 #include "kernels/fake_quantize-inl.h"
 #include "kernels/histogram-inl.h"
 #include "kernels/learnable-inl.h"
@@ -28,6 +29,10 @@ constexpr KernelsFor<S, typename V::Element> kernels_for() {
       parts_before<T>,
       fake_quantize_rows<V, S, T>,
       fake_quantize_periodic<V, S, T>,
+      minmax_of_sum<V, S, T>,
+      minmax_finite_of_clamped_sum<V, S, T>,
+      fake_quantize_clamped_sum<V, S, T>,
+      clamped_sum<V, S, T>,
       mask_gradient<V, S, T>,
       learnable_backward<V, S, T>,
   };

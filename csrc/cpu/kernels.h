@@ -34,6 +34,15 @@ struct QuantParams {
   bool exact;  // use ExactQuantizer
 };
 
+// Two tensors of one layout, and the bounds of their sum, NaN where there is none (ClampedSum in
+// math/clamped_sum.h).
+template <class S, class T>
+struct Summands {
+  const S* a;
+  const S* b;
+  T low, high;
+};
+
 // The gradients of a learnable scale and zero point, summed over some elements.
 struct LearnableSums {
   double scale;
@@ -72,6 +81,21 @@ struct KernelsFor {
                              const QuantParams<T>& params);
   void (*fake_quantize_periodic)(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t end,
                                  const QuantParams<T>& params);
+
+  // The same as minmax for the elements [begin, end) of the sum, neither rounded to S nor clamped.
+  void (*minmax_of_sum)(const Summands<S, T>& x, int64_t begin, int64_t end, T* low, T* high, bool* nonfinite);
+
+  // The same as minmax_finite for the elements [begin, end) of the clamped sum.
+  void (*minmax_finite_of_clamped_sum)(const Summands<S, T>& x, int64_t begin, int64_t end, T* low, T* high,
+                                       int64_t* nonfinite);
+
+  // The same as fake_quantize_rows for the clamped sum, with one channel. The mask's bit is not set either
+  // where the sum was clamped or lies on a bound.
+  void (*fake_quantize_clamped_sum)(const Summands<S, T>& x, S* y, uint64_t* mask, int64_t begin, int64_t end,
+                                    const QuantParams<T>& params);
+
+  // The same without fake-quantizing.
+  void (*clamped_sum)(const Summands<S, T>& x, S* y, uint64_t* mask, int64_t begin, int64_t end);
 
   // out = grad times the mask's bit (0 or 1), for the elements [begin, end); `begin` is a multiple of 64.
   void (*mask_gradient)(const S* grad, const uint64_t* mask, S* out, int64_t begin, int64_t end);

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../fused_arguments.h"
+#include "clamped_sum.h"
 #include "fake_quantize.h"
 #include "huge_pages.h"
 #include "statistics.h"
@@ -68,14 +69,19 @@ void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor
                     static_cast<NonFinite>(nonfinite), times);
 }
 
+FusedBuffers buffers_of(const FusedArguments& a) {
+  return {array(a.min_val, "min_val"),
+          array(a.max_val, "max_val"),
+          array(a.scale, "scale"),
+          array(a.zero_point, "zero_point"),
+          single(a.nonfinite_count, "nonfinite_count"),
+          single(a.eps, "eps")};
+}
+
 void observe_qparams_(const FusedArguments& a) {
   if (!flag(a.observer_enabled)) return;
   const Tensor t = densified(a.x);
-  observe_qparams(
-      dense(view(t), a.settings.ch_axis),
-      {array(a.min_val, "min_val"), array(a.max_val, "max_val"), array(a.scale, "scale"),
-       array(a.zero_point, "zero_point"), single(a.nonfinite_count, "nonfinite_count"), single(a.eps, "eps")},
-      a.settings);
+  observe_qparams(dense(view(t), a.settings.ch_axis), buffers_of(a), a.settings);
 }
 
 // ----------------------------------------------------------------- quantization params
@@ -184,6 +190,35 @@ std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(FusedArguments 
                                     q.quant_min, q.quant_max);
 }
 
+std::tuple<Tensor, Tensor> add_observe_fake_quantize(const FusedArguments& of, const Tensor& other, double low,
+                                                     double high) {
+  const Tensor a = densified(of.x);
+  const auto sizes = a.sizes(), other_sizes = other.sizes();
+  check(other.scalar_type() == a.scalar_type() &&
+            std::equal(sizes.begin(), sizes.end(), other_sizes.begin(), other_sizes.end()),
+        "a and b must have the same shape and dtype");
+  check(other.is_cpu(), "b must be on the CPU as a is");
+  check(low < high, "low must be less than high");
+  Tensor b = other;
+  if (!has_layout_of(b, a)) {
+    b = empty_as(a);
+    torch::stable::copy_(b, other);
+  }
+  const SumOfTensors sum = {dense(view(a), std::nullopt), b.const_data_ptr(), low, high};
+  const FusedBuffers buffers = buffers_of(of);
+  if (flag(of.observer_enabled)) observe_clamped_sum(sum, buffers, of.settings);
+  Tensor y = empty_output(a), mask = empty_1d(mask_words(a.numel()) * 8, ScalarType::Byte, a);
+  auto* const words = static_cast<uint64_t*>(mask.mutable_data_ptr());
+  if (flag(of.fake_quant_enabled)) {
+    const QParamsConfig& q = of.settings.qparams;
+    fake_quantize_clamped_sum(sum, buffers.scale, buffers.zero_point, q.quant_min, q.quant_max,
+                              y.mutable_data_ptr(), words);
+  } else {
+    clamped_sum(sum, y.mutable_data_ptr(), words);
+  }
+  return {y, mask};
+}
+
 Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor zero_point,
                                std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max, double) {
   auto whole = whole_zero_points(array(zero_point, "zero_point"), quant_min, quant_max);
@@ -225,6 +260,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_op));
   m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_op<&fused_observe_fake_quantize>));
   m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_op<&fused_observe_fake_quantize_with_mask>));
+  m.impl("add_observe_fake_quantize", TORCH_BOX(&add_op<&add_observe_fake_quantize>));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize));
   m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
 }

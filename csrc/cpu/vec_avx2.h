@@ -92,6 +92,15 @@ struct Avx2<float> {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
     return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
   }
+  static Reg rounded_to(const float*, Reg x) { return x; }
+  static Reg rounded_to(const Half*, Reg x) {
+    return known_nan(x, _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)));
+  }
+  static Reg rounded_to(const BFloat16*, Reg x) {
+    const __m256i upper =
+        _mm256_and_si256(rounded_bits(x), _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
+    return known_nan(x, _mm256_castsi256_ps(upper));
+  }
   static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(x));
@@ -128,6 +137,7 @@ struct Avx2<float> {
   static Mask lt(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static Mask le(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
   static Mask not_lt(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }
+  static Mask not_le(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_NLE_UQ); }
   static Mask unordered(Reg a, Reg b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
   static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
   static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
@@ -142,6 +152,9 @@ struct Avx2<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, m); }
 
  private:
+  // y, but the NaN of 16-bit types where x is NaN.
+  static Reg known_nan(Reg x, Reg y) { return select(unordered(x, x), set1(bits_to_float(0x7fc00000u)), y); }
+
   // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m256i rounded_bits(Reg x) {
     const __m256i bits = _mm256_castps_si256(x);
@@ -175,6 +188,7 @@ struct Avx2<double> {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  static Reg rounded_to(const double*, Reg x) { return x; }
   static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvttpd_epi32(x));
@@ -199,6 +213,7 @@ struct Avx2<double> {
   static Mask lt(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_LT_OQ); }
   static Mask le(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_LE_OQ); }
   static Mask not_lt(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_NLT_UQ); }
+  static Mask not_le(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_NLE_UQ); }
   static Mask unordered(Reg a, Reg b) { return _mm256_cmp_pd(a, b, _CMP_UNORD_Q); }
   static Mask both(Mask a, Mask b) { return _mm256_and_pd(a, b); }
   static Mask either(Mask a, Mask b) { return _mm256_or_pd(a, b); }

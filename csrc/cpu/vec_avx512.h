@@ -89,6 +89,15 @@ struct Avx512<float> {
   static uint32_t pair_bits(const BFloat16*, Mask even, Mask odd) {
     return _pdep_u32(even, 0x55555555u) | _pdep_u32(odd, 0xaaaaaaaau);
   }
+  static Reg rounded_to(const float*, Reg x) { return x; }
+  static Reg rounded_to(const Half*, Reg x) {
+    return known_nan(x, _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)));
+  }
+  static Reg rounded_to(const BFloat16*, Reg x) {
+    const __m512i upper =
+        _mm512_and_si512(rounded_bits(x), _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u)));
+    return known_nan(x, _mm512_castsi512_ps(upper));
+  }
   static constexpr bool kStoresOthers = true;
   static int store_others(float* p, Mask dropped, Reg x) {
     const Mask kept = static_cast<Mask>(~dropped);
@@ -121,6 +130,7 @@ struct Avx512<float> {
   static Mask le(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
   static Mask eq(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static Mask not_lt(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+  static Mask not_le(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
   static Mask unordered(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   static Mask both(Mask a, Mask b) { return a & b; }
   static Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
@@ -131,6 +141,11 @@ struct Avx512<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_blend_ps(m, no, yes); }
 
  private:
+  // y, but the NaN of 16-bit types where x is NaN.
+  static Reg known_nan(Reg x, Reg y) {
+    return _mm512_mask_mov_ps(y, unordered(x, x), set1(bits_to_float(0x7fc00000u)));
+  }
+
   // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m512i rounded_bits(Reg x) {
     const __m512i bits = _mm512_castps_si512(x);
@@ -165,6 +180,7 @@ struct Avx512<double> {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  static Reg rounded_to(const double*, Reg x) { return x; }
   static constexpr bool kStoresOthers = true;
   static int store_others(double* p, Mask dropped, Reg x) {
     const Mask kept = static_cast<Mask>(~dropped);
@@ -189,6 +205,7 @@ struct Avx512<double> {
   static Mask le(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
   static Mask eq(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
   static Mask not_lt(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLT_UQ); }
+  static Mask not_le(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ); }
   static Mask unordered(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_UNORD_Q); }
   static Mask both(Mask a, Mask b) { return a & b; }
   static Mask either(Mask a, Mask b) { return _kor_mask8(a, b); }

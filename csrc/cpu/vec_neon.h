@@ -59,11 +59,7 @@ struct Neon<float> {
     vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(x)));
   }
   static void store(BFloat16* p, Reg x) {
-    const uint32x4_t bits = vreinterpretq_u32_f32(x);
-    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-    const uint32x4_t kept = vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc00000));
-    vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(kept, 16));
+    vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(rounded_bits(x), 16));
   }
   template <class Stored>
   static void store_pair_normal(Stored* p, Reg a, Reg b) {
@@ -73,6 +69,14 @@ struct Neon<float> {
   template <class Stored>
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
+  }
+  static Reg rounded_to(const float*, Reg x) { return x; }
+  static Reg rounded_to(const Half*, Reg x) {
+    const Reg rounded = vcvt_f32_f16(vcvt_f16_f32(x));
+    return vbslq_f32(vceqq_f32(x, x), rounded, set1(bits_to_float(0x7fc00000u)));
+  }
+  static Reg rounded_to(const BFloat16*, Reg x) {
+    return vreinterpretq_f32_u32(vandq_u32(rounded_bits(x), vdupq_n_u32(0xffff0000u)));
   }
   static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) { vst1q_s32(p, vcvtq_s32_f32(x)); }
@@ -101,6 +105,7 @@ struct Neon<float> {
   static Mask lt(Reg a, Reg b) { return vcltq_f32(a, b); }
   static Mask le(Reg a, Reg b) { return vcleq_f32(a, b); }
   static Mask not_lt(Reg a, Reg b) { return vmvnq_u32(lt(a, b)); }
+  static Mask not_le(Reg a, Reg b) { return vmvnq_u32(le(a, b)); }
   static Mask unordered(Reg a, Reg b) { return vmvnq_u32(vandq_u32(vceqq_f32(a, a), vceqq_f32(b, b))); }
   static Mask both(Mask a, Mask b) { return vandq_u32(a, b); }
   static Mask either(Mask a, Mask b) { return vorrq_u32(a, b); }
@@ -115,6 +120,15 @@ struct Neon<float> {
     return vtstq_u32(vdupq_n_u32(bits), vld1q_u32(weights));
   }
   static Reg select(Mask m, Reg yes, Reg no) { return vbslq_f32(m, yes, no); }
+
+ private:
+  // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits.
+  static uint32x4_t rounded_bits(Reg x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    return vbslq_u32(vceqq_f32(x, x), rounded, vdupq_n_u32(0x7fc00000));
+  }
 };
 
 template <>
@@ -142,6 +156,7 @@ struct Neon<double> {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  static Reg rounded_to(const double*, Reg x) { return x; }
   static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) { vst1_s32(p, vmovn_s64(vcvtq_s64_f64(x))); }
 
@@ -158,6 +173,7 @@ struct Neon<double> {
   static Mask lt(Reg a, Reg b) { return vcltq_f64(a, b); }
   static Mask le(Reg a, Reg b) { return vcleq_f64(a, b); }
   static Mask not_lt(Reg a, Reg b) { return negated(lt(a, b)); }
+  static Mask not_le(Reg a, Reg b) { return negated(le(a, b)); }
   static Mask unordered(Reg a, Reg b) { return negated(vandq_u64(vceqq_f64(a, a), vceqq_f64(b, b))); }
   static Mask both(Mask a, Mask b) { return vandq_u64(a, b); }
   static Mask either(Mask a, Mask b) { return vorrq_u64(a, b); }

@@ -37,6 +37,12 @@ struct Scalar {
   static uint32_t pair_bits(const Stored*, Mask a, Mask b) {
     return bits(a) | bits(b) << N;
   }
+  template <class Stored>
+  static Reg rounded_to(const Stored*, Reg x) {
+    Stored rounded;
+    store(&rounded, x);
+    return load(&rounded);
+  }
   static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) { *p = static_cast<int32_t>(x); }
 
@@ -73,6 +79,7 @@ struct Scalar {
   static Mask lt(Reg a, Reg b) { return a < b; }
   static Mask le(Reg a, Reg b) { return a <= b; }
   static Mask not_lt(Reg a, Reg b) { return !(a < b); }
+  static Mask not_le(Reg a, Reg b) { return !(a <= b); }
   static Mask unordered(Reg a, Reg b) { return a != a || b != b; }
   static Mask both(Mask a, Mask b) { return a && b; }
   static Mask either(Mask a, Mask b) { return a || b; }

@@ -19,6 +19,7 @@
 //   madd(a, b, c)            (types of one element) a * b + c
 //   lt, le(a, b)             a < b, a <= b; false where either is NaN
 //   not_lt(a, b)             true where either is NaN
+//   not_le(a, b)             (CPU) true where either is NaN
 //   both(m, n)               m and n
 //   select(m, yes, no)
 //
@@ -28,6 +29,7 @@
 //   load_pair(p, &a, &b)     2 N elements, in whatever order is cheapest for their type
 //   store_pair_normal(p, a, b)   stores in that order; only for zero, normal numbers and NaN from load_pair
 //   pair_bits(p, m, n)       the bits of the masks of such a pair, in the order of memory
+//   rounded_to(p, x)         rounded to the type of *p, which is not read. NaN is 0x7fc00000 for 16-bit types
 //   store_index(p, x)        N int32, truncated towards zero
 //   store_others(p, m, x)    stores the elements for which m is false side by side, and returns how many. It
 //                            may write a whole vector to p
@@ -78,6 +80,7 @@ constexpr bool loads_and_stores() {
   [[maybe_unused]] constexpr void (*kStore)(Stored*, Reg) = V::store;
   [[maybe_unused]] constexpr void (*kStorePair)(Stored*, Reg, Reg) = V::store_pair_normal;
   [[maybe_unused]] constexpr uint32_t (*kPairBits)(const Stored*, Mask, Mask) = V::pair_bits;
+  [[maybe_unused]] constexpr Reg (*kRoundedTo)(const Stored*, Reg) = V::rounded_to;
   return true;
 }
 
@@ -100,7 +103,7 @@ constexpr bool has_vector_interface() {
   using Mask = typename V::Mask;
   [[maybe_unused]] constexpr void (*kStoreIndex)(int32_t*, Reg) = V::store_index;
   [[maybe_unused]] constexpr T (*kOfAll[])(Reg) = {V::lowest, V::highest};
-  [[maybe_unused]] constexpr Mask (*kUnordered)(Reg, Reg) = V::unordered;
+  [[maybe_unused]] constexpr Mask (*kComparisons[])(Reg, Reg) = {V::unordered, V::not_le};
   [[maybe_unused]] constexpr Mask (*kEither)(Mask, Mask) = V::either;
   [[maybe_unused]] constexpr Mask (*kNone)() = V::none;
   [[maybe_unused]] constexpr bool (*kAny)(Mask) = V::any;

@@ -1,5 +1,6 @@
 #include "python/fast_calls.h"
 
+#include "cpu/clamped_sum.h"
 #include "cpu/fake_quantize.h"
 #include "cpu/huge_pages.h"
 #include "cpu/statistics.h"
@@ -121,18 +122,26 @@ std::optional<int64_t> optional_integer(PyObject* object) {
   return object == Py_None ? std::nullopt : std::optional<int64_t>(integer(object));
 }
 
-std::optional<double> optional_number(PyObject* object) {
-  if (object == Py_None) return std::nullopt;
+double number(PyObject* object) {
   const double value = PyFloat_AsDouble(object);
   require(value != -1.0 || PyErr_Occurred() == nullptr);
   return value;
 }
 
-// The memory of an output tensor, which must have the shape, strides and dtype of x.
+std::optional<double> optional_number(PyObject* object) {
+  return object == Py_None ? std::nullopt : std::optional<double>(number(object));
+}
+
+// Whether a tensor has the shape, strides and dtype of x.
+bool is_like(const DLTensor& y, const DLTensor& x) {
+  return y.ndim == x.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape) && element(y) == element(x) &&
+         has_strides(y, x.strides);
+}
+
+// The memory of an output tensor for x.
 void* output(PyObject* object, const DLTensor& x) {
   const DLTensor y = tensor(object);
-  require(y.ndim == x.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape) && element(y) == element(x) &&
-          has_strides(y, x.strides));
+  require(is_like(y, x));
   prefer_huge_pages(y.data, numel(x) * (x.bits / 8));
   return y.data;
 }
@@ -185,7 +194,7 @@ struct FusedSettings {
     for (int i = 0; i < kFields; ++i) field[i] = PyTuple_GetItem(settings, i);
     Arguments fields(field);
     observes = flag(fields.next());
-    fields.next();  // fake_quant_enabled: the caller has read it already, to decide whether to allocate y
+    fake_quant_enabled = fields.next();
     buffers.min_val = buffer(fields.next(), "min_val"), buffers.max_val = buffer(fields.next(), "max_val");
     buffers.scale = buffer(fields.next(), "scale"), buffers.zero_point = buffer(fields.next(), "zero_point");
     buffers.nonfinite_count = single(fields.next(), "nonfinite_count");
@@ -198,6 +207,7 @@ struct FusedSettings {
 
   static constexpr int kFields = 15;
   bool observes;
+  PyObject* fake_quant_enabled;
   FusedBuffers buffers;
   ObserveSettings observe;
 };
@@ -316,6 +326,27 @@ PyObject* fused_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py
     if (y != nullptr) {
       const QParamsConfig& q = s.observe.qparams;
       fake_quantize(x, s.buffers.scale, s.buffers.zero_point, q.quant_min, q.quant_max, y, mask);
+    }
+  });
+}
+
+PyObject* add_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 7, [](Arguments args) {
+    const DLTensor t = tensor(args.next()), other = tensor(args.next());
+    const double low = number(args.next()), high = number(args.next());
+    const FusedSettings s(args.next());
+    require(is_like(other, t) && low < high && !s.observe.ch_axis.has_value());
+    const SumOfTensors sum = {dense(t, std::nullopt), other.data, low, high};
+    void* const y = output(args.next(), t);
+    uint64_t* const mask = mask_words_in(args.next(), sum.a.numel());
+    const bool quantizes = flag(s.fake_quant_enabled);
+    const WithoutGil released(sum.a.numel());
+    if (s.observes) observe_clamped_sum(sum, s.buffers, s.observe);
+    if (quantizes) {
+      const QParamsConfig& q = s.observe.qparams;
+      fake_quantize_clamped_sum(sum, s.buffers.scale, s.buffers.zero_point, q.quant_min, q.quant_max, y, mask);
+    } else {
+      clamped_sum(sum, y, mask);
     }
   });
 }

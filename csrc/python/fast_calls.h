@@ -26,6 +26,7 @@ PyObject* observe_histogram_call(PyObject* self, PyObject* const* args, Py_ssize
 PyObject* histogram_qparams_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fused_observe_fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* add_observe_fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fake_quantize_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastquant

@@ -75,6 +75,11 @@ PyMethodDef methods[] = {
         "settings: a "
         "fastquant._native.settings.FusedSettings, "
         "whose fake_quant_enabled is not read."),
+    fast_call(
+        "add_observe_fake_quantize", fastquant::add_observe_fake_quantize_call,
+        "add_observe_fake_quantize(a, b, low, high, settings, y, mask) -> True | int | None\n\nRuns the op, "
+        "and writes its results to y and, unless it is None, to mask. Returns what observe_minmax_\ndoes. "
+        "settings: a fastquant._native.settings.FusedSettings."),
     fast_call("fake_quantize_backward", fastquant::fake_quantize_backward_call,
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
               "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "

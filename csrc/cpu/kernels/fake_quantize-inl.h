@@ -5,6 +5,7 @@
 #include "../kernels.h"
 #include "../vec_scalar.h"
 #include "prefetch-inl.h"
+#include "sources-inl.h"
 
 namespace fastquant {
 namespace {
@@ -52,24 +53,35 @@ FakeQuantizer<V> quantizer_of_channel(const QuantParams<T>& p, int64_t c) {
           V::set1(p.high[c]),  V::set1(p.low_edge[c]),      V::set1(p.high_edge[c])};
 }
 
+// Whether the gradient passes through an element of the source: through its clamping, if it does any, and
+// through quantizer q, which gets it in steps.
+template <class V, class Source>
+typename V::Mask passes(const Source& x, typename V::Reg element, const FakeQuantizer<V>& q,
+                        typename V::Reg steps) {
+  if constexpr (Source::kClamps) {
+    return V::both(q.inside(steps), x.template sum<V>().passes(element));
+  } else {
+    return q.inside(steps);
+  }
+}
+
 // Fake-quantizes the elements [begin, end), all with quantizer q, as far as whole vectors cover them. Returns
 // the index of the first element that is left.
-template <bool kMask, class V, class S>
-int64_t fake_quantize_run(const S* x, S* y, int64_t begin, int64_t end, const FakeQuantizer<V>& q,
-                          BitWriter* writer) {
+template <bool kMask, class V, class Source>
+int64_t fake_quantize_run(const Source& x, typename Source::Stored* y, int64_t begin, int64_t end,
+                          const FakeQuantizer<V>& q, BitWriter* writer) {
   constexpr int kPair = 2 * V::N;
   constexpr int kGroup = 64;  // elements whose bits fill one word of the mask
   const auto pair = [&](int64_t i) {
     typename V::Reg a, b;
-    V::load_pair(x + i, &a, &b);
-    a = q.steps(a);
-    b = q.steps(b);
-    V::store_pair_normal(y + i, q.value(a), q.value(b));
-    return kMask ? V::pair_bits(x, q.inside(a), q.inside(b)) : 0;
+    x.template load_pair<V>(i, &a, &b);
+    const auto s = q.steps(a), t = q.steps(b);
+    V::store_pair_normal(y + i, q.value(s), q.value(t));
+    return kMask ? V::pair_bits(y, passes(x, a, q, s), passes(x, b, q, t)) : 0;
   };
   int64_t i = begin;
   for (; i + kGroup <= end; i += kGroup) {
-    fetch_ahead<kGroup>(x + i);
+    x.template fetch<kGroup>(i);
     fetch_ahead<kGroup>(y + i);
     uint64_t bits = 0;
     for (int k = 0; k < kGroup; k += kPair) bits |= static_cast<uint64_t>(pair(i + k)) << k;
@@ -82,28 +94,33 @@ int64_t fake_quantize_run(const S* x, S* y, int64_t begin, int64_t end, const Fa
   return i;
 }
 
-template <bool kMask, class T, class S>
-void fake_quantize_one(const S* x, S* y, const FakeQuantizer<Scalar<T>>& q, BitWriter* writer) {
+// Fake-quantizes element i.
+template <bool kMask, class T, class Source>
+void fake_quantize_one(const Source& x, typename Source::Stored* y, int64_t i,
+                       const FakeQuantizer<Scalar<T>>& q, BitWriter* writer) {
   using One = Scalar<T>;
-  const T t = q.steps(One::load(x));
-  One::store(y, q.value(t));
-  if (kMask) writer->push(q.inside(t), 1);
+  const T element = x.template load<One>(i), t = q.steps(element);
+  One::store(y + i, q.value(t));
+  if (kMask) writer->push(passes<One>(x, element, q, t), 1);
 }
 
-// Fake-quantizes one element with the parameters at index i.
-template <class S, class T>
-void fake_quantize_exact(const S* x, S* y, const QuantParams<T>& p, int64_t i, BitWriter* writer) {
+// Fake-quantizes element i with the parameters at index k.
+template <class Source, class T>
+void fake_quantize_exact(const Source& x, typename Source::Stored* y, int64_t i, const QuantParams<T>& p,
+                         int64_t k, BitWriter* writer) {
   using One = Scalar<T>;
-  const ExactQuantizer<One> q = {p.scale[i],  p.inverse_scale[i], p.zero_point[i],
+  const ExactQuantizer<One> q = {p.scale[k],  p.inverse_scale[k], p.zero_point[k],
                                  p.quant_min, p.quant_max,        p.float_zero_point};
+  const T element = x.template load<One>(i);
   bool inside;
-  One::store(y, q.value(One::load(x), &inside));
+  One::store(y + i, q.value(element, &inside));
+  if constexpr (Source::kClamps) inside = inside && x.template sum<One>().passes(element);
   writer->push(inside, 1);
 }
 
-template <bool kMask, class V, class S, class T>
-void fake_quantize_rows_masked(const S* x, S* y, int64_t begin, int64_t end, const QuantParams<T>& p,
-                               BitWriter* writer) {
+template <bool kMask, class V, class Source, class T>
+void fake_quantize_rows_masked(const Source& x, typename Source::Stored* y, int64_t begin, int64_t end,
+                               const QuantParams<T>& p, BitWriter* writer) {
   int64_t row = begin / p.inner;
   int64_t channel = row % p.channels;
   for (int64_t i = begin; i < end;) {
@@ -111,9 +128,9 @@ void fake_quantize_rows_masked(const S* x, S* y, int64_t begin, int64_t end, con
     if (!p.exact) {
       i = fake_quantize_run<kMask>(x, y, i, stop, quantizer_of_channel<V>(p, channel), writer);
       const auto one = quantizer_of_channel<Scalar<T>>(p, channel);
-      for (; i < stop; ++i) fake_quantize_one<kMask, T>(x + i, y + i, one, writer);
+      for (; i < stop; ++i) fake_quantize_one<kMask, T>(x, y, i, one, writer);
     }
-    for (; i < stop; ++i) fake_quantize_exact(x + i, y + i, p, channel, writer);
+    for (; i < stop; ++i) fake_quantize_exact(x, y, i, p, channel, writer);
     ++row;
     channel = channel + 1 == p.channels ? 0 : channel + 1;
   }
@@ -141,16 +158,17 @@ void fake_quantize_periodic_masked(const S* x, S* y, int64_t begin, int64_t end,
       if (kMask) writer->push(V::bits(q.inside(t)), V::N);
     }
     for (; i < end; ++i, advance(1)) {
-      fake_quantize_one<kMask, T>(x + i, y + i, quantizer_at<Scalar<T>>(p, phase), writer);
+      fake_quantize_one<kMask, T>(Elements<S>{x}, y, i, quantizer_at<Scalar<T>>(p, phase), writer);
     }
   }
   for (; i < end; ++i, advance(1)) {
-    fake_quantize_exact(x + i, y + i, p, phase, writer);
+    fake_quantize_exact(Elements<S>{x}, y, i, p, phase, writer);
   }
 }
 
-template <class V, class S, class T>
-void fake_quantize_rows(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t end, const QuantParams<T>& p) {
+template <class V, class Source, class T>
+void fake_quantize_rows_of(const Source& x, typename Source::Stored* y, uint64_t* mask, int64_t begin,
+                           int64_t end, const QuantParams<T>& p) {
   BitWriter writer(mask == nullptr ? nullptr : mask + begin / 64);
   if (mask == nullptr) {
     fake_quantize_rows_masked<false, V>(x, y, begin, end, p, &writer);
@@ -158,6 +176,11 @@ void fake_quantize_rows(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t
     fake_quantize_rows_masked<true, V>(x, y, begin, end, p, &writer);
   }
   writer.flush();
+}
+
+template <class V, class S, class T>
+void fake_quantize_rows(const S* x, S* y, uint64_t* mask, int64_t begin, int64_t end, const QuantParams<T>& p) {
+  fake_quantize_rows_of<V>(Elements<S>{x}, y, mask, begin, end, p);
 }
 
 template <class V, class S, class T>

@@ -4,6 +4,7 @@
 #include "../kernels.h"
 #include "../vec_scalar.h"
 #include "prefetch-inl.h"
+#include "sources-inl.h"
 
 namespace fastquant {
 namespace {
@@ -13,8 +14,8 @@ bool is_finite_range(T low, T high) {
   return low >= -largest<T>() && high <= largest<T>();
 }
 
-template <class V, class S, class T>
-void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
+template <class V, class Source, class T>
+void minmax_of(const Source& x, int64_t n, T* low, T* high, bool* nonfinite) {
   constexpr int N = V::N;
   T lo = infinity<T>();
   T hi = -infinity<T>();
@@ -22,7 +23,7 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
   if (n < N) {
     using One = Scalar<T>;
     for (int64_t i = 0; i < n; ++i) {
-      const T e = One::load(x + i);
+      const T e = x.template load<One>(i);
       nan |= One::unordered(e, e);
       lo = One::min(e, lo);
       hi = One::max(e, hi);
@@ -34,10 +35,10 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
     auto nans = V::none();
     int64_t i = 0;
     for (; i + 4 * N <= n; i += 4 * N) {
-      fetch_ahead<4 * N>(x + i);
+      x.template fetch<4 * N>(i);
       typename V::Reg a, b, c, d;
-      V::load_pair(x + i, &a, &b);
-      V::load_pair(x + i + 2 * N, &c, &d);
+      x.template load_pair<V>(i, &a, &b);
+      x.template load_pair<V>(i + 2 * N, &c, &d);
       // min and max ignore NaN, so it is detected separately: one comparison checks two vectors.
       nans = V::either(nans, V::either(V::unordered(a, b), V::unordered(c, d)));
       lo0 = V::min(a, lo0);
@@ -51,7 +52,7 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
     }
     for (; i < n; i += N) {
       // The last vector may overlap the one before. Reducing an element twice does not change the result.
-      const auto a = V::load(x + smaller(i, n - N));
+      const auto a = x.template load<V>(smaller(i, n - N));
       nans = V::either(nans, V::unordered(a, a));
       lo0 = V::min(a, lo0);
       hi0 = V::max(a, hi0);
@@ -66,7 +67,12 @@ void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
 }
 
 template <class V, class S, class T>
-void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
+void minmax(const S* x, int64_t n, T* low, T* high, bool* nonfinite) {
+  minmax_of<V>(Elements<S>{x}, n, low, high, nonfinite);
+}
+
+template <class V, class Source, class T>
+void minmax_finite_of(const Source& x, int64_t n, T* low, T* high, int64_t* nonfinite) {
   const auto bound = V::set1(largest<T>()), negative_bound = V::set1(-largest<T>());
   const auto inf = V::set1(infinity<T>()), negative_inf = V::set1(-infinity<T>());
   auto lows = inf;
@@ -74,7 +80,7 @@ void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
   int64_t finite = 0;
   int64_t i = 0;
   for (; i + V::N <= n; i += V::N) {
-    const auto a = V::load(x + i);
+    const auto a = x.template load<V>(i);
     const auto keep = V::both(V::le(a, bound), V::le(negative_bound, a));
     finite += __builtin_popcount(V::bits(keep));
     lows = V::min(V::select(keep, a, inf), lows);
@@ -83,7 +89,7 @@ void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
   T lo = V::lowest(lows);
   T hi = V::highest(highs);
   for (; i < n; ++i) {
-    const T e = Scalar<T>::load(x + i);
+    const T e = x.template load<Scalar<T>>(i);
     if (!(e <= largest<T>() && e >= -largest<T>())) continue;
     ++finite;
     lo = Scalar<T>::min(e, lo);
@@ -92,6 +98,11 @@ void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
   *low = lo;
   *high = hi;
   *nonfinite = n - finite;
+}
+
+template <class V, class S, class T>
+void minmax_finite(const S* x, int64_t n, T* low, T* high, int64_t* nonfinite) {
+  minmax_finite_of<V>(Elements<S>{x}, n, low, high, nonfinite);
 }
 
 // Finds the extremes of 16-bit floats by comparing their bits as integers, which needs neither a conversion to

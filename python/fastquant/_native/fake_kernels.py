@@ -100,6 +100,7 @@ _FAKE_KERNELS: dict[str, Op] = {
     "observe_batch_norm_": _empty_norm,
     "batch_norm_fake_quantize": _empty_like_first,
     "batch_norm_fake_quantize_backward": _empty_batch_norm_gradients,
+    "add_observe_fake_quantize": _empty_with_mask,
     "learnable_fake_quantize": _empty_like_first,
     "learnable_fake_quantize_backward": _empty_gradients,
 }

@@ -94,6 +94,23 @@ class _StraightThrough(torch.autograd.Function):
 with_straight_through: ops.Op = _StraightThrough.apply
 
 
+class _StraightThroughSum(torch.autograd.Function):
+    """Gives a result that was made of the sum of a and b, with its mask, the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
+        _save_mask(ctx, (a, b, made), made)
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gradient = _straight_through(ctx, grad)
+        return gradient, gradient, None
+
+
+with_straight_through_sum: ops.Op = _StraightThroughSum.apply
+
+
 def _gradients_of_fake_quantize(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return _straight_through(ctx, grad), *(None,) * 6
 

@@ -35,6 +35,7 @@ fused_observe_fake_quantize_with_mask = _bind("fused_observe_fake_quantize_with_
 observe_batch_norm_ = _bind("observe_batch_norm_")
 batch_norm_fake_quantize = _bind("batch_norm_fake_quantize")
 batch_norm_fake_quantize_backward = _bind("batch_norm_fake_quantize_backward")
+add_observe_fake_quantize = _bind("add_observe_fake_quantize")
 learnable_fake_quantize = _bind("learnable_fake_quantize")
 learnable_fake_quantize_backward = _bind("learnable_fake_quantize_backward")
 

@@ -6,11 +6,13 @@ with the gradient that suits eager mode, torch.func or a compiler.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn import functional as F
 
 from .. import _C
 from .._core.arguments import nonfinite_refusal
@@ -27,6 +29,7 @@ from .fast_calls import (
 from .settings import FusedSettings
 
 _empty_like = torch.empty_like
+_UNBOUNDED = (-math.inf, math.inf)
 
 
 def observe_minmax_(
@@ -243,6 +246,69 @@ def batch_norm_observe_fake_quantize(
             made = ops.observe_batch_norm_(*tensors, *observing)
             y = ops.batch_norm_fake_quantize(*tensors, *made, *clamping)
         y = gradients.with_batch_norm_gradients(*tensors, (y,), (*made, *clamping))
+    return y
+
+
+def _clamped(x: Tensor, low: float, high: float) -> Tensor:
+    """x between two bounds, infinite where there is none, with ReLU's and Hardtanh's gradient."""
+    if (low, high) == _UNBOUNDED:
+        return x
+    # Not Hardtanh for both: the gradient of a NaN passes ReLU alone.
+    return F.relu(x) if (low, high) == (0.0, math.inf) else F.hardtanh(x, low, high)
+
+
+def _has_usual_strides(x: Tensor) -> bool:
+    """Whether x has the strides of a new contiguous tensor, also where a size of 1 allows any."""
+    expected = 1
+    for size, stride in zip(reversed(x.size()), reversed(x.stride()), strict=True):
+        if stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True
+
+
+def _add_as_they_lie(a: Tensor, b: Tensor) -> bool:
+    """Whether a, b and torch.add(a, b) have the same shape, dtype and strides."""
+    return (
+        a.stride() == b.stride()
+        and a.size() == b.size()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and (1 not in a.size() or _has_usual_strides(a))
+    )
+
+
+def add_observe_fake_quantize(
+    a: Tensor, b: Tensor, low: float, high: float, settings: FusedSettings
+) -> Tensor:
+    """The op, with gradients of a and b; for tensors of different shapes or dtypes, its parts.
+
+    `settings.ch_axis` must be None.
+    """
+    if (
+        _is_in_graph(a)
+        or _is_in_graph(b)
+        or is_transformed()
+        or _is_recorded()
+        or not _add_as_they_lie(a, b)
+        # Nothing is left to do with the sum, nor with its gradient, but to observe it.
+        or ((low, high) == _UNBOUNDED and _C.is_on(settings.fake_quant_enabled) is False)
+    ):
+        return fused_observe_fake_quantize(_clamped(a + b, low, high), settings)
+    needs_grad = _needs_gradient(a) or _needs_gradient(b)
+    y: Tensor | None = None
+    if may_skip_dispatcher(a, b):
+        y, mask = _empty_like(a), empty_mask(a) if needs_grad else None
+        done = _C.add_observe_fake_quantize(a, b, low, high, settings, y, mask)
+        if not done:
+            y = None
+        elif done is not True:
+            raise nonfinite_refusal(a, done)
+    if y is None:
+        of_tensor = settings.per_tensor()
+        y, mask = _below_autograd(ops.add_observe_fake_quantize, a, b, low, high, *of_tensor)
+    if needs_grad:
+        y = gradients.with_straight_through_sum(a, b, (y, mask))
     return y
 
 

@@ -37,6 +37,11 @@ class FusedSettings(NamedTuple):
         """All but ch_axis, for the ops that quantize per tensor only."""
         return (*self[:8], *self[9:])
 
+    @classmethod
+    def of_tensor(cls, *args: Any) -> FusedSettings:
+        """The inverse of `per_tensor`."""
+        return cls._make((*args[:8], None, *args[8:]))
+
     def to_fake_quantize(self) -> tuple[Any, ...]:
         """The arguments of `fake_quantize` after x: the second half."""
         return (

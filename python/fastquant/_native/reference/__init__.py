@@ -30,6 +30,7 @@ from .batch_norm import (
     batch_norm_fake_quantize_backward,
     observe_batch_norm_,
 )
+from .clamped_sum import add_observe_fake_quantize
 
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
@@ -48,6 +49,7 @@ OPS: dict[str, Callable[..., Any]] = {
         observe_batch_norm_,
         batch_norm_fake_quantize,
         batch_norm_fake_quantize_backward,
+        add_observe_fake_quantize,
         learnable_fake_quantize,
         learnable_fake_quantize_backward,
     )

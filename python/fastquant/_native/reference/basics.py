@@ -183,7 +183,7 @@ def observe_qparams_(
         )
         if nonfinite == NonFinite.RAISE:
             _check_finite(enabled & (refused > 0))
-    new_scale, new_zero_point = choose_qparams(
+    new_scale, new_zero_point = _chosen_qparams(
         new_min, new_max, eps, quant_min, quant_max, scheme, symmetric_zero_point
     )
     for buffer, new in (
@@ -429,6 +429,18 @@ def range_of_least_error(
 # ----------------------------------------------------------------------- quantization parameters
 
 
+def _chosen_qparams(
+    min_val: Tensor, max_val: Tensor, eps: Tensor, *config: int
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range, in the dtype they are computed in."""
+    _check(min_val.numel() == max_val.numel(), "min_val and max_val must be of one size")
+    compute = _compute_dtype(min_val)
+    low, high = min_val.reshape(-1).to(compute), max_val.reshape(-1).to(compute)
+    unobserved = (low == INF) & (high == -INF)
+    scale, zero_point = qparams_of_range(low, high, eps.to(compute), *config)
+    return torch.where(unobserved, 1.0, scale), torch.where(unobserved, 0, zero_point)
+
+
 def choose_qparams(
     min_val: Tensor,
     max_val: Tensor,
@@ -439,15 +451,9 @@ def choose_qparams(
     symmetric_zero_point: int,
 ) -> tuple[Tensor, Tensor]:
     _check_quant_range(quant_min, quant_max)
-    _check(min_val.numel() == max_val.numel(), "min_val and max_val must be of one size")
-    compute = _compute_dtype(min_val)
-    low, high = min_val.reshape(-1).to(compute), max_val.reshape(-1).to(compute)
-    unobserved = (low == INF) & (high == -INF)
     config = (quant_min, quant_max, scheme, symmetric_zero_point)
-    scale, zero_point = qparams_of_range(low, high, eps.to(compute), *config)
-    scale = torch.where(unobserved, 1.0, scale).to(min_val.dtype)
-    zero_point = torch.where(unobserved, 0, zero_point)
-    return scale, zero_point.to(zero_point_dtype(min_val, scheme))
+    scale, zero_point = _chosen_qparams(min_val, max_val, eps, *config)
+    return scale.to(min_val.dtype), zero_point.to(zero_point_dtype(min_val, scheme))
 
 
 # ------------------------------------------------------------------------------- fake-quantize
