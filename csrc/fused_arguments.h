@@ -72,4 +72,19 @@ auto add_op(const Tensor a, const Tensor b, double low, double high, const Tenso
       b, low, high);
 }
 
+// The same for observe_folded_weight_, whose x is a weight. kOp takes what the batch norm has besides.
+template <auto kOp>
+auto folded_weight_op(const Tensor weight, const Tensor bn_weight, const Tensor bn_std,
+                      const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
+                      Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+                      std::optional<int64_t> ch_axis, std::optional<double> averaging_constant,
+                      int64_t quant_min, int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point,
+                      int64_t nonfinite) {
+  return kOp(
+      fused_arguments(weight, observer_enabled, fake_quant_enabled, std::move(min_val), std::move(max_val),
+                      std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps, ch_axis,
+                      averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite),
+      bn_weight, bn_std);
+}
+
 }  // namespace fastquant

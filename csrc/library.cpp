@@ -66,6 +66,18 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "Tensor(d!) zero_point, Tensor(e!) nonfinite_count, Tensor eps, float? averaging_constant, "
       "int quant_min, int quant_max, int scheme, int symmetric_zero_point, int nonfinite) -> (Tensor, Tensor)");
 
+  // Weights of a layer that is followed by batch norm: quantized as scaled by it, then unscaled.
+  m.def(
+      "observe_folded_weight_(Tensor weight, Tensor bn_weight, Tensor bn_std, "
+      "Tensor observer_enabled, Tensor fake_quant_enabled, Tensor(a!) min_val, Tensor(b!) max_val, "
+      "Tensor(c!) scale, Tensor(d!) zero_point, Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, "
+      "float? averaging_constant, int quant_min, int quant_max, int scheme, int symmetric_zero_point, "
+      "int nonfinite) -> (Tensor, Tensor)");
+  m.def("fold_weight(Tensor weight, Tensor fold, int quant_min, int quant_max) -> Tensor");
+  m.def(
+      "fold_weight_backward(Tensor grad, Tensor weight, Tensor fold, int quant_min, int quant_max) "
+      "-> (Tensor, Tensor)");
+
   // Quantize weights to int8 with zero points of 0.
   m.def("quantize_per_channel(Tensor x, Tensor scale, int ch_axis, int quant_min, int quant_max) -> Tensor");
 

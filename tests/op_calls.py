@@ -178,6 +178,61 @@ def learnable(draw: st.DrawFn) -> Call:
     return "learnable_fake_quantize_backward", (grad, x, scale, zero_point, *settings)
 
 
+def bn_weights(channels: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Factors of either sign, every third of them zero."""
+    values = random_values((channels,), dtype, seed)
+    values[::3] = 0.0
+    return values
+
+
+weights = st.one_of(
+    tensors(shapes=shapes(min_dims=2, max_numel=3000)),
+    tensors(shapes=shapes(min_dims=2, max_numel=20_000), nonfinite=True),
+)
+
+
+@st.composite
+def observe_folded_weight_(draw: st.DrawFn) -> Call:
+    weight = draw(weights)
+    channels, axis = weight.shape[0], draw(st.sampled_from([None, 0, -weight.dim()]))
+    low, high, count = draw(statistics(_buffer_shape(axis, channels)))
+    quant_min, quant_max = draw(quant_ranges())
+    integers = (torch.int32, torch.int64)
+    scale, zero_point = draw(
+        qparams(1 if axis is None else channels, quant_min, quant_max, zero_point_dtypes=integers)
+    )
+    if low.dtype != torch.float64:
+        low, high = low.float(), high.float()
+    scheme = (draw(st.sampled_from([AFFINE, SYMMETRIC])), draw(st.sampled_from([0, 3])))
+    bn = (
+        bn_weights(channels, weight.dtype, draw(seeds)),
+        random_values((channels,), weight.dtype, draw(seeds), "positive"),
+    )
+    buffers = (draw(flags), draw(flags), low, high, scale, zero_point, count, eps())
+    settings = (axis, draw(averaging), quant_min, quant_max, *scheme, draw(policies))
+    return "observe_folded_weight_", (weight, *bn, *buffers, *settings)
+
+
+@st.composite
+def fold_weight(draw: st.DrawFn) -> Call:
+    weight = draw(weights)
+    channels, quant_range = weight.shape[0], draw(quant_ranges())
+    integers = (torch.int32, torch.int64)
+    scale, zero_point = draw(qparams(channels, *quant_range, zero_point_dtypes=integers))
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    bn_std = random_values((channels,), compute, draw(seeds), "positive")
+    s = bn_weights(channels, compute, draw(seeds))
+    # s as the observing op has it: a number of the weight's dtype.
+    rows = (s.to(weight.dtype), bn_std, scale, 1 / scale, zero_point)
+    fold = torch.stack([row.to(compute) for row in rows])
+    if draw(st.booleans()):
+        return "fold_weight", (weight, fold, *quant_range)
+    grad = torch.cos(weight * 3)
+    if draw(st.booleans()):
+        grad = torch.empty_like(weight).copy_(grad)
+    return "fold_weight_backward", (grad, weight, fold, *quant_range)
+
+
 @st.composite
 def histograms(draw: st.DrawFn) -> list[Call]:
     """A stream of tensors for one histogram."""
@@ -226,6 +281,8 @@ SINGLE_CALLS: dict[str, Callable[[], st.SearchStrategy[Call]]] = {
         fake_quantize,
         fake_quantize_backward,
         quantize_per_channel,
+        observe_folded_weight_,
+        fold_weight,
         learnable,
         search_histogram_range,
         choose_qparams,
@@ -353,7 +410,7 @@ def calls_of_placed(
 # --------------------------------------------------------------------------------- comparing
 
 # Sums in another order.
-INEXACT = {"learnable_fake_quantize_backward": slice(1, 3)}
+INEXACT = {"learnable_fake_quantize_backward": slice(1, 3), "fold_weight_backward": slice(1, 2)}
 
 
 def own_arguments(name: str, args: Sequence[Any]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "kernels/clamped_sum-inl.h"
 #include "kernels/fake_quantize-inl.h"
+#include "kernels/folded_weight-inl.h"
 #include "kernels/histogram-inl.h"
 #include "kernels/learnable-inl.h"
 #include "kernels/minmax-inl.h"
@@ -35,6 +36,8 @@ constexpr KernelsFor<S, typename V::Element> kernels_for() {
       clamped_sum<V, S, T>,
       mask_gradient<V, S, T>,
       learnable_backward<V, S, T>,
+      fold_weight<V, S, T>,
+      fold_weight_backward<V, S, T>,
   };
   if constexpr (sizeof(S) == 2 && V::N > 1) {
     kernels.minmax = minmax_words<V, S>;

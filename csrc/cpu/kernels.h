@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../math/folded_weight.h"
 #include "../math/range.h"
 
 namespace fastquant {
@@ -103,6 +104,14 @@ struct KernelsFor {
   // Gradients of learnable fake-quantize for n elements of one channel.
   LearnableSums (*learnable_backward)(const S* grad, const S* x, S* grad_x, int64_t n, T scale, T inverse_scale,
                                       T zero_point, T quant_min, T quant_max, T grad_factor);
+
+  // Folds n weights of one channel, whose s is not 0, with its batch norm (math/folded_weight.h).
+  void (*fold_weight)(const S* weight, S* folded, int64_t n, const ChannelFold<T>& fold, int64_t quant_min,
+                      int64_t quant_max);
+
+  // The gradient of these weights. Returns their part of the gradient of s, times s. grad_weight may be grad.
+  double (*fold_weight_backward)(const S* grad, const S* weight, S* grad_weight, int64_t n,
+                                 const ChannelFold<T>& fold, int64_t quant_min, int64_t quant_max);
 };
 
 struct Kernels {

@@ -7,6 +7,7 @@
 #include "../fused_arguments.h"
 #include "clamped_sum.h"
 #include "fake_quantize.h"
+#include "folded_weight.h"
 #include "huge_pages.h"
 #include "statistics.h"
 
@@ -219,6 +220,54 @@ std::tuple<Tensor, Tensor> add_observe_fake_quantize(const FusedArguments& of, c
   return {y, mask};
 }
 
+// ----------------------------------------------------- weights folded with batch norm
+
+// A dense weight as its output channels, the first axis.
+Dense channels_of(const Tensor& weight) {
+  check(weight.dim() >= 2, "weight must have at least 2 dimensions");
+  return dense(view(weight), 0);
+}
+
+ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor> observe_folded_weight_(const FusedArguments& a, const Tensor& bn_weight,
+                                                  const Tensor& bn_std) {
+  const Tensor weight = densified(a.x);
+  const auto axis = a.settings.ch_axis;
+  check(!axis.has_value() || *axis == 0 || *axis == -weight.dim(), "ch_axis must be None or 0");
+  Tensor folded = empty_output(weight);
+  const int64_t channels = channels_of(weight).channels, sizes[] = {kFoldRows, channels},
+                strides[] = {std::max<int64_t>(channels, 1), 1};
+  Tensor fold = empty_strided(2, sizes, strides, compute_type(weight), weight);
+  observe_folded_weight(channels_of(weight), array(bn_weight, "bn_weight"), array(bn_std, "bn_std"),
+                        buffers_of(a), a.settings, flag(a.observer_enabled), flag(a.fake_quant_enabled),
+                        folded.mutable_data_ptr(), array(fold, "fold"));
+  return {folded, fold};
+}
+
+Tensor fold_weight_op(const Tensor weight, const Tensor fold, int64_t quant_min, int64_t quant_max) {
+  const Tensor w = densified(weight);
+  Tensor folded = empty_output(w);
+  fold_weight(channels_of(w), array(fold, "fold"), quant_min, quant_max, folded.mutable_data_ptr());
+  return folded;
+}
+
+std::tuple<Tensor, Tensor> fold_weight_backward_op(const Tensor grad, const Tensor weight, const Tensor fold,
+                                                   int64_t quant_min, int64_t quant_max) {
+  const Tensor w = densified(weight);
+  Tensor aligned = grad;
+  if (!has_layout_of(grad, w)) {
+    aligned = empty_as(w);
+    torch::stable::copy_(aligned, grad);
+  }
+  Tensor grad_weight = empty_output(w), grad_bn_weight = empty_1d(fold.size(1), w.scalar_type(), w);
+  fold_weight_backward(channels_of(w), aligned.const_data_ptr(), array(fold, "fold"), quant_min, quant_max,
+                       grad_weight.mutable_data_ptr(), array(grad_bn_weight, "grad_bn_weight"));
+  return {grad_weight, grad_bn_weight};
+}
+
 Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor zero_point,
                                std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max, double) {
   auto whole = whole_zero_points(array(zero_point, "zero_point"), quant_min, quant_max);
@@ -261,6 +310,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_op<&fused_observe_fake_quantize>));
   m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_op<&fused_observe_fake_quantize_with_mask>));
   m.impl("add_observe_fake_quantize", TORCH_BOX(&add_op<&add_observe_fake_quantize>));
+  m.impl("observe_folded_weight_", TORCH_BOX(&folded_weight_op<&observe_folded_weight_>));
+  m.impl("fold_weight", TORCH_BOX(&fold_weight_op));
+  m.impl("fold_weight_backward", TORCH_BOX(&fold_weight_backward_op));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize));
   m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
 }

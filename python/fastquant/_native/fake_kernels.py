@@ -79,6 +79,15 @@ def _empty_batch_norm_gradients(
     return torch.empty_like(x), norm.new_empty(channels), norm.new_empty(channels)
 
 
+def _empty_folded(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.empty_like(weight), weight.new_empty((5, weight.shape[0]), dtype=compute)
+
+
+def _empty_gradients_of_folded(grad: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
 def _empty_gradients(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +110,9 @@ _FAKE_KERNELS: dict[str, Op] = {
     "batch_norm_fake_quantize": _empty_like_first,
     "batch_norm_fake_quantize_backward": _empty_batch_norm_gradients,
     "add_observe_fake_quantize": _empty_with_mask,
+    "observe_folded_weight_": _empty_folded,
+    "fold_weight": _empty_like_first,
+    "fold_weight_backward": _empty_gradients_of_folded,
     "learnable_fake_quantize": _empty_like_first,
     "learnable_fake_quantize_backward": _empty_gradients,
 }

@@ -15,7 +15,9 @@ from torch.nn import Parameter
 
 from .. import _C
 from .._torch.private import (
+    dispatch_modes,
     exchange_api,
+    function_modes,
     innermost_transform,
     is_intercepted,
     is_tracing,
@@ -32,9 +34,14 @@ def is_transformed() -> bool:
     return innermost_transform() is not None or takes_forward_derivatives()
 
 
-def has_plain_gradients() -> bool:
-    """Whether gradients are taken, and by autograd alone: nothing transforms, traces, compiles."""
-    return is_grad_enabled() and not is_compiling() and not is_transformed() and not is_tracing()
+def is_called_alone() -> bool:
+    """Whether nothing but autograd takes part in the ops that are called.
+
+    Nothing transforms, traces or compiles, and there are no modes.
+    """
+    return not (
+        is_compiling() or dispatch_modes() or function_modes() or is_transformed() or is_tracing()
+    )
 
 
 def _set_up_fast_calls() -> bool:

@@ -31,6 +31,7 @@ from .batch_norm import (
     observe_batch_norm_,
 )
 from .clamped_sum import add_observe_fake_quantize
+from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
 
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
@@ -50,6 +51,9 @@ OPS: dict[str, Callable[..., Any]] = {
         batch_norm_fake_quantize,
         batch_norm_fake_quantize_backward,
         add_observe_fake_quantize,
+        observe_folded_weight_,
+        fold_weight,
+        fold_weight_backward,
         learnable_fake_quantize,
         learnable_fake_quantize_backward,
     )

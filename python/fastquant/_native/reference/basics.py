@@ -464,24 +464,21 @@ def _inverse(scale: Tensor) -> Tensor:
     return 1 / scale.to(_compute_dtype(scale))
 
 
-def _fake_quantized(
-    x: Tensor,
+def _rounded(
+    values: Tensor,
     scale: Tensor,
+    inverse: Tensor,
     zero_point: Tensor,
-    enabled: Tensor | None,
-    ch_axis: int | None,
+    float_zero_point: bool,
     quant_min: int,
     quant_max: int,
 ) -> tuple[Tensor, Tensor]:
-    """Fake-quantized x in a fresh tensor, and which of its elements gradients pass through."""
-    _check_input(x, ch_axis, scale=scale, zero_point=zero_point)
+    """Fake-quantized values, and which of them gradients pass through.
+
+    All in the dtype they are computed in; the parameters broadcast with the values.
+    """
     _check_quant_range(quant_min, quant_max)
-    compute, exact = _compute_dtype(x), _widest_dtype(x.device)
-    float_zero_point = zero_point.dtype.is_floating_point
-    values = x.to(compute)
-    inverse = _along_channels(_inverse(scale).to(compute), x, ch_axis)
-    scale = _along_channels(scale.to(compute), x, ch_axis)
-    zero_point = _along_channels(zero_point.to(compute), x, ch_axis)
+    compute, exact = values.dtype, _widest_dtype(values.device)
     if float_zero_point:
         quantized = torch.round(values * inverse + zero_point)
     else:
@@ -493,7 +490,29 @@ def _fake_quantized(
     in_range = (quantized >= quant_min) & (quantized <= quant_max) | nan
     clamped = torch.where(quantized.isnan(), quant_min, quantized.clamp(quant_min, quant_max))
     dequantized = ((clamped - zero_point) * scale).to(compute)
-    y = torch.empty_like(x).copy_(torch.where(nan, values, dequantized))
+    return torch.where(nan, values, dequantized), in_range
+
+
+def _fake_quantized(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    enabled: Tensor | None,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+) -> tuple[Tensor, Tensor]:
+    """Fake-quantized x in a fresh tensor, and which of its elements gradients pass through."""
+    _check_input(x, ch_axis, scale=scale, zero_point=zero_point)
+    float_zero_point = zero_point.dtype.is_floating_point
+    values = x.to(_compute_dtype(x))
+    scale, inverse, zero_point = (
+        _along_channels(t.to(values.dtype), x, ch_axis)
+        for t in (scale, _inverse(scale), zero_point)
+    )
+    args = (scale, inverse, zero_point, float_zero_point, quant_min, quant_max)
+    rounded, in_range = _rounded(values, *args)
+    y = torch.empty_like(x).copy_(rounded)
     if enabled is None:
         return y, in_range
     on = enabled.reshape(()) != 0

@@ -27,107 +27,128 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn import functional as F
 
-from ..._native.fast_calls import has_plain_gradients
+from ..._native.fast_calls import is_called_alone
+from ..._native.folded_weight import (
+    Convolution,
+    Folded,
+    Layer,
+    Linear,
+    fold_weight,
+    with_folded_weight,
+    with_gradients,
+)
 from ..._native.routes import may_be_read
 from ..._torch.ao import conv_bn_base, nniqat
-from ..._torch.private import has_backward_hooks, is_called_plainly
-from ...fake_quantize import FakeQuantize, FakeQuantizeBase
+from ...fake_quantize import FakeQuantizeBase
+from .plain import is_plain, settings_of_one_op
 
 __all__ = ["before_batch_norm", "teach_torch_ao"]
 
 _Forward = Callable[[Any, Tensor], Tensor]
 
 
-def _zeros(scale: Tensor) -> Tensor | None:
-    """Which scales are 0; None where it can be seen beforehand that none is."""
-    # A list, since a model runs these few values through `in` faster than through an op.
-    if type(scale) is Tensor and may_be_read(scale) and 0.0 not in scale.tolist():
-        return None
-    return scale == 0
-
-
-def _divided(quantized: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor | None) -> Tensor:
-    """quantized / scale; the weight where `zeros` says that the scale was 0 before it became 1."""
-    return quantized / scale if zeros is None else torch.where(zeros, weight, quantized / scale)
-
-
-class _Divided(torch.autograd.Function):
-    """`_divided` with the gradients that autograd finds, in half as many passes over the weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, quantized: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor | None
-    ) -> Tensor:
-        result = _divided(quantized, weight, scale, zeros)
-        ctx.save_for_backward(scale, result, zeros)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, result, zeros = ctx.saved_tensors
-        of_weight = None
-        if zeros is not None:
-            of_weight = grad * zeros
-            grad = grad.masked_fill(zeros, 0.0)
-        of_quantized = grad / scale
-        of_scale = None
-        if ctx.needs_input_grad[2]:
-            products = of_quantized * result
-            of_scale = -products.sum(tuple(range(1, products.dim())), keepdim=True)
-        return of_quantized, of_weight, of_scale, None
-
-
-# As it was written, to notice another in its place.
-_FORWARD: Any = FakeQuantize.forward
-
-
 def _is_off(fake_quantizer: Any) -> bool:
-    """Whether a call would return its argument and do nothing else, whoever might look on."""
-    if (
-        type(fake_quantizer).forward is not _FORWARD
-        or not is_called_plainly(fake_quantizer)
-        or has_backward_hooks(fake_quantizer)
-    ):
-        return False
+    """Whether a plain fake-quantizer returns its argument and does nothing else."""
     flags = fake_quantizer.observer_enabled, fake_quantizer.fake_quant_enabled
     return all(type(flag) is Tensor and may_be_read(flag) and not flag.item() for flag in flags)
 
 
-def _weight_of_inference(module: Any) -> Tensor:
-    """The weight, quantized as scaled by the batch norm's running statistics, then unscaled."""
-    bn, weight, fake_quantizer = module.bn, module.weight, module.weight_fake_quant
-    if bn.running_var is None:
-        raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
-    plain = has_plain_gradients()
-    if plain and _is_off(fake_quantizer):
-        # (w s) / s is w.
-        untouched: Tensor = weight
-        return untouched
+def _folded_in_steps(module: Any) -> Tensor:
+    """The folded weight by torch ops and a call of the fake-quantizer, whatever it does."""
+    bn, weight = module.bn, module.weight
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-    zeros = _zeros(scale)
     per_channel = (-1, *(1,) * (weight.dim() - 1))
-    scale = scale.reshape(per_channel)
-    if zeros is None:
-        scaled = weight * scale
-    else:
-        zeros = zeros.reshape(per_channel)
-        # One scale for product and quotient: a compiler may compute it again for the backward pass,
-        # from running statistics that have moved, and only in both does that cancel out.
-        scale = scale.masked_fill(zeros, 1.0)
-        scaled = (weight * scale).masked_fill(zeros, 0.0)
-    divided = _Divided.apply if plain else _divided
-    result: Tensor = divided(fake_quantizer(scaled), weight, scale, zeros)
-    return result
+    zeros = (scale == 0).reshape(per_channel)
+    # One scale for product and quotient: a compiler may compute it again for the backward pass,
+    # from running statistics that have moved, and only in both does that cancel out.
+    scale = scale.reshape(per_channel).masked_fill(zeros, 1.0)
+    scaled = (weight * scale).masked_fill(zeros, 0.0)
+    return torch.where(zeros, weight, module.weight_fake_quant(scaled) / scale)
+
+
+def _folded_by_op(module: Any) -> Folded | None:
+    """The folded weight by one op; None where only the single steps do what they should."""
+    bn, weight = module.bn, module.weight
+    settings = settings_of_one_op(module.weight_fake_quant)
+    if (
+        settings is None
+        or settings.ch_axis not in (None, 0, -weight.dim())
+        or settings.zero_point.is_floating_point()
+        or bn.running_var.requires_grad
+        or not all(
+            (type(t) is Tensor or type(t) is Parameter) and t.is_cpu and t.dtype == weight.dtype
+            for t in (weight, bn.weight, bn.running_var)
+        )
+    ):
+        return None
+    try:
+        return fold_weight(weight, bn.weight, bn.running_var, bn.eps, settings)
+    except RuntimeError:
+        return None  # The fake-quantizer says in words what is wrong, and in which layer.
+
+
+# The methods and functions of torch that a layer with one weight calls, to notice others in their
+# place.
+_CONVOLUTIONS = {
+    nn.Conv1d._conv_forward: ("conv1d", F.conv1d),
+    nn.Conv2d._conv_forward: ("conv2d", F.conv2d),
+    nn.Conv3d._conv_forward: ("conv3d", F.conv3d),
+}
+_LINEAR = F.linear
+
+
+def _layer(module: Any, x: Tensor) -> Layer | None:
+    """What the module does with x and its weight; None where this is not known in full."""
+    weight = module.weight
+    if (
+        not torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or x.layout is not torch.strided
+        or not x.is_cpu
+        or x.dtype != weight.dtype
+        or x.dim() != weight.dim()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    if isinstance(module, nn.Linear):
+        return Linear() if F.linear is _LINEAR else None
+    name, function = _CONVOLUTIONS.get(type(module)._conv_forward, ("", None))
+    if (
+        function is None
+        or getattr(F, name) is not function
+        or "_conv_forward" in module.__dict__
+        or module.padding_mode != "zeros"
+        or isinstance(module.padding, str)
+    ):
+        return None
+    return Convolution(module.stride, module.padding, module.dilation, module.groups)
+
+
+def _bias(module: Any, x: Tensor) -> Tensor | None:
+    bias: Tensor | None = module.bias
+    return bias if bias is None or isinstance(module, nn.Linear) else bias.to(x.dtype)
 
 
 def before_batch_norm(module: Any, x: Tensor) -> Tensor:
     """What the block gives to its batch norm."""
-    weight = _weight_of_inference(module)
+    bn, weight, bias = module.bn, module.weight, _bias(module, x)
+    if bn.running_var is None:
+        raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
+    alone = is_called_alone()
+    if not (alone and is_plain(module.weight_fake_quant) and _is_off(module.weight_fake_quant)):
+        folded = _folded_by_op(module) if alone else None
+        if folded is None:
+            weight = _folded_in_steps(module)
+        elif (layer := _layer(module, x)) is not None:
+            return with_folded_weight(layer, x, weight, bn.weight, bias, folded)
+        else:
+            weight = with_gradients(weight, bn.weight, folded)
+    # Else (w s) / s, which is w.
     if isinstance(module, nn.Linear):
-        return F.linear(x, weight, module.bias)
-    bias = None if module.bias is None else module.bias.to(x.dtype)
+        return F.linear(x, weight, bias)
     result: Tensor = module._conv_forward(x, weight, bias)
     return result
 

@@ -1,0 +1,26 @@
+// Weights folded with batch norm, on plain memory (math/folded_weight.h).
+#pragma once
+
+#include "../settings.h"
+#include "arrays.h"
+
+namespace fastquant {
+
+// A Dense weight is viewed with its output channels, the first axis, as channels.
+
+// Observes and quantizes the products w s, as far as `observes` and `quantizes` say, and writes the folded
+// weight and, in rows of one value per channel, the fields of ChannelFold to fold. If it throws, it has not
+// changed any buffer.
+void observe_folded_weight(const Dense& weight, const Array& bn_weight, const Array& bn_std,
+                           const FusedBuffers& buffers, const ObserveSettings& settings, bool observes,
+                           bool quantizes, void* folded, const Array& fold);
+
+// Writes the folded weight that belongs to `fold`.
+void fold_weight(const Dense& weight, const Array& fold, int64_t quant_min, int64_t quant_max, void* folded);
+
+// The gradients of the weight, and of bn_weight through s. grad has the weight's layout, and grad_weight may be
+// grad itself.
+void fold_weight_backward(const Dense& weight, const void* grad, const Array& fold, int64_t quant_min,
+                          int64_t quant_max, void* grad_weight, const Array& grad_bn_weight);
+
+}  // namespace fastquant

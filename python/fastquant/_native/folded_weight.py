@@ -1,0 +1,201 @@
+"""Layers whose weight is folded with the batch norm that follows: q(w s) / s in the place of w.
+
+Autograd keeps the weight itself and five values per channel. From them the backward pass makes the
+folded weight once more, in one pass. To keep it would take as much memory as a model's weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._torch.private import below_autograd
+from . import gradients, ops
+from .settings import FusedSettings
+
+
+class Folded(NamedTuple):
+    """A folded weight without gradients, and what its backward pass needs."""
+
+    weight: Tensor
+    fold: Tensor
+    quant_min: int
+    quant_max: int
+
+
+def fold_weight(
+    weight: Tensor, bn_weight: Tensor, running_var: Tensor, bn_eps: float, settings: FusedSettings
+) -> Folded:
+    """Observe w s, where s = bn_weight / sqrt(running_var + bn_eps), and make q(w s) / s.
+
+    Raises:
+        RuntimeError: the op refuses its arguments. No buffer has changed.
+    """
+    with below_autograd():
+        # By torch's op, since its square root is not always rounded correctly: s then has the same
+        # bits as where single steps take the place of the op.
+        bn_std = torch.sqrt(running_var + bn_eps)
+        folded, fold = ops.observe_folded_weight_(weight, bn_weight, bn_std, *settings)
+    return Folded(folded, fold, settings.quant_min, settings.quant_max)
+
+
+def _differentiable(
+    weight: Tensor, bn_weight: Tensor, fold: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """The folded weight made by ops that have gradients of gradients."""
+    shape = (-1, *(1,) * (weight.dim() - 1))
+    kept = (fold[0] == 0).reshape(shape)
+    s = (bn_weight / fold[1].to(weight.dtype)).reshape(shape).masked_fill(kept, 1.0)
+    product = (weight * s).masked_fill(kept, 0.0)
+    scale, zero_point = fold[2], fold[4].to(torch.int64)
+    quantized, _ = gradients.fake_quantize_with_mask(
+        product, scale, zero_point, None, 0, quant_min, quant_max
+    )
+    return torch.where(kept, weight, quantized / s)
+
+
+def _differentiable_gradients(
+    ctx: Any, y: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of those inputs that need one, as functions that have gradients themselves."""
+    needed = [
+        t for t, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs and t is not None
+    ]
+    found = iter(torch.autograd.grad(y, needed, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
+
+
+class _FoldedWeight(torch.autograd.Function):
+    """Gives the folded weight the gradients of weight and bn_weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bn_weight: Tensor, folded: Folded) -> Tensor:
+        ctx.save_for_backward(weight, bn_weight, folded.fold)
+        ctx.quant_range = folded.quant_min, folded.quant_max
+        return folded.weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bn_weight, fold = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            y = _differentiable(weight, bn_weight, fold, *ctx.quant_range)
+            return _differentiable_gradients(ctx, y, (weight, bn_weight), grad)
+        return *ops.fold_weight_backward(grad, weight, fold, *ctx.quant_range), None
+
+
+def with_gradients(weight: Tensor, bn_weight: Tensor, folded: Folded) -> Tensor:
+    """The folded weight, for whatever a layer does with it."""
+    if not torch.is_grad_enabled():
+        return folded.weight
+    y: Tensor = _FoldedWeight.apply(weight, bn_weight, folded)  # type: ignore[no-untyped-call]
+    return y
+
+
+# --------------------------------------------------------------------------------------- layers
+
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Layer(Protocol):
+    """What a layer does with its weight."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+    ) -> _Gradients:
+        """Of x, weight and bias, where needed."""
+
+
+class Convolution(NamedTuple):
+    """A convolution that is not transposed, of inputs with a batch dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def _geometry(self) -> tuple[Any, ...]:
+        output_padding = (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, False, output_padding, self.groups
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(x, weight, bias, *self._geometry())
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+    ) -> _Gradients:
+        sizes = None if bias is None else list(bias.shape)
+        result: _Gradients = torch.ops.aten.convolution_backward.default(
+            grad, x, weight, sizes, *self._geometry(), needed
+        )
+        return result
+
+
+class Linear(NamedTuple):
+    """A linear layer, of inputs with two dimensions."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+    ) -> _Gradients:
+        return (
+            grad.mm(weight) if needed[0] else None,
+            grad.t().mm(x) if needed[1] else None,
+            grad.sum(0) if needed[2] else None,
+        )
+
+
+class _LayerWithFoldedWeight(torch.autograd.Function):
+    """What the layer makes of x, with the gradients of x, weight, bn_weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bn_weight: Tensor,
+        bias: Tensor | None,
+        folded: Folded,
+        layer: Layer,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bn_weight, bias, folded.fold)
+        ctx.quant_range, ctx.layer = (folded.quant_min, folded.quant_max), layer
+        return layer(x, folded.weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bn_weight, bias, fold = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range)
+            y = ctx.layer(x, folded, bias)
+            return _differentiable_gradients(ctx, y, (x, weight, bn_weight, bias), grad)
+        of_x, of_weight, of_bn_weight, of_bias, *_ = ctx.needs_input_grad
+        # Of the weight, its own gradient needs only the shape.
+        folded = ops.fold_weight(weight, fold, *ctx.quant_range) if of_x else weight
+        needed = [of_x, of_weight or of_bn_weight, of_bias]
+        grad_x, grad_folded, grad_bias = ctx.layer.gradients(grad, x, folded, bias, needed)
+        del folded
+        of_parameters: tuple[Tensor | None, ...] = (None, None)
+        if grad_folded is not None:
+            of_parameters = ops.fold_weight_backward(grad_folded, weight, fold, *ctx.quant_range)
+        return grad_x, *of_parameters, grad_bias, None, None
+
+
+def with_folded_weight(
+    layer: Layer,
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor,
+    bias: Tensor | None,
+    folded: Folded,
+) -> Tensor:
+    """What the layer makes of x with the folded weight, which autograd does not keep."""
+    inputs = (x, weight, bn_weight, bias, folded, layer)
+    y: Tensor = _LayerWithFoldedWeight.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y
