@@ -166,3 +166,20 @@ def test_readme_shows_qat_steps_of_whole_models_first(
         "| net: QAT step over float | -20% | -40% |",
         "| net: calibration forward over float | +10% | +20% |",
     ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+@pytest.mark.filterwarnings("ignore")  # torch.ao's own
+def test_qat_trains_as_well_as_with_torch_ao(scripts: Scripts) -> None:
+    accuracy = scripts.module("accuracy")
+    # Hardly trained in float: what is reached is what QAT has learned.
+    study = accuracy.digits(epochs=1, qat_epochs=2)
+    before = study.scores(study.trained)
+    for result in accuracy.compare(study, runs=2):
+        ours = result.values["fastquant"]
+        if "accuracy" in result.measure:
+            assert min(ours) > before[result.measure] + 2
+            assert abs(result.difference) <= max(1.0, 3 * result.standard_error)
+        else:
+            assert max(ours) < 0.5 * before["test loss"]
+            assert abs(result.difference) <= max(0.02, 3 * result.standard_error)
