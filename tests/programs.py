@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import fastquant
 from strategies import RANGES, random_values
 from users_code import (
+    CUSTOM,
     FUSABLE,
     LOG,
     PIECES,
@@ -220,6 +222,10 @@ PATCHABLE = (
 )
 
 
+NONFINITE = {"nan": math.nan, "infinite": math.inf, "minus infinite": -math.inf}
+DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+
+
 class World:
     """A program's run under one library."""
 
@@ -385,6 +391,7 @@ class World:
             "allow_list": {"allow_list": {nn.Linear, nn.Conv2d}},
             "whole": {"observer_non_leaf_module_list": [Residual, Block]},
             "no_custom": {"prepare_custom_config_dict": {}},
+            "custom": {"prepare_custom_config_dict": CUSTOM},
         }
         return self.ns.prepare(model, inplace=inplace, **options.get(how, {}))
 
@@ -399,6 +406,8 @@ class World:
             "reference": {"is_reference": True},
             "mapping": {"mapping": {nn.Linear: nnq.Linear, nn.Conv2d: nnq.Conv2d}},
         }[how]
+        if self.program.prepare == "custom":
+            options["convert_custom_config_dict"] = CUSTOM
         return self.ns.convert(model, **options)
 
     def quantize_dynamic(self, model: nn.Module, how: str) -> Any:
@@ -430,6 +439,10 @@ class World:
         rows = 0 if step.what == "empty" else 1 if step.what == "one" else 5
         shape = (rows, 4, 5, 6) if self.program.family == "image" else (rows, 6)
         x = random_values(shape, torch.float32, step.seed, kind)
+        if step.what in NONFINITE and x.numel():
+            x.flatten()[:: x.numel() // 3] = NONFINITE[step.what]
+        if step.what in DTYPES:
+            return x.to(DTYPES[step.what])
         if step.what == "channels_last" and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x
@@ -515,6 +528,27 @@ class World:
         else:
             self.model.apply(getattr(self.ns, step.what))
 
+    def _learn(self, step: Step, other: World) -> None:
+        """A switch that learnable fake-quantizers have."""
+        for observer in self.observers():
+            if hasattr(observer, step.what):
+                getattr(observer, step.what)()
+
+    def _narrow(self, step: Step, other: World) -> None:
+        self.model.to(DTYPES[step.what])
+
+    def _change(self, step: Step, other: World) -> None:
+        """Do to a module of the prepared model what users do to the pieces of a float one."""
+        modules = [
+            module
+            for module in self.model.modules()
+            if hasattr(module, "activation_post_process")
+            and not hasattr(module, "calculate_qparams")
+        ]
+        if modules:
+            module = modules[step.target % len(modules)]
+            do_to_piece(module, step.what, self.config(self.program.other_config))
+
     def _copy(self, step: Step, other: World) -> None:
         self.model = copy.deepcopy(self.model)
 
@@ -541,8 +575,8 @@ class World:
             owner, name = path.rsplit(".", 1) if "." in path else ("", path)
             setattr(self.model.get_submodule(owner), name, observer)
 
-    def _fresh(self) -> Any:
-        built = self.build()
+    def _fresh(self, device: str = "cpu") -> Any:
+        built = self.build().to(device)
         if self.program.mode == "dynamic":
             return self.quantize_dynamic(built, self.program.convert)
         fresh = self.prepare(self.fuse(built) if self.program.fuse else built)
@@ -556,7 +590,8 @@ class World:
         if "partly" in step.what:
             for key in list(state)[step.target :: 2]:
                 del state[key]
-        model = self.model if "same" in step.what else self._fresh()
+        device = "meta" if "meta" in step.what else "cpu"
+        model = self.model if "same" in step.what else self._fresh(device)
         if "emptied" in step.what:
             model.to_empty(device="cpu")
         result = model.load_state_dict(

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastquant import QuantizationError
-from programs import PATCHABLE, Program, Seen, Step, World
+from programs import DTYPES, NONFINITE, PATCHABLE, Program, Seen, Step, World
 from strategies import RANGES
 from users_code import FORMS, FUSABLE, OVERRIDES, PIECES, Config, Observer, Piece
 
@@ -68,6 +68,10 @@ def _trains_batch_norm(program: Program) -> bool:
     return program.mode == "qat" and bool(
         _parts(program) & {"conv_bn", "conv_bn_relu", "linear_bn"}
     )
+
+
+def _learns(program: Program) -> bool:
+    return any(o.base == "_LearnableFakeQuantize" for o in _observers(program))
 
 
 def _uses_fused_op(program: Program) -> bool:
@@ -191,6 +195,33 @@ def _channels_known_at_once(program: Program, found: Difference) -> bool:
     )
 
 
+def _fused_takes_any_dtype(program: Program, found: Difference) -> bool:
+    return (
+        _uses_fused_op(program)
+        and found.what == "raised"
+        and found.ours is None
+        and "expected scalar type Float" in str(found.theirs)
+    )
+
+
+def _unobserved_channels(program: Program, found: Difference) -> bool:
+    """torch.ao takes the infinite ends of channels that were never observed for a wrong range."""
+    return (
+        found.what == "raised"
+        and found.ours is None
+        and isinstance(found.theirs, AssertionError)
+        and "min tensor([inf" in str(found.theirs)
+    )
+
+
+def _looked_at(program: Program, found: Difference) -> bool:
+    """Global hooks see that convert reads a range, which may be parametrized, to warn."""
+    if not (program.global_hooks and found.step.do == "convert" and found.what == "log"):
+        return False
+    rest = iter(found.ours)
+    return set(found.ours) == set(found.theirs) and all(event in rest for event in found.theirs)
+
+
 def _saved_once(program: Program, found: Difference) -> bool:
     return found.what == "log" and found.step.do == "observer_state" and _thinned(found)
 
@@ -247,6 +278,7 @@ def _hooked_once(program: Program, found: Difference) -> bool:
 CLOSE_NUMBERS: tuple[tuple[Callable[[Program], bool], str], ...] = (
     (_trains_batch_norm, "QAT undoes batch norm's scaling on the weight: the same up to rounding"),
     (_uses_fused_op, "the fused fake-quantize uses the qparams that calculate_qparams returns"),
+    (_learns, "learnable fake-quantize has one zero point forward and backward"),
 )
 # After these differences a program goes on.
 DELIBERATE: tuple[tuple[Excuse, str], ...] = (
@@ -261,6 +293,9 @@ DELIBERATE: tuple[tuple[Excuse, str], ...] = (
     (_hooks_on_lstm_stay, "a module that is swapped keeps its hooks, also an LSTM"),
     (_bad_input_in_words, "bad input, and a model that was not prepared, raise an error in words"),
     (_channels_known_at_once, "prepare_qat gives a weight's per-channel statistics their size"),
+    (_fused_takes_any_dtype, "the fused fake-quantize takes fp16, bf16 and fp64"),
+    (_unobserved_channels, "a channel that was never observed gets scale 1 and zero point 0"),
+    (_looked_at, "convert names layers that have seen no data"),
     (_saved_once, "get_observer_state_dict asks each observer once for its state"),
     (
         _scale_of_one_element,
@@ -274,8 +309,37 @@ DELIBERATE: tuple[tuple[Excuse, str], ...] = (
 )
 
 
+def _narrow_tensors_counted_in_fp32(program: Program, found: Difference) -> bool:
+    narrow = any(step.what in ("half", "bfloat16") for step in program.steps)
+    return narrow and found.what in ("output", "state") and found.path.endswith("histogram")
+
+
+def _keyword_hooks_stay(program: Program, found: Difference) -> bool:
+    """torch.ao registers hooks on the new module without `with_kwargs`: an argument is missing."""
+    done = {deed for piece in program.pieces + program.before for deed in piece.done}
+    done |= {step.what for step in program.steps if step.do == "change"}
+    return (
+        found.what == "raised"
+        and bool(done & {"hook_with_keywords", "pre_hook_with_keywords"})
+        and isinstance(found.theirs, ValueError)
+        and "not enough values to unpack" in str(found.theirs)
+    )
+
+
+def _fake_quantizer_stays_whole(program: Program, found: Difference) -> bool:
+    """torch.ao takes the observer out of the fake-quantizer of a training module that it leaves."""
+    if program.mode != "qat" or found.step.do != "convert":
+        return False
+    part = "weight_fake_quant.activation_post_process"
+    kept = [key for key in found.ours if part not in key] if "keys" in found.path else None
+    return kept == found.theirs
+
+
 # After these it does not: the models' states differ.
 ENDING: tuple[tuple[Excuse, str], ...] = (
+    (_narrow_tensors_counted_in_fp32, "histograms of fp16 and bf16 tensors are counted in fp32"),
+    (_keyword_hooks_stay, "hooks keep their options when a module is swapped"),
+    (_fake_quantizer_stays_whole, "a training module that stays keeps its fake-quantizer whole"),
     (_loaded_whole, "of a state that is not whole nothing is loaded"),
 )
 
@@ -284,6 +348,26 @@ def _saved_eps_is_loaded(program: Program, step: Step) -> bool:
     other_eps = any(o.form == "callable_args" for o in _observers(program))
     rounded = any(step.do == "double" for step in program.steps)
     return step.do == "observer_state" and (other_eps or rounded)
+
+
+def _nonfinite_is_left_out(program: Program, step: Step) -> bool:
+    return step.what in NONFINITE and step in program.steps
+
+
+def _statistics_stay_wide(program: Program, step: Step) -> bool:
+    return step.do == "narrow" and step.what != "double"
+
+
+def _zero_gamma_is_finite(program: Program, step: Step) -> bool:
+    done = {deed for piece in program.pieces for deed in piece.done}
+    return step.do == "run" and _trains_batch_norm(program) and "zero_gamma" in done
+
+
+def _fused_calls_changed_observer(program: Program, step: Step) -> bool:
+    return step.do in ("run", "convert", "quantize", "average") and any(
+        o.base == "FusedMovingAvgObsFakeQuantize" and o.inner is not None and o.inner.override
+        for o in _observers(program)
+    )
 
 
 def _pre_hook_has_no_observer(program: Program, step: Step) -> bool:
@@ -314,6 +398,10 @@ WORLDS_PART: tuple[tuple[Callable[[Program, Step], bool], str], ...] = (
     (_saved_eps_is_loaded, "load_observer_state_dict loads eps; torch.ao's resets it"),
     (_pre_hook_has_no_observer, "convert leaves no observer's pre-hook without its observer"),
     (_shared_is_observed_once, "a module of two parents is observed once"),
+    (_nonfinite_is_left_out, "NaN and infinities are left out of statistics, and NaN stays NaN"),
+    (_statistics_stay_wide, "statistics and scales stay in fp32"),
+    (_zero_gamma_is_finite, "a batch norm weight of zero gives finite results"),
+    (_fused_calls_changed_observer, "the fused fake-quantize calls an observer that was changed"),
 )
 
 # ------------------------------------------------------------------------------------- comparison
@@ -402,6 +490,8 @@ def run(program: Program) -> list[Difference]:
     for step in program.trace():
         seen = [world.do(step, other) for world, other in ((theirs, ours), (ours, theirs))]
         if any(part(program, step) for part, _ in WORLDS_PART):
+            if seen[1].raised is not None and seen[0].raised is None:
+                return [Difference(step, "raised", "", None, seen[1].raised)]
             break
         found = list(differences(program, step, seen[1], seen[0]))
         faults = [
@@ -496,14 +586,16 @@ def fake_quantizers(draw: st.DrawFn, weight: bool) -> Observer:
     )
     if base == "OwnFakeQuantize":
         return Observer(base, None, (), draw(forms))
+    if draw(sometimes(sometimes(st.just(True)))):
+        base = "_LearnableFakeQuantize"
     inner = draw(st.sampled_from(inner_bases))
-    override = draw(sometimes(st.sampled_from(tuple(OVERRIDES[base]))))
-    inner_override = draw(sometimes(st.sampled_from(tuple(OVERRIDES[inner]))))
     if base == "FusedMovingAvgObsFakeQuantize":
-        # torch.ao's fused op does not ask its observer, ours does: nothing to compare.
         inner = "MovingAveragePerChannelMinMaxObserver" if inner in CHANNELS else inner_bases[0]
-        inner_override = None
+    override = draw(sometimes(st.sampled_from(tuple(OVERRIDES.get(base, (None,))))))
+    inner_override = draw(sometimes(st.sampled_from(tuple(OVERRIDES[inner]))))
     chosen = draw(options(inner))
+    if base == "_LearnableFakeQuantize" and inner in CHANNELS:
+        chosen = (*chosen, ("channel_len", draw(st.sampled_from((4, 6)))))
     limits = (-128, 127) if weight else (0, 255)
     dtype = torch.qint8 if weight else torch.quint8
     return Observer(
@@ -547,7 +639,15 @@ DEEDS = (
     "hook_on_first",
     "hook_on_last",
     "frozen",
+    "first_hook",
+    "first_pre_hook",
+    "hook_with_keywords",
+    "pre_hook_with_keywords",
+    "always_called_hook",
+    "zero_gamma",
 )
+# What is done to modules of a prepared model.
+CHANGES = (*(deed for deed in DEEDS if deed not in ("other_config", "zero_gamma")), "method")
 
 
 @st.composite
@@ -588,6 +688,7 @@ TWEAKS = (
     "parametrized min_val",
 )
 TOGGLES = ("disable_observer", "enable_observer", "disable_fake_quant", "enable_fake_quant")
+LEARNING = ("enable_param_learning", "enable_static_estimate", "enable_static_observation")
 MODES = ("eval", "train", "freeze_bn", "update_bn")
 
 
@@ -603,6 +704,8 @@ RELOADS = (
     "assign",
     "assign other",
     "emptied",
+    "assign meta",
+    "emptied meta",
 )
 
 
@@ -613,7 +716,7 @@ def steps(draw: st.DrawFn, mode: str) -> Step:
             (
                 *("run", "run", "run", "tweak", "tweak", "qparams", "reload", "pickle", "copy"),
                 *("toggle", "observer_state", "adopt", "double", "repr", "trace"),
-                *("symbolic_trace", "average"),
+                *("symbolic_trace", "average", "change", "change", "narrow", "learn"),
             )
         )
     )
@@ -621,7 +724,7 @@ def steps(draw: st.DrawFn, mode: str) -> Step:
     if do == "run":
         # Sums of gradients go by layout: their last bits may differ.
         layouts = () if mode == "qat" else ("channels_last",)
-        what = draw(st.sampled_from((*RANGES, "empty", "one", *layouts)))
+        what = draw(st.sampled_from((*RANGES, "empty", "one", *layouts, *NONFINITE, *DTYPES)))
     elif do == "tweak":
         what = draw(st.sampled_from(TWEAKS))
         target = draw(st.integers(0, 5))
@@ -632,6 +735,13 @@ def steps(draw: st.DrawFn, mode: str) -> Step:
         target = draw(st.integers(0, 1))
     elif do == "observer_state":
         what = draw(st.sampled_from(("", "other")))
+    elif do == "change":
+        what = draw(st.sampled_from(CHANGES))
+        target = draw(st.integers(0, 5))
+    elif do == "learn":
+        what = draw(st.sampled_from(LEARNING))
+    elif do == "narrow":
+        what = draw(st.sampled_from(tuple(DTYPES)))
     elif do == "average":
         target = draw(st.integers(0, 1))
     return Step(do, what, target, draw(seeds) if do == "run" else 0)
@@ -644,6 +754,7 @@ PREPARATIONS = (
     "allow_list",
     "whole",
     "no_custom",
+    "custom",
 )
 CONVERSIONS = {
     "static": ("convert", "inplace", "keep_qconfig", "reference", "mapping"),
@@ -660,6 +771,9 @@ AFTERWARDS = (
     Step("copy"),
     Step("reload", "same other"),
     Step("reload", "other"),
+    Step("run", "nan", seed=4),
+    Step("run", "infinite", seed=5),
+    Step("run", "half", seed=6),
 )
 
 

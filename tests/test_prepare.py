@@ -62,6 +62,15 @@ def test_errors_of_weights_name_the_layer(make: Any) -> None:
         prepared[1][0].weight_fake_quant(torch.randn(7, 3, 3, 3))
 
 
+def test_a_channel_axis_that_the_first_tensor_does_not_have_names_the_layer() -> None:
+    prepared = model()
+    observer = fq.PerChannelMinMaxObserver.with_args(ch_axis=4)
+    prepared.qconfig = fq.QConfig(observer, fq.default_weight_observer)
+    prepared = fq.prepare(prepared)
+    with pytest.raises(ValueError, match=r"^0\.activation_post_process: ch_axis=4 is out of range"):
+        prepared(torch.randn(1, 3, 8, 8))
+
+
 def test_the_output_of_a_recurrent_layer_is_a_tuple_and_says_where() -> None:
     recurrent = nn.Sequential(nn.GRU(3, 4)).eval()
     recurrent[0].qconfig = fq.default_qconfig

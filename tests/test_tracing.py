@@ -169,6 +169,25 @@ def test_traced_fake_quantizers_take_every_dtype(dtype: torch.dtype, ch_axis: in
     torch.testing.assert_close(y, module(2 * x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("fake_quantizes", [False, True])
+def test_what_observes_channels_can_be_traced_before_its_first_tensor(fake_quantizes: bool) -> None:
+    def fresh() -> nn.Module:
+        if fake_quantizes:
+            observer = fq.MovingAveragePerChannelMinMaxObserver
+            return fq.FakeQuantize(observer, ch_axis=1, qscheme=torch.per_channel_affine)
+        return fq.PerChannelMinMaxObserver(ch_axis=1)
+
+    module, x = fresh(), torch.randn(4, 3, 2)
+    trace = torch.jit.trace(fresh(), x, check_trace=False)
+    module(x)
+    for factor in (1, 3):
+        torch.testing.assert_close(trace(factor * x), module(factor * x))
+    expected = module.state_dict()
+    for key, value in trace.state_dict().items():
+        if key in expected:
+            torch.testing.assert_close(value, expected[key])
+
+
 def test_the_older_onnx_exporter_takes_a_trained_model() -> None:
     onnx = pytest.importorskip("onnx")
     model, x = in_state("QAT, version 0", "frozen")

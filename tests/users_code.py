@@ -48,6 +48,16 @@ class Hook:
         return output[0] * self.factor if output else (inputs[0] * self.factor, *inputs[1:])
 
 
+class HookWithKeywords(Hook):
+    """The same, registered with `with_kwargs`."""
+
+    def __call__(self, module: nn.Module, inputs: Any, *rest: Any) -> Any:
+        keywords, *output = rest
+        note(f"{sorted(keywords)}")
+        changed = super().__call__(module, inputs, *output)
+        return changed if output or changed is None else (changed, keywords)
+
+
 # --------------------------------------------------------------------------------- users' observers
 
 
@@ -455,8 +465,15 @@ FORMS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
 _CLASSES: dict[tuple[str, str, str], type] = {}
 
 
+def _home_of_learnable(ns: Any) -> Any:
+    """torch.ao has the class in a module of its own, ours is with the other fake-quantizers."""
+    return ns.fake_quantize if ns.__name__ == "fastquant" else ns._learnable_fake_quantize
+
+
 def user_class(world: str, ns: Any, base: str, override: str | None) -> Any:
     """The library's class, or a user's made of it, which pickle finds in this module."""
+    if base == "_LearnableFakeQuantize":
+        return getattr(_home_of_learnable(ns), base)
     if base not in WRITTEN and override is None:
         return getattr(ns, base)
     key = (world, base, override or "")
@@ -566,6 +583,55 @@ class Cell(nn.Module):
         return result[0] if isinstance(result, tuple) else result
 
 
+class Scaled(nn.Module):
+    """A user's float module, which a custom config maps to the two classes below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * 2
+
+
+class ObservedScaled(nn.Module):
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * 2
+
+    @classmethod
+    def from_float(cls, module: Any) -> Any:
+        note("from_float")
+        observed = cls(module.linear)
+        observed.qconfig = module.qconfig
+        return observed
+
+
+class QuantizedScaled(nn.Module):
+    def __init__(self, linear: nn.Module, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.scale, self.zero_point = float(scale), int(zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x.dequantize()) * 2
+        return torch.quantize_per_tensor(y, self.scale, self.zero_point, torch.quint8)
+
+    @classmethod
+    def from_observed(cls, observed: Any) -> Any:
+        note("from_observed")
+        return cls(observed.linear, *observed.activation_post_process.calculate_qparams())
+
+
+CUSTOM = {
+    "float_to_observed_custom_module_class": {Scaled: ObservedScaled},
+    "observed_to_quantized_custom_module_class": {ObservedScaled: QuantizedScaled},
+}
+
+
 def _norm(norm: Any) -> Any:
     """A batch norm with something in it."""
     norm.running_mean.uniform_(-0.5, 0.5)
@@ -622,6 +688,7 @@ PIECES: dict[str, dict[str, Callable[[Any], nn.Module]]] = {
         "island": lambda ns: Island(ns, nn.Linear(6, 6)),
         "lstm": lambda ns: LSTM(),
         "scripted_linear": lambda ns: torch.jit.script(nn.Linear(6, 6)),
+        "scaled": lambda ns: Scaled(),
         **_COMMON,
     },
     "image": {
@@ -704,6 +771,21 @@ def do_to_piece(module: nn.Module, deed: str, config: Any) -> None:
         module.register_forward_hook(Hook("changing hook", 1.5))
     elif deed == "pre_hook":
         module.register_forward_pre_hook(Hook("pre-hook"))
+    elif deed == "first_hook":
+        module.register_forward_hook(Hook("first hook", 0.5), prepend=True)
+    elif deed == "first_pre_hook":
+        module.register_forward_pre_hook(Hook("first pre-hook"), prepend=True)
+    elif deed == "hook_with_keywords":
+        module.register_forward_hook(HookWithKeywords("keyword hook", 1.5), with_kwargs=True)
+    elif deed == "pre_hook_with_keywords":
+        pre_hook = HookWithKeywords("keyword pre-hook", 1.5)
+        module.register_forward_pre_hook(pre_hook, with_kwargs=True)
+    elif deed == "always_called_hook":
+        module.register_forward_hook(Hook("always called hook"), always_call=True)
+    elif deed == "zero_gamma":
+        for part in module.modules():
+            if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                part.weight.data[1] = 0
     elif deed == "hook_on_first":
         next(module.children(), module).register_forward_pre_hook(Hook("inner pre-hook"))
     elif deed == "hook_on_last":

@@ -349,7 +349,7 @@ class FakeQuantize(FakeQuantizeBase):
                 buffer = getattr(self, name)
                 if buffer.shape != value.shape:
                     with RESIZING:
-                        refill(self, name, value.shape, name == "scale")
+                        refill(self, name, value.shape, 1 if name == "scale" else 0)
                     buffer = getattr(self, name)
                 buffer.copy_(value)
 

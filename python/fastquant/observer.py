@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ._core.arguments import (
     as_floating,
-    channel_count,
     channel_error,
     check_averaging_constant,
     check_dtype,
@@ -583,7 +582,10 @@ class _MinMax(_RangeObserver):
             raise naming_its_layer(self, error)
         if x.numel() == 0:
             return x
-        channels = channel_count(x, ch_axis)
+        error = channel_error(x, ch_axis, {})
+        if error is not None:
+            raise naming_its_layer(self, error)
+        channels = x.shape[ch_axis]
         if is_dynamo_compiling():
             self._set_channels(channels)
             return self._observe(x, ch_axis, averaging_constant)
