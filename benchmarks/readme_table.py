@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 # The benchmarks whose rows the README shows; the others answer more special questions.
-IN_README = ("observers", "fake_quant")
+IN_README = ("observers", "fake_quant", "batch_norm")
 
 
 def newest() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import batch_norm
 import calls
 import compile
 import fake_quant
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Measure] = {
     for module in (
         observers,
         fake_quant,
+        batch_norm,
         histogram_search,
         roofline,
         threads,
