@@ -2,6 +2,7 @@
 
 #include "cpu/clamped_sum.h"
 #include "cpu/fake_quantize.h"
+#include "cpu/folded_weight.h"
 #include "cpu/huge_pages.h"
 #include "cpu/statistics.h"
 
@@ -99,6 +100,16 @@ Array buffer(const DLTensor& t, const char* name) {
 
 Array buffer(PyObject* object, const char* name) { return buffer(tensor(object), name); }
 
+// The values of a contiguous tensor.
+Array values(PyObject* object, const char* name) {
+  const DLTensor t = tensor(object);
+  const int64_t n = numel(t);
+  require(t.data != nullptr && n > 0);
+  int64_t stride = 1;
+  for (int d = t.ndim - 1; d >= 0; stride *= t.shape[d--]) require(t.shape[d] == 1 || t.strides[d] == stride);
+  return {t.data, element(t), n, name};
+}
+
 Array single(PyObject* object, const char* name) {
   const Array a = buffer(object, name);
   check_count(a, 1);
@@ -138,12 +149,24 @@ bool is_like(const DLTensor& y, const DLTensor& x) {
          has_strides(y, x.strides);
 }
 
-// The memory of an output tensor for x.
-void* output(PyObject* object, const DLTensor& x) {
+// A weight with its output channels as channels.
+Dense output_channels(const DLTensor& weight) {
+  require(weight.ndim >= 2);
+  return dense(weight, 0);
+}
+
+// The memory of a tensor that lies in memory as x does.
+void* memory_like(PyObject* object, const DLTensor& x) {
   const DLTensor y = tensor(object);
   require(is_like(y, x));
-  prefer_huge_pages(y.data, numel(x) * (x.bits / 8));
   return y.data;
+}
+
+// The memory of an output tensor for x.
+void* output(PyObject* object, const DLTensor& x) {
+  void* const data = memory_like(object, x);
+  prefer_huge_pages(data, numel(x) * (x.bits / 8));
+  return data;
 }
 
 // The memory of a mask for n elements, or null if `object` is None.
@@ -348,6 +371,49 @@ PyObject* add_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_s
     } else {
       clamped_sum(sum, y, mask);
     }
+  });
+}
+
+PyObject* observe_folded_weight_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 6, [](Arguments args) {
+    const DLTensor t = tensor(args.next());
+    const Dense weight = output_channels(t);
+    const Array bn_weight = buffer(args.next(), "bn_weight"), bn_std = buffer(args.next(), "bn_std");
+    const FusedSettings s(args.next());
+    const auto axis = s.observe.ch_axis;
+    require(!axis.has_value() || *axis == 0 || *axis == -t.ndim);
+    const bool quantizes = flag(s.fake_quant_enabled);
+    void* const folded = output(args.next(), t);
+    const Array fold = values(args.next(), "fold");
+    const WithoutGil released(weight.numel());
+    observe_folded_weight(weight, bn_weight, bn_std, s.buffers, s.observe, s.observes, quantizes, folded, fold);
+  });
+}
+
+PyObject* fold_weight_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 5, [](Arguments args) {
+    const DLTensor t = tensor(args.next());
+    const Dense weight = output_channels(t);
+    const Array fold = values(args.next(), "fold");
+    const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
+    void* const folded = output(args.next(), t);
+    const WithoutGil released(weight.numel());
+    fold_weight(weight, fold, quant_min, quant_max, folded);
+  });
+}
+
+PyObject* fold_weight_backward_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 7, [](Arguments args) {
+    PyObject* const grad = args.next();
+    const DLTensor t = tensor(args.next());
+    const Dense weight = output_channels(t);
+    const void* const from = memory_like(grad, t);
+    const Array fold = values(args.next(), "fold");
+    const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
+    void* const grad_weight = memory_like(args.next(), t);
+    const Array grad_bn_weight = buffer(args.next(), "grad_bn_weight");
+    const WithoutGil released(weight.numel());
+    fold_weight_backward(weight, from, fold, quant_min, quant_max, grad_weight, grad_bn_weight);
   });
 }
 

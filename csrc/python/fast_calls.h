@@ -27,6 +27,9 @@ PyObject* histogram_qparams_call(PyObject* self, PyObject* const* args, Py_ssize
 PyObject* fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fused_observe_fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* add_observe_fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* observe_folded_weight_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* fold_weight_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* fold_weight_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fake_quantize_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastquant

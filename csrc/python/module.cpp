@@ -80,6 +80,21 @@ PyMethodDef methods[] = {
         "add_observe_fake_quantize(a, b, low, high, settings, y, mask) -> True | int | None\n\nRuns the op, "
         "and writes its results to y and, unless it is None, to mask. Returns what observe_minmax_\ndoes. "
         "settings: a fastquant._native.settings.FusedSettings."),
+    fast_call(
+        "observe_folded_weight_", fastquant::observe_folded_weight_call,
+        "observe_folded_weight_(weight, bn_weight, bn_std, settings, folded, fold) -> True | int | None\n\n"
+        "Runs the op, and writes its results to folded and fold. Returns what observe_minmax_ does.\n"
+        "settings: a fastquant._native.settings.FusedSettings."),
+    fast_call(
+        "fold_weight", fastquant::fold_weight_call,
+        "fold_weight(weight, fold, quant_min, quant_max, folded) -> True | None\n\nRuns the op, and writes "
+        "its result to folded. Returns None, and changes nothing, where only the op\nsupports the "
+        "arguments."),
+    fast_call(
+        "fold_weight_backward", fastquant::fold_weight_backward_call,
+        "fold_weight_backward(grad, weight, fold, quant_min, quant_max, grad_weight, grad_bn_weight) -> True "
+        "| None\n\nRuns the op, and writes its results to grad_weight, which may be grad, and to "
+        "grad_bn_weight.\nReturns None, and changes nothing, where only the op supports the arguments."),
     fast_call("fake_quantize_backward", fastquant::fake_quantize_backward_call,
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
               "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "

@@ -79,7 +79,8 @@ def _empty_batch_norm_gradients(
     return torch.empty_like(x), norm.new_empty(channels), norm.new_empty(channels)
 
 
-def _empty_folded(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def empty_folded(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Memory for a folded weight and the values that it is folded with."""
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return torch.empty_like(weight), weight.new_empty((5, weight.shape[0]), dtype=compute)
 
@@ -110,7 +111,7 @@ _FAKE_KERNELS: dict[str, Op] = {
     "batch_norm_fake_quantize": _empty_like_first,
     "batch_norm_fake_quantize_backward": _empty_batch_norm_gradients,
     "add_observe_fake_quantize": _empty_with_mask,
-    "observe_folded_weight_": _empty_folded,
+    "observe_folded_weight_": empty_folded,
     "fold_weight": _empty_like_first,
     "fold_weight_backward": _empty_gradients_of_folded,
     "learnable_fake_quantize": _empty_like_first,

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _C
+from .._core.arguments import nonfinite_refusal
 from .._torch.private import below_autograd
 from . import gradients, ops
+from .fake_kernels import empty_folded
+from .fast_calls import may_skip_dispatcher
 from .settings import FusedSettings
 
 
@@ -32,14 +36,47 @@ def fold_weight(
     """Observe w s, where s = bn_weight / sqrt(running_var + bn_eps), and make q(w s) / s.
 
     Raises:
-        RuntimeError: the op refuses its arguments. No buffer has changed.
+        RuntimeError, ValueError: the op refuses its arguments. No buffer has changed.
     """
     with below_autograd():
         # By torch's op, since its square root is not always rounded correctly: s then has the same
         # bits as where single steps take the place of the op.
         bn_std = torch.sqrt(running_var + bn_eps)
+        quant_range = settings.quant_min, settings.quant_max
+        if may_skip_dispatcher(weight, bn_weight, bn_std):
+            made = Folded(*empty_folded(weight), *quant_range)
+            done = _C.observe_folded_weight_(weight, bn_weight, bn_std, settings, *made[:2])
+            if done is True:
+                return made
+            if done:
+                raise nonfinite_refusal(weight, done)
         folded, fold = ops.observe_folded_weight_(weight, bn_weight, bn_std, *settings)
-    return Folded(folded, fold, settings.quant_min, settings.quant_max)
+    return Folded(folded, fold, *quant_range)
+
+
+def _folded_again(weight: Tensor, fold: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    if may_skip_dispatcher(weight, fold):
+        folded = torch.empty_like(weight)
+        if _C.fold_weight(weight, fold, quant_min, quant_max, folded):
+            return folded
+    result: Tensor = ops.fold_weight(weight, fold, quant_min, quant_max)
+    return result
+
+
+def _gradients(
+    grad: Tensor, weight: Tensor, fold: Tensor, quant_min: int, quant_max: int, *, reuse: bool
+) -> tuple[Tensor, Tensor]:
+    """Of weight and bn_weight. With `reuse`, grad may become the gradient of the weight."""
+    if may_skip_dispatcher(weight, fold, grad):
+        of_bn_weight = weight.new_empty(weight.shape[0])
+        of_weight = grad if reuse else torch.empty_like(weight)
+        args = (grad, weight, fold, quant_min, quant_max, of_weight, of_bn_weight)
+        if _C.fold_weight_backward(*args):
+            return of_weight, of_bn_weight
+    result: tuple[Tensor, Tensor] = ops.fold_weight_backward(
+        grad, weight, fold, quant_min, quant_max
+    )
+    return result
 
 
 def _differentiable(
@@ -83,7 +120,7 @@ class _FoldedWeight(torch.autograd.Function):
         if torch.is_grad_enabled():
             y = _differentiable(weight, bn_weight, fold, *ctx.quant_range)
             return _differentiable_gradients(ctx, y, (weight, bn_weight), grad)
-        return *ops.fold_weight_backward(grad, weight, fold, *ctx.quant_range), None
+        return *_gradients(grad, weight, fold, *ctx.quant_range, reuse=False), None
 
 
 def with_gradients(weight: Tensor, bn_weight: Tensor, folded: Folded) -> Tensor:
@@ -177,13 +214,14 @@ class _LayerWithFoldedWeight(torch.autograd.Function):
             return _differentiable_gradients(ctx, y, (x, weight, bn_weight, bias), grad)
         of_x, of_weight, of_bn_weight, of_bias, *_ = ctx.needs_input_grad
         # Of the weight, its own gradient needs only the shape.
-        folded = ops.fold_weight(weight, fold, *ctx.quant_range) if of_x else weight
+        folded = _folded_again(weight, fold, *ctx.quant_range) if of_x else weight
         needed = [of_x, of_weight or of_bn_weight, of_bias]
         grad_x, grad_folded, grad_bias = ctx.layer.gradients(grad, x, folded, bias, needed)
         del folded
         of_parameters: tuple[Tensor | None, ...] = (None, None)
         if grad_folded is not None:
-            of_parameters = ops.fold_weight_backward(grad_folded, weight, fold, *ctx.quant_range)
+            # Nobody else has this gradient.
+            of_parameters = _gradients(grad_folded, weight, fold, *ctx.quant_range, reuse=True)
         return grad_x, *of_parameters, grad_bias, None, None
 
 

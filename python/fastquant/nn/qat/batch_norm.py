@@ -86,7 +86,7 @@ def _folded_by_op(module: Any) -> Folded | None:
         return None
     try:
         return fold_weight(weight, bn.weight, bn.running_var, bn.eps, settings)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None  # The fake-quantizer says in words what is wrong, and in which layer.
 
 
