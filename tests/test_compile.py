@@ -111,6 +111,21 @@ def test_switches_and_new_statistics_do_not_recompile() -> None:
     assert graphs() == 1
 
 
+def test_classes_that_no_call_has_seen_are_compiled_once() -> None:
+    class Observer(fq.MovingAverageMinMaxObserver):
+        pass
+
+    class FakeQuantize(fq.FakeQuantize):
+        pass
+
+    module, expected = FakeQuantize(Observer), fq.FakeQuantize(fq.MovingAverageMinMaxObserver)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for x in batches():
+        assert_same(compiled(x), expected(x))
+    assert_unchanged(module, snapshot(expected))
+    assert graphs() == 1
+
+
 @pytest.mark.parametrize("kind", ["min_max", "histogram", "qat"])
 def test_batch_sizes_share_a_dynamic_graph(kind: str) -> None:
     model, expected = prepared(kind), prepared(kind)

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .private import DYNAMO
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _AfterDynamo(MetaPathFinder):
@@ -56,6 +58,20 @@ def when_compiling(task: Callable[[], None]) -> Callable[[], None]:
         sys.meta_path.insert(0, _after_dynamo)
     _after_dynamo.tasks.append(task)
     return task
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """Have Dynamo call a function of constants and keep the result, without tracing the function.
+
+    For what is decided by the arguments once and for all: nothing is traced, so Dynamo guards on
+    none of what the function looks at.
+    """
+
+    def mark() -> None:
+        torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
+
+    when_compiling(mark)
+    return function
 
 
 def outside_graphs(owner: type, method: str, reason: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compiling import constant_in_graphs
 from .private import is_exporting
 
 _is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
@@ -39,6 +40,7 @@ _KEPT = frozenset(
 )
 
 
+@constant_in_graphs
 def keeps_tensors_plainly(cls: Any) -> bool:
     """Whether reading an instance's `_buffers[name]` gives the same as its attribute `name`.
 
