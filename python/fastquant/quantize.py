@@ -25,6 +25,7 @@ from ._torch.hooks import (
 )
 from ._torch.overrides import Written
 from .nn.qat.batch_norm import teach_torch_ao
+from .nn.qat.float_functional import teach_float_functional
 from .observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -436,6 +437,7 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
     if not inplace:
         model = copy.deepcopy(model)
     teach_torch_ao()
+    teach_float_functional()
     with ao.quiet():
         propagate_qconfig_(model)
     plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None))

@@ -106,6 +106,20 @@ def is_intercepted() -> Any:
     )
 
 
+def is_altered() -> Any:
+    """`is_intercepted`, but for the profiler, which watches ops and lets them be.
+
+    `is_intercepted` repeats these conditions because to call this function would slow every op.
+    """
+    return (
+        dispatch_modes()
+        or function_modes()
+        or innermost_transform() is not None
+        or _levels._current_level >= 0
+        or is_tracing()
+    )
+
+
 # --- tensors and dispatch -------------------------------------------------------------------
 
 # How `_C` reaches the memory of tensors without the dispatcher. Without it there are no fast calls.
