@@ -283,6 +283,41 @@ def test_a_training_loop_without_modules() -> None:
     assert loss < 0.05 < targets.pow(2).mean()
 
 
+ACTIVATIONS = {
+    "none": ({}, lambda x: x),
+    "relu": ({"low": 0.0}, torch.relu),
+    "relu6": ({"low": 0, "high": 6}, torch.nn.functional.relu6),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(4, 30), (30,)])
+def test_a_sum_is_quantized_as_its_steps(activation: str, shape: tuple[int, ...]) -> None:
+    bounds, function = ACTIVATIONS[activation]
+    settings = {"qscheme": torch.per_tensor_symmetric, "dtype": torch.qint8, "eps": 1e-3}
+    ours, theirs = F.fake_quantize_state(), F.fake_quantize_state()
+    for seed in range(3):
+        a = random_values((4, 30), torch.float32, seed, "outliers").requires_grad_()
+        b = random_values(shape, torch.float32, seed + 9, "outliers").requires_grad_()
+        y = F.add_observe_fake_quantize(a, b, *ours, **bounds, **settings)
+        expected = F.fused_observe_fake_quantize(function(a + b), *theirs, **settings)
+        assert_same(y, expected)
+        assert_same(list(ours), list(theirs))
+        grad = torch.randn_like(expected)
+        gradients = (torch.autograd.grad(result, (a, b), grad) for result in (y, expected))
+        assert_same(next(gradients), next(gradients))
+
+
+def test_a_sum_is_observed_and_quantized_as_switched_on() -> None:
+    a, b = torch.tensor([1.0, -4.0]), torch.tensor([1.0, 1.0])
+    state = F.fake_quantize_state()
+    off = {"observe": False, "quantize": torch.tensor([0])}
+    assert F.add_observe_fake_quantize(a, b, *state, low=0.0, **off).tolist() == [2.0, 0.0]
+    assert state.max_val == -INF
+    assert F.add_observe_fake_quantize(a, b, *state, quantize=False).tolist() == [2.0, -3.0]
+    assert (state.min_val, state.max_val) == (-3.0, 2.0)
+
+
 # ------------------------------------------------------------------------------ learnable
 
 
@@ -350,6 +385,11 @@ def fused(x: Any = X, channels: int | None = None, **kwargs: Any) -> Tensor:
     return F.fused_observe_fake_quantize(x, *state, **kwargs)
 
 
+def add(a: Any = X, b: Any = X, **kwargs: Any) -> Tensor:
+    state = kwargs.pop("state", F.fake_quantize_state())
+    return F.add_observe_fake_quantize(a, b, *state, **kwargs)
+
+
 def learn(x: Any = X, scale: Any = None, zero_point: Any = None, **kwargs: Any) -> Tensor:
     scale = torch.tensor([0.1]) if scale is None else scale
     zero_point = torch.tensor([0.0]) if zero_point is None else zero_point
@@ -374,6 +414,35 @@ BAD = {
     "complex": (lambda: fused(X + 0j), TypeError, "floating dtype .*got torch.complex64"),
     "bytes": (lambda: count(X.byte()), TypeError, "floating dtype .*got torch.uint8"),
     "learn integers": (lambda: learn(X.int()), TypeError, "floating dtype .*got torch.int32"),
+    "a sum with a number": (lambda: add(X, 1.0), TypeError, "b must be a tensor, got float"),
+    "a sum of integers": (lambda: add(X.int(), X), TypeError, "a must have a floating dtype"),
+    "a sum of other shapes": (lambda: add(X, X[:2]), RuntimeError, "must match the size"),
+    "bounds that cross": (
+        lambda: add(low=6, high=0),
+        ValueError,
+        "low must be less than high, got low=6 and high=0",
+    ),
+    "a bound that is none": (lambda: add(high=math.nan), ValueError, "got low=-inf and high=nan"),
+    "a sum per channel": (
+        lambda: add(qscheme=torch.per_channel_affine),
+        ValueError,
+        "needs ch_axis",
+    ),
+    "a sum's scales": (
+        lambda: add(state=F.fake_quantize_state(3)),
+        ValueError,
+        r"min_val must have one element, got shape \[3\]",
+    ),
+    "a sum's device": (
+        lambda: add(state=on_meta(F.fake_quantize_state())),
+        ValueError,
+        "min_val must be on x's device, cpu, got meta",
+    ),
+    "a sum that is not finite": (
+        lambda: add(torch.full((3,), INF), X[0, :3], nonfinite="raise"),
+        ValueError,
+        "3 non-finite elements",
+    ),
     # axes and channels
     "axis": (
         lambda: observe(channels=3, ch_axis=2),

@@ -49,6 +49,7 @@ __all__ = [
     "FakeQuantizeState",
     "HistogramState",
     "MinMaxState",
+    "add_observe_fake_quantize",
     "choose_qparams",
     "fake_quantize",
     "fake_quantize_state",
@@ -616,25 +617,115 @@ def fused_observe_fake_quantize(
         check_averaging_constant(averaging_constant)
     buffers = {"min_val": min_val, "max_val": max_val, "scale": scale, "zero_point": zero_point}
     try:
-        for name in ("min_val", "max_val", "scale"):
-            _check_floating(name, buffers[name].dtype)
-        settings = FusedSettings(
-            _flag(observe, x),
-            _flag(quantize, x),
-            min_val,
-            max_val,
-            scale,
-            zero_point,
-            _count_or_throwaway(nonfinite_count, x),
-            _smallest_scale(eps, min_val),
-            ch_axis,
-            averaging_constant,
-            *grid,
-            policy,
+        settings = _fused_settings(
+            *(x, observe, quantize, buffers, nonfinite_count, eps),
+            *(ch_axis, averaging_constant, *grid, policy),
         )
         return routes.fused_observe_fake_quantize(x, settings)
     except _REFUSALS as error:
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
+
+
+def add_observe_fake_quantize(
+    a: Tensor,
+    b: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    nonfinite_count: Tensor | None = None,
+    *,
+    low: float = -_INF,
+    high: float = _INF,
+    dtype: torch.dtype = torch.quint8,
+    qscheme: torch.qscheme = torch.per_tensor_affine,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    averaging_constant: float | None = 0.01,
+    eps: float = _EPS,
+    observe: bool | Tensor = True,
+    quantize: bool | Tensor = True,
+    nonfinite: NonFinitePolicy = "ignore",
+) -> Tensor:
+    """`fused_observe_fake_quantize` of the sum of two tensors, clamped to [low, high].
+
+    For residual connections: the sum, its activation (`low=0` for ReLU, `low=0, high=6` for ReLU6)
+    and the step of quantization-aware training in one op where `a` and `b` have the same shape,
+    dtype and memory layout. Differentiable with respect to both; no gradient passes an element that
+    was clamped or lies on a bound, as with torch's ReLU. The tensors after `b` are a
+    `FakeQuantizeState`, per tensor, and change in place.
+
+    Args:
+        a: one summand.
+        b: the other, whatever torch.add takes.
+        min_val: floating, one element, on a's device.
+        max_val: as `min_val`.
+        scale: floating, one element.
+        zero_point: integer, one element.
+        nonfinite_count: int64 `[1]`, which grows by the number of elements left out.
+        low: lower bound of the activation, -inf for none.
+        high: upper bound of the activation, inf for none.
+        dtype: quantized dtype, which says the range of integers where none is given.
+        qscheme: how to choose scale and zero point, see `choose_qparams`; a per-tensor one.
+        quant_min: smallest integer; with `quant_max`, or not at all.
+        quant_max: largest integer.
+        averaging_constant: of the moving average, see `observe_minmax_`; None keeps extremes.
+        eps: smallest scale.
+        observe: whether to update range, scale and zero point. A tensor, integer `[1]` on a's
+            device, is not waited for.
+        quantize: whether to fake-quantize, likewise.
+        nonfinite: what to do about NaN and infinities in the clamped sum when observing, see
+            `observe_minmax_`.
+
+    Returns:
+        A new tensor like `a + b`.
+
+    Raises:
+        TypeError: `a`, `b` or a buffer is no tensor, or of the wrong dtype.
+        ValueError: `low` is not less than `high`; an empty range of integers; a per-channel
+            `qscheme`; a buffer that has not one element, or lies on another device; the clamped sum
+            has non-finite elements under "raise".
+        RuntimeError: torch.add does not take `a` and `b`.
+    """
+    for name, tensor in (("a", a), ("b", b)):
+        error = input_error(tensor, name)
+        if error is not None:
+            raise error
+    if not low < high:
+        raise ValueError(f"low must be less than high, got low={low} and high={high}")
+    grid = _grid(dtype, qscheme, quant_min, quant_max)
+    _check_axis(qscheme, None)
+    policy = check_nonfinite(nonfinite)
+    if averaging_constant is not None:
+        check_averaging_constant(averaging_constant)
+    buffers = {"min_val": min_val, "max_val": max_val, "scale": scale, "zero_point": zero_point}
+    try:
+        settings = _fused_settings(
+            *(a, observe, quantize, buffers, nonfinite_count, eps),
+            *(None, averaging_constant, *grid, policy),
+        )
+        return routes.add_observe_fake_quantize(a, b, low, high, settings)
+    except _REFUSALS as refusal:
+        x = routes.clamped((a + b).detach(), low, high)
+        raise _explained(refusal, x, None, buffers, nonfinite) from None
+
+
+def _fused_settings(
+    x: Tensor,
+    observe: bool | Tensor,
+    quantize: bool | Tensor,
+    buffers: dict[str, Tensor],
+    nonfinite_count: Tensor | None,
+    eps: float,
+    *rest: float | None,
+) -> FusedSettings:
+    """The arguments of the fused ops; `rest`: those after `eps`."""
+    for name in ("min_val", "max_val", "scale"):
+        _check_floating(name, buffers[name].dtype)
+    flags = (_flag(observe, x), _flag(quantize, x))
+    count = _count_or_throwaway(nonfinite_count, x)
+    smallest = _smallest_scale(eps, buffers["min_val"])
+    return FusedSettings._make((*flags, *buffers.values(), count, smallest, *rest))
 
 
 def _flag(value: bool | Tensor, x: Tensor) -> Tensor:

@@ -130,18 +130,18 @@ def check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None
 # Tensors that an op has refused
 
 
-def input_error(x: object) -> Exception | None:
+def input_error(x: object, name: str = "x") -> Exception | None:
     """Why `x` cannot be observed or fake-quantized at all; None where it can."""
     if not isinstance(x, Tensor):
         if isinstance(x, Proxy):  # torch.fx.symbolic_trace: nothing is known of it
             return None
-        return TypeError(f"x must be a tensor, got {type(x).__name__}")
+        return TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         accepted = ", ".join(map(str, FLOATING))
-        return TypeError(f"x must have a floating dtype ({accepted}), got {x.dtype}")
+        return TypeError(f"{name} must have a floating dtype ({accepted}), got {x.dtype}")
     if x.layout != torch.strided or x.is_nested:
         got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-        return TypeError(f"x must be a dense tensor (layout torch.strided), got {got}")
+        return TypeError(f"{name} must be a dense tensor (layout torch.strided), got {got}")
     return None
 
 

@@ -249,7 +249,7 @@ def batch_norm_observe_fake_quantize(
     return y
 
 
-def _clamped(x: Tensor, low: float, high: float) -> Tensor:
+def clamped(x: Tensor, low: float, high: float) -> Tensor:
     """x between two bounds, infinite where there is none, with ReLU's and Hardtanh's gradient."""
     if (low, high) == _UNBOUNDED:
         return x
@@ -294,7 +294,7 @@ def add_observe_fake_quantize(
         # Nothing is left to do with the sum, nor with its gradient, but to observe it.
         or ((low, high) == _UNBOUNDED and _C.is_on(settings.fake_quant_enabled) is False)
     ):
-        return fused_observe_fake_quantize(_clamped(a + b, low, high), settings)
+        return fused_observe_fake_quantize(clamped(a + b, low, high), settings)
     needs_grad = _needs_gradient(a) or _needs_gradient(b)
     y: Tensor | None = None
     if may_skip_dispatcher(a, b):
