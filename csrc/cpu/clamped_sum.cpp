@@ -83,7 +83,7 @@ Found<Compute<S>> observed(const SumOfTensors& x, NonFinite policy) {
 // its beginning: what the pass before has read last is read first, while it is still in the cache.
 template <class F>
 void for_blocks_backwards(const SumOfTensors& x, const F& f) {
-  constexpr int64_t kBlock = 16384;
+  constexpr int64_t kBlock = 65536;
   for_pieces_of_sum(x, [&](int64_t, int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t from = begin + (end - begin - 1) / kBlock * kBlock;
