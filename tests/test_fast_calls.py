@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import op_calls
-from fastquant._native import fast_calls, ops, routes
+from fastquant._native import fast_calls, folded_weight, ops, routes
+from fastquant._native.settings import FusedSettings
 from op_calls import (
     IGNORE,
     assert_same,
@@ -45,12 +46,18 @@ def without_gradient(function: Callable[..., Tensor], *args: Any) -> tuple[Tenso
     return function(*args), NO_GRADIENT
 
 
+def folded_weight_of(weight: Tensor, bn_weight: Tensor, bn_var: Tensor, *settings: Any) -> Tensor:
+    folded = folded_weight.fold_weight(weight, bn_weight, bn_var, 0.0, FusedSettings(*settings))
+    return folded_weight.with_gradients(weight, bn_weight, folded)
+
+
 ROUND_AND_THROUGH: dict[str, tuple[Callable[..., Any], Callable[[], Any]]] = {
     "fused": (fused_by_route, op_calls.fused),
     "fake_quantize": (
         routes.fake_quantize,
         op_calls.fake_quantize,
     ),
+    "folded weight": (folded_weight_of, op_calls.observe_folded_weight_),
 }
 
 

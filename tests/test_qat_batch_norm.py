@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.ao.nn.intrinsic as nni
 import torch.ao.quantization as tq
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import fastquant as fq
@@ -331,3 +332,318 @@ def test_a_batch_norm_without_running_statistics_is_refused() -> None:
     prepared = qat(module)
     with pytest.raises(AssertionError, match="running statistics"):
         prepared(torch.randn(SHAPES[2]))
+
+
+# ------------------------------------------------------------------- the weight folded by one op
+
+PER_TENSOR = fq.default_weight_fake_quant
+PER_CHANNEL = fq.default_per_channel_weight_fake_quant
+FUSED = fq.default_fused_per_channel_wt_fake_quant
+
+
+def prepared(module: nn.Module, weight: Any = PER_CHANNEL) -> Any:
+    model = nn.Sequential(copy.deepcopy(module)).train()
+    model.qconfig = fq.QConfig(activation=nn.Identity, weight=weight)
+    return fq.prepare_qat(model)[0]
+
+
+def in_steps(module: Any) -> Any:
+    """A copy of which somebody looks at the call of the weight's fake-quantizer."""
+    module = copy.deepcopy(module)
+    module.weight_fake_quant.register_forward_hook(lambda *_: None)
+    return module
+
+
+def gradients_of(module: Any, x: Tensor, **kwargs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y = module(x)
+    leaves = [p for p in (x, *module.parameters()) if p.requires_grad]
+    slopes = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return y.detach(), torch.autograd.grad((y * slopes).sum(), leaves, **kwargs)
+
+
+def assert_steps_agree(module: Any, x: Tensor, tolerance: float = 1e-5, steps: int = 2) -> None:
+    """By one op and in steps: the same outputs and statistics, to the bit, and gradients."""
+    other = in_steps(module)
+    for _ in range(steps):
+        (y, grads), (expected, expected_grads) = (gradients_of(m, x) for m in (module, other))
+        assert torch.equal(y, expected)
+        state, expected_state = module.state_dict(), other.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in expected_state.items())
+        for got, wanted in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("weight", [PER_TENSOR, PER_CHANNEL, FUSED])
+@pytest.mark.parametrize("name", CASES)
+def test_one_op_does_what_the_steps_do(name: str, weight: Any) -> None:
+    module, x = with_gammas(name, [0.0, -1.5])
+    module[1].running_var.uniform_(0.5, 2.0)
+    assert_steps_agree(prepared(module, weight).double(), x.double().requires_grad_(), 1e-9)
+    assert_steps_agree(prepared(module, weight), x.clone().requires_grad_(), 2e-4)
+
+
+@pytest.mark.parametrize("off", [fq.disable_observer, fq.disable_fake_quant])
+def test_one_op_does_what_the_steps_do_when_half_is_off(off: Any) -> None:
+    module, x = with_gammas("conv2d-plain-bias", [0.0, -1.5])
+    block = prepared(module)
+    block(x)
+    block.apply(off)
+    other = in_steps(block)
+    torch.testing.assert_close(block(x), other(x))
+    state = block.state_dict()
+    for key, value in other.state_dict().items():
+        torch.testing.assert_close(state[key], value)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bn.weight", "bias", "input", "all but the input"])
+def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
+    module, x = with_gammas("conv2d-plain-bias", [0.0, -1.5])
+    block = prepared(module).double()
+    x = x.double().requires_grad_(frozen != "input")
+    for name, parameter in block.named_parameters():
+        if frozen in (name, "all but the input"):
+            parameter.requires_grad_(False)
+    assert_steps_agree(block, x, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv1d-plain-bias", "conv2d-relu-nobias", "conv3d-plain-bias", "linear"]
+)
+def test_gradients_of_gradients_are_those_of_the_steps(name: str) -> None:
+    module, x = with_gammas(name, [0.0, -1.5])
+    block = prepared(module).double()
+    x = x.double().requires_grad_()
+    results = []
+    for each in (block, in_steps(block)):
+        leaves = [x, *each.parameters()]
+        _, grads = gradients_of(each, x, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        results.append(torch.autograd.grad(penalty, leaves, allow_unused=True))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["conv2d-plain-bias", "linear"])
+def test_autograd_keeps_no_folded_weight(name: str) -> None:
+    module, x = CASES[name]
+    block = prepared(module)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = block(x)
+    weight = block.weight
+    assert any(t.data_ptr() == weight.data_ptr() for t in kept)
+    others = [t for t in kept if t.numel() >= weight.numel() and t.data_ptr() != weight.data_ptr()]
+    assert all(t.shape in (x.shape, y.shape) for t in others)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_have_the_same_gradients(reentrant: bool) -> None:
+    module, x = with_gammas("conv2d-relu-bias", [0.0, -1.5])
+    block = prepared(module)
+    block(x)
+    block.apply(fq.disable_observer)  # the block runs twice
+    block.apply(torch.ao.nn.intrinsic.qat.freeze_bn_stats)
+    x = x.clone().requires_grad_()
+    y, expected = gradients_of(block, x)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=reentrant)
+
+    again = Checkpointed()(x)
+    assert torch.equal(again, y)
+    slopes = torch.linspace(-1, 1, y.numel()).view_as(y)
+    for leaf in (x, *block.parameters()):
+        leaf.grad = None
+    (again * slopes).sum().backward()
+    for leaf, wanted in zip((x, *block.parameters()), expected, strict=True):
+        assert torch.equal(leaf.grad, wanted)
+
+
+def test_a_block_that_is_called_twice_before_backward_has_both_gradients() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    block = prepared(module).double().eval()
+    other = in_steps(block)
+    x = x.double()
+    results = []
+    for each in (block, other):
+        loss = each(x).square().sum() + each(2 * x).sum()
+        results.append(torch.autograd.grad(loss, list(each.parameters())))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_weight_that_changes_before_backward_is_noticed() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    block = prepared(module)
+    loss = block(x).square().sum()
+    with torch.no_grad():
+        block.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1, "padding_mode": "reflect"},
+        {"stride": 2, "padding": (1, 0), "dilation": (1, 2)},
+        {"groups": 3},
+    ],
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_convolutions_of_every_kind(options: dict[str, Any], channels_last: bool) -> None:
+    torch.manual_seed(0)
+    module = nni.ConvBn2d(nn.Conv2d(3, 6, 3, **options), nn.BatchNorm2d(6))
+    x = torch.randn(4, 3, 7, 7)
+    if channels_last:
+        module, x = (t.to(memory_format=torch.channels_last) for t in (module, x))
+    assert_steps_agree(prepared(module), x.requires_grad_(), 1e-4)
+
+
+def test_padding_by_its_name() -> None:
+    module = nni.ConvBn2d(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
+    block, x = prepared(module), torch.randn(4, 3, 7, 7)
+    other = copy.deepcopy(block)
+    other.padding = "same"
+    assert torch.equal(block(x), other(x))
+
+
+def test_an_input_without_a_batch_dimension() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    block = prepared(module).eval()
+    block.bn = nn.Identity()
+    block.bn.weight, block.bn.running_var, block.bn.eps = (
+        nn.Parameter(torch.rand(5)),
+        torch.rand(5),
+        0.1,
+    )
+    y = block(x[0].clone().requires_grad_())
+    torch.testing.assert_close(y, block(x)[0])
+    y.sum().backward()
+
+
+def test_autocast_computes_in_its_own_dtype() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    block = prepared(module)
+    other = in_steps(block)
+    results = []
+    for each in (block, other):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = each(x)
+        y.float().square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in each.parameters())])
+    assert results[0][0].dtype == torch.bfloat16
+    for got, wanted in zip(*results, strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+
+
+def test_a_replaced_convolution_is_called() -> None:
+    class Doubled(torch.ao.nn.intrinsic.qat.ConvBn2d):
+        def _conv_forward(self, *args: Any) -> Tensor:
+            return 2 * super()._conv_forward(*args)
+
+    module, x = CASES["conv2d-plain-nobias"]
+    block = prepared(module).eval()
+    plain = block(x)
+    block.__class__ = Doubled
+    doubled = block(x)
+    assert not torch.equal(plain, doubled)
+    own = prepared(module).eval()
+    own._conv_forward = lambda *args: 2 * type(own)._conv_forward(own, *args)
+    assert torch.equal(own(x), doubled)
+
+
+def test_a_replaced_function_of_torch_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, function in (("conv2d-plain-nobias", "conv2d"), ("linear", "linear")):
+        module, x = CASES[name]
+        block = prepared(module)
+        calls: list[Any] = []
+        torchs = getattr(torch.nn.functional, function)
+
+        def counting(*args: Any, torchs: Any = torchs, calls: Any = calls, **kwargs: Any) -> Tensor:
+            calls.append(args)
+            return torchs(*args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, function, counting)
+        block(x)
+        assert len(calls) == 1, name
+
+
+def test_modes_see_single_steps() -> None:
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    module, x = CASES["conv2d-plain-bias"]
+    block = prepared(module)
+    other = copy.deepcopy(block)
+    with Seen():
+        y = block(x)
+    assert "conv2d" in names
+    assert torch.equal(y, other(x))
+
+
+def test_torch_func_differentiates_a_block() -> None:
+    module, x = with_gammas("conv2d-plain-bias", [0.0, -1.5])
+    block = prepared(module).double()
+    x = x.double()
+    parameters = dict(block.named_parameters())
+    buffers = {name: b.clone() for name, b in block.named_buffers()}
+
+    def loss(parameters: Any) -> Tensor:
+        state = {**parameters, **{name: b.clone() for name, b in buffers.items()}}
+        return torch.func.functional_call(block, state, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(parameters)
+    block(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_a_weight_that_cannot_be_observed_is_refused_by_name_and_changes_nothing() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    block = nn.Sequential(prepared(module, PER_CHANNEL.with_args(nonfinite="raise")))
+    with torch.no_grad():
+        block[0].weight[0, 0, 0, 0] = float("nan")
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match="1 non-finite"):
+        block(x)
+    for key, value in block.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_weights_that_are_nan_stay_nan_and_are_counted() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    block = prepared(module)
+    with torch.no_grad():
+        block.weight[1, 0, 0, 0] = float("nan")
+    y = block(x)
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2, 3, 4]].isfinite().all()
+    assert block.weight_fake_quant.activation_post_process.nonfinite_count == 1
+
+
+def test_without_gradients_the_statistics_are_the_same() -> None:
+    module, x = CASES["conv2d-plain-bias"]
+    block = prepared(module)
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        y = block(x)
+    assert torch.equal(y, other(x))
+    state = other.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in block.state_dict().items())

@@ -250,6 +250,30 @@ void compare_learnable(const char* isa, const KernelsFor<S, T>& k, const Kernels
 }
 
 template <class S, class T>
+void compare_folded_weight(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
+                           int64_t offset, bool hostile, bool wide) {
+  const auto weight = random_buffer<S>(n, offset, hostile), grad = random_buffer<S>(n, offset, hostile);
+  const ChannelFold<T> fold = {T(-0.7), T(1.5), T(0.02), T(50), T(3)};
+  const int64_t reach = wide ? int64_t{1} << 30 : 20;
+  Buffer<S> folded[2] = {Buffer<S>(n, offset), Buffer<S>(n, offset)};
+  Buffer<S> out[2] = {Buffer<S>(n, offset), Buffer<S>(n, offset)};
+  double sums[2];
+  for (int t = 0; t < 2; ++t) {
+    const auto& table = t == 0 ? k : ref;
+    table.fold_weight(weight.get(), folded[t].get(), n, fold, -reach, reach);
+    sums[t] = table.fold_weight_backward(grad.get(), weight.get(), out[t].get(), n, fold, -reach, reach);
+  }
+  ++compared;
+  if (!same_bits(folded[0].get(), folded[1].get(), n)) report(isa, "folded weight", n, offset);
+  if (!same_bits(out[0].get(), out[1].get(), n)) report(isa, "folded weight's gradient", n, offset);
+  if (!same_number(sums[0], sums[1])) report(isa, "folded weight's sum", n, offset);
+  // The gradient may take the memory of the incoming one.
+  std::copy(grad.get(), grad.get() + n, folded[0].get());
+  k.fold_weight_backward(folded[0].get(), weight.get(), folded[0].get(), n, fold, -reach, reach);
+  if (!same_bits(folded[0].get(), out[1].get(), n)) report(isa, "folded weight's gradient in place", n, offset);
+}
+
+template <class S, class T>
 void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int rounds) {
   for (int round = 0; round < rounds; ++round) {
     for (int64_t n : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000}) {
@@ -260,6 +284,7 @@ void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S
       compare_fake_quantize(isa, k, ref, n, offset, hostile, false);
       compare_fake_quantize(isa, k, ref, n, offset, hostile, true);
       compare_learnable(isa, k, ref, n, offset);
+      compare_folded_weight(isa, k, ref, n, offset, hostile, round % 4 == 3);
     }
     // Longer than a block in which the histogram kernel looks for a frequent value.
     compare_histogram(isa, k, ref, 8000 + static_cast<int64_t>(rng() % 20000), round % 5, round % 2 == 0);
