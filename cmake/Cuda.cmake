@@ -75,6 +75,7 @@ endif()
 message(STATUS "CUDA kernels: built with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${_architectures}")
 
 add_library(cuda_objects OBJECT
+  csrc/cuda/batch_norm.cu
   csrc/cuda/fake_quantize.cu
   csrc/cuda/histogram.cu
   csrc/cuda/learnable.cu

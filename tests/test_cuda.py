@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import batch_norm_calls
 import fastquant
 import op_calls
 from fastquant._native import ops
@@ -44,6 +45,7 @@ GPU = torch.device("cuda")
 # Under compute-sanitizer everything takes longer.
 SANITIZED = os.environ.get("FASTQUANT_SANITIZED") == "1"
 GEOMETRIES = op_calls.GEOMETRIES[:: 3 if SANITIZED else 1]
+BATCH_NORM_GEOMETRIES = batch_norm_calls.GEOMETRIES[:: 3 if SANITIZED else 1]
 OFFSETS = op_calls.OFFSETS[:: 5 if SANITIZED else 1]
 
 
@@ -135,6 +137,37 @@ def test_any_place_in_memory_as_cpu(
 def test_empty_tensors_as_cpu(shape: tuple[int, ...], axis: int | None) -> None:
     for call in op_calls.calls_of_geometry(shape, axis, "contiguous", torch.float32):
         assert_as_cpu(call)
+
+
+def assert_batch_norm_as_reference(case: batch_norm_calls.Case) -> None:
+    batch_norm_calls.assert_as_reference(lambda name: getattr(ops, name), case, on_gpu_all)
+
+
+@settings(max_examples=200)
+@given(batch_norm_calls.cases())
+def test_batch_norm_as_reference(case: batch_norm_calls.Case) -> None:
+    assert_batch_norm_as_reference(case)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "layout"), BATCH_NORM_GEOMETRIES)
+def test_batch_norm_geometries_as_reference(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> None:
+    for case in batch_norm_calls.cases_of_geometry(shape, layout, dtype):
+        assert_batch_norm_as_reference(case)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_batch_norm_far_from_zero_as_reference(layout: str) -> None:
+    assert_batch_norm_as_reference(batch_norm_calls.far_from_zero(layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_large_batch_norm_as_reference(layout: str, dtype: torch.dtype) -> None:
+    for case in batch_norm_calls.cases_of_geometry((32, 64, 112, 112), layout, dtype):
+        assert_batch_norm_as_reference(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import batch_norm_calls
 import cuda_emulation
 import op_calls
 from cuda_emulation import Emulation
 from fastquant._native import ops
 from fastquant._native import reference as reference_ops
 from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps, fused_args, minmax_args
-from strategies import random_values
+from strategies import FLOATS, LAYOUTS, random_values
 
 pytestmark = pytest.mark.skipif(
     cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.skipif(
 SANITIZED = bool(cuda_emulation.FLAGS) or cuda_emulation.RACES
 EXAMPLES = 4 if SANITIZED else 20
 GEOMETRIES = op_calls.GEOMETRIES[:: 4 if SANITIZED else 1]
+BATCH_NORM_GEOMETRIES = batch_norm_calls.GEOMETRIES[:: 3 if SANITIZED else 1]
 OFFSETS = op_calls.OFFSETS[:: 3 if SANITIZED else 1]
 
 
@@ -121,6 +123,35 @@ def test_empty_tensors_as_cpu(
         assert_as_cpu(emulation, call)
 
 
+@settings(max_examples=EXAMPLES)
+@given(batch_norm_calls.cases(), st.sampled_from([1, 4, 132]))
+def test_batch_norm_as_reference(
+    emulation: Emulation, case: batch_norm_calls.Case, multiprocessors: int
+) -> None:
+    emulation.multiprocessors(multiprocessors)
+    batch_norm_calls.assert_as_reference(emulation.op, case)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype"),
+    [
+        (*geometry, dtype)
+        for dtype, every in zip(FLOATS, (1, 4, 4, 1), strict=True)
+        for geometry in BATCH_NORM_GEOMETRIES[::every]
+    ],
+)
+def test_batch_norm_geometries_as_reference(
+    emulation: Emulation, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> None:
+    for case in batch_norm_calls.cases_of_geometry(shape, layout, dtype):
+        batch_norm_calls.assert_as_reference(emulation.op, case)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_batch_norm_far_from_zero_as_reference(emulation: Emulation, layout: str) -> None:
+    batch_norm_calls.assert_as_reference(emulation.op, batch_norm_calls.far_from_zero(layout))
+
+
 @pytest.mark.parametrize("policy", [IGNORE, PROPAGATE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_ranges_saturate_as_on_the_cpu(
@@ -202,6 +233,23 @@ def test_sums_do_not_depend_on_the_order_of_threads(emulation: Emulation, axis: 
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_batch_norm_does_not_depend_on_the_order_of_threads(
+    emulation: Emulation, layout: str
+) -> None:
+    case = batch_norm_calls.case_of(LAYOUTS[layout](torch.randn(20, 24, 9, 9), 0))
+
+    def outcome() -> list[Tensor]:
+        args = case.observing()
+        made = emulation.op("observe_batch_norm_")(*args)
+        gradients = emulation.op("batch_norm_fake_quantize_backward")(*case.backward(*made))
+        return [*made, *gradients, *(a for a in args if isinstance(a, Tensor))]
+
+    first, *others = (outcome() for _ in range(4))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 # ------------------------------------------------------------------------------- launches
 
 X = torch.randn(64, 96, 12, 12)  # more than one block's worth
@@ -248,6 +296,17 @@ def test_launches_of_the_rest(emulation: Emulation) -> None:
     assert (
         emulation.launches("choose_qparams", torch.zeros(9), X[0, 0, 0, :9], eps(), 0, 9, 0, 0) == 1
     )
+
+
+@pytest.mark.parametrize("x", [X, SMALL, CHANNELS_LAST], ids=["large", "small", "channels_last"])
+@pytest.mark.parametrize("training", [True, False])
+def test_launches_of_batch_norm(emulation: Emulation, x: Tensor, training: bool) -> None:
+    case = batch_norm_calls.case_of(x, training=training)
+    assert emulation.launches("observe_batch_norm_", *case.observing()) == 1
+    made = emulation.op("observe_batch_norm_")(*case.observing())
+    assert emulation.launches("batch_norm_fake_quantize", *case.values(*made)) == 1
+    backward = "batch_norm_fake_quantize_backward"
+    assert emulation.launches(backward, *case.backward(*made)) == (2 if training else 1)
 
 
 def test_nothing_is_launched_for_nothing(emulation: Emulation) -> None:

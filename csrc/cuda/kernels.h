@@ -99,6 +99,37 @@ void observe_and_fake_quantize(Launcher& launcher, const Dense& x, Flag observes
                                std::optional<double> averaging_constant, const QParamsConfig& config,
                                NonFinite policy, void* y, uint64_t* mask);
 
+struct BatchNormBuffers {
+  Array weight, bias, running_mean, running_var;
+};
+
+struct BatchNormConfig {
+  bool training;
+  double momentum, eps;
+  double low, high;  // of the activation
+};
+
+// Batch norm's statistics, and observe_qparams per tensor for what batch_norm_fake_quantize quantizes. Channels
+// that have infinities, NaN, or elements whose statistics overflow are read once more, by one block.
+void observe_batch_norm(Launcher& launcher, const Dense& x, const BatchNormBuffers& buffers,
+                        const BatchNormConfig& config, Flag observes, Flag quantizes,
+                        const ObserveBuffers& observed, const QParamBuffers& qparams,
+                        std::optional<double> averaging_constant, const QParamsConfig& qparams_config,
+                        NonFinite policy, void* norm, double* quantizer);
+
+struct BatchNormValues {
+  bool training;
+  double low, high;
+  QuantRange range;
+};
+
+void batch_norm_fake_quantize(Launcher& launcher, const Dense& x, const Array& norm, const Array& quantizer,
+                              const BatchNormValues& config, void* y);
+
+void batch_norm_backward(Launcher& launcher, const Dense& x, const void* grad, const Array& norm,
+                         const Array& quantizer, const BatchNormValues& config, void* grad_x, void* grad_weight,
+                         void* grad_bias);
+
 void mask_gradient(Launcher& launcher, const Dense& grad, const uint64_t* mask, void* out);
 
 void learnable_fake_quantize(Launcher& launcher, const Dense& x, const Array& scale, const Array& zero_point,

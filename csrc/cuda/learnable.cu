@@ -25,7 +25,7 @@ struct Sums {
 // An Op (see reduce.cuh) that writes the gradient of each element of x and sums the gradients of the
 // channel's scale and zero point.
 template <class Stored, int kColumns>
-class Learnable {
+class Learnable : public ChannelOp {
  public:
   using Args = LearnableArgs;
   using S = Stored;

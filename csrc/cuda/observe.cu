@@ -55,20 +55,25 @@ void add_qparams(const QParamBuffers& qparams, const QParamsConfig& config, Stat
   statistics->config = config;
 }
 
-void refuse_nonfinite(Launcher& launcher, const Dense& x, Flag enabled) {
+void refuse_counted(Launcher& launcher, const std::function<void(int64_t* left_out)>& count) {
   check(!launcher.is_capturing(), "nonfinite=1 (raise) waits for the device, which a CUDA graph cannot");
   auto* left_out = static_cast<int64_t*>(launcher.scratch(sizeof(int64_t)));
   check_cuda(cudaMemsetAsync(left_out, 0, sizeof(int64_t), launcher.stream()));
-  MinMaxArgs args = {};
-  args.x = x.data;
-  args.enabled = enabled;
-  args.left_out = left_out;
-  const Dense whole = {x.data, x.type, 1, 1, x.numel()};
-  reduce_minmax(launcher, whole, args);
-  int64_t count = 0;
-  check_cuda(cudaMemcpyAsync(&count, left_out, sizeof count, cudaMemcpyDeviceToHost, launcher.stream()));
+  count(left_out);
+  int64_t counted = 0;
+  check_cuda(cudaMemcpyAsync(&counted, left_out, sizeof counted, cudaMemcpyDeviceToHost, launcher.stream()));
   check_cuda(cudaStreamSynchronize(launcher.stream()));
-  if (count > 0) throw NonfiniteElements(count);
+  if (counted > 0) throw NonfiniteElements(counted);
+}
+
+void refuse_nonfinite(Launcher& launcher, const Dense& x, Flag enabled) {
+  refuse_counted(launcher, [&](int64_t* left_out) {
+    MinMaxArgs args = {};
+    args.x = x.data;
+    args.enabled = enabled;
+    args.left_out = left_out;
+    reduce_minmax(launcher, {x.data, x.type, 1, 1, x.numel()}, args);
+  });
 }
 
 void observe_minmax(Launcher& launcher, const Dense& x, const ObserveBuffers& buffers,

@@ -2,6 +2,8 @@
 // result.
 #pragma once
 
+#include <functional>
+
 #include "reduce.cuh"
 
 namespace fastquant::cuda {
@@ -38,6 +40,9 @@ void reduce_minmax(Launcher& launcher, const Dense& x, const MinMaxArgs& args);
 
 // Throws NonfiniteElements if x has NaN or infinities and the observer is enabled. Waits for the device.
 void refuse_nonfinite(Launcher& launcher, const Dense& x, Flag enabled);
+
+// The same for elements that `count` counts: it launches kernels that add their number to *left_out.
+void refuse_counted(Launcher& launcher, const std::function<void(int64_t* left_out)>& count);
 
 namespace {
 
@@ -85,7 +90,7 @@ struct Extremes {
 };
 
 template <class Stored, int kColumns>
-class MinMax {
+class MinMax : public ChannelOp {
  public:
   using Args = MinMaxArgs;
   using S = Stored;

@@ -210,6 +210,82 @@ std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(const FusedArgu
   return {y, mask};
 }
 
+// ------------------------------------------------------------------- batch norm as one
+
+// t itself, or a copy, so that it has x's dtype and lies in memory as x does.
+Tensor laid_out_as(const Tensor& t, const Tensor& x) {
+  if (has_layout_of(t, x)) return t;
+  Tensor copy = empty_as(x);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+Dense dense_channels(const Tensor& x) {
+  check(x.dim() >= 2 && x.dim() <= 5, "x must have 2 to 5 dimensions, got ", x.dim());
+  return dense(view(x), 1);
+}
+
+ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor> observe_batch_norm_(
+    const Tensor x, const Tensor weight, const Tensor bias, Tensor running_mean, Tensor running_var,
+    bool training, double momentum, double bn_eps, double low, double high, const Tensor observer_enabled,
+    const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point,
+    Tensor nonfinite_count, const Tensor eps, std::optional<double> averaging_constant, int64_t quant_min,
+    int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+  Call call(x);
+  const Tensor t = densified(x);
+  const Dense d = dense_channels(t);
+  check(!training || x.numel() != d.channels, "batch statistics need more than one value per channel");
+  const int64_t norm_sizes[] = {4, d.channels}, norm_strides[] = {d.channels, 1};
+  Tensor norm = empty_strided(2, norm_sizes, norm_strides, compute_type(x), x);
+  Tensor quantizer = empty_1d(3, ScalarType::Double, x);
+  const QParamBuffers qparams = call.qparams(scale, zero_point, eps);
+  check(qparams.zero_point.type == Element::i32 || qparams.zero_point.type == Element::i64,
+        "zero_point must have an integer dtype");
+  observe_batch_norm(call.launcher(), d,
+                     {call.array(weight, "weight"), call.array(bias, "bias"),
+                      call.array(running_mean, "running_mean"), call.array(running_var, "running_var")},
+                     {training, momentum, bn_eps, low, high}, call.flag(observer_enabled),
+                     call.flag(fake_quant_enabled), call.observed(min_val, max_val, nonfinite_count), qparams,
+                     averaging_constant,
+                     {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
+                     static_cast<NonFinite>(nonfinite), norm.mutable_data_ptr(),
+                     static_cast<double*>(quantizer.mutable_data_ptr()));
+  return {norm, quantizer};
+}
+
+Tensor batch_norm_fake_quantize_op(const Tensor x, const Tensor, const Tensor, const Tensor norm,
+                                   const Tensor quantizer, bool training, double low, double high,
+                                   int64_t quant_min, int64_t quant_max) {
+  Call call(x);
+  const Tensor t = densified(x);
+  Tensor y = empty_as(t);
+  batch_norm_fake_quantize(call.launcher(), dense_channels(t), call.array(norm, "norm"),
+                           call.array(quantizer, "quantizer"), {training, low, high, {quant_min, quant_max}},
+                           y.mutable_data_ptr());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_fake_quantize_backward(const Tensor grad, const Tensor x,
+                                                                     const Tensor norm, const Tensor quantizer,
+                                                                     bool training, double low, double high,
+                                                                     int64_t quant_min, int64_t quant_max) {
+  Call call(x);
+  const Tensor t = densified(x), whole_grad = laid_out_as(grad, t);
+  const Dense d = dense_channels(t);
+  Tensor grad_x = empty_as(t);
+  Tensor grad_weight = empty_1d(d.channels, compute_type(x), x), grad_bias = empty_as(grad_weight);
+  batch_norm_backward(call.launcher(), d, whole_grad.const_data_ptr(), call.array(norm, "norm"),
+                      call.array(quantizer, "quantizer"), {training, low, high, {quant_min, quant_max}},
+                      grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// ------------------------------------------------------------ learnable scale and zero point
+
 Tensor learnable_fake_quantize_op(const Tensor x, const Tensor scale, const Tensor zero_point,
                                   std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max,
                                   double) {
@@ -221,12 +297,6 @@ Tensor learnable_fake_quantize_op(const Tensor x, const Tensor scale, const Tens
   return y;
 }
 
-bool lies_alike(const Tensor& a, const Tensor& b) {
-  const auto x = a.strides(), y = b.strides();
-  return a.scalar_type() == b.scalar_type() && x.size() == y.size() &&
-         std::equal(x.begin(), x.end(), y.begin());
-}
-
 std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor grad, const Tensor x,
                                                                     const Tensor scale, const Tensor zero_point,
                                                                     std::optional<int64_t> ch_axis,
@@ -234,11 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
                                                                     double grad_factor) {
   Call call(x);
   const Tensor t = densified(x);
-  Tensor aligned = grad;
-  if (!lies_alike(grad, t)) {
-    aligned = empty_as(t);
-    torch::stable::copy_(aligned, grad);
-  }
+  const Tensor aligned = laid_out_as(grad, t);
   Tensor grad_x = empty_as(t), grad_scale = empty_as(scale), grad_zero_point = empty_as(zero_point);
   learnable_backward(call.launcher(), dense(view(t), ch_axis), aligned.const_data_ptr(),
                      call.array(scale, "scale"), call.array(zero_point, "zero_point"), {quant_min, quant_max},
@@ -265,6 +331,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_op));
   m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_op<&fused_observe_fake_quantize>));
   m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_op<&fused_observe_fake_quantize_with_mask>));
+  m.impl("observe_batch_norm_", TORCH_BOX(&observe_batch_norm_));
+  m.impl("batch_norm_fake_quantize", TORCH_BOX(&batch_norm_fake_quantize_op));
+  m.impl("batch_norm_fake_quantize_backward", TORCH_BOX(&batch_norm_fake_quantize_backward));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize_op));
   m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
 }
