@@ -76,7 +76,9 @@ message(STATUS "CUDA kernels: built with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for
 
 add_library(cuda_objects OBJECT
   csrc/cuda/batch_norm.cu
+  csrc/cuda/clamped_sum.cu
   csrc/cuda/fake_quantize.cu
+  csrc/cuda/folded_weight.cu
   csrc/cuda/histogram.cu
   csrc/cuda/learnable.cu
   csrc/cuda/observe.cu

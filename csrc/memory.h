@@ -66,6 +66,13 @@ struct Dense {
   int64_t numel() const { return outer * channels * inner; }
 };
 
+// Two tensors of one type and layout. Their sum is clamped to [low, high]; an infinite bound clamps nothing.
+struct SumOfTensors {
+  Dense a;
+  const void* b;
+  double low, high;
+};
+
 inline void check_int8_range(int64_t quant_min, int64_t quant_max) {
   check(-128 <= quant_min && quant_min < quant_max && quant_max <= 127, "quant_min ", quant_min,
         " and quant_max ", quant_max, " must be ascending int8 values");

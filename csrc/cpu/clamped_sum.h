@@ -6,13 +6,6 @@
 
 namespace fastquant {
 
-// Two tensors of one type and layout. Their sum is clamped to [low, high]; an infinite bound clamps nothing.
-struct SumOfTensors {
-  Dense a;
-  const void* b;
-  double low, high;
-};
-
 // Does with the clamped sum what observe_qparams does with a tensor. Throws before it changes any buffer.
 void observe_clamped_sum(const SumOfTensors& x, const FusedBuffers& buffers, const ObserveSettings& settings);
 

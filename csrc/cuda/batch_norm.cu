@@ -384,19 +384,12 @@ class BatchStatistics : public ChannelOp {
   unsigned nonfinite_ = 0;  // NonfiniteBits of each column
 };
 
-template <class Op>
-__global__ void __launch_bounds__(kRowThreads) conclude_alone(const __grid_constant__ typename Op::Args args) {
-  Op::conclude(args, shared_memory<typename Op::Partial>());
-}
-
 void compute_statistics(Launcher& launcher, const Dense& x, StatisticsArgs args) {
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
-    using Op = BatchStatistics<S, 1>;
     args.contributions = launcher.scratch(sizeof(Contribution<Compute<S>>) * static_cast<size_t>(x.channels));
     if (args.count == 0) {
-      constexpr size_t kShared = sizeof(typename Op::Partial) * (kRowThreads / kWarp);
-      launch(launcher, conclude_alone<Op>, 1, kRowThreads, kShared, args);
+      launch_conclusion<BatchStatistics<S, 1>>(launcher, args);
     } else {
       reduce_channels<BatchStatistics, S, kColumnThreads>(launcher, x, {x.data}, args);
     }
@@ -416,7 +409,8 @@ struct ElementArgs {
   bool training;
   // The rest is for gradients. Slopes: two values for each channel, see GradientSums.
   double count;
-  void *slopes, *grad_weight, *grad_bias;
+  void* slopes;
+  Buffer grad_weight, grad_bias;
 };
 
 // The activation, and fake-quantize where it is on.
@@ -604,8 +598,8 @@ class GradientSums : public ElementOp<Stored, kColumns> {
 
   __device__ static void finish(const Args& args, int64_t channel, const Partial& sums) {
     const double invstd = static_cast<double>(norm_at<T>(args.norm, args.channels, channel).invstd);
-    static_cast<T*>(args.grad_weight)[channel] = static_cast<T>(sums.gain * invstd);
-    static_cast<T*>(args.grad_bias)[channel] = static_cast<T>(sums.bias);
+    write(args.grad_weight, channel, sums.gain * invstd);
+    write(args.grad_bias, channel, sums.bias);
     if (!args.training) return;
     T* slopes = static_cast<T*>(args.slopes) + 2 * channel;
     slopes[0] = static_cast<T>(sums.bias / args.count);
@@ -745,18 +739,17 @@ void batch_norm_fake_quantize(Launcher& launcher, const Dense& x, const Array& n
 }
 
 void batch_norm_backward(Launcher& launcher, const Dense& x, const void* grad, const Array& norm,
-                         const Array& quantizer, const BatchNormValues& config, void* grad_x, void* grad_weight,
-                         void* grad_bias) {
+                         const Array& quantizer, const BatchNormValues& config, void* grad_x,
+                         const Array& grad_weight, const Array& grad_bias) {
+  for (const Array& a : {grad_weight, grad_bias}) check_count(a, x.channels);
   ElementArgs args = element_args(x, norm, quantizer, config);
   args.grad = grad;
   args.out = grad_x;
-  args.grad_weight = grad_weight;
-  args.grad_bias = grad_bias;
+  args.grad_weight = Buffer(grad_weight);
+  args.grad_bias = Buffer(grad_bias);
   args.count = static_cast<double>(x.outer * x.inner);
   if (x.numel() == 0) {
-    const size_t bytes = (x.type == Element::f64 ? 8 : 4) * static_cast<size_t>(x.channels);
-    check_cuda(cudaMemsetAsync(grad_weight, 0, bytes, launcher.stream()));
-    check_cuda(cudaMemsetAsync(grad_bias, 0, bytes, launcher.stream()));
+    for (const Array& a : {grad_weight, grad_bias}) clear(launcher, a);
     return;
   }
   with_stored_type(x.type, [&](auto stored) {

@@ -42,6 +42,12 @@ void launch(const Launcher& launcher, void (*kernel)(Params...), int64_t blocks,
   check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
 }
 
+// Sets a buffer of floating elements to zero.
+inline void clear(const Launcher& launcher, const Array& a) {
+  const size_t bytes = a.type == Element::f64 ? 8 : (a.type == Element::f32 ? 4 : 2);
+  check_cuda(cudaMemsetAsync(a.data, 0, bytes * static_cast<size_t>(a.numel), launcher.stream()));
+}
+
 // The block's dynamic shared memory, whose size is set at launch.
 template <class T>
 __device__ T* shared_memory() {

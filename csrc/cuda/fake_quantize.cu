@@ -26,27 +26,6 @@ size_t table_bytes(int64_t channels) {
   return Table<Compute<S>>::kParams * sizeof(Compute<S>) * static_cast<size_t>(channels);
 }
 
-QuantizeArgs quantize_args(const Dense& x, Flag enabled, const Array& scale, const Array& zero_point,
-                           QuantRange range, void* y, uint64_t* mask) {
-  check_count(scale, x.channels);
-  check_count(zero_point, x.channels);
-  check(is_aligned(y), "y is not aligned");
-  QuantizeArgs a = {};
-  a.x = x.data;
-  a.y = y;
-  a.mask = reinterpret_cast<uint32_t*>(mask);
-  a.numel = x.numel();
-  a.inner = Divider(std::max<int64_t>(x.inner, 1));
-  a.channels = Divider(std::max<int64_t>(x.channels, 1));
-  a.scale = Buffer(scale);
-  a.zero_point = Buffer(zero_point);
-  a.enabled = enabled;
-  a.quant_min = range.min;
-  a.quant_max = range.max;
-  a.aligned = is_aligned(x.data);
-  return a;
-}
-
 void launch_quantize(Launcher& launcher, const Dense& x, QuantizeArgs a) {
   if (a.numel == 0) return;
   with_stored_type(x.type, [&](auto stored) {

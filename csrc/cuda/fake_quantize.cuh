@@ -22,6 +22,27 @@ struct QuantizeArgs {
   bool tabulates;          // each block copies the parameters of all channels to shared memory
 };
 
+inline QuantizeArgs quantize_args(const Dense& x, Flag enabled, const Array& scale, const Array& zero_point,
+                                  QuantRange range, void* y, uint64_t* mask) {
+  check_count(scale, x.channels);
+  check_count(zero_point, x.channels);
+  check(is_aligned(y), "y is not aligned");
+  QuantizeArgs a = {};
+  a.x = x.data;
+  a.y = y;
+  a.mask = reinterpret_cast<uint32_t*>(mask);
+  a.numel = x.numel();
+  a.inner = Divider(std::max<int64_t>(x.inner, 1));
+  a.channels = Divider(std::max<int64_t>(x.channels, 1));
+  a.scale = Buffer(scale);
+  a.zero_point = Buffer(zero_point);
+  a.enabled = enabled;
+  a.quant_min = range.min;
+  a.quant_max = range.max;
+  a.aligned = is_aligned(x.data);
+  return a;
+}
+
 constexpr int kAccesses = 4;  // 16-byte accesses per thread and tile, all issued before the first is used
 
 // Number of elements in the tile of a block. The elements that one warp processes are contiguous.

@@ -5,8 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../math/qparams.h"
-#include "../memory.h"
+#include "../settings.h"
 
 namespace fastquant::cuda {
 
@@ -99,6 +98,12 @@ void observe_and_fake_quantize(Launcher& launcher, const Dense& x, Flag observes
                                std::optional<double> averaging_constant, const QParamsConfig& config,
                                NonFinite policy, void* y, uint64_t* mask);
 
+// The same for the clamped sum of two tensors.
+void add_observe_and_fake_quantize(Launcher& launcher, const SumOfTensors& x, Flag observes, Flag quantizes,
+                                   const ObserveBuffers& buffers, const QParamBuffers& qparams,
+                                   std::optional<double> averaging_constant, const QParamsConfig& config,
+                                   NonFinite policy, void* y, uint64_t* mask);
+
 struct BatchNormBuffers {
   Array weight, bias, running_mean, running_var;
 };
@@ -127,8 +132,19 @@ void batch_norm_fake_quantize(Launcher& launcher, const Dense& x, const Array& n
                               const BatchNormValues& config, void* y);
 
 void batch_norm_backward(Launcher& launcher, const Dense& x, const void* grad, const Array& norm,
-                         const Array& quantizer, const BatchNormValues& config, void* grad_x, void* grad_weight,
-                         void* grad_bias);
+                         const Array& quantizer, const BatchNormValues& config, void* grad_x,
+                         const Array& grad_weight, const Array& grad_bias);
+
+// A Dense weight is viewed with its output channels, the first axis, as channels.
+void observe_folded_weight(Launcher& launcher, const Dense& weight, const Array& bn_weight, const Array& bn_std,
+                           Flag observes, Flag quantizes, const ObserveBuffers& buffers,
+                           const QParamBuffers& qparams, const ObserveSettings& settings, void* folded,
+                           const Array& fold);
+
+void fold_weight(Launcher& launcher, const Dense& weight, const Array& fold, QuantRange range, void* folded);
+
+void fold_weight_backward(Launcher& launcher, const Dense& weight, const void* grad, const Array& fold,
+                          QuantRange range, void* grad_weight, const Array& grad_bn_weight);
 
 void mask_gradient(Launcher& launcher, const Dense& grad, const uint64_t* mask, void* out);
 

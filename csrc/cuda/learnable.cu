@@ -113,10 +113,7 @@ void learnable_backward(Launcher& launcher, const Dense& x, const void* grad, co
                         const Array& grad_scale, const Array& grad_zero_point) {
   for (const Array& a : {scale, zero_point, grad_scale, grad_zero_point}) check_count(a, x.channels);
   if (x.numel() == 0) {
-    for (const Array& a : {grad_scale, grad_zero_point}) {
-      const size_t bytes = a.type == Element::f64 ? 8 : (a.type == Element::f32 ? 4 : 2);
-      check_cuda(cudaMemsetAsync(a.data, 0, bytes * static_cast<size_t>(a.numel), launcher.stream()));
-    }
+    for (const Array& a : {grad_scale, grad_zero_point}) clear(launcher, a);
     return;
   }
   LearnableArgs args = {};

@@ -42,6 +42,14 @@ MinMaxArgs minmax_args(const Dense& x, Flag enabled, const ObserveBuffers& buffe
   return args;
 }
 
+MinMaxArgs counting_args(const Dense& x, Flag enabled, int64_t* left_out) {
+  MinMaxArgs args = {};
+  args.x = x.data;
+  args.enabled = enabled;
+  args.left_out = left_out;
+  return args;
+}
+
 void reduce_minmax(Launcher& launcher, const Dense& x, const MinMaxArgs& args) {
   with_stored_type(x.type, [&](auto stored) {
     reduce_channels<MinMax, decltype(stored), 1024>(launcher, x, {x.data}, args);
@@ -67,12 +75,9 @@ void refuse_counted(Launcher& launcher, const std::function<void(int64_t* left_o
 }
 
 void refuse_nonfinite(Launcher& launcher, const Dense& x, Flag enabled) {
+  const Dense whole = {x.data, x.type, 1, 1, x.numel()};
   refuse_counted(launcher, [&](int64_t* left_out) {
-    MinMaxArgs args = {};
-    args.x = x.data;
-    args.enabled = enabled;
-    args.left_out = left_out;
-    reduce_minmax(launcher, {x.data, x.type, 1, 1, x.numel()}, args);
+    reduce_minmax(launcher, whole, counting_args(whole, enabled, left_out));
   });
 }
 

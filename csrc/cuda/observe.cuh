@@ -34,6 +34,9 @@ struct MinMaxArgs {
 MinMaxArgs minmax_args(const Dense& x, Flag enabled, const ObserveBuffers& buffers,
                        std::optional<double> averaging_constant, NonFinite policy);
 
+// The arguments of a reduction that only counts the elements that are not finite.
+MinMaxArgs counting_args(const Dense& x, Flag enabled, int64_t* left_out);
+
 void add_qparams(const QParamBuffers& qparams, const QParamsConfig& config, Statistics* statistics);
 
 void reduce_minmax(Launcher& launcher, const Dense& x, const MinMaxArgs& args);
@@ -175,6 +178,50 @@ class MinMax : public ChannelOp {
   unsigned nan_ = 0;  // bit c is set if column c has a NaN
   unsigned left_out_ = 0;
   bool keeps_infinite_, keeps_nan_;
+};
+
+// MinMax of what a Source makes of elements. `Source::Args` has a member `minmax`; a Source has the constructor
+// and the functions load and Loaded of an Op, and
+//
+//   at(loaded, j, column)   what it makes of element j of `loaded`, which belongs to that column
+//   one(i, column)          what it makes of element i
+template <class Source, int kColumns>
+class MinMaxOf : public ChannelOp {
+ public:
+  using Args = typename Source::Args;
+  using S = typename Source::S;
+  using Loaded = typename Source::Loaded;
+  using Partial = typename MinMax<S, kColumns>::Partial;
+  static constexpr int kUnroll = 2;
+
+  __device__ static bool begins(const Args& args) { return MinMax<S, kColumns>::begins(args.minmax); }
+
+  __device__ MinMaxOf(const Args& args, const int64_t (&channels)[kColumns])
+      : source_(args, channels), minmax_(args.minmax, channels) {}
+
+  __device__ Loaded load(int64_t i) const { return source_.load(i); }
+
+  __device__ void fold(const Loaded& loaded, int64_t i) {
+    Pack<S> made = {};
+#pragma unroll
+    for (int j = 0; j < Pack<S>::N; ++j) made.put(j, source_.at(loaded, j, kColumns == 1 ? 0 : j));
+    minmax_.fold(made, i);
+  }
+
+  __device__ void fold_one(int64_t i, int column) {
+    minmax_.take_any(to_compute(source_.one(i, column)), column);
+  }
+
+  __device__ Partial partial(int column) const { return minmax_.partial(column); }
+  __device__ void leave(const Args& args) const { minmax_.leave(args.minmax); }
+
+  __device__ static void finish(const Args& args, int64_t channel, const Partial& p) {
+    MinMax<S, kColumns>::finish(args.minmax, channel, p);
+  }
+
+ private:
+  Source source_;
+  MinMax<S, kColumns> minmax_;
 };
 
 }  // namespace

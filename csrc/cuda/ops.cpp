@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../fused_arguments.h"
+#include "../math/folded_weight.h"
 #include "kernels.h"
 #include "stream.h"
 #include "workspace.h"
@@ -48,6 +49,12 @@ class Call {
     return a;
   }
 
+  // The tensor itself.
+  const Tensor& on_device(const Tensor& t, const char* name) const {
+    check_device(t, name);
+    return t;
+  }
+
   // A tensor of one element, of bool or any integer dtype.
   Flag flag(const Tensor& t) const {
     check_device(t, "a flag");
@@ -66,6 +73,14 @@ class Call {
     return {array(scale, "scale"), array(zero_point, "zero_point"), single(eps, "eps")};
   }
 
+  // The same where zero points are integers.
+  QParamBuffers integer_qparams(const Tensor& scale, const Tensor& zero_point, const Tensor& eps) const {
+    const QParamBuffers buffers = qparams(scale, zero_point, eps);
+    check(buffers.zero_point.type == Element::i32 || buffers.zero_point.type == Element::i64,
+          "zero_point must have an integer dtype");
+    return buffers;
+  }
+
  private:
   void check_device(const Tensor& t, const char* name) const {
     int32_t type, x_type;
@@ -78,6 +93,14 @@ class Call {
   Workspace workspace_;
   const Tensor& x_;
 };
+
+// t itself, or a copy, so that it has x's dtype and lies in memory as x does.
+Tensor laid_out_as(const Tensor& t, const Tensor& x) {
+  if (has_layout_of(t, x)) return t;
+  Tensor copy = empty_as(x);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
 
 // ---------------------------------------------------------------------------- observe
 
@@ -210,15 +233,26 @@ std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(const FusedArgu
   return {y, mask};
 }
 
-// ------------------------------------------------------------------- batch norm as one
-
-// t itself, or a copy, so that it has x's dtype and lies in memory as x does.
-Tensor laid_out_as(const Tensor& t, const Tensor& x) {
-  if (has_layout_of(t, x)) return t;
-  Tensor copy = empty_as(x);
-  torch::stable::copy_(copy, t);
-  return copy;
+std::tuple<Tensor, Tensor> add_observe_fake_quantize(const FusedArguments& of, const Tensor& other, double low,
+                                                     double high) {
+  Call call(of.x);
+  const Tensor a = densified(of.x);
+  const auto sizes = a.sizes(), other_sizes = other.sizes();
+  check(other.scalar_type() == a.scalar_type() &&
+            std::equal(sizes.begin(), sizes.end(), other_sizes.begin(), other_sizes.end()),
+        "a and b must have the same shape and dtype");
+  check(low < high, "low must be less than high");
+  const Tensor b = laid_out_as(call.on_device(other, "b"), a);
+  Tensor y = empty_as(a), mask = empty_mask(a);
+  add_observe_and_fake_quantize(call.launcher(), {dense(view(a), std::nullopt), b.const_data_ptr(), low, high},
+                                call.flag(of.observer_enabled), call.flag(of.fake_quant_enabled),
+                                call.observed(of.min_val, of.max_val, of.nonfinite_count),
+                                call.qparams(of.scale, of.zero_point, of.eps), of.settings.averaging_constant,
+                                of.settings.qparams, of.settings.nonfinite, y.mutable_data_ptr(), words(mask));
+  return {y, mask};
 }
+
+// ------------------------------------------------------------------- batch norm as one
 
 Dense dense_channels(const Tensor& x) {
   check(x.dim() >= 2 && x.dim() <= 5, "x must have 2 to 5 dimensions, got ", x.dim());
@@ -227,6 +261,12 @@ Dense dense_channels(const Tensor& x) {
 
 ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A contiguous tensor of the type in which x is computed.
+Tensor empty_rows(int64_t rows, int64_t columns, const Tensor& x) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
+  return empty_strided(2, sizes, strides, compute_type(x), x);
 }
 
 std::tuple<Tensor, Tensor> observe_batch_norm_(
@@ -239,18 +279,14 @@ std::tuple<Tensor, Tensor> observe_batch_norm_(
   const Tensor t = densified(x);
   const Dense d = dense_channels(t);
   check(!training || x.numel() != d.channels, "batch statistics need more than one value per channel");
-  const int64_t norm_sizes[] = {4, d.channels}, norm_strides[] = {d.channels, 1};
-  Tensor norm = empty_strided(2, norm_sizes, norm_strides, compute_type(x), x);
+  Tensor norm = empty_rows(4, d.channels, x);
   Tensor quantizer = empty_1d(3, ScalarType::Double, x);
-  const QParamBuffers qparams = call.qparams(scale, zero_point, eps);
-  check(qparams.zero_point.type == Element::i32 || qparams.zero_point.type == Element::i64,
-        "zero_point must have an integer dtype");
   observe_batch_norm(call.launcher(), d,
                      {call.array(weight, "weight"), call.array(bias, "bias"),
                       call.array(running_mean, "running_mean"), call.array(running_var, "running_var")},
                      {training, momentum, bn_eps, low, high}, call.flag(observer_enabled),
-                     call.flag(fake_quant_enabled), call.observed(min_val, max_val, nonfinite_count), qparams,
-                     averaging_constant,
+                     call.flag(fake_quant_enabled), call.observed(min_val, max_val, nonfinite_count),
+                     call.integer_qparams(scale, zero_point, eps), averaging_constant,
                      {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
                      static_cast<NonFinite>(nonfinite), norm.mutable_data_ptr(),
                      static_cast<double*>(quantizer.mutable_data_ptr()));
@@ -274,14 +310,59 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_fake_quantize_backward(const Tenso
                                                                      bool training, double low, double high,
                                                                      int64_t quant_min, int64_t quant_max) {
   Call call(x);
-  const Tensor t = densified(x), whole_grad = laid_out_as(grad, t);
+  const Tensor t = densified(x), whole_grad = laid_out_as(call.on_device(grad, "grad"), t);
   const Dense d = dense_channels(t);
   Tensor grad_x = empty_as(t);
   Tensor grad_weight = empty_1d(d.channels, compute_type(x), x), grad_bias = empty_as(grad_weight);
   batch_norm_backward(call.launcher(), d, whole_grad.const_data_ptr(), call.array(norm, "norm"),
                       call.array(quantizer, "quantizer"), {training, low, high, {quant_min, quant_max}},
-                      grad_x.mutable_data_ptr(), grad_weight.mutable_data_ptr(), grad_bias.mutable_data_ptr());
+                      grad_x.mutable_data_ptr(), call.array(grad_weight, "grad_weight"),
+                      call.array(grad_bias, "grad_bias"));
   return {grad_x, grad_weight, grad_bias};
+}
+
+// ------------------------------------------------------------- weights folded with batch norm
+
+Dense dense_weight(const Tensor& weight) {
+  check(weight.dim() >= 2, "weight must have at least 2 dimensions, got ", weight.dim());
+  return dense(view(weight), 0);
+}
+
+std::tuple<Tensor, Tensor> observe_folded_weight_(const FusedArguments& a, const Tensor& bn_weight,
+                                                  const Tensor& bn_std) {
+  Call call(a.x);
+  const Tensor weight = densified(a.x);
+  const Dense d = dense_weight(weight);
+  const auto axis = a.settings.ch_axis;
+  check(!axis.has_value() || *axis == 0 || *axis == -weight.dim(), "ch_axis must be None or 0");
+  Tensor folded = empty_as(weight), fold = empty_rows(kFoldRows, d.channels, weight);
+  observe_folded_weight(call.launcher(), d, call.array(bn_weight, "bn_weight"), call.array(bn_std, "bn_std"),
+                        call.flag(a.observer_enabled), call.flag(a.fake_quant_enabled),
+                        call.observed(a.min_val, a.max_val, a.nonfinite_count),
+                        call.integer_qparams(a.scale, a.zero_point, a.eps), a.settings,
+                        folded.mutable_data_ptr(), call.array(fold, "fold"));
+  return {folded, fold};
+}
+
+Tensor fold_weight_op(const Tensor weight, const Tensor fold, int64_t quant_min, int64_t quant_max) {
+  Call call(weight);
+  const Tensor w = densified(weight);
+  Tensor folded = empty_as(w);
+  fold_weight(call.launcher(), dense_weight(w), call.array(fold, "fold"), {quant_min, quant_max},
+              folded.mutable_data_ptr());
+  return folded;
+}
+
+std::tuple<Tensor, Tensor> fold_weight_backward_op(const Tensor grad, const Tensor weight, const Tensor fold,
+                                                   int64_t quant_min, int64_t quant_max) {
+  Call call(weight);
+  const Tensor w = densified(weight), whole_grad = laid_out_as(call.on_device(grad, "grad"), w);
+  const Dense d = dense_weight(w);
+  Tensor grad_weight = empty_as(w), grad_bn_weight = empty_1d(d.channels, w.scalar_type(), w);
+  fold_weight_backward(call.launcher(), d, whole_grad.const_data_ptr(), call.array(fold, "fold"),
+                       {quant_min, quant_max}, grad_weight.mutable_data_ptr(),
+                       call.array(grad_bn_weight, "grad_bn_weight"));
+  return {grad_weight, grad_bn_weight};
 }
 
 // ------------------------------------------------------------ learnable scale and zero point
@@ -304,7 +385,7 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
                                                                     double grad_factor) {
   Call call(x);
   const Tensor t = densified(x);
-  const Tensor aligned = laid_out_as(grad, t);
+  const Tensor aligned = laid_out_as(call.on_device(grad, "grad"), t);
   Tensor grad_x = empty_as(t), grad_scale = empty_as(scale), grad_zero_point = empty_as(zero_point);
   learnable_backward(call.launcher(), dense(view(t), ch_axis), aligned.const_data_ptr(),
                      call.array(scale, "scale"), call.array(zero_point, "zero_point"), {quant_min, quant_max},
@@ -318,6 +399,8 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   using namespace fastquant::cuda;
+  using fastquant::add_op;
+  using fastquant::folded_weight_op;
   using fastquant::fused_op;
   using fastquant::observe_op;
   m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
@@ -331,6 +414,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   m.impl("quantize_per_channel", TORCH_BOX(&quantize_per_channel_op));
   m.impl("fused_observe_fake_quantize", TORCH_BOX(&fused_op<&fused_observe_fake_quantize>));
   m.impl("fused_observe_fake_quantize_with_mask", TORCH_BOX(&fused_op<&fused_observe_fake_quantize_with_mask>));
+  m.impl("add_observe_fake_quantize", TORCH_BOX(&add_op<&add_observe_fake_quantize>));
+  m.impl("observe_folded_weight_", TORCH_BOX(&folded_weight_op<&observe_folded_weight_>));
+  m.impl("fold_weight", TORCH_BOX(&fold_weight_op));
+  m.impl("fold_weight_backward", TORCH_BOX(&fold_weight_backward_op));
   m.impl("observe_batch_norm_", TORCH_BOX(&observe_batch_norm_));
   m.impl("batch_norm_fake_quantize", TORCH_BOX(&batch_norm_fake_quantize_op));
   m.impl("batch_norm_fake_quantize_backward", TORCH_BOX(&batch_norm_fake_quantize_backward));

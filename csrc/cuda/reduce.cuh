@@ -254,6 +254,18 @@ void launch_rows(Launcher& launcher, const Dense& x, Alignment alignment, const 
          final_ticket);
 }
 
+// Launches only Op::conclude, for tensors without elements.
+template <class Op>
+__global__ void __launch_bounds__(kRowThreads) conclude_alone(const __grid_constant__ typename Op::Args args) {
+  Op::conclude(args, shared_memory<typename Op::Partial>());
+}
+
+template <class Op>
+void launch_conclusion(Launcher& launcher, const typename Op::Args& args) {
+  constexpr size_t kShared = sizeof(typename Op::Partial) * (kRowThreads / kWarp);
+  launch(launcher, conclude_alone<Op>, 1, kRowThreads, kShared, args);
+}
+
 // ------------------------------------------------------------------------------- columns
 
 // The tensor's memory as a matrix with `width` columns whose last row may be incomplete. All elements of

@@ -28,10 +28,17 @@ struct Cuda {
   FASTQUANT_HD static float round(float x) { return rintf(x); }
   FASTQUANT_HD static double round(double x) { return rint(x); }
   FASTQUANT_HD static float floor(float x) { return floorf(x); }
+  template <class Stored>
+  FASTQUANT_HD static Reg rounded_to(const Stored*, Reg x) {
+    Stored rounded;
+    from_compute(&rounded, x);
+    return to_compute(rounded);
+  }
 
   FASTQUANT_HD static Mask lt(Reg a, Reg b) { return a < b; }
   FASTQUANT_HD static Mask le(Reg a, Reg b) { return a <= b; }
   FASTQUANT_HD static Mask not_lt(Reg a, Reg b) { return !(a < b); }
+  FASTQUANT_HD static Mask not_le(Reg a, Reg b) { return !(a <= b); }
   FASTQUANT_HD static Mask both(Mask a, Mask b) { return a && b; }
   FASTQUANT_HD static Reg select(Mask m, Reg yes, Reg no) { return m ? yes : no; }
 };
