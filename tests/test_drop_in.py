@@ -94,22 +94,13 @@ def _thinned(found: Difference) -> bool:
     return set(found.ours) == set(found.theirs) and all(event in rest for event in found.ours)
 
 
-ONCE = ("MinMaxObserver", "PerChannelMinMaxObserver", "HistogramObserver")
-
-
-def _fused_and_observed(program: Program) -> bool:
-    """Whether the program has a fused module that is a Sequential, so calls its observer itself."""
-    return program.fuse and program.mode == "static" and bool(_parts(program) & set(FUSABLE))
-
-
-def _observed_once(program: Program, found: Difference) -> bool:
-    if not _fused_and_observed(program):
+def _fused_hooks_of_ours(program: Program, found: Difference) -> bool:
+    if not (program.fuse and found.what == "modules"):
         return False
-    if found.what == "modules" and found.path.endswith(".hooks"):
-        return list(found.theirs) == ["_observer_forward_hook", *found.ours]
-    if found.what == "log":
-        return _thinned(found)
-    return False
+    if found.path.endswith("pre_hooks"):
+        return found.ours == ["count_output_twice", *found.theirs]
+    names = [name.replace("observe_output_once", "_observer_forward_hook") for name in found.ours]
+    return found.path.endswith(".hooks") and names == found.theirs
 
 
 def _torch_cannot_trace(program: Program, found: Difference) -> bool:
@@ -282,7 +273,7 @@ CLOSE_NUMBERS: tuple[tuple[Callable[[Program], bool], str], ...] = (
 )
 # After these differences a program goes on.
 DELIBERATE: tuple[tuple[Excuse, str], ...] = (
-    (_observed_once, "fused modules are observed once"),
+    (_fused_hooks_of_ours, "fused modules are observed in one call, by hooks of our own"),
     (
         _torch_cannot_pickle,
         "prepared models can be pickled; torch.ao's configs hold local functions",

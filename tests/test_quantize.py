@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import sys
 import warnings
@@ -810,28 +811,77 @@ def test_fused_training_modules_are_the_expected_ones() -> None:
     assert type(model.body.fc) is nnqat.Linear
 
 
-def test_a_fused_module_is_walked_over_once_and_counted_twice() -> None:
-    counts, calls = {}, {fq: 0, tq: 0}
+def fused_alone(ns: ModuleType, observer: str) -> Any:
+    """A prepared convolution with its ReLU: the fused module alone."""
+    with quiet():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+        model.qconfig = ns.QConfig(getattr(ns, observer), ns.default_weight_observer)
+        return ns.prepare(ns.fuse_modules(model, ["0", "1"]))[0]
+
+
+ONCE = ("HistogramObserver", "MinMaxObserver", "PerChannelMinMaxObserver")
+
+
+@pytest.mark.parametrize("observer", ONCE)
+def test_the_output_of_a_fused_module_is_read_once_and_counted_twice(observer: str) -> None:
+    theirs, ours = fused_alone(tq, observer), fused_alone(fq, observer)
+    for factor in (1, 2):
+        x = factor * torch.randn(4, 3, 8, 8)
+        theirs(x)
+        ours(x)
+    assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
+    ours(torch.full((4, 3, 3, 3), math.nan))
+    assert ours.activation_post_process.nonfinite_count == 16
+
+
+def _new_observer(fused: Any, ns: ModuleType) -> None:
+    kind = type(fused.activation_post_process).__name__
+    fused.activation_post_process = getattr(ns, kind)()
+
+
+def _note(fused: Any, ns: ModuleType) -> None:
+    calls = fused.calls = []
+    fused.activation_post_process.register_forward_hook(lambda *args: calls.append(1))
+
+
+def _earlier_hook(fused: Any, ns: ModuleType) -> None:
+    fused.register_forward_hook(lambda module, args, y: y * 3, prepend=True)
+
+
+def _forward_without_observer(fused: Any, ns: ModuleType) -> None:
+    fused.forward = lambda x: 2 * fused[1](fused[0](x))
+
+
+def _forward_around_another(fused: Any, ns: ModuleType) -> None:
+    fused.forward = lambda x: 2 * nn.Sequential.forward(fused, x)
+
+
+def _another_child_last(fused: Any, ns: ModuleType) -> None:
+    fused.append(nn.Sigmoid())
+
+
+@pytest.mark.parametrize("observer", ONCE)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_new_observer, _note, _earlier_hook),
+        *(_forward_without_observer, _forward_around_another, _another_child_last),
+    ],
+)
+def test_what_is_changed_of_a_prepared_fused_module_is_observed_as_by_torch_ao(
+    observer: str, change: Callable[[Any, ModuleType], None]
+) -> None:
+    models = []
     for ns in (tq, fq):
-        with quiet():
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
-            model.qconfig = ns.QConfig(ns.HistogramObserver, ns.default_weight_observer)
-            model = ns.prepare(ns.fuse_modules(model, ["0", "1"]))
-            observer = model[0].activation_post_process
-
-            def count(*_: Any, ns: ModuleType = ns) -> None:
-                calls[ns] += 1
-
-            observer.register_forward_hook(count)
-            x = torch.randn(4, 3, 8, 8)
-            model(x)
-            model(2 * x)
-        counts[ns] = (observer.histogram.clone(), observer.calculate_qparams())
-    (theirs, their_qparams), (ours, our_qparams) = counts[tq], counts[fq]
-    assert calls == {fq: 2, tq: 4}
-    assert torch.equal(ours, theirs)
-    assert_same(our_qparams, their_qparams)
+        fused = fused_alone(ns, observer)
+        generator = torch.Generator().manual_seed(0)
+        fused(torch.randn(4, 3, 8, 8, generator=generator))
+        change(fused, ns)
+        for factor in (1, 2):
+            fused(factor * torch.randn(4, 3, 8, 8, generator=generator))
+        models.append((dict(fused.state_dict()), getattr(fused, "calls", None)))
+    assert_same(models[1], models[0])
 
 
 def test_preparing_for_training_does_not_look_at_parametrized_weights_more_often_than_torch() -> (

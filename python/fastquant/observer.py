@@ -846,7 +846,7 @@ class HistogramObserver(_RangeObserver):
     """
 
     histogram: Tensor
-    # How often a tensor counts. `prepare` sets 2 where torch.ao would call the observer twice.
+    # How often a tensor counts: twice where torch.ao would call a fused module's observer twice.
     _times: int = 1
 
     def __init__(

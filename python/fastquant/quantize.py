@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ._conversion import checks, swapping
+from ._conversion.fused import observe_sequentials_once
 from ._conversion.plan import Classes, Entry, Plan, has_qconfig, look_up
 from ._core.errors import PATH_IN_MODEL
 from ._torch import ao
@@ -23,15 +23,9 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
-from ._torch.overrides import Written
 from .nn.qat.batch_norm import teach_torch_ao
 from .nn.qat.float_functional import teach_float_functional
-from .observer import (
-    HistogramObserver,
-    MinMaxObserver,
-    PerChannelMinMaxObserver,
-    _is_activation_post_process,
-)
+from .observer import _is_activation_post_process
 from .qconfig import (
     _activation_is_memoryless,
     _add_module_to_qconfig_obs_ctr,
@@ -376,37 +370,10 @@ def _prepare(
             observer_non_leaf_module_list,
             custom_module_class_mapping=custom.get("float_to_observed_custom_module_class", {}),
         )
-    _observe_sequentials_once(model)
+    observe_sequentials_once(model)
     for path, module in model.named_modules():
         if _is_activation_post_process(module):
             module.__dict__[PATH_IN_MODEL] = path
-
-
-# As nn.Sequential has it when fastquant is imported.
-_sequential_forward = Written(nn.Sequential, "forward")
-
-
-def _observe_sequentials_once(model: nn.Module) -> None:
-    """Remove the observer's hook where a Sequential calls the observer too, as its last child.
-
-    torch.ao observes each output of such a module, mostly a fused one, twice. One call leaves the
-    same statistics: running ranges do not change the second time, and a histogram counts each
-    element twice. Moving averages move twice, and observers that several modules share, or that
-    are of a class of the user's, may do anything: these keep the hook.
-    """
-    uses = Counter(child for parent in model.modules() for child in parent._modules.values())
-    for module in model.modules():
-        observer = getattr(module, "activation_post_process", None)
-        if (
-            type(observer) in (MinMaxObserver, PerChannelMinMaxObserver, HistogramObserver)
-            and not _sequential_forward.is_replaced(module)
-            and observer is list(module._modules.values())[-1]
-            and uses[observer] == 1
-            and _observer_forward_hook in module._forward_hooks.values()
-        ):
-            remove_observer_hooks(module)
-            if isinstance(observer, HistogramObserver):
-                observer._times = 2
 
 
 def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = False) -> _Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -11,7 +12,16 @@ from torch import nn
 from .ao import observer_forward_hook, observer_forward_pre_hook
 from .compiling import when_compiling
 
-_OBSERVER_HOOKS = (observer_forward_hook, observer_forward_pre_hook)
+_OF_TORCH_AO = (observer_forward_hook, observer_forward_pre_hook)
+_OBSERVER_HOOKS: list[Any] = [*_OF_TORCH_AO]
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+def feeds_observers(hook: _Hook) -> _Hook:
+    """Mark a hook as one that `prepare` adds: it is not copied to other modules, but removed."""
+    _OBSERVER_HOOKS.append(hook)
+    return hook
 
 
 def _observe_output(self: Any, input: Any, output: Any) -> Any:
@@ -25,7 +35,7 @@ def _observe_input(self: Any, input: Any) -> Any:
 @when_compiling
 def _show_dynamo_the_hooks() -> None:
     """Make torch.compile trace these functions in place of torch.ao's, which it does not enter."""
-    for hook, same in zip(_OBSERVER_HOOKS, (_observe_output, _observe_input), strict=True):
+    for hook, same in zip(_OF_TORCH_AO, (_observe_output, _observe_input), strict=True):
         # Dynamo refuses a second registration, as when this module is reloaded.
         with suppress(ValueError):
             cast(Any, torch.compiler.substitute_in_graph)(hook)(same)
@@ -61,12 +71,29 @@ def add_observer_hook(module: nn.Module, pre_hook: bool) -> None:
     if pre_hook:
         if observer_forward_pre_hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(observer_forward_pre_hook, prepend=True)
-    elif observer_forward_hook not in module._forward_hooks.values():
+    elif not any(hook in _OBSERVER_HOOKS for hook in module._forward_hooks.values()):
         module.register_forward_hook(observer_forward_hook, prepend=True)
 
 
+def replace_observer_hook(
+    module: nn.Module, hook: Callable[..., Any], pre_hook: Callable[..., Any] | None
+) -> None:
+    """Put another hook in the place of the one that calls the observer on each output, if any.
+
+    Args:
+        module: keeps its other hooks, and their order.
+        hook: takes the place.
+        pre_hook: becomes the first of the pre-hooks.
+    """
+    for key, old in module._forward_hooks.items():
+        if old is observer_forward_hook:
+            module._forward_hooks[key] = hook
+            if pre_hook is not None:
+                module.register_forward_pre_hook(pre_hook, prepend=True)
+
+
 def remove_observer_hooks(module: nn.Module) -> None:
-    """Undo `add_observer_hook`."""
+    """Remove the hooks that call an observer."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in _OBSERVER_HOOKS]:
             del hooks[key]
