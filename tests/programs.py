@@ -189,8 +189,14 @@ def plain(value: Any) -> Any:
     return "packed" if isinstance(value, torch.ScriptObject) else value
 
 
-def _hook_name(hook: Any) -> str:
-    return hook.label if isinstance(hook, Hook) else getattr(hook, "__name__", str(type(hook)))
+def _names_of(hooks: dict[int, Any]) -> list[str]:
+    """The names of hooks; of the two that we give fused modules, what torch.ao has instead."""
+    in_place_of = {"observe_output_once": "_observer_forward_hook", "count_output_twice": ""}
+    names = [
+        hook.label if isinstance(hook, Hook) else getattr(hook, "__name__", str(type(hook)))
+        for hook in hooks.values()
+    ]
+    return [name for name in (in_place_of.get(name, name) for name in names) if name]
 
 
 class _NothingToTakeError(AttributeError, TypeError, RuntimeError, pickle.PicklingError):
@@ -234,6 +240,8 @@ class World:
         self.program = program
         self.ns: Any = fastquant if name == "fast" else torch.ao.quantization
         self.model: Any = None
+        # The model before the running step, for the other world.
+        self.before: Any = None
         self.converted = False
         self.pickled: bytes | None = None
 
@@ -299,8 +307,8 @@ class World:
             seen.modules[path] = {
                 "class": class_name(module),
                 "training": module.training,
-                "hooks": [_hook_name(hook) for hook in module._forward_hooks.values()],
-                "pre_hooks": [_hook_name(hook) for hook in module._forward_pre_hooks.values()],
+                "hooks": _names_of(module._forward_hooks),
+                "pre_hooks": _names_of(module._forward_pre_hooks),
                 "qconfig": qconfig if qconfig in (None, "none given") else "a qconfig",
                 "own_forward": "forward" in vars(module),
                 "settings": {
@@ -584,7 +592,7 @@ class World:
 
     def _reload(self, step: Step, other: World) -> Any:
         """Load the state, of this world or the other, into a model made anew or this one."""
-        state = (other if "other" in step.what else self).model.state_dict()
+        state = (other.before if "other" in step.what else self.model).state_dict()
         if "assign" in step.what:
             state = copy.deepcopy(state)  # the model takes the tensors themselves
         if "partly" in step.what:
@@ -626,8 +634,8 @@ class World:
 
     def _observer_state(self, step: Step, other: World) -> Any:
         """Observers' states by torch.ao's own pair of functions, into a model made anew."""
-        source = other if "other" in step.what else self
-        state = self.ns.get_observer_state_dict(source.model)
+        source = other.before if "other" in step.what else self.model
+        state = self.ns.get_observer_state_dict(source)
         saved = dict(sorted(state.items()))
         fresh = self._fresh()
         self.ns.load_observer_state_dict(fresh, state)

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastquant import QuantizationError
 from programs import DTYPES, NONFINITE, PATCHABLE, Program, Seen, Step, World
 from strategies import RANGES
-from users_code import FORMS, FUSABLE, OVERRIDES, PIECES, Config, Observer, Piece
+from users_code import FORMS, FUSABLE, OVERRIDES, PIECES, WITHOUT_KEYWORDS, Config, Observer, Piece
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,15 +92,6 @@ def _thinned(found: Difference) -> bool:
     """Whether our log lacks repetitions only."""
     rest = iter(found.theirs)
     return set(found.ours) == set(found.theirs) and all(event in rest for event in found.ours)
-
-
-def _fused_hooks_of_ours(program: Program, found: Difference) -> bool:
-    if not (program.fuse and found.what == "modules"):
-        return False
-    if found.path.endswith("pre_hooks"):
-        return found.ours == ["count_output_twice", *found.theirs]
-    names = [name.replace("observe_output_once", "_observer_forward_hook") for name in found.ours]
-    return found.path.endswith(".hooks") and names == found.theirs
 
 
 def _torch_cannot_trace(program: Program, found: Difference) -> bool:
@@ -186,12 +177,13 @@ def _channels_known_at_once(program: Program, found: Difference) -> bool:
     )
 
 
-def _fused_takes_any_dtype(program: Program, found: Difference) -> bool:
+def _takes_any_dtype(program: Program, found: Difference) -> bool:
+    words = ("expected scalar type Float", "Scale must be Float or BFloat16")
     return (
-        _uses_fused_op(program)
+        program.mode == "qat"
         and found.what == "raised"
         and found.ours is None
-        and "expected scalar type Float" in str(found.theirs)
+        and any(text in str(found.theirs) for text in words)
     )
 
 
@@ -273,7 +265,6 @@ CLOSE_NUMBERS: tuple[tuple[Callable[[Program], bool], str], ...] = (
 )
 # After these differences a program goes on.
 DELIBERATE: tuple[tuple[Excuse, str], ...] = (
-    (_fused_hooks_of_ours, "fused modules are observed in one call, by hooks of our own"),
     (
         _torch_cannot_pickle,
         "prepared models can be pickled; torch.ao's configs hold local functions",
@@ -284,7 +275,7 @@ DELIBERATE: tuple[tuple[Excuse, str], ...] = (
     (_hooks_on_lstm_stay, "a module that is swapped keeps its hooks, also an LSTM"),
     (_bad_input_in_words, "bad input, and a model that was not prepared, raise an error in words"),
     (_channels_known_at_once, "prepare_qat gives a weight's per-channel statistics their size"),
-    (_fused_takes_any_dtype, "the fused fake-quantize takes fp16, bf16 and fp64"),
+    (_takes_any_dtype, "fake-quantizers take fp16, bf16 and fp64"),
     (_unobserved_channels, "a channel that was never observed gets scale 1 and zero point 0"),
     (_looked_at, "convert names layers that have seen no data"),
     (_saved_once, "get_observer_state_dict asks each observer once for its state"),
@@ -306,15 +297,8 @@ def _narrow_tensors_counted_in_fp32(program: Program, found: Difference) -> bool
 
 
 def _keyword_hooks_stay(program: Program, found: Difference) -> bool:
-    """torch.ao registers hooks on the new module without `with_kwargs`: an argument is missing."""
-    done = {deed for piece in program.pieces + program.before for deed in piece.done}
-    done |= {step.what for step in program.steps if step.do == "change"}
-    return (
-        found.what == "raised"
-        and bool(done & {"hook_with_keywords", "pre_hook_with_keywords"})
-        and isinstance(found.theirs, ValueError)
-        and "not enough values to unpack" in str(found.theirs)
-    )
+    """torch.ao registers hooks on the new module without `with_kwargs`."""
+    return found.what == "raised" and WITHOUT_KEYWORDS in str(found.theirs)
 
 
 def _fake_quantizer_stays_whole(program: Program, found: Difference) -> bool:
@@ -337,7 +321,7 @@ ENDING: tuple[tuple[Excuse, str], ...] = (
 
 def _saved_eps_is_loaded(program: Program, step: Step) -> bool:
     other_eps = any(o.form == "callable_args" for o in _observers(program))
-    rounded = any(step.do == "double" for step in program.steps)
+    rounded = any(step.do in ("double", "narrow") for step in program.steps)
     return step.do == "observer_state" and (other_eps or rounded)
 
 
@@ -355,9 +339,20 @@ def _zero_gamma_is_finite(program: Program, step: Step) -> bool:
 
 
 def _fused_calls_changed_observer(program: Program, step: Step) -> bool:
-    return step.do in ("run", "convert", "quantize", "average") and any(
+    calling = ("run", "convert", "quantize", "average", "trace", "symbolic_trace")
+    return step.do in calling and any(
         o.base == "FusedMovingAvgObsFakeQuantize" and o.inner is not None and o.inner.override
         for o in _observers(program)
+    )
+
+
+def _fused_reads_no_scale(program: Program, step: Step) -> bool:
+    """Without data, torch.ao's fused op reads the scales of channels beyond its only one."""
+    steps = program.steps[: program.steps.index(step)] if step in program.steps else ()
+    return (
+        _uses_fused_op(program)
+        and (step.do, step.what) == ("toggle", "disable_observer")
+        and not any(earlier.do in ("run", "average") for earlier in steps)
     )
 
 
@@ -392,6 +387,7 @@ WORLDS_PART: tuple[tuple[Callable[[Program, Step], bool], str], ...] = (
     (_nonfinite_is_left_out, "NaN and infinities are left out of statistics, and NaN stays NaN"),
     (_statistics_stay_wide, "statistics and scales stay in fp32"),
     (_zero_gamma_is_finite, "a batch norm weight of zero gives finite results"),
+    (_fused_reads_no_scale, "a channel that was never observed gets scale 1 and zero point 0"),
     (_fused_calls_changed_observer, "the fused fake-quantize calls an observer that was changed"),
 )
 
@@ -479,6 +475,7 @@ def run(program: Program) -> list[Difference]:
     theirs = World("ao", program)
     ours = World("patched" if program.patched else "fast", program)
     for step in program.trace():
+        theirs.before, ours.before = theirs.model, ours.model
         seen = [world.do(step, other) for world, other in ((theirs, ours), (ours, theirs))]
         if any(part(program, step) for part, _ in WORLDS_PART):
             if seen[1].raised is not None and seen[0].raised is None:

@@ -333,6 +333,20 @@ def histograms(*tensors: Tensor) -> tuple[Any, Any]:
     return ours, theirs
 
 
+@pytest.mark.parametrize("name", ["min_val", "max_val"])
+def test_a_plain_tensor_in_the_place_of_a_range_without_data_is_in_no_state(name: str) -> None:
+    states = []
+    for ns in (fq, tq):
+        observer = ns.PerChannelMinMaxObserver()
+        if ns is fq:
+            observer._set_channels(3)  # as prepare_qat does
+        value = getattr(observer, name)
+        delattr(observer, name)
+        setattr(observer, name, value)
+        states.append(dict(observer.state_dict()))
+    assert_same(*states)
+
+
 @pytest.mark.parametrize("bins", [(0, 127), (3, 120), (60, 64), (0, 0)])
 def test_the_error_of_a_range_is_torch_aos(bins: tuple[int, int]) -> None:
     ours, theirs = histograms()

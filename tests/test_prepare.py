@@ -62,6 +62,19 @@ def test_errors_of_weights_name_the_layer(make: Any) -> None:
         prepared[1][0].weight_fake_quant(torch.randn(7, 3, 3, 3))
 
 
+def test_a_model_that_was_moved_to_the_meta_device_is_prepared_and_loaded() -> None:
+    def prepared(device: str) -> nn.Module:
+        made = nn.Sequential(fq.QuantStub(), nn.Linear(4, 4)).to(device).train()
+        made.qconfig = fq.get_default_qat_qconfig("x86")
+        return fq.prepare_qat(made)
+
+    source, x = prepared("cpu"), torch.randn(3, 4)
+    source(x)
+    target = prepared("meta")
+    target.load_state_dict(source.state_dict(), assign=True)
+    assert_same(target(x), source(x))
+
+
 def test_a_channel_axis_that_the_first_tensor_does_not_have_names_the_layer() -> None:
     prepared = model()
     observer = fq.PerChannelMinMaxObserver.with_args(ch_axis=4)

@@ -48,10 +48,15 @@ class Hook:
         return output[0] * self.factor if output else (inputs[0] * self.factor, *inputs[1:])
 
 
+WITHOUT_KEYWORDS = "a hook that was registered with_kwargs was called without them"
+
+
 class HookWithKeywords(Hook):
     """The same, registered with `with_kwargs`."""
 
     def __call__(self, module: nn.Module, inputs: Any, *rest: Any) -> Any:
+        if not (rest and isinstance(rest[0], dict)):
+            raise TypeError(WITHOUT_KEYWORDS)
         keywords, *output = rest
         note(f"{sorted(keywords)}")
         changed = super().__call__(module, inputs, *output)

@@ -446,7 +446,8 @@ class _RangeObserver(UniformQuantizationObserverBase):
             # As torch.ao's, which have no size before the first tensor; its moving averages take
             # any range of another size for an observed one.
             for name, _ in UNOBSERVED:
-                destination[prefix + name] = destination[prefix + name].new_empty(0)
+                if prefix + name in destination:  # a plain tensor in its place is in no state
+                    destination[prefix + name] = destination[prefix + name].new_empty(0)
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
             metadata["fastquant"] = self._recipe()

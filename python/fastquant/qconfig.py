@@ -373,10 +373,14 @@ class _DeviceOf:
         self.module = module
 
     def __call__(self) -> dict[str, torch.device] | None:
+        device = None
         for tensors in (self.module.parameters(), self.module.buffers()):
             for tensor in tensors:
-                return {"device": tensor.device}
-        return None
+                device = tensor.device
+                # What a layer on the meta device has got to observe its weight may lie elsewhere.
+                if device.type != "meta":
+                    return {"device": device}
+        return None if device is None else {"device": device}
 
 
 _accepts_factory_kwargs: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

@@ -47,6 +47,10 @@ def keeps_tensors_plainly(cls: Any) -> bool:
     False where the class has a property of that name or its own `__getattr__`. A class that passes
     stores itself in `_read_plainly`. A subclass inherits that entry, which is not the subclass
     itself, and so is checked anew.
+
+    A property that is put on the class later goes unnoticed, for to look for it at each call would
+    take as long as reading the buffers. (No new instance can be made of such a class, since
+    register_buffer refuses the name.)
     """
     if cls._read_plainly is cls or is_exporting():  # export has a __getattr__ of its own
         return True
