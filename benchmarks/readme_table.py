@@ -1,4 +1,4 @@
-"""Writes the README's table of measurements from a stored result.
+"""Writes what the README says of measurements, from a stored result: a sentence and tables.
 
     python benchmarks/readme_table.py [RESULT.json]   # default: the newest in benchmarks/results
 
@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from fastquant.bench.timing import readable_time
 from rows import OURS, ROOT, THEIRS, Row, load, mostly_disturbed, value_text
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+# The models of the README's first figures, as the rows name them and as people write them.
+HEADLINE = {"mobilenet_v2": "MobileNetV2", "resnet18": "ResNet-18"}
 
 # The benchmarks whose rows the README shows; the others answer more special questions.
 IN_README = ("observers", "fake_quant", "batch_norm")
@@ -72,8 +75,32 @@ def whole_models(rows: list[Row]) -> list[str]:
     ]
 
 
-def section(path: Path) -> str:
-    result = load(path)
+def headline(rows: list[Row]) -> str:
+    """What a QAT step costs, in a sentence; on one thread, so that it is about the work itself."""
+    found = {
+        row["work"]: value_text(row)
+        for row in rows
+        if row["benchmark"] == "whole_models" and row["threads"] == 1
+    }
+    sides = []
+    for side in ("QAT step over float", "QAT step, torch.ao's"):
+        values = {model: found.get(f"{name}: {side}") for name, model in HEADLINE.items()}
+        if None in values.values():
+            return ""
+        sides.append(", ".join(f"{model} {value}" for model, value in values.items()))
+    return wrapped(
+        "**Time of a training step with quantization (QAT), beyond that of a step in float: "
+        f"{sides[0]}. With torch.ao: {sides[1]}.** Batch 8 at 224 x 224, one thread; "
+        "[Measured](#measured) has more."
+    )
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def section(path: Path, result: dict[str, Any]) -> str:
+    """The tables, and where they come from."""
     about, rows = result["machine"], result["rows"]
     met = [row["met"] for row in rows if row["met"] is not None]
     compared = [
@@ -110,8 +137,17 @@ def section(path: Path) -> str:
             else ""
         ),
     ]
-    wrap = textwrap.TextWrapper(100, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(line if line.startswith("|") else wrap.fill(line) for line in lines)
+    return "\n".join(line if line.startswith("|") else wrapped(line) for line in lines)
+
+
+def between_markers(text: str, name: str, contents: str) -> str:
+    """The text with `contents` between the markers of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{README} must hold {begin} and {end} once each")
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{contents}\n{end}{after}"
 
 
 def main() -> None:
@@ -121,12 +157,11 @@ def main() -> None:
     options_parser.add_argument("result", type=Path, nargs="?")
     options_parser.add_argument("--check", action="store_true")
     options = options_parser.parse_args()
+    path = options.result or newest()
+    result = load(path)
     text = README.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{README} must hold {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    wanted = f"{before}{BEGIN}\n{section(options.result or newest())}\n{END}{after}"
+    wanted = between_markers(text, "headline", headline(result["rows"]))
+    wanted = between_markers(wanted, "bench", section(path, result))
     if options.check:
         stale = "README is stale: run `python benchmarks/readme_table.py`"
         raise SystemExit(0 if wanted == text else stale)

@@ -127,7 +127,10 @@ def test_readme_section(
     stored: Path, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = tmp_path / "README.md"
-    around = "# Title\n\n<!-- bench:begin -->{}<!-- bench:end -->\n\n## After\n"
+    around = (
+        "# Title\n\n<!-- headline:begin -->\n\n<!-- headline:end -->\n\n"
+        "<!-- bench:begin -->{}<!-- bench:end -->\n\n## After\n"
+    )
     readme.write_text(around.format("\n"))
     readme_table = scripts.module("readme_table")
     monkeypatch.setattr(readme_table, "README", readme)
@@ -137,7 +140,7 @@ def test_readme_section(
         scripts.run("readme_table", stored, "--check")
     scripts.run("readme_table", stored)
     once = readme.read_text()
-    section = once.removeprefix("# Title\n\n<!-- bench:begin -->").split("<!-- bench:end -->")[0]
+    section = once.split("<!-- bench:begin -->")[1].split("<!-- bench:end -->")[0]
     assert once == around.format(section)
     rows = [row for row in json.loads(stored.read_text())["rows"] if row["unit"] == "x"]
     lines = section.splitlines()
@@ -148,6 +151,18 @@ def test_readme_section(
     with pytest.raises(SystemExit) as raised:
         scripts.run("readme_table", stored, "--check")
     assert raised.value.code == 0
+
+
+def test_readme_begins_with_what_a_qat_step_costs(scripts: Scripts, harness: ModuleType) -> None:
+    suite = harness.Suite("whole_models", rounds=1, threads=1)
+    headline = scripts.module("readme_table").headline
+    assert headline(suite.rows) == ""
+    for model, ours, theirs in (("mobilenet_v2", -0.21, 1.6), ("resnet18", 0.04, 0.5)):
+        suite.add_value(f"{model}: QAT step over float", "x", ours, "more")
+        suite.add_value(f"{model}: QAT step, torch.ao's", "x", theirs, "more")
+    sentence = " ".join(headline(suite.rows).split())
+    assert "beyond that of a step in float: MobileNetV2 -21%, ResNet-18 +4%." in sentence
+    assert "With torch.ao: MobileNetV2 +160%, ResNet-18 +50%." in sentence
 
 
 def test_readme_shows_qat_steps_of_whole_models_first(
