@@ -87,4 +87,28 @@ auto folded_weight_op(const Tensor weight, const Tensor bn_weight, const Tensor 
       bn_weight, bn_std);
 }
 
+// What observe_batch_norm_ takes besides the arguments of a fused op.
+struct BatchNormArguments {
+  Tensor weight, bias, running_mean, running_var;
+  bool training;
+  double momentum, eps, low, high;
+};
+
+// The same for observe_batch_norm_, which quantizes per tensor.
+template <auto kOp>
+auto batch_norm_op(const Tensor x, const Tensor weight, const Tensor bias, Tensor running_mean,
+                   Tensor running_var, bool training, double momentum, double bn_eps, double low, double high,
+                   const Tensor observer_enabled, const Tensor fake_quant_enabled, Tensor min_val,
+                   Tensor max_val, Tensor scale, Tensor zero_point, Tensor nonfinite_count, const Tensor eps,
+                   std::optional<double> averaging_constant, int64_t quant_min, int64_t quant_max,
+                   int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
+  const BatchNormArguments batch_norm = {
+      weight, bias, std::move(running_mean), std::move(running_var), training, momentum, bn_eps, low, high};
+  return kOp(
+      fused_arguments(x, observer_enabled, fake_quant_enabled, std::move(min_val), std::move(max_val),
+                      std::move(scale), std::move(zero_point), std::move(nonfinite_count), eps, std::nullopt,
+                      averaging_constant, quant_min, quant_max, scheme, symmetric_zero_point, nonfinite),
+      batch_norm);
+}
+
 }  // namespace fastquant

@@ -8,6 +8,7 @@
 
 #include "../math/vector.h"
 #include "kernels.h"
+#include "kernels/batch_norm-inl.h"
 #include "kernels/clamped_sum-inl.h"
 #include "kernels/fake_quantize-inl.h"
 #include "kernels/folded_weight-inl.h"
@@ -38,6 +39,14 @@ constexpr KernelsFor<S, typename V::Element> kernels_for() {
       learnable_backward<V, S, T>,
       fold_weight<V, S, T>,
       fold_weight_backward<V, S, T>,
+      moments_of_rows<V, S, T>,
+      normalize_rows<V, S, T>,
+      gradient_sums_of_rows<V, S, T>,
+      gradient_of_rows<V, S, T>,
+      moments_of_columns<V, S, T>,
+      normalize_columns<V, S, T>,
+      gradient_sums_of_columns<V, S, T>,
+      gradient_of_columns<V, S, T>,
   };
   if constexpr (sizeof(S) == 2 && V::N > 1) {
     kernels.minmax = minmax_words<V, S>;

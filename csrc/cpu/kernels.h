@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../math/batch_norm.h"
 #include "../math/folded_weight.h"
 #include "../math/range.h"
 
@@ -49,6 +50,37 @@ struct LearnableSums {
   double scale;
   double zero_point;
 };
+
+// The elements of one channel that a batch norm kernel takes at once: rows of `length` elements, `stride`
+// elements apart. They have kLongestChunk elements at most, so that they stay in the L1 cache. The chunk that
+// comes next lies `ahead` bytes further on.
+constexpr int64_t kLongestChunk = 1024;
+
+struct ChannelChunk {
+  int64_t rows, length, stride, ahead;
+};
+
+// The mean of some elements, the sum of their squared distances from it, and the extremes. `finite` says
+// whether all of them are; if not, only the mean has a meaning, that of a plain sum.
+struct ChunkMoments {
+  double mean, squares, low, high;
+  bool finite;
+};
+
+struct GradientSums {
+  double of_bias, of_gain;
+};
+
+// ChannelNorm and GradientMeans (math/batch_norm.h) of each column of a matrix. `offset` and `slope` are null
+// where the statistics do not depend on x.
+template <class T>
+struct NormColumns {
+  const T *mean, *gain, *bias, *offset, *slope;
+  bool ordinary;  // is_ordinary, for all of them
+};
+
+// Memory that kernels of columns need for accumulators in whole vectors.
+constexpr int64_t column_scratch(int64_t columns) { return 5 * (columns + 64); }
 
 template <class S, class T>
 struct KernelsFor {
@@ -112,6 +144,28 @@ struct KernelsFor {
   // The gradient of these weights. Returns their part of the gradient of s, times s. grad_weight may be grad.
   double (*fold_weight_backward)(const S* grad, const S* weight, S* grad_weight, int64_t n,
                                  const ChannelFold<T>& fold, int64_t quant_min, int64_t quant_max);
+  // Batch norm, a clamp and fake-quantize (math/batch_norm.h), for elements of one channel …
+  void (*moments_of_rows)(const S* x, const ChannelChunk& chunk, ChunkMoments* out);
+  void (*normalize_rows)(const S* x, S* y, const ChannelChunk& chunk, const ChannelNorm<T>& norm,
+                         const Activation<T>& activation);
+  // Adds to the sums of the gradients that pass, and of these times x - mean.
+  void (*gradient_sums_of_rows)(const S* grad, const S* x, const ChannelChunk& chunk,
+                                const ChannelNorm<T>& norm, const Range<T>& passing, GradientSums* out);
+  // means: null where the statistics do not depend on x.
+  void (*gradient_of_rows)(const S* grad, const S* x, S* grad_x, const ChannelChunk& chunk,
+                           const ChannelNorm<T>& norm, const Range<T>& passing, const GradientMeans<T>* means);
+
+  // … and for a contiguous matrix with one column per channel. scratch has column_scratch(columns) elements,
+  // totals two for each column.
+  void (*moments_of_columns)(const S* x, int64_t rows, int64_t columns, T* scratch, double* totals,
+                             ChunkMoments* out);
+  void (*normalize_columns)(const S* x, S* y, int64_t rows, int64_t columns, const NormColumns<T>& norm,
+                            const Activation<T>& activation);
+  void (*gradient_sums_of_columns)(const S* grad, const S* x, int64_t rows, int64_t columns,
+                                   const NormColumns<T>& norm, const Range<T>& passing, T* scratch,
+                                   double* of_bias, double* of_gain);
+  void (*gradient_of_columns)(const S* grad, const S* x, S* grad_x, int64_t rows, int64_t columns,
+                              const NormColumns<T>& norm, const Range<T>& passing);
 };
 
 struct Kernels {

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../fused_arguments.h"
+#include "batch_norm.h"
 #include "clamped_sum.h"
 #include "fake_quantize.h"
 #include "folded_weight.h"
@@ -228,6 +229,7 @@ Dense channels_of(const Tensor& weight) {
   return dense(view(weight), 0);
 }
 
+// The dtype of arithmetic on x.
 ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -267,6 +269,69 @@ std::tuple<Tensor, Tensor> fold_weight_backward_op(const Tensor grad, const Tens
                        grad_weight.mutable_data_ptr(), array(grad_bn_weight, "grad_bn_weight"));
   return {grad_weight, grad_bn_weight};
 }
+
+// ------------------------------------------------------------------------- batch norm
+
+Dense batch_norm_input(const Tensor& x) {
+  check(2 <= x.dim() && x.dim() <= 5, "x must have 2 to 5 dimensions, got ", x.dim());
+  return dense(view(x), 1);
+}
+
+std::tuple<Tensor, Tensor> observe_batch_norm_(const FusedArguments& of, const BatchNormArguments& a) {
+  const Tensor t = densified(of.x);
+  const Dense x = batch_norm_input(t);
+  const int64_t sizes[] = {4, x.channels}, strides[] = {std::max<int64_t>(x.channels, 1), 1};
+  Tensor norm = empty_strided(2, sizes, strides, compute_type(t), t);
+  Tensor quantizer = empty_1d(3, ScalarType::Double, t);
+  const BatchNorm batch_norm = {array(a.weight, "weight"),
+                                array(a.bias, "bias"),
+                                array(a.running_mean, "running_mean"),
+                                array(a.running_var, "running_var"),
+                                a.training,
+                                a.momentum,
+                                a.eps};
+  const ObservedQuantizer observed = {buffers_of(of), of.settings, flag(of.observer_enabled),
+                                      flag(of.fake_quant_enabled)};
+  observe_batch_norm(x, batch_norm, {a.low, a.high}, observed, norm.mutable_data_ptr(),
+                     static_cast<double*>(quantizer.mutable_data_ptr()));
+  return {norm, quantizer};
+}
+
+Tensor batch_norm_fake_quantize_op(const Tensor x, const Tensor, const Tensor, const Tensor norm,
+                                   const Tensor quantizer, bool, double low, double high, int64_t quant_min,
+                                   int64_t quant_max) {
+  const Tensor t = densified(x);
+  Tensor y = empty_output(t);
+  batch_norm_fake_quantize(batch_norm_input(t), array(norm, "norm"), array(quantizer, "quantizer"), {low, high},
+                           {quant_min, quant_max}, y.mutable_data_ptr());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_fake_quantize_backward_op(const Tensor grad, const Tensor x,
+                                                                        const Tensor norm,
+                                                                        const Tensor quantizer, bool training,
+                                                                        double low, double high,
+                                                                        int64_t quant_min, int64_t quant_max) {
+  const Tensor t = densified(x);
+  const auto sizes = grad.sizes(), sizes_of_x = x.sizes();
+  check(std::equal(sizes.begin(), sizes.end(), sizes_of_x.begin(), sizes_of_x.end()),
+        "grad must have the shape of x");
+  Tensor aligned = grad;
+  if (!has_layout_of(grad, t)) {
+    aligned = empty_as(t);
+    torch::stable::copy_(aligned, grad);
+  }
+  Tensor grad_x = empty_output(t);
+  const Dense d = batch_norm_input(t);
+  Tensor grad_weight = empty_1d(d.channels, norm.scalar_type(), norm), grad_bias = empty_as(grad_weight);
+  batch_norm_fake_quantize_backward(d, aligned.const_data_ptr(), array(norm, "norm"),
+                                    array(quantizer, "quantizer"), training, {low, high},
+                                    {quant_min, quant_max}, grad_x.mutable_data_ptr(),
+                                    array(grad_weight, "grad_weight"), array(grad_bias, "grad_bias"));
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// -------------------------------------------------------------------------- learnable
 
 Tensor learnable_fake_quantize(const Tensor x, const Tensor scale, const Tensor zero_point,
                                std::optional<int64_t> ch_axis, int64_t quant_min, int64_t quant_max, double) {
@@ -313,6 +378,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("observe_folded_weight_", TORCH_BOX(&folded_weight_op<&observe_folded_weight_>));
   m.impl("fold_weight", TORCH_BOX(&fold_weight_op));
   m.impl("fold_weight_backward", TORCH_BOX(&fold_weight_backward_op));
+  m.impl("observe_batch_norm_", TORCH_BOX(&batch_norm_op<&observe_batch_norm_>));
+  m.impl("batch_norm_fake_quantize", TORCH_BOX(&batch_norm_fake_quantize_op));
+  m.impl("batch_norm_fake_quantize_backward", TORCH_BOX(&batch_norm_fake_quantize_backward_op));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize));
   m.impl("learnable_fake_quantize_backward", TORCH_BOX(&learnable_fake_quantize_backward));
 }

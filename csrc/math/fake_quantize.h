@@ -5,6 +5,18 @@
 #include "numbers.h"
 
 namespace fastquant {
+
+// The parameters of one channel. Tables of kernels name this type, so it has external linkage.
+template <class T>
+struct ChannelParams {
+  T scale, inverse_scale, zero_point;
+  // See FakeQuantizer. The edges are used only where `exact` is false.
+  T low, high, low_edge, high_edge;
+  // Whether ExactQuantizer has to be used: for float zero points, for integers too large for T to represent
+  // exactly, and for scales that are not normal numbers. Otherwise both quantizers give the same result.
+  bool exact;
+};
+
 namespace {
 
 // Largest |low|, |high| of the fast path: rounding by adding 1.5 * 2^digits is exact there.
@@ -94,16 +106,6 @@ template <class T>
 FASTQUANT_HD bool is_within(T x, T bound) {
   return x >= -bound && x <= bound;
 }
-
-template <class T>
-struct ChannelParams {
-  T scale, inverse_scale, zero_point;
-  // See FakeQuantizer. The edges are used only where `exact` is false.
-  T low, high, low_edge, high_edge;
-  // Whether ExactQuantizer has to be used: for float zero points, for integers too large for T to represent
-  // exactly, and for scales that are not normal numbers. Otherwise both quantizers give the same result.
-  bool exact;
-};
 
 // The reciprocal is computed in the scale's own precision, as torch does; double_scale says whether that is
 // fp64.

@@ -27,7 +27,7 @@
 //   load(p)                  from Element*; float also from Half* and BFloat16*, double from float*
 //   store(p, x)              to the same types as load, but double to double* only
 //   load_pair(p, &a, &b)     2 N elements, in whatever order is cheapest for their type
-//   store_pair_normal(p, a, b)   stores in that order; only for zero, normal numbers and NaN from load_pair
+//   store_pair_normal(p, a, b)   stores in that order; of NaN, only those that load_pair loaded
 //   pair_bits(p, m, n)       the bits of the masks of such a pair, in the order of memory
 //   rounded_to(p, x)         rounded to the type of *p, which is not read. NaN is 0x7fc00000 for 16-bit types
 //   store_index(p, x)        N int32, truncated towards zero

@@ -1,0 +1,512 @@
+// Batch norm with an activation and fake-quantize on plain memory, in parallel.
+//
+// A tensor is cut into chunks whose size and order depend on its shape alone, and sums are combined chunk by
+// chunk: results do not depend on the number of threads. The forward pass reads the tensor twice, for the
+// moments and to normalize it. The second time goes backwards, so that it begins with what is still in the
+// caches.
+#include "batch_norm.h"
+
+#include "../math/batch_norm.h"
+#include "extremes.h"
+#include "locks.h"
+#include "statistics.h"
+#include "vec_scalar.h"
+
+namespace fastquant {
+namespace {
+
+// ------------------------------------------------------------------------------ chunks
+
+// Whether the channels are the columns of a matrix.
+bool has_columns(const Dense& d) { return d.inner == 1 && d.channels > 1; }
+
+// The chunks of a tensor with rows: a row or a part of it, or several short rows of a channel. They are
+// numbered channel by channel.
+class RowChunks {
+ public:
+  explicit RowChunks(const Dense& d) : d_(d) {
+    constexpr int64_t kUnit = 64;  // a multiple of what kernels take at once
+    if (2 * d.inner <= kLongestChunk) {
+      rows_ = std::max<int64_t>(std::min(d.outer, kLongestChunk / std::max<int64_t>(d.inner, 1)), 1);
+      length_ = d.inner;
+      per_channel_ = (d.outer + rows_ - 1) / rows_;
+      return;
+    }
+    const int64_t parts = (d.inner + kLongestChunk - 1) / kLongestChunk;
+    length_ = ((d.inner + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
+    parts_ = (d.inner + length_ - 1) / length_;
+    per_channel_ = d.outer * parts_;
+  }
+
+  int64_t per_channel() const { return per_channel_; }
+  int64_t count() const { return per_channel_ * d_.channels; }
+  int64_t channel_of(int64_t i) const { return i / per_channel_; }
+
+  // Where chunk i begins.
+  int64_t begin(int64_t i) const {
+    const int64_t channel = channel_of(i), k = i % per_channel_;
+    return ((k / parts_ * rows_) * d_.channels + channel) * d_.inner + k % parts_ * length_;
+  }
+
+  // Chunk i, and where chunk `next` is, which will be worked on after it, on elements of S.
+  template <class S>
+  ChannelChunk at(int64_t i, int64_t next) const {
+    const int64_t k = i % per_channel_;
+    const int64_t rows = std::min(rows_, d_.outer - k / parts_ * rows_);
+    const int64_t length = std::min(length_, d_.inner - k % parts_ * length_);
+    const bool exists = next >= 0 && next < count();
+    const int64_t ahead = exists ? (begin(next) - begin(i)) * static_cast<int64_t>(sizeof(S)) : 0;
+    return {rows, length, d_.channels * d_.inner, ahead};
+  }
+
+  int64_t elements(int64_t i) const {
+    const ChannelChunk c = at<char>(i, i);
+    return c.rows * c.length;
+  }
+
+ private:
+  Dense d_;
+  int64_t rows_ = 1, length_ = 1, parts_ = 1, per_channel_ = 1;
+};
+
+// The chunks of a matrix with a column per channel: blocks of rows.
+class ColumnChunks {
+ public:
+  explicit ColumnChunks(const Dense& d)
+      : rows_(d.outer), block_(std::max<int64_t>(kElements / d.channels / kUnit, 1) * kUnit) {}
+
+  int64_t count() const { return (rows_ + block_ - 1) / block_; }
+  int64_t begin(int64_t i) const { return i * block_; }
+  int64_t rows(int64_t i) const { return std::min(block_, rows_ - i * block_); }
+
+ private:
+  static constexpr int64_t kElements = 32768, kUnit = 32;
+  int64_t rows_, block_;
+};
+
+// Calls f(i, next) for all chunks in parallel, where `next` is the chunk that the same thread takes next.
+template <class F>
+void for_chunks(int64_t count, int64_t pieces, const F& f) {
+  for_pieces(count, std::min(pieces, count), 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i, i + 1);
+  });
+}
+
+// ----------------------------------------------------------------------------- moments
+
+// Of all elements of a channel.
+struct Moments {
+  double mean, var, unbiased_var, low, high;
+  bool finite;
+};
+
+struct CountedMoments {
+  const ChunkMoments& moments;
+  int64_t count;
+};
+
+// Combines the moments of a channel's chunks, which at(i) gives as CountedMoments.
+template <class At>
+Moments combined_moments(int64_t chunks, int64_t count, const At& at) {
+  Moments m = {0, 0, 0, at(0).moments.low, at(0).moments.high, true};
+  const double total = static_cast<double>(count);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const auto part = at(i);
+    m.mean += part.moments.mean * (static_cast<double>(part.count) / total);
+    m.low = std::min(m.low, part.moments.low);
+    m.high = std::max(m.high, part.moments.high);
+    m.finite &= part.moments.finite;
+  }
+  double squares = m.finite ? 0 : std::numeric_limits<double>::quiet_NaN();
+  for (int64_t i = 0; i < chunks; ++i) {
+    const auto part = at(i);
+    const double distance = part.moments.mean - m.mean;
+    squares += part.moments.squares + static_cast<double>(part.count) * distance * distance;
+  }
+  m.var = squares / total;
+  m.unbiased_var = squares / (total - 1);
+  return m;
+}
+
+template <class S>
+std::vector<Moments> moments_of(const S* x, const Dense& d) {
+  const auto& kernels = kernels_of(S{});
+  const int64_t pieces = piece_count(d.numel(), kGrainOfReading), count = d.outer * d.inner;
+  std::vector<Moments> result(d.channels);
+  if (has_columns(d)) {
+    const ColumnChunks chunks(d);
+    std::vector<ChunkMoments> parts(chunks.count() * d.channels);
+    for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+      std::vector<Compute<S>> scratch(column_scratch(d.channels));
+      std::vector<double> totals(2 * d.channels);
+      kernels.moments_of_columns(x + chunks.begin(i) * d.channels, chunks.rows(i), d.channels, scratch.data(),
+                                 totals.data(), &parts[i * d.channels]);
+    });
+    for (int64_t c = 0; c < d.channels; ++c) {
+      result[c] = combined_moments(chunks.count(), count, [&](int64_t i) {
+        return CountedMoments{parts[i * d.channels + c], chunks.rows(i)};
+      });
+    }
+    return result;
+  }
+  const RowChunks chunks(d);
+  std::vector<ChunkMoments> parts(chunks.count());
+  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
+    kernels.moments_of_rows(x + chunks.begin(i), chunks.at<S>(i, next), &parts[i]);
+  });
+  const int64_t each = chunks.per_channel();
+  for (int64_t c = 0; c < d.channels; ++c) {
+    result[c] = combined_moments(each, count, [&](int64_t i) {
+      return CountedMoments{parts[c * each + i], chunks.elements(c * each + i)};
+    });
+  }
+  return result;
+}
+
+// Moments for statistics that do not depend on x: its extremes alone, if they are wanted.
+template <class S>
+std::vector<Moments> running_moments(const S* x, const Dense& d, const BatchNorm& bn, bool wants_extremes) {
+  const std::vector<double> mean = read_values<double>(bn.running_mean),
+                            var = read_values<double>(bn.running_var);
+  Extremes<Compute<S>> found(d.channels);
+  const bool finite = !wants_extremes || !extremes(x, d, &found);
+  std::vector<Moments> result;
+  for (int64_t c = 0; c < d.channels; ++c) {
+    result.push_back(
+        {mean[c], var[c], 0, static_cast<double>(found.low[c]), static_cast<double>(found.high[c]), finite});
+  }
+  return result;
+}
+
+// --------------------------------------------------------------------- range of the result
+
+// The range of what will be quantized, and how many of its elements are not finite.
+struct ActivationRange {
+  double low = std::numeric_limits<double>::infinity(), high = -std::numeric_limits<double>::infinity();
+  int64_t nonfinite = 0;
+};
+
+template <class T>
+class RangeOfActivation {
+ public:
+  RangeOfActivation(const ClampSettings& clamp, NonFinite policy)
+      : low_(static_cast<T>(clamp.low)), high_(static_cast<T>(clamp.high)), policy_(policy) {}
+
+  T value(T x, const ChannelNorm<T>& norm) const {
+    const Normalizer<Scalar<T>> n = {norm.mean, norm.gain, norm.bias};
+    return clamped<Scalar<T>>(n.normalized(n.centred(x)), low_, high_);
+  }
+
+  // Adds a channel by its extremes. Returns false where they do not tell the range of the channel.
+  bool add_extremes(const Moments& m, const ChannelNorm<T>& norm) {
+    const T a = value(static_cast<T>(m.low), norm), b = value(static_cast<T>(m.high), norm);
+    if (!m.finite || a - a != 0 || b - b != 0) return false;
+    fold(a);
+    fold(b);
+    return true;
+  }
+
+  // Adds a channel's elements one by one.
+  template <class S>
+  void add_elements(const S* x, const Dense& d, int64_t channel, const ChannelNorm<T>& norm) {
+    for (int64_t n = 0; n < d.outer; ++n) {
+      const S* const row = x + (n * d.channels + channel) * d.inner;
+      for (int64_t i = 0; i < d.inner; ++i) {
+        const T e = value(to_compute(row[i]), norm);
+        const bool is_finite = e - e == 0;
+        range_.nonfinite += !is_finite;
+        if (is_finite || policy_ == NonFinite::propagate) fold(e);
+      }
+    }
+  }
+
+  const ActivationRange& get() const { return range_; }
+
+ private:
+  // NaN stays.
+  void fold(T e) {
+    range_.low = least(static_cast<double>(e), range_.low);
+    range_.high = greatest(static_cast<double>(e), range_.high);
+  }
+
+  T low_, high_;
+  NonFinite policy_;
+  ActivationRange range_;
+};
+
+template <class S, class T>
+ActivationRange activation_range(const S* x, const Dense& d, const std::vector<Moments>& moments,
+                                 const std::vector<ChannelNorm<T>>& norms, const ClampSettings& clamp,
+                                 NonFinite policy) {
+  RangeOfActivation<T> range(clamp, policy);
+  for (int64_t c = 0; c < d.channels; ++c) {
+    if (!range.add_extremes(moments[c], norms[c])) range.add_elements(x, d, c, norms[c]);
+  }
+  return range.get();
+}
+
+// -------------------------------------------------------------------------- norm in memory
+
+// A reader of the norm tensor: rows of one value per channel.
+template <class T>
+struct NormRows {
+  NormRows(const Array& norm, int64_t channels_) : rows(static_cast<const T*>(norm.data)), channels(channels_) {
+    check_count(norm, 4 * channels);
+    check(norm.type == (sizeof(T) == sizeof(double) ? Element::f64 : Element::f32),
+          "norm must have the type that x is computed in");
+  }
+
+  ChannelNorm<T> at(int64_t c) const {
+    return {rows[c], rows[channels + c], rows[2 * channels + c], rows[3 * channels + c]};
+  }
+
+  NormColumns<T> columns(const T* offset, const T* slope) const {
+    NormColumns<T> n = {rows, rows + 2 * channels, rows + 3 * channels, offset, slope, true};
+    for (int64_t c = 0; c < channels; ++c) {
+      n.ordinary &= is_ordinary(n.mean[c], n.gain[c], n.bias[c]);
+      if (offset != nullptr) n.ordinary &= is_ordinary(offset[c], T{1}, slope[c]);
+    }
+    return n;
+  }
+
+  const T* rows;
+  int64_t channels;
+};
+
+template <class T>
+Activation<T> read_activation(const Array& quantizer, const ClampSettings& clamp, const QuantRange& range) {
+  check_count(quantizer, 3);
+  check(quantizer.type == Element::f64, "quantizer must have dtype float64");
+  const auto* values = static_cast<const double*>(quantizer.data);
+  check(!(values[0] <= 0), "the scale must be positive, got ", values[0]);
+  return activation_of<Scalar<T>>(values, clamp.low, clamp.high, range.min, range.max);
+}
+
+// ---------------------------------------------------------------------------- gradients
+
+template <class S>
+struct GradientCall {
+  using T = Compute<S>;
+  const S *x, *grad;
+  S* grad_x;
+  Dense d;
+  NormRows<T> norm;
+  Range<T> passing;
+  bool training;
+  std::vector<double> of_bias, of_gain;
+
+  int64_t count() const { return d.outer * d.inner; }
+
+  GradientMeans<T> means(int64_t c) const {
+    return gradient_means(of_bias[c], of_gain[c], norm.at(c).invstd, count());
+  }
+};
+
+// Channel by channel, so that a channel's gradients and elements are still in the caches when they are read for
+// the second time.
+template <class S>
+void backward_of_channels(GradientCall<S>* call, const RowChunks& chunks, int64_t pieces) {
+  const auto& kernels = kernels_of(S{});
+  const int64_t each = chunks.per_channel();
+  for_pieces(call->d.channels, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const auto norm = call->norm.at(c);
+      const int64_t first = c * each, stop = first + each;
+      GradientSums sums = {0, 0};
+      for (int64_t i = first; i < stop; ++i) {
+        const int64_t at = chunks.begin(i);
+        kernels.gradient_sums_of_rows(call->grad + at, call->x + at, chunks.at<S>(i, i + 1), norm,
+                                      call->passing, &sums);
+      }
+      call->of_bias[c] = sums.of_bias;
+      call->of_gain[c] = sums.of_gain;
+      const auto means = call->means(c);
+      for (int64_t i = first; i < stop; ++i) {
+        const int64_t at = chunks.begin(i);
+        kernels.gradient_of_rows(call->grad + at, call->x + at, call->grad_x + at, chunks.at<S>(i, i + 1), norm,
+                                 call->passing, call->training ? &means : nullptr);
+      }
+    }
+  });
+}
+
+// Where there are fewer channels than threads: all sums first.
+template <class S>
+void backward_of_chunks(GradientCall<S>* call, const RowChunks& chunks, int64_t pieces) {
+  const auto& kernels = kernels_of(S{});
+  std::vector<GradientSums> parts(chunks.count(), {0, 0});
+  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
+    const int64_t at = chunks.begin(i);
+    kernels.gradient_sums_of_rows(call->grad + at, call->x + at, chunks.at<S>(i, next),
+                                  call->norm.at(chunks.channel_of(i)), call->passing, &parts[i]);
+  });
+  for (int64_t i = 0; i < chunks.count(); ++i) {
+    call->of_bias[chunks.channel_of(i)] += parts[i].of_bias;
+    call->of_gain[chunks.channel_of(i)] += parts[i].of_gain;
+  }
+  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
+    const int64_t at = chunks.begin(i), c = chunks.channel_of(i);
+    const auto means = call->means(c);
+    kernels.gradient_of_rows(call->grad + at, call->x + at, call->grad_x + at, chunks.at<S>(i, next),
+                             call->norm.at(c), call->passing, call->training ? &means : nullptr);
+  });
+}
+
+template <class S>
+void backward_of_columns(GradientCall<S>* call, int64_t pieces) {
+  using T = Compute<S>;
+  const auto& kernels = kernels_of(S{});
+  const ColumnChunks chunks(call->d);
+  const int64_t channels = call->d.channels;
+  std::vector<double> parts(chunks.count() * channels * 2, 0.0);
+  const auto columns = call->norm.columns(nullptr, nullptr);
+  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+    std::vector<T> scratch(column_scratch(channels));
+    const int64_t at = chunks.begin(i) * channels;
+    double* const sums = &parts[i * channels * 2];
+    kernels.gradient_sums_of_columns(call->grad + at, call->x + at, chunks.rows(i), channels, columns,
+                                     call->passing, scratch.data(), sums, sums + channels);
+  });
+  for (int64_t i = 0; i < chunks.count(); ++i) {
+    for (int64_t c = 0; c < channels; ++c) {
+      call->of_bias[c] += parts[i * channels * 2 + c];
+      call->of_gain[c] += parts[i * channels * 2 + channels + c];
+    }
+  }
+  std::vector<T> offsets, slopes;
+  for (int64_t c = 0; c < channels; ++c) {
+    const auto means = call->means(c);
+    offsets.push_back(means.offset);
+    slopes.push_back(means.slope);
+  }
+  const auto with_means = call->norm.columns(offsets.data(), slopes.data());
+  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+    const int64_t at = chunks.begin(i) * channels;
+    kernels.gradient_of_columns(call->grad + at, call->x + at, call->grad_x + at, chunks.rows(i), channels,
+                                call->training ? with_means : columns, call->passing);
+  });
+}
+
+}  // namespace
+
+void observe_batch_norm(const Dense& x, const BatchNorm& bn, const ClampSettings& clamp,
+                        const ObservedQuantizer& observed, void* norm, double* quantizer) {
+  const auto& [min_val, max_val, scale, zero_point, nonfinite_count, eps] = observed.buffers;
+  for (const Array* a : {&bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) check_count(*a, x.channels);
+  for (const Array* a : {&min_val, &max_val, &scale, &zero_point}) check_count(*a, 1);
+  check(zero_point.type == Element::i32 || zero_point.type == Element::i64,
+        "zero_point must have an integer dtype");
+  const int64_t count = x.outer * x.inner;
+  const bool of_batch = bn.training && x.numel() > 0, observes = observed.observes && x.numel() > 0;
+  check(!of_batch || count > 1, "batch statistics need more than one value per channel");
+  with_stored_type(x.type, [&](auto stored) {
+    using S = decltype(stored);
+    using T = Compute<S>;
+    const S* const data = static_cast<const S*>(x.data);
+    const std::vector<Moments> moments =
+        of_batch ? moments_of(data, x) : running_moments(data, x, bn, observes);
+    const std::vector<T> weight = read_values<T>(bn.weight), bias = read_values<T>(bn.bias);
+    std::vector<ChannelNorm<T>> norms;
+    for (int64_t c = 0; c < x.channels; ++c) {
+      norms.push_back(channel_norm(moments[c].mean, moments[c].var, bn.eps, weight[c], bias[c]));
+    }
+    ActivationRange range;
+    if (observes) {
+      range = activation_range(data, x, moments, norms, clamp, observed.settings.nonfinite);
+      if (observed.settings.nonfinite == NonFinite::raise && range.nonfinite > 0)
+        throw NonfiniteElements(range.nonfinite);
+      const bool counts = observed.settings.nonfinite == NonFinite::ignore;
+      Extremes<double> current(1);
+      current.low[0] = range.low;
+      current.high[0] = range.high;
+      const auto lock = locked(min_val);
+      update_range(current, observed.settings.averaging_constant, min_val, max_val);
+      add_nonfinite(nonfinite_count, counts ? range.nonfinite : 0);
+    }
+    if (observed.observes) choose_qparams(min_val, max_val, eps, observed.settings.qparams, scale, zero_point);
+    if (of_batch) {
+      std::vector<double> mean = read_values<double>(bn.running_mean),
+                          var = read_values<double>(bn.running_var);
+      for (int64_t c = 0; c < x.channels; ++c) {
+        mean[c] = moved_statistic(mean[c], moments[c].mean, bn.momentum);
+        var[c] = moved_statistic(var[c], moments[c].unbiased_var, bn.momentum);
+      }
+      write_values(bn.running_mean, mean);
+      write_values(bn.running_var, var);
+    }
+    T* const rows = static_cast<T*>(norm);
+    for (int64_t c = 0; c < x.channels; ++c) {
+      const T of_channel[] = {norms[c].mean, norms[c].invstd, norms[c].gain, norms[c].bias};
+      for (int k = 0; k < 4; ++k) rows[k * x.channels + c] = of_channel[k];
+    }
+  });
+  quantizer[0] = read_value<double>(scale);
+  quantizer[1] = read_value<double>(zero_point);
+  quantizer[2] = observed.quantizes ? 1 : 0;
+}
+
+void batch_norm_fake_quantize(const Dense& x, const Array& norm, const Array& quantizer,
+                              const ClampSettings& clamp, const QuantRange& range, void* y) {
+  with_stored_type(x.type, [&](auto stored) {
+    using S = decltype(stored);
+    using T = Compute<S>;
+    const auto& kernels = kernels_of(S{});
+    const NormRows<T> norms(norm, x.channels);
+    const Activation<T> activation = read_activation<T>(quantizer, clamp, range);
+    if (x.numel() == 0) return;
+    const S* const from = static_cast<const S*>(x.data);
+    S* const to = static_cast<S*>(y);
+    const int64_t pieces = piece_count(x.numel());
+    if (has_columns(x)) {
+      const ColumnChunks chunks(x);
+      const auto columns = norms.columns(nullptr, nullptr);
+      for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+        const int64_t at = chunks.begin(i) * x.channels;
+        kernels.normalize_columns(from + at, to + at, chunks.rows(i), x.channels, columns, activation);
+      });
+      return;
+    }
+    const RowChunks chunks(x);
+    for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
+      const int64_t at = chunks.begin(i);
+      kernels.normalize_rows(from + at, to + at, chunks.at<S>(i, next), norms.at(chunks.channel_of(i)),
+                             activation);
+    });
+  });
+}
+
+void batch_norm_fake_quantize_backward(const Dense& x, const void* grad, const Array& norm,
+                                       const Array& quantizer, bool training, const ClampSettings& clamp,
+                                       const QuantRange& range, void* grad_x, const Array& grad_weight,
+                                       const Array& grad_bias) {
+  check_count(grad_weight, x.channels);
+  check_count(grad_bias, x.channels);
+  with_stored_type(x.type, [&](auto stored) {
+    using S = decltype(stored);
+    using T = Compute<S>;
+    GradientCall<S> call = {static_cast<const S*>(x.data),
+                            static_cast<const S*>(grad),
+                            static_cast<S*>(grad_x),
+                            x,
+                            NormRows<T>(norm, x.channels),
+                            read_activation<T>(quantizer, clamp, range).passing,
+                            training,
+                            std::vector<double>(x.channels, 0.0),
+                            std::vector<double>(x.channels, 0.0)};
+    const int64_t pieces = piece_count(x.numel());
+    if (x.numel() > 0) {
+      if (has_columns(x)) {
+        backward_of_columns(&call, pieces);
+      } else if (const RowChunks chunks(x); x.channels >= pieces) {
+        backward_of_channels(&call, chunks, pieces);
+      } else {
+        backward_of_chunks(&call, chunks, pieces);
+      }
+    }
+    for (int64_t c = 0; c < x.channels; ++c) call.of_gain[c] *= static_cast<double>(call.norm.at(c).invstd);
+    write_values(grad_weight, call.of_gain);
+    write_values(grad_bias, call.of_bias);
+  });
+}
+
+}  // namespace fastquant

@@ -1,0 +1,608 @@
+// Kernels for batch norm with an activation and fake-quantize: moments of channels, the forward pass,
+// gradients.
+//
+// Elements of one channel come in rows (other dimensions follow the channels in memory), or as the column of a
+// matrix (channels come last). Sums are taken in a fixed order: the same bits on every instruction set.
+#pragma once
+
+#include "../../math/batch_norm.h"
+#include "../kernels.h"
+#include "../vec_scalar.h"
+#include "prefetch-inl.h"
+
+namespace fastquant {
+namespace {
+
+// Elements i, i + kChains, i + 2 kChains, … of a chunk are summed one after another, then these sums.
+template <class T>
+constexpr int kChains = static_cast<int>(128 / sizeof(T));
+
+// ------------------------------------------------------------------------------- rows
+
+// Calls each(a, b, out) for vectors of n elements, and wide(i) for pairs of them from element i on, as long as
+// there are any. The last vector may overlap the one before, and fewer elements than one vector are worked on
+// in a copy.
+template <class V, class S, class Wide, class Each>
+void for_run(const S* a, const S* b, S* out, int64_t n, const Wide& wide, const Each& each) {
+  constexpr int N = V::N;
+  if (n < N) {
+    S copies[2][N] = {}, result[N];
+    for (int64_t i = 0; i < n; ++i) copies[0][i] = a[i], copies[1][i] = b[i];
+    each(copies[0], copies[1], result);
+    for (int64_t i = 0; i < n; ++i) out[i] = result[i];
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 2 * N <= n; i += 2 * N) wide(i);
+  for (; i < n; i += N) {
+    const int64_t at = smaller(i, n - N);
+    each(a + at, b + at, out + at);
+  }
+}
+
+// Copies the rows of a chunk one after the other, in the type of the arithmetic.
+template <class V, class S, class T>
+void gather_rows(const S* x, const ChannelChunk& chunk, T* out) {
+  constexpr int N = V::N;
+  for (int64_t r = 0; r < chunk.rows; ++r, x += chunk.stride, out += chunk.length) {
+    for (int64_t i = 0; i + N <= chunk.length; i += N) {
+      fetch_ahead<N>(x + i, chunk.ahead);
+      V::store(out + i, V::load(x + i));
+    }
+    for (int64_t i = chunk.length / N * N; i < chunk.length; ++i) out[i] = Scalar<T>::load(x + i);
+  }
+}
+
+// Copies n elements and fills up a block with the first of them.
+template <class S, class T>
+void copy_tail(const S* x, int64_t n, T* block) {
+  for (int64_t i = 0; i < kChains<T>; ++i) block[i] = Scalar<T>::load(x + (i < n ? i : 0));
+}
+
+// The sum of 2 kHalf numbers: each half is added to the other, until one number is left.
+template <int kHalf, class X>
+X sum_in_halves(X* x) {
+  for (int i = 0; i < kHalf; ++i) x[i] += x[i + kHalf];
+  if constexpr (kHalf > 1) return sum_in_halves<kHalf / 2>(x);
+  return x[0];
+}
+
+// Vectors that hold one sum per chain.
+template <class V>
+struct ChainSums {
+  using T = typename V::Element;
+  static constexpr int kVectors = kChains<T> / V::N;
+  typename V::Reg sums[kVectors];
+
+  ChainSums() {
+    for (int v = 0; v < kVectors; ++v) sums[v] = V::set1(T{0});
+  }
+
+  double total() const {
+    T chains[kChains<T>];
+    for (int v = 0; v < kVectors; ++v) V::store(chains + v * V::N, sums[v]);
+    double wide[kChains<T>];
+    for (int k = 0; k < kChains<T>; ++k) wide[k] = static_cast<double>(chains[k]);
+    return sum_in_halves<kChains<T> / 2>(wide);
+  }
+};
+
+// The moments of n elements by plain loops, where squares overflow or something is not finite.
+template <class S, class T>
+ChunkMoments moments_one_by_one(const S* x, int64_t n, int64_t stride) {
+  using One = Scalar<T>;
+  T low = infinity<T>(), high = -infinity<T>();
+  double sum = 0, squares = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const T e = One::load(x + i * stride);
+    finite &= e - e == 0;
+    low = One::min(e, low);
+    high = One::max(e, high);
+    sum += static_cast<double>(e);
+  }
+  const double mean = sum / static_cast<double>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = static_cast<double>(One::load(x + i * stride)) - mean;
+    squares += d * d;
+  }
+  return {mean, squares, static_cast<double>(low), static_cast<double>(high), finite};
+}
+
+// What was summed about a centre.
+template <class T>
+struct MomentsAbout {
+  T centre;
+  double distances, squares;
+  T low, high;
+
+  ChunkMoments moments(int64_t n) const {
+    const double distance = distances / static_cast<double>(n), rest = squares - distances * distance;
+    return {static_cast<double>(centre) + distance, rest < 0 ? 0 : rest, static_cast<double>(low),
+            static_cast<double>(high), rest - rest == 0};
+  }
+};
+
+// Sums the distances of elements from a centre near their mean, and their squares. If the centre is the mean of
+// k of the n elements, its squared distance from the mean of all is at most n / k times their variance: little
+// cancels when it is taken off, however large the mean is.
+template <class V>
+class MomentSums {
+ public:
+  using T = typename V::Element;
+  static constexpr int kBlock = kChains<T>;
+
+  // first: kBlock elements.
+  template <class S>
+  explicit MomentSums(const S* first) {
+    T some[kBlock];
+    for (int k = 0; k < kBlock; k += V::N) V::store(some + k, V::load(first + k));
+    centre_ = sum_in_halves<kBlock / 2>(some) / static_cast<T>(kBlock);
+    for (int v = 0; v < kExtremes; ++v) {
+      lows_[v] = V::set1(infinity<T>());
+      highs_[v] = V::set1(-infinity<T>());
+    }
+  }
+
+  T centre() const { return centre_; }
+
+  template <class S>
+  void add(const S* x) {
+    add_extremes(x);
+    add_sums(x);
+  }
+
+  template <class S>
+  void add_extremes(const S* x) {
+    for (int v = 0; v < kVectors; ++v) {
+      const auto e = V::load(x + v * V::N);
+      lows_[v % kExtremes] = V::min(e, lows_[v % kExtremes]);
+      highs_[v % kExtremes] = V::max(e, highs_[v % kExtremes]);
+    }
+  }
+
+  template <class S>
+  void add_sums(const S* x) {
+    const auto centre = V::set1(centre_);
+    for (int v = 0; v < kVectors; ++v) {
+      const auto d = V::sub(V::load(x + v * V::N), centre);
+      distances_.sums[v] = V::add(distances_.sums[v], d);
+      squares_.sums[v] = V::add(squares_.sums[v], V::mul(d, d));
+    }
+  }
+
+  ChunkMoments of(int64_t n) const {
+    auto low = lows_[0], high = highs_[0];
+    for (int v = 1; v < kExtremes; ++v) {
+      low = V::min(lows_[v], low);
+      high = V::max(highs_[v], high);
+    }
+    const MomentsAbout<T> about = {centre_, distances_.total(), squares_.total(), V::lowest(low),
+                                   V::highest(high)};
+    return about.moments(n);
+  }
+
+ private:
+  static constexpr int kVectors = ChainSums<V>::kVectors;
+  static constexpr int kExtremes = kVectors < 2 ? kVectors : 2;
+  T centre_;
+  ChainSums<V> distances_, squares_;
+  typename V::Reg lows_[kExtremes], highs_[kExtremes];
+};
+
+template <class V, class S>
+ChunkMoments moments_of_run(const S* x, int64_t n, int64_t ahead) {
+  using T = typename V::Element;
+  constexpr int kBlock = kChains<T>;
+  const int64_t whole = n / kBlock * kBlock;
+  T tail[kBlock];
+  if (whole < n) copy_tail(x + whole, n - whole, tail);
+  MomentSums<V> sums = whole > 0 ? MomentSums<V>(x) : MomentSums<V>(tail);
+  for (int64_t i = 0; i < whole; i += kBlock) {
+    fetch_ahead<kBlock>(x + i, ahead);
+    sums.add(x + i);
+  }
+  if (whole < n) {
+    sums.add_extremes(tail);
+    // What only fills up lies at the centre, where it adds nothing.
+    for (int64_t i = n - whole; i < kBlock; ++i) tail[i] = sums.centre();
+    sums.add_sums(tail);
+  }
+  const ChunkMoments result = sums.of(n);
+  return result.finite ? result : moments_one_by_one<S, T>(x, n, 1);
+}
+
+template <class V, class S, class T>
+void moments_of_rows(const S* x, const ChannelChunk& chunk, ChunkMoments* out) {
+  if (chunk.rows == 1) {
+    *out = moments_of_run<V>(x, chunk.length, chunk.ahead);
+    return;
+  }
+  T values[kLongestChunk];
+  gather_rows<V>(x, chunk, values);
+  *out = moments_of_run<V>(static_cast<const T*>(values), chunk.rows * chunk.length, 0);
+}
+
+template <class V, class T>
+Normalizer<V> normalizer_of(const ChannelNorm<T>& norm) {
+  return {V::set1(norm.mean), V::set1(norm.gain), V::set1(norm.bias)};
+}
+
+template <class V, class T>
+Normalizer<V> normalizer_at(const NormColumns<T>& norm, int64_t c) {
+  return {V::load(norm.mean + c), V::load(norm.gain + c), V::load(norm.bias + c)};
+}
+
+// Every NaN as the same NaN. Where an operation has two NaN, processors and compilers differ in which of them
+// it returns, and in the sign of a new one.
+template <class V, bool kNeeded>
+typename V::Reg same_nan(typename V::Reg x) {
+  if constexpr (!kNeeded) return x;
+  return V::select(V::unordered(x, x), V::set1(static_cast<typename V::Element>(__builtin_nan(""))), x);
+}
+
+// The ways from a normalized value to the result.
+template <class V>
+struct Quantized {
+  using Vector = V;
+  NormalizedQuantizer<V> quantizer;
+  explicit Quantized(const Activation<typename V::Element>& a)
+      : quantizer{V::set1(a.quantizer.inverse_scale), V::set1(a.step_low), V::set1(a.step_high),
+                  V::set1(a.quantizer.scale)} {}
+  typename V::Reg operator()(typename V::Reg x) const { return quantizer.value(x); }
+};
+
+template <class V>
+struct Clamped {
+  using Vector = V;
+  typename V::Reg low, high;
+  explicit Clamped(const Activation<typename V::Element>& a) : low(V::set1(a.low)), high(V::set1(a.high)) {}
+  typename V::Reg operator()(typename V::Reg x) const { return clamped<V>(x, low, high); }
+};
+
+template <class One>
+struct Exactly {
+  using Vector = One;
+  const Activation<typename One::Element>& activation;
+  explicit Exactly(const Activation<typename One::Element>& a) : activation(a) {}
+  typename One::Reg operator()(typename One::Reg x) const { return activated<One>(activation, x); }
+};
+
+template <class V, class T, class F>
+void with_way(const Activation<T>& a, const F& f) {
+  if (!a.quantizes) {
+    f(Clamped<V>(a));
+  } else if (!a.quantizer.exact) {
+    f(Quantized<V>(a));
+  } else {
+    f(Exactly<Scalar<T>>(a));
+  }
+}
+
+template <bool kSameNan, class Way, class S, class T>
+void normalize_rows_by(const S* x, S* y, const ChannelChunk& chunk, const ChannelNorm<T>& norm,
+                       const Way& way) {
+  using V = typename Way::Vector;
+  const auto n = normalizer_of<V>(norm);
+  const auto result = [&](typename V::Reg a) { return same_nan<V, kSameNan>(way(n.normalized(n.centred(a)))); };
+  for (int64_t r = 0; r < chunk.rows; ++r, x += chunk.stride, y += chunk.stride) {
+    const auto wide = [&](int64_t i) {
+      fetch_ahead<2 * V::N>(x + i, chunk.ahead);
+      fetch_ahead<2 * V::N>(y + i, chunk.ahead);
+      typename V::Reg a, b;
+      V::load_pair(x + i, &a, &b);
+      V::store_pair_normal(y + i, result(a), result(b));
+    };
+    const auto each = [&](const S* from, const S*, S* to) { V::store(to, result(V::load(from))); };
+    for_run<V>(x, x, y, chunk.length, wide, each);
+  }
+}
+
+template <class V, class S, class T>
+void normalize_rows(const S* x, S* y, const ChannelChunk& chunk, const ChannelNorm<T>& norm,
+                    const Activation<T>& activation) {
+  with_way<V>(activation, [&](const auto& way) {
+    if (is_ordinary(norm.mean, norm.gain, norm.bias)) {
+      normalize_rows_by<false>(x, y, chunk, norm, way);
+    } else {
+      normalize_rows_by<true>(x, y, chunk, norm, way);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------- gradients of rows
+
+template <class V, class T>
+NormGradients<V> gradients_of(const Range<T>& range) {
+  return {V::set1(range.low), V::set1(range.high), V::set1(T{0})};
+}
+
+template <class V, class S, class T>
+void gradient_sums_of_run(const S* grad, const S* x, int64_t n, int64_t ahead, const ChannelNorm<T>& norm,
+                          const Range<T>& range, GradientSums* out) {
+  constexpr int kBlock = kChains<T>;
+  const auto normalizer = normalizer_of<V>(norm);
+  const auto gradients = gradients_of<V>(range);
+  ChainSums<V> of_bias, of_gain;
+  const auto add = [&](const auto* g, const auto* e) {
+    for (int v = 0; v < ChainSums<V>::kVectors; ++v) {
+      const auto centred = normalizer.centred(V::load(e + v * V::N));
+      const auto passed = gradients.passed(V::load(g + v * V::N), normalizer.normalized(centred));
+      of_bias.sums[v] = V::add(of_bias.sums[v], passed);
+      of_gain.sums[v] = V::add(of_gain.sums[v], V::mul(passed, centred));
+    }
+  };
+  const int64_t whole = n / kBlock * kBlock;
+  for (int64_t i = 0; i < whole; i += kBlock) {
+    fetch_ahead<kBlock>(grad + i, ahead);
+    fetch_ahead<kBlock>(x + i, ahead);
+    add(grad + i, x + i);
+  }
+  if (whole < n) {
+    T grad_tail[kBlock], x_tail[kBlock];
+    copy_tail(grad + whole, n - whole, grad_tail);
+    copy_tail(x + whole, n - whole, x_tail);
+    for (int64_t i = n - whole; i < kBlock; ++i) grad_tail[i] = T{0}, x_tail[i] = norm.mean;
+    add(static_cast<const T*>(grad_tail), static_cast<const T*>(x_tail));
+  }
+  out->of_bias += of_bias.total();
+  out->of_gain += of_gain.total();
+}
+
+template <class V, class S, class T>
+void gradient_sums_of_rows(const S* grad, const S* x, const ChannelChunk& chunk, const ChannelNorm<T>& norm,
+                           const Range<T>& range, GradientSums* out) {
+  if (chunk.rows == 1) {
+    gradient_sums_of_run<V>(grad, x, chunk.length, chunk.ahead, norm, range, out);
+    return;
+  }
+  T grads[kLongestChunk], values[kLongestChunk];
+  gather_rows<V>(grad, chunk, grads);
+  gather_rows<V>(x, chunk, values);
+  gradient_sums_of_run<V>(static_cast<const T*>(grads), static_cast<const T*>(values),
+                          chunk.rows * chunk.length, 0, norm, range, out);
+}
+
+template <bool kSameNan, bool kTraining, class V, class S, class T>
+void gradient_of_rows_by(const S* grad, const S* x, S* grad_x, const ChannelChunk& chunk,
+                         const ChannelNorm<T>& norm, const Range<T>& range, const GradientMeans<T>& means) {
+  const auto normalizer = normalizer_of<V>(norm);
+  const auto gradients = gradients_of<V>(range);
+  const auto offset = V::set1(means.offset), slope = V::set1(means.slope);
+  const auto result = [&](typename V::Reg g, typename V::Reg e) {
+    const auto centred = normalizer.centred(e);
+    const auto passed = gradients.passed(g, normalizer.normalized(centred));
+    return same_nan<V, kSameNan>(kTraining ? gradient_of_x<V>(passed, centred, normalizer.gain, offset, slope)
+                                           : V::mul(normalizer.gain, passed));
+  };
+  for (int64_t r = 0; r < chunk.rows; ++r, grad += chunk.stride, x += chunk.stride, grad_x += chunk.stride) {
+    const auto wide = [&](int64_t i) {
+      fetch_ahead<2 * V::N>(grad_x + i, chunk.ahead);
+      typename V::Reg g[2], e[2];
+      V::load_pair(grad + i, &g[0], &g[1]);
+      V::load_pair(x + i, &e[0], &e[1]);
+      V::store_pair_normal(grad_x + i, result(g[0], e[0]), result(g[1], e[1]));
+    };
+    const auto each = [&](const S* g, const S* e, S* to) { V::store(to, result(V::load(g), V::load(e))); };
+    for_run<V>(grad, x, grad_x, chunk.length, wide, each);
+  }
+}
+
+template <class V, class S, class T>
+void gradient_of_rows(const S* grad, const S* x, S* grad_x, const ChannelChunk& chunk,
+                      const ChannelNorm<T>& norm, const Range<T>& range, const GradientMeans<T>* means) {
+  if (means == nullptr) {
+    if (is_ordinary(norm.mean, norm.gain, norm.bias)) {
+      gradient_of_rows_by<false, false, V>(grad, x, grad_x, chunk, norm, range, {});
+    } else {
+      gradient_of_rows_by<true, false, V>(grad, x, grad_x, chunk, norm, range, {});
+    }
+  } else if (is_ordinary(norm.mean, norm.gain, norm.bias) && is_ordinary(means->offset, T{1}, means->slope)) {
+    gradient_of_rows_by<false, true, V>(grad, x, grad_x, chunk, norm, range, *means);
+  } else {
+    gradient_of_rows_by<true, true, V>(grad, x, grad_x, chunk, norm, range, *means);
+  }
+}
+
+// ---------------------------------------------------------------------------- columns
+
+// The vectors that cover the columns of a matrix; the last one may overlap the one before. Accumulators have a
+// vector of their own for each, so that nothing is added twice.
+template <class V>
+struct ColumnVectors {
+  using Vector = V;
+  int64_t columns;
+
+  int64_t slots() const { return (columns + V::N - 1) / V::N * V::N; }
+
+  // Calls f(slot, column) for each vector.
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t slot = 0; slot < columns; slot += V::N) f(slot, smaller(slot, columns - V::N));
+  }
+
+  // The slot of a column.
+  int64_t slot_of(int64_t c) const {
+    const int64_t last = columns / V::N * V::N;
+    return c < last ? c : last + c - (columns - V::N);
+  }
+};
+
+// Calls f with a vector type that is no wider than the matrix.
+template <class V, class F>
+void with_columns(int64_t columns, const F& f) {
+  if (columns < V::N) {
+    f(ColumnVectors<Scalar<typename V::Element>>{columns});
+  } else {
+    f(ColumnVectors<V>{columns});
+  }
+}
+
+// Rows whose sums are taken in T before they are added to a double.
+constexpr int64_t kSummedRows = 32;
+
+// Adds the sums in T to those in double, and sets them to zero.
+template <class V, class T>
+void flush_columns(const ColumnVectors<V>& vectors, T* sums, double* totals) {
+  const int64_t overlap = vectors.slots() - vectors.columns, last = vectors.slots() - V::N;
+  for (int64_t c = 0; c < last; ++c) totals[c] += static_cast<double>(sums[c]);
+  for (int64_t c = last; c < vectors.columns; ++c) totals[c] += static_cast<double>(sums[c + overlap]);
+  for (int64_t i = 0; i < vectors.slots(); ++i) sums[i] = 0;
+}
+
+// See MomentSums. Here, the centre of a column is the mean of its first rows.
+template <class V, class S, class T>
+void moments_of_vectors(const ColumnVectors<V>& vectors, const S* x, int64_t rows, T* scratch, double* totals,
+                        ChunkMoments* out) {
+  const int64_t columns = vectors.columns, slots = vectors.slots(), first = smaller(rows, kSummedRows);
+  T *const centre = scratch, *const distance = centre + slots, *const square = distance + slots;
+  T *const lows = square + slots, *const highs = lows + slots;
+  double *const distances = totals, *const squares = totals + columns;
+  for (int64_t i = 0; i < slots; ++i) {
+    centre[i] = distance[i] = square[i] = 0;
+    lows[i] = infinity<T>(), highs[i] = -infinity<T>();
+  }
+  for (int64_t c = 0; c < 2 * columns; ++c) totals[c] = 0;
+  for (int64_t r = 0; r < first; ++r) {
+    vectors.each([&](int64_t slot, int64_t c) {
+      V::store(centre + slot, V::add(V::load(centre + slot), V::load(x + r * columns + c)));
+    });
+  }
+  for (int64_t i = 0; i < slots; ++i) centre[i] /= static_cast<T>(first);
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* const row = x + r * columns;
+    vectors.each([&](int64_t slot, int64_t c) {
+      fetch_ahead<V::N>(row + c);
+      const auto e = V::load(row + c);
+      const auto d = V::sub(e, V::load(centre + slot));
+      V::store(distance + slot, V::add(V::load(distance + slot), d));
+      V::store(square + slot, V::add(V::load(square + slot), V::mul(d, d)));
+      V::store(lows + slot, V::min(e, V::load(lows + slot)));
+      V::store(highs + slot, V::max(e, V::load(highs + slot)));
+    });
+    if ((r + 1) % kSummedRows == 0 || r + 1 == rows) {
+      flush_columns(vectors, distance, distances);
+      flush_columns(vectors, square, squares);
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    const int64_t slot = vectors.slot_of(c);
+    const MomentsAbout<T> about = {centre[slot], distances[c], squares[c], lows[slot], highs[slot]};
+    out[c] = about.moments(rows);
+    if (!out[c].finite) out[c] = moments_one_by_one<S, T>(x + c, rows, columns);
+  }
+}
+
+template <class V, class S, class T>
+void moments_of_columns(const S* x, int64_t rows, int64_t columns, T* scratch, double* totals,
+                        ChunkMoments* out) {
+  with_columns<V>(columns,
+                  [&](const auto& vectors) { moments_of_vectors(vectors, x, rows, scratch, totals, out); });
+}
+
+template <bool kSameNan, class Way, class S, class T>
+void normalize_columns_by(const S* x, S* y, int64_t rows, int64_t columns, const NormColumns<T>& norm,
+                          const Way& way) {
+  using V = typename Way::Vector;
+  const ColumnVectors<V> vectors = {columns};
+  for (int64_t r = 0; r < rows; ++r, x += columns, y += columns) {
+    vectors.each([&](int64_t, int64_t c) {
+      fetch_ahead<V::N>(x + c);
+      fetch_ahead<V::N>(y + c);
+      const auto n = normalizer_at<V>(norm, c);
+      V::store(y + c, same_nan<V, kSameNan>(way(n.normalized(n.centred(V::load(x + c))))));
+    });
+  }
+}
+
+template <class V, class S, class T>
+void normalize_columns(const S* x, S* y, int64_t rows, int64_t columns, const NormColumns<T>& norm,
+                       const Activation<T>& activation) {
+  with_columns<V>(columns, [&](auto vectors) {
+    with_way<typename decltype(vectors)::Vector>(activation, [&](const auto& way) {
+      if (norm.ordinary) {
+        normalize_columns_by<false>(x, y, rows, columns, norm, way);
+      } else {
+        normalize_columns_by<true>(x, y, rows, columns, norm, way);
+      }
+    });
+  });
+}
+
+template <class V, class S, class T>
+void gradient_sums_of_vectors(const ColumnVectors<V>& vectors, const S* grad, const S* x, int64_t rows,
+                              const NormColumns<T>& norm, const Range<T>& range, T* scratch, double* of_bias,
+                              double* of_gain) {
+  const int64_t columns = vectors.columns, slots = vectors.slots();
+  T *const bias_sums = scratch, *const gain_sums = scratch + slots;
+  for (int64_t i = 0; i < 2 * slots; ++i) scratch[i] = 0;
+  const auto gradients = gradients_of<V>(range);
+  for (int64_t r = 0; r < rows; ++r, grad += columns, x += columns) {
+    vectors.each([&](int64_t slot, int64_t c) {
+      fetch_ahead<V::N>(grad + c);
+      fetch_ahead<V::N>(x + c);
+      const auto n = normalizer_at<V>(norm, c);
+      const auto centred = n.centred(V::load(x + c));
+      const auto passed = gradients.passed(V::load(grad + c), n.normalized(centred));
+      V::store(bias_sums + slot, V::add(V::load(bias_sums + slot), passed));
+      V::store(gain_sums + slot, V::add(V::load(gain_sums + slot), V::mul(passed, centred)));
+    });
+    if ((r + 1) % kSummedRows == 0 || r + 1 == rows) {
+      flush_columns(vectors, bias_sums, of_bias);
+      flush_columns(vectors, gain_sums, of_gain);
+    }
+  }
+}
+
+template <class V, class S, class T>
+void gradient_sums_of_columns(const S* grad, const S* x, int64_t rows, int64_t columns,
+                              const NormColumns<T>& norm, const Range<T>& range, T* scratch, double* of_bias,
+                              double* of_gain) {
+  with_columns<V>(columns, [&](const auto& vectors) {
+    gradient_sums_of_vectors(vectors, grad, x, rows, norm, range, scratch, of_bias, of_gain);
+  });
+}
+
+template <bool kSameNan, bool kTraining, class V, class S, class T>
+void gradient_of_vectors(const ColumnVectors<V>& vectors, const S* grad, const S* x, S* grad_x, int64_t rows,
+                         const NormColumns<T>& norm, const Range<T>& range) {
+  const int64_t columns = vectors.columns;
+  const auto gradients = gradients_of<V>(range);
+  for (int64_t r = 0; r < rows; ++r, grad += columns, x += columns, grad_x += columns) {
+    vectors.each([&](int64_t, int64_t c) {
+      fetch_ahead<V::N>(grad + c);
+      fetch_ahead<V::N>(x + c);
+      fetch_ahead<V::N>(grad_x + c);
+      const auto n = normalizer_at<V>(norm, c);
+      const auto centred = n.centred(V::load(x + c));
+      auto of_x = gradients.passed(V::load(grad + c), n.normalized(centred));
+      if constexpr (kTraining) {
+        of_x = gradient_of_x<V>(of_x, centred, n.gain, V::load(norm.offset + c), V::load(norm.slope + c));
+      } else {
+        of_x = V::mul(n.gain, of_x);
+      }
+      V::store(grad_x + c, same_nan<V, kSameNan>(of_x));
+    });
+  }
+}
+
+template <class V, class S, class T>
+void gradient_of_columns(const S* grad, const S* x, S* grad_x, int64_t rows, int64_t columns,
+                         const NormColumns<T>& norm, const Range<T>& range) {
+  with_columns<V>(columns, [&](const auto& vectors) {
+    if (norm.offset == nullptr) {
+      if (norm.ordinary) {
+        gradient_of_vectors<false, false>(vectors, grad, x, grad_x, rows, norm, range);
+      } else {
+        gradient_of_vectors<true, false>(vectors, grad, x, grad_x, rows, norm, range);
+      }
+    } else if (norm.ordinary) {
+      gradient_of_vectors<false, true>(vectors, grad, x, grad_x, rows, norm, range);
+    } else {
+      gradient_of_vectors<true, true>(vectors, grad, x, grad_x, rows, norm, range);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastquant
