@@ -1,8 +1,8 @@
-"""Writes what the README says of measurements, from a stored result: a sentence and tables.
+"""Writes what README.md and docs/qat.md say of measurements, from a stored result.
 
     python benchmarks/readme_table.py [RESULT.json]   # default: the newest in benchmarks/results
 
-With --check it writes nothing, and fails where the README differs from what it would write.
+With --check it writes nothing, and fails where a page differs from what it would write.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fastquant.bench.timing import readable_time
 from rows import OURS, ROOT, THEIRS, Row, load, mostly_disturbed, value_text
 
-README = ROOT / "README.md"
+README, QAT_PAGE = ROOT / "README.md", ROOT / "docs" / "qat.md"
 
 # The models of the README's first figures, as the rows name them and as people write them.
 HEADLINE = {"mobilenet_v2": "MobileNetV2", "resnet18": "ResNet-18"}
@@ -99,6 +99,30 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
+def fused_ops(result: dict[str, Any]) -> str:
+    """What QAT's fused ops take, compared with the same work by others, a line for each input."""
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in result["rows"]:
+        if row["benchmark"] == "batch_norm":
+            work, _, other = row["work"].partition(", against ")
+            found.setdefault((work, row["input"], row["threads"]), {})[other or THEIRS] = row
+    if not found:
+        return ""
+    lines = [
+        "| forward + backward | input | threads | time | torch.ao | modules | float | memory |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (work, input, threads), rows in found.items():
+        seconds = next(iter(rows.values()))["seconds"][OURS]["median"]
+        values = [
+            value_text(rows[other]).removesuffix(" of limit") if other in rows else ""
+            for other in (THEIRS, "modules", "float", "memory")
+        ]
+        cells = [work, input, str(threads), readable_time(seconds), *values]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def section(path: Path, result: dict[str, Any]) -> str:
     """The tables, and where they come from."""
     about, rows = result["machine"], result["rows"]
@@ -140,11 +164,11 @@ def section(path: Path, result: dict[str, Any]) -> str:
     return "\n".join(line if line.startswith("|") else wrapped(line) for line in lines)
 
 
-def between_markers(text: str, name: str, contents: str) -> str:
-    """The text with `contents` between the markers of this name."""
+def between_markers(page: Path, text: str, name: str, contents: str) -> str:
+    """The page's text with `contents` between the markers of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{README} must hold {begin} and {end} once each")
+        raise SystemExit(f"{page} must hold {begin} and {end} once each")
     before, rest = text.split(begin)
     _, after = rest.split(end)
     return f"{before}{begin}\n{contents}\n{end}{after}"
@@ -159,13 +183,18 @@ def main() -> None:
     options = options_parser.parse_args()
     path = options.result or newest()
     result = load(path)
-    text = README.read_text()
-    wanted = between_markers(text, "headline", headline(result["rows"]))
-    wanted = between_markers(wanted, "bench", section(path, result))
-    if options.check:
-        stale = "README is stale: run `python benchmarks/readme_table.py`"
-        raise SystemExit(0 if wanted == text else stale)
-    README.write_text(wanted)
+    pages = {
+        README: {"headline": headline(result["rows"]), "bench": section(path, result)},
+        QAT_PAGE: {"bench": fused_ops(result)},
+    }
+    for page, parts in pages.items():
+        text = wanted = page.read_text()
+        for name, contents in parts.items():
+            wanted = between_markers(page, wanted, name, contents)
+        if options.check and wanted != text:
+            raise SystemExit(f"{page.name} is stale: run `python benchmarks/readme_table.py`")
+        if not options.check:
+            page.write_text(wanted)
 
 
 if __name__ == "__main__":

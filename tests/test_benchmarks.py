@@ -123,20 +123,22 @@ def test_compare(
         compared(stored, tmp_path / "absent.json")
 
 
-def test_readme_section(
+def test_pages_with_measurements(
     stored: Path, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = tmp_path / "README.md"
+    readme, qat_page = tmp_path / "README.md", tmp_path / "qat.md"
     around = (
         "# Title\n\n<!-- headline:begin -->\n\n<!-- headline:end -->\n\n"
         "<!-- bench:begin -->{}<!-- bench:end -->\n\n## After\n"
     )
     readme.write_text(around.format("\n"))
+    qat_page.write_text("# QAT\n\n<!-- bench:begin -->\n\n<!-- bench:end -->\n")
     readme_table = scripts.module("readme_table")
     monkeypatch.setattr(readme_table, "README", readme)
+    monkeypatch.setattr(readme_table, "QAT_PAGE", qat_page)
     monkeypatch.setattr(readme_table, "IN_README", ("histogram_search",))
 
-    with pytest.raises(SystemExit, match="stale"):
+    with pytest.raises(SystemExit, match=r"README\.md is stale"):
         scripts.run("readme_table", stored, "--check")
     scripts.run("readme_table", stored)
     once = readme.read_text()
@@ -148,9 +150,30 @@ def test_readme_section(
     assert machine()["cpu"] in section
     scripts.run("readme_table", stored)
     assert readme.read_text() == once
-    with pytest.raises(SystemExit) as raised:
-        scripts.run("readme_table", stored, "--check")
-    assert raised.value.code == 0
+    scripts.run("readme_table", stored, "--check")
+    qat_page.write_text(qat_page.read_text().replace(":end", "|"))
+    with pytest.raises(SystemExit, match=r"qat\.md must hold"):
+        scripts.run("readme_table", stored)
+
+
+def test_page_about_qat_shows_the_fused_ops(scripts: Scripts, harness: ModuleType) -> None:
+    suite = harness.Suite("batch_norm", rounds=1, threads=1)
+    for dtype in ("fp32", "bf16"):
+        for what, value, unit in (
+            ("", 9.0, "x"),
+            (", against modules", 4.0, "x"),
+            (", against float", 3.0, "x"),
+            (", against memory", 1.25, "of limit"),
+        ):
+            if what or dtype == "fp32":
+                timed = harness.Rounds({"fastquant": [0.002]}, 1)
+                work = f"batch norm{what}"
+                suite.add_rounds(work, dtype, timed, lambda _, value=value: value, unit)
+    table = scripts.module("readme_table").fused_ops({"rows": suite.rows}).splitlines()
+    assert table[2:] == [
+        "| batch norm | fp32 | 1 | 2.00 ms | 9.00x | 4.00x | 3.00x | 1.25 |",
+        "| batch norm | bf16 | 1 | 2.00 ms |  | 4.00x | 3.00x | 1.25 |",
+    ]
 
 
 def test_readme_begins_with_what_a_qat_step_costs(scripts: Scripts, harness: ModuleType) -> None:
