@@ -94,6 +94,7 @@ def test_run(mode: str, capsys: pytest.CaptureFixture[str], threads: None) -> No
     assert set(written["overhead"]) == {"fastquant", "torch.ao"}
     table = report.table(top=2)
     assert "same ranges" in table
+    assert ("each observer runs alone" in table) == (mode == "qat")
     # Two layers and the total.
     assert sum(name in table for name in LAYERS[mode]) < len(LAYERS[mode])
     assert f"all {len(LAYERS[mode])}" in table

@@ -16,6 +16,12 @@ FLOAT, OURS, THEIRS = "float", "fastquant", "torch.ao"
 _WIDE = 0.2
 
 
+_ALONE = (
+    "Here each observer runs alone. In whole steps, fastquant runs them as one with batch norm, "
+    "ReLU or a sum where it can."
+)
+
+
 @dataclass(frozen=True)
 class Layer:
     """What one layer's observers, or its weight's, cost in one forward.
@@ -126,6 +132,7 @@ class Report:
             *self._model_lines(),
             "",
             *self._layer_lines(top),
+            *([_ALONE] if self.mode == "qat" else []),
             "",
             self._verdict(),
             *(f"WARNING: {caveat}." for caveat in self.caveats()),
