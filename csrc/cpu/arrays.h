@@ -25,9 +25,35 @@ inline const KernelsFor<BFloat16, float>& kernels_of(BFloat16) { return kernels(
 
 // ---------------------------------------------------------------------------- buffers
 
+// Like a std::vector, but one or two values need no allocation: for a small tensor, the allocations for a
+// range, a scale and a zero point would take as long as reading it.
 template <class T>
-std::vector<T> read_values(const Array& a) {
-  std::vector<T> values(a.numel);
+class FewOrMany {
+ public:
+  explicit FewOrMany(int64_t count, T value = T{}) : count_(count) {
+    if (count > kFew) many_.assign(count, value);
+    if (count <= kFew) std::fill_n(few_, kFew, value);
+  }
+
+  int64_t size() const { return count_; }
+  const T* data() const { return count_ > kFew ? many_.data() : few_; }
+  T* data() { return count_ > kFew ? many_.data() : few_; }
+  const T* begin() const { return data(); }
+  T* begin() { return data(); }
+  const T* end() const { return data() + count_; }
+  const T& operator[](int64_t i) const { return data()[i]; }
+  T& operator[](int64_t i) { return data()[i]; }
+
+ private:
+  static constexpr int64_t kFew = 2;
+  int64_t count_;
+  T few_[kFew];
+  std::vector<T> many_;
+};
+
+template <class T, class Values = std::vector<T>>
+Values read_values(const Array& a) {
+  Values values(a.numel);
   with_element(a.type, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(a.data);
     for (int64_t i = 0; i < a.numel; ++i) values[i] = static_cast<T>(number(data[i]));
@@ -35,8 +61,8 @@ std::vector<T> read_values(const Array& a) {
   return values;
 }
 
-template <class T>
-void write_values(const Array& a, const std::vector<T>& values) {
+template <class Values>
+void write_values(const Array& a, const Values& values) {
   with_element(a.type, [&](auto element) {
     auto* data = static_cast<decltype(element)*>(a.data);
     const int64_t n = static_cast<int64_t>(values.size());
@@ -91,6 +117,19 @@ constexpr int64_t kGrain = 65536, kGrainOfReading = 131072;
 // How many pieces to cut n elements into.
 inline int64_t piece_count(int64_t n, int64_t grain = kGrain) {
   return n < 2 * grain ? 1 : std::min<int64_t>(thread_count(), n / grain);
+}
+
+// Calls f(begin, end) for the elements [begin, end) of a piece, in blocks from its end to its beginning: what
+// the pass before has read last is read first, while it is still in the cache. `begin` of each is a multiple of
+// 64 more than the piece's.
+template <class F>
+void for_blocks_backwards(int64_t begin, int64_t end, const F& f) {
+  constexpr int64_t kBlock = 65536;
+  while (begin < end) {
+    const int64_t from = begin + (end - begin - 1) / kBlock * kBlock;
+    f(from, end);
+    end = from;
+  }
 }
 
 // Splits [0, n) into `pieces` pieces and calls f(piece, begin, end) for each, in parallel. The length of each

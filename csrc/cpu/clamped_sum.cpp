@@ -79,20 +79,6 @@ Found<Compute<S>> observed(const SumOfTensors& x, NonFinite policy) {
   return found;
 }
 
-// Calls f(begin, end) for all elements, in blocks that fit the cache, from the end of each thread's piece to
-// its beginning: what the pass before has read last is read first, while it is still in the cache.
-template <class F>
-void for_blocks_backwards(const SumOfTensors& x, const F& f) {
-  constexpr int64_t kBlock = 65536;
-  for_pieces_of_sum(x, [&](int64_t, int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t from = begin + (end - begin - 1) / kBlock * kBlock;
-      f(from, end);
-      end = from;
-    }
-  });
-}
-
 }  // namespace
 
 void observe_clamped_sum(const SumOfTensors& x, const FusedBuffers& buffers, const ObserveSettings& settings) {
@@ -120,8 +106,10 @@ void fake_quantize_clamped_sum(const SumOfTensors& x, const Array& scale, const 
     using S = decltype(stored);
     const TensorParams<Compute<S>> params(x.a.numel(), scale, zero_point, quant_min, quant_max);
     const auto sum = summands<S>(x);
-    for_blocks_backwards(x, [&](int64_t begin, int64_t end) {
-      kernels_of(S{}).fake_quantize_clamped_sum(sum, static_cast<S*>(y), mask, begin, end, params.get());
+    for_pieces_of_sum(x, [&](int64_t, int64_t first, int64_t last) {
+      for_blocks_backwards(first, last, [&](int64_t begin, int64_t end) {
+        kernels_of(S{}).fake_quantize_clamped_sum(sum, static_cast<S*>(y), mask, begin, end, params.get());
+      });
     });
   });
 }
@@ -130,8 +118,8 @@ void clamped_sum(const SumOfTensors& x, void* y, uint64_t* mask) {
   with_stored_type(x.a.type, [&](auto stored) {
     using S = decltype(stored);
     const auto sum = summands<S>(x);
-    for_blocks_backwards(x, [&](int64_t begin, int64_t end) {
-      kernels_of(S{}).clamped_sum(sum, static_cast<S*>(y), mask, begin, end);
+    for_pieces_of_sum(x, [&](int64_t, int64_t begin, int64_t end) {
+      if (begin < end) kernels_of(S{}).clamped_sum(sum, static_cast<S*>(y), mask, begin, end);
     });
   });
 }

@@ -21,7 +21,7 @@ struct Extremes {
     high[channel] = std::max(high[channel], hi);
   }
 
-  std::vector<T> low, high;
+  FewOrMany<T> low, high;
 };
 
 // A row is `inner` contiguous elements of one channel. Rows of at least this length are reduced one by one.
@@ -190,8 +190,9 @@ template <class B, class T>
 void update_buffers(const Extremes<T>& current, std::optional<double> averaging_constant, const Array& min_val,
                     const Array& max_val) {
   const B constant = static_cast<B>(averaging_constant.value_or(0.0));
-  std::vector<B> lows = read_values<B>(min_val), highs = read_values<B>(max_val);
-  for (size_t c = 0; c < lows.size(); ++c) {
+  using Values = FewOrMany<B>;
+  auto lows = read_values<B, Values>(min_val), highs = read_values<B, Values>(max_val);
+  for (int64_t c = 0; c < lows.size(); ++c) {
     if (current.low[c] > current.high[c]) continue;
     const B low = static_cast<B>(rounded_to(min_val.type, current.low[c]));
     const B high = static_cast<B>(rounded_to(max_val.type, current.high[c]));

@@ -1,8 +1,8 @@
 // Fake-quantize ops on plain memory, in parallel.
 #include "fake_quantize.h"
 
-#include "../math/fake_quantize.h"
 #include "../math/qparams.h"
+#include "quant_params.h"
 
 namespace fastquant {
 namespace {
@@ -12,17 +12,17 @@ namespace {
 // after which they repeat.
 constexpr int64_t kShortRow = 32;
 
-// Owns the arrays that QuantParams points to.
+// Of a tensor with several channels. Owns the arrays that its QuantParams points to.
 template <class T>
 class ParamArrays {
  public:
   ParamArrays(const Dense& d, const Array& scale, const Array& zero_point, int64_t quant_min, int64_t quant_max)
-      : periodic_(d.channels > 1 && d.inner < kShortRow) {
+      : periodic_(d.inner < kShortRow) {
     params_.quant_min = quant_min;
     params_.quant_max = quant_max;
     params_.channels = d.channels;
     params_.inner = std::max<int64_t>(d.inner, 1);
-    params_.float_zero_point = zero_point.type != Element::i32 && zero_point.type != Element::i64;
+    params_.float_zero_point = is_floating(zero_point);
     params_.exact = false;
     // The arrays hold one value per channel or, if rows are short, one per element, repeated to fill the
     // padding.
@@ -85,14 +85,22 @@ void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, 
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
     using T = Compute<S>;
-    const ParamArrays<T> params(x, scale, zero_point, quant_min, quant_max);
+    const auto quantize = [&](auto kernel, const QuantParams<T>& params) {
+      const int64_t n = x.numel();
+      for_pieces(n, piece_count(n), kMaskWord, [&](int64_t, int64_t first, int64_t last) {
+        for_blocks_backwards(first, last, [&](int64_t begin, int64_t end) {
+          kernel(static_cast<const S*>(x.data), static_cast<S*>(y), mask, begin, end, params);
+        });
+      });
+    };
     const auto& table = kernels_of(S{});
-    const auto kernel = params.periodic() ? table.fake_quantize_periodic : table.fake_quantize_rows;
-    const int64_t n = x.numel();
-    for_pieces(n, piece_count(n), kMaskWord, [&](int64_t, int64_t begin, int64_t end) {
-      if (begin < end)
-        kernel(static_cast<const S*>(x.data), static_cast<S*>(y), mask, begin, end, params.get());
-    });
+    if (x.channels == 1) {
+      const TensorParams<T> params(x.numel(), scale, zero_point, quant_min, quant_max);
+      quantize(table.fake_quantize_rows, params.get());
+    } else {
+      const ParamArrays<T> params(x, scale, zero_point, quant_min, quant_max);
+      quantize(params.periodic() ? table.fake_quantize_periodic : table.fake_quantize_rows, params.get());
+    }
   });
 }
 

@@ -182,9 +182,9 @@ class Folding {
   }
 
   void observe_channels(const Extremes<T>& channels, int64_t begin, int64_t end) const {
-    Extremes<T> some(0);
-    some.low.assign(channels.low.begin() + begin, channels.low.begin() + end);
-    some.high.assign(channels.high.begin() + begin, channels.high.begin() + end);
+    Extremes<T> some(end - begin);
+    std::copy(channels.low.begin() + begin, channels.low.begin() + end, some.low.begin());
+    std::copy(channels.high.begin() + begin, channels.high.begin() + end, some.high.begin());
     FusedBuffers b = buffers_;
     for (Array* a : {&b.min_val, &b.max_val, &b.scale, &b.zero_point}) *a = slice(*a, begin, end - begin);
     update(some, b);

@@ -11,16 +11,15 @@ template <class B>
 void choose_into(const Array& min_val, const Array& max_val, const Array& eps, const QParamsConfig& config,
                  const Array& scale, const Array& zero_point) {
   const B smallest = read_value<B>(eps);
-  std::vector<B> lows = read_values<B>(min_val);
-  const std::vector<B> highs = read_values<B>(max_val);
-  std::vector<double> zero_points;
-  zero_points.reserve(lows.size());
-  for (size_t i = 0; i < lows.size(); ++i) {
+  const auto lows = read_values<B, FewOrMany<B>>(min_val), highs = read_values<B, FewOrMany<B>>(max_val);
+  FewOrMany<B> scales(lows.size());
+  FewOrMany<double> zero_points(lows.size());
+  for (int64_t i = 0; i < lows.size(); ++i) {
     const auto q = qparams_of<B>({lows[i], highs[i]}, smallest, config);
-    lows[i] = q.scale;
-    zero_points.push_back(q.zero_point);
+    scales[i] = q.scale;
+    zero_points[i] = q.zero_point;
   }
-  write_values(scale, lows);
+  write_values(scale, scales);
   write_values(zero_point, zero_points);
 }
 

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from .. import _C
 from . import ops
-from .fast_calls import may_skip_dispatcher
+from .fast_calls import is_grad_enabled, may_skip_dispatcher
 from .reference import batch_norm
+
+_empty_like = torch.empty_like
+# Returns a result that was made already, with a gradient.
+_Attach = Callable[..., Tensor]
 
 
 def _with_gradients(
@@ -38,6 +42,15 @@ def _with_gradients(
     return function
 
 
+def _without_transforms(function: type[torch.autograd.Function]) -> _Attach:
+    """`function.apply` for tensors that torch.func has not wrapped, without looking for wrappers.
+
+    The look takes as long as half of the rest.
+    """
+    plain: _Attach = getattr(super(torch.autograd.Function, function), "apply", function.apply)
+    return plain
+
+
 # ----------------------------------------------------------------- straight-through estimate
 
 
@@ -50,9 +63,10 @@ def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _straight_through(ctx: Any, grad: Tensor) -> Tensor:
     """The straight-through estimate, https://arxiv.org/abs/1308.3432."""
     (mask,) = ctx.saved_tensors
-    gradient = _differentiable_mask if grad.requires_grad and torch.is_grad_enabled() else _masked
-    result: Tensor = gradient(grad, mask, ctx.stride)
-    return result
+    if grad.requires_grad and is_grad_enabled():
+        result: Tensor = _differentiable_mask(grad, mask, ctx.stride)
+        return result
+    return _masked(grad, mask, ctx.stride)
 
 
 def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -60,7 +74,7 @@ def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
     if grad.stride() != stride:
         grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
     if may_skip_dispatcher(grad):
-        gradient = torch.empty_like(grad)
+        gradient = _empty_like(grad)
         if _C.fake_quantize_backward(grad, mask, gradient):
             return gradient
     result: Tensor = ops.fake_quantize_backward(grad, mask)
@@ -91,7 +105,8 @@ class _StraightThrough(torch.autograd.Function):
         return _straight_through(ctx, grad), None
 
 
-with_straight_through: ops.Op = _StraightThrough.apply
+with_straight_through: _Attach = _StraightThrough.apply
+with_straight_through_plain = _without_transforms(_StraightThrough)
 
 
 class _StraightThroughSum(torch.autograd.Function):
@@ -108,7 +123,8 @@ class _StraightThroughSum(torch.autograd.Function):
         return gradient, gradient, None
 
 
-with_straight_through_sum: ops.Op = _StraightThroughSum.apply
+with_straight_through_sum: _Attach = _StraightThroughSum.apply
+with_straight_through_sum_plain = _without_transforms(_StraightThroughSum)
 
 
 def _gradients_of_fake_quantize(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

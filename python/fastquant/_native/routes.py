@@ -26,6 +26,12 @@ from .fast_calls import (
     is_transformed,
     may_skip_dispatcher,
 )
+from .gradients import (
+    with_straight_through,
+    with_straight_through_plain,
+    with_straight_through_sum,
+    with_straight_through_sum_plain,
+)
 from .settings import FusedSettings
 
 _empty_like = torch.empty_like
@@ -116,12 +122,6 @@ def _is_recorded() -> bool:
     return is_tracing() and not is_compiling()
 
 
-def _with_gradient(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """y, which was made of x, with the gradient of x that passes where the mask has a bit."""
-    result: Tensor = gradients.with_straight_through(x, (y, mask))
-    return result
-
-
 def _below_autograd(op: ops.Op, *args: Any) -> tuple[Tensor, Tensor]:
     """What the op returns, without the gradient that is registered with it for compilers."""
     with below_autograd():
@@ -159,7 +159,7 @@ def fake_quantize(
         if enabled_now:
             y, mask = _empty_like(x), empty_mask(x) if needs_grad else None
             if _C.fake_quantize(x, scale, zero_point, ch_axis, quant_min, quant_max, y, mask):
-                return y if mask is None else _with_gradient(x, y, mask)
+                return y if mask is None else with_straight_through_plain(x, (y, mask))
     in_graph = _is_in_graph(x)
     if enabled is not None and not in_graph and may_be_read(x):
         if not enabled.item():
@@ -171,7 +171,7 @@ def fake_quantize(
     elif is_transformed():
         y, _ = gradients.fake_quantize_with_mask(*args)
     elif needs_grad and not _is_recorded():
-        y = _with_gradient(x, *_below_autograd(ops.fake_quantize_with_mask, *args))
+        y = with_straight_through(x, _below_autograd(ops.fake_quantize_with_mask, *args))
     else:
         y = ops.fake_quantize(*args)
     return y
@@ -192,7 +192,7 @@ def fused_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
             if done is True:
                 if y is None:
                     return x
-                return y if mask is None else _with_gradient(x, y, mask)
+                return y if mask is None else with_straight_through_plain(x, (y, mask))
             if done:
                 raise nonfinite_refusal(x, done)
     # In two steps in graphs, since an op that changes its arguments can have no gradient, and under
@@ -206,7 +206,7 @@ def fused_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
         return x
     if needs_grad and not _is_recorded():
         made = _below_autograd(ops.fused_observe_fake_quantize_with_mask, x, *settings)
-        return _with_gradient(x, *made)
+        return with_straight_through(x, made)
     result: Tensor = ops.fused_observe_fake_quantize(x, *settings)
     return result
 
@@ -296,20 +296,16 @@ def add_observe_fake_quantize(
     ):
         return fused_observe_fake_quantize(clamped(a + b, low, high), settings)
     needs_grad = _needs_gradient(a) or _needs_gradient(b)
-    y: Tensor | None = None
     if may_skip_dispatcher(a, b):
         y, mask = _empty_like(a), empty_mask(a) if needs_grad else None
         done = _C.add_observe_fake_quantize(a, b, low, high, settings, y, mask)
-        if not done:
-            y = None
-        elif done is not True:
+        if done is True:
+            return y if mask is None else with_straight_through_sum_plain(a, b, (y, mask))
+        if done:
             raise nonfinite_refusal(a, done)
-    if y is None:
-        of_tensor = settings.per_tensor()
-        y, mask = _below_autograd(ops.add_observe_fake_quantize, a, b, low, high, *of_tensor)
-    if needs_grad:
-        y = gradients.with_straight_through_sum(a, b, (y, mask))
-    return y
+    of_tensor = settings.per_tensor()
+    made = _below_autograd(ops.add_observe_fake_quantize, a, b, low, high, *of_tensor)
+    return with_straight_through_sum(a, b, made) if needs_grad else made[0]
 
 
 def learnable_fake_quantize(x: Tensor, *args: Any) -> Tensor:
