@@ -532,20 +532,41 @@ def test_an_input_without_a_batch_dimension() -> None:
     y.sum().backward()
 
 
-def test_autocast_computes_in_its_own_dtype() -> None:
-    module, x = CASES["conv2d-plain-bias"]
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["conv2d-plain-bias", "conv2d-relu-nobias", "linear"])
+def test_autocast_computes_in_its_own_dtype(
+    name: str, dtype: torch.dtype, of_x: torch.dtype
+) -> None:
+    module, x = with_gammas(name, [0.0, -1.5])
     block = prepared(module)
     other = in_steps(block)
     results = []
     for each in (block, other):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = each(x)
+        leaf = x.to(of_x, copy=True).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = each(leaf)
         y.float().square().sum().backward()
-        results.append([y.detach(), *(p.grad for p in each.parameters())])
-    assert results[0][0].dtype == torch.bfloat16
+        results.append([y.detach(), leaf.grad, *(p.grad for p in each.parameters())])
+    assert results[0][0].dtype == dtype
+    assert torch.equal(results[0][0], results[1][0])
     for got, wanted in zip(*results, strict=True):
         assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(got, wanted, rtol=0.01, atol=0.01)
+
+
+def test_under_autocast_gradients_of_gradients_are_those_of_the_steps() -> None:
+    module, x = with_gammas("conv2d-plain-bias", [0.0, -1.5])
+    block = prepared(module)
+    results = []
+    for each in (block, in_steps(block)):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = each(leaf)
+        (grad,) = torch.autograd.grad(y.float().square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), list(each.parameters())[:2]))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
 
 
 def test_a_replaced_convolution_is_called() -> None:

@@ -1,7 +1,7 @@
 // Weights folded with batch norm: which channel goes where, in parallel.
 #include "folded_weight.h"
 
-#include <cstring>
+#include <type_traits>
 
 #include "extremes.h"
 #include "locks.h"
@@ -53,21 +53,52 @@ class FoldRows {
   int64_t channels_;
 };
 
-template <class S, class T>
+template <class S, class F>
+const FoldKernels<S, F, Compute<S>>& fold_kernels() {
+  if constexpr (std::is_same_v<S, F>) {
+    return kernels_of(S{}).fold;
+  } else if constexpr (std::is_same_v<F, Half>) {
+    return kernels().fold_to_f16;
+  } else {
+    return kernels().fold_to_bf16;
+  }
+}
+
+// Calls f with values of the types of a weight and of the folded weight.
+template <class F>
+void with_weight_types(const Dense& weight, const Array& folded, const F& f) {
+  check(folded.numel == weight.numel(), folded.name, " must have weight's shape");
+  with_stored_type(weight.type, [&](auto stored) {
+    if (folded.type == weight.type) return f(stored, stored);
+    if constexpr (std::is_same_v<decltype(stored), float>) {
+      if (folded.type == Element::f16) return f(stored, Half{});
+      if (folded.type == Element::bf16) return f(stored, BFloat16{});
+    }
+    check(false, folded.name, " must have weight's dtype, or be narrower");
+  });
+}
+
+// Writes n elements of one type as another.
+template <class From, class To>
+void convert(const From* from, int64_t n, To* to) {
+  for (int64_t i = 0; i < n; ++i) from_compute(to + i, static_cast<Compute<To>>(to_compute(from[i])));
+}
+
+template <class S, class F, class T>
 void fold_channel(const Dense& weight, int64_t c, const ChannelFold<T>& fold, int64_t quant_min,
-                  int64_t quant_max, S* folded) {
+                  int64_t quant_max, F* folded) {
   const S* const from = static_cast<const S*>(weight.data);
   for_rows(weight, c, [&](int64_t begin, int64_t n) {
     if (fold.s == 0) {
-      std::copy_n(from + begin, n, folded + begin);
+      convert(from + begin, n, folded + begin);
     } else {
-      kernels_of(S{}).fold_weight(from + begin, folded + begin, n, fold, quant_min, quant_max);
+      fold_kernels<S, F>().forward(from + begin, folded + begin, n, fold, quant_min, quant_max);
     }
   });
 }
 
 // One call of observe_folded_weight.
-template <class S>
+template <class S, class Folded>
 class Folding {
   using T = Compute<S>;
   using One = Scalar<T>;
@@ -84,7 +115,7 @@ class Folding {
     for (int64_t c = 0; c < weight.channels; ++c) s_[c] = as_stored<S, One>(s_[c] / stds_[c]);
   }
 
-  void run(bool observes, bool quantizes, S* folded, const Array& fold) {
+  void run(bool observes, bool quantizes, Folded* folded, const Array& fold) {
     std::unique_lock<std::mutex> lock;
     std::vector<int64_t> left_out(std::max<int64_t>(channel_pieces(weight_), 1), 0);
     Extremes<T> current(weight_.channels);
@@ -195,7 +226,8 @@ class Folding {
     choose_qparams(b.min_val, b.max_val, b.eps, settings_.qparams, b.scale, b.zero_point);
   }
 
-  void quantize_channels(int64_t begin, int64_t end, bool quantizes, const FoldRows<T>& rows, S* folded) const {
+  void quantize_channels(int64_t begin, int64_t end, bool quantizes, const FoldRows<T>& rows,
+                         Folded* folded) const {
     const int64_t first = per_channel_ ? begin : 0, count = per_channel_ ? end - begin : 1;
     const auto scales = read_values<T>(slice(buffers_.scale, first, count));
     const auto zero_points = read_values<T>(slice(buffers_.zero_point, first, count));
@@ -205,7 +237,7 @@ class Folding {
       const ChannelFold<T> fold = {quantizes ? s_[c] : T{0}, stds_[c], scales[i],
                                    reciprocal(scales[i], double_scale), zero_points[i]};
       rows.set(c, fold);
-      fold_channel(weight_, c, fold, settings_.qparams.quant_min, settings_.qparams.quant_max, folded);
+      fold_channel<S>(weight_, c, fold, settings_.qparams.quant_min, settings_.qparams.quant_max, folded);
     }
   }
 
@@ -220,7 +252,7 @@ class Folding {
 
 void observe_folded_weight(const Dense& weight, const Array& bn_weight, const Array& bn_std,
                            const FusedBuffers& buffers, const ObserveSettings& settings, bool observes,
-                           bool quantizes, void* folded, const Array& fold) {
+                           bool quantizes, const Array& folded, const Array& fold) {
   for (const Array* a : {&bn_weight, &bn_std}) {
     check_count(*a, weight.channels);
     check(a->type == weight.type, a->name, " must have weight's dtype");
@@ -230,35 +262,39 @@ void observe_folded_weight(const Dense& weight, const Array& bn_weight, const Ar
     check_count(*a, ranges);
   const Element type = buffers.zero_point.type;
   check(type == Element::i32 || type == Element::i64, "zero_point must have an integer dtype");
-  with_stored_type(weight.type, [&](auto stored) {
+  with_weight_types(weight, folded, [&](auto stored, auto narrow) {
     using S = decltype(stored);
+    using F = decltype(narrow);
     check_fold<Compute<S>>(fold, weight);
-    Folding<S>(weight, bn_weight, bn_std, buffers, settings)
-        .run(observes, quantizes, static_cast<S*>(folded), fold);
+    Folding<S, F> folding(weight, bn_weight, bn_std, buffers, settings);
+    folding.run(observes, quantizes, static_cast<F*>(folded.data), fold);
   });
 }
 
-void fold_weight(const Dense& weight, const Array& fold, int64_t quant_min, int64_t quant_max, void* folded) {
-  with_stored_type(weight.type, [&](auto stored) {
+void fold_weight(const Dense& weight, const Array& fold, int64_t quant_min, int64_t quant_max,
+                 const Array& folded) {
+  with_weight_types(weight, folded, [&](auto stored, auto narrow) {
     using S = decltype(stored);
+    using F = decltype(narrow);
     check_fold<Compute<S>>(fold, weight);
     const FoldRows<Compute<S>> rows(fold, weight.channels);
     for_pieces(weight.channels, channel_pieces(weight), 1, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c)
-        fold_channel(weight, c, rows.get(c), quant_min, quant_max, static_cast<S*>(folded));
+        fold_channel<S>(weight, c, rows.get(c), quant_min, quant_max, static_cast<F*>(folded.data));
     });
   });
 }
 
-void fold_weight_backward(const Dense& weight, const void* grad, const Array& fold, int64_t quant_min,
+void fold_weight_backward(const Dense& weight, const Array& grad, const Array& fold, int64_t quant_min,
                           int64_t quant_max, void* grad_weight, const Array& grad_bn_weight) {
   check_count(grad_bn_weight, weight.channels);
   std::vector<double> gradients(static_cast<size_t>(weight.channels), 0.0);
-  with_stored_type(weight.type, [&](auto stored) {
+  with_weight_types(weight, grad, [&](auto stored, auto narrow) {
     using S = decltype(stored);
+    using F = decltype(narrow);
     check_fold<Compute<S>>(fold, weight);
     const FoldRows<Compute<S>> rows(fold, weight.channels);
-    const S* const g = static_cast<const S*>(grad);
+    const F* const g = static_cast<const F*>(grad.data);
     const S* const w = static_cast<const S*>(weight.data);
     S* const out = static_cast<S*>(grad_weight);
     for_pieces(weight.channels, channel_pieces(weight), 1, [&](int64_t, int64_t first, int64_t last) {
@@ -267,10 +303,10 @@ void fold_weight_backward(const Dense& weight, const void* grad, const Array& fo
         double total = 0;
         for_rows(weight, c, [&](int64_t begin, int64_t n) {
           if (f.s != 0) {
-            total += kernels_of(S{}).fold_weight_backward(g + begin, w + begin, out + begin, n, f, quant_min,
-                                                          quant_max);
-          } else if (out != g) {
-            std::copy_n(g + begin, n, out + begin);
+            total +=
+                fold_kernels<S, F>().backward(g + begin, w + begin, out + begin, n, f, quant_min, quant_max);
+          } else {
+            convert(g + begin, n, out + begin);
           }
         });
         if (f.s != 0) gradients[c] = total / static_cast<double>(f.s) / static_cast<double>(f.bn_std);

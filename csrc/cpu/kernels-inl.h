@@ -37,8 +37,7 @@ constexpr KernelsFor<S, typename V::Element> kernels_for() {
       clamped_sum<V, S, T>,
       mask_gradient<V, S, T>,
       learnable_backward<V, S, T>,
-      fold_weight<V, S, T>,
-      fold_weight_backward<V, S, T>,
+      {fold_weight<V, S, S, T>, fold_weight_backward<V, S, S, T>},
       moments_of_rows<V, S, T>,
       normalize_rows<V, S, T>,
       gradient_sums_of_rows<V, S, T>,
@@ -64,6 +63,8 @@ constexpr Kernels kernel_table(const char* isa) {
       kernels_for<V<double>, double>(),
       kernels_for<V<float>, Half>(),
       kernels_for<V<float>, BFloat16>(),
+      {fold_weight<V<float>, float, Half, float>, fold_weight_backward<V<float>, float, Half, float>},
+      {fold_weight<V<float>, float, BFloat16, float>, fold_weight_backward<V<float>, float, BFloat16, float>},
       quantization_error<V<float>, V<double>>,
       quantize<V<float>>,
   };

@@ -82,6 +82,18 @@ struct NormColumns {
 // Memory that kernels of columns need for accumulators in whole vectors.
 constexpr int64_t column_scratch(int64_t columns) { return 5 * (columns + 64); }
 
+// Weights of type S that are folded with batch norm, and gradients of type F of the folded ones.
+template <class S, class F, class T>
+struct FoldKernels {
+  // Folds n weights of one channel, whose s is not 0 (math/folded_weight.h).
+  void (*forward)(const S* weight, F* folded, int64_t n, const ChannelFold<T>& fold, int64_t quant_min,
+                  int64_t quant_max);
+
+  // The gradient of these weights. Returns their part of the gradient of s, times s. grad_weight may be grad.
+  double (*backward)(const F* grad, const S* weight, S* grad_weight, int64_t n, const ChannelFold<T>& fold,
+                     int64_t quant_min, int64_t quant_max);
+};
+
 template <class S, class T>
 struct KernelsFor {
   // The smallest and largest of n elements other than NaN; +inf and -inf if there are none. *nonfinite is set
@@ -137,13 +149,8 @@ struct KernelsFor {
   LearnableSums (*learnable_backward)(const S* grad, const S* x, S* grad_x, int64_t n, T scale, T inverse_scale,
                                       T zero_point, T quant_min, T quant_max, T grad_factor);
 
-  // Folds n weights of one channel, whose s is not 0, with its batch norm (math/folded_weight.h).
-  void (*fold_weight)(const S* weight, S* folded, int64_t n, const ChannelFold<T>& fold, int64_t quant_min,
-                      int64_t quant_max);
+  FoldKernels<S, S, T> fold;
 
-  // The gradient of these weights. Returns their part of the gradient of s, times s. grad_weight may be grad.
-  double (*fold_weight_backward)(const S* grad, const S* weight, S* grad_weight, int64_t n,
-                                 const ChannelFold<T>& fold, int64_t quant_min, int64_t quant_max);
   // Batch norm, a clamp and fake-quantize (math/batch_norm.h), for elements of one channel …
   void (*moments_of_rows)(const S* x, const ChannelChunk& chunk, ChunkMoments* out);
   void (*normalize_rows)(const S* x, S* y, const ChannelChunk& chunk, const ChannelNorm<T>& norm,
@@ -174,6 +181,10 @@ struct Kernels {
   KernelsFor<double, double> f64;
   KernelsFor<Half, float> f16;
   KernelsFor<BFloat16, float> bf16;
+
+  // Folded weights in the type that autocast gives them.
+  FoldKernels<float, Half, float> fold_to_f16;
+  FoldKernels<float, BFloat16, float> fold_to_bf16;
 
   // The sum over all bins of the squared error from quantizing the range of bins [start_bin, end_bin] to
   // `levels` values. density[b] is the count of bin b divided by the width of a bin.

@@ -229,6 +229,11 @@ Dense channels_of(const Tensor& weight) {
   return dense(view(weight), 0);
 }
 
+// A tensor that lies in memory as a weight does.
+Array aligned_with_weight(const Tensor& t, const char* name) {
+  return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), name};
+}
+
 // The dtype of arithmetic on x.
 ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -245,14 +250,14 @@ std::tuple<Tensor, Tensor> observe_folded_weight_(const FusedArguments& a, const
   Tensor fold = empty_strided(2, sizes, strides, compute_type(weight), weight);
   observe_folded_weight(channels_of(weight), array(bn_weight, "bn_weight"), array(bn_std, "bn_std"),
                         buffers_of(a), a.settings, flag(a.observer_enabled), flag(a.fake_quant_enabled),
-                        folded.mutable_data_ptr(), array(fold, "fold"));
+                        aligned_with_weight(folded, "folded"), array(fold, "fold"));
   return {folded, fold};
 }
 
 Tensor fold_weight_op(const Tensor weight, const Tensor fold, int64_t quant_min, int64_t quant_max) {
   const Tensor w = densified(weight);
   Tensor folded = empty_output(w);
-  fold_weight(channels_of(w), array(fold, "fold"), quant_min, quant_max, folded.mutable_data_ptr());
+  fold_weight(channels_of(w), array(fold, "fold"), quant_min, quant_max, aligned_with_weight(folded, "folded"));
   return folded;
 }
 
@@ -265,8 +270,8 @@ std::tuple<Tensor, Tensor> fold_weight_backward_op(const Tensor grad, const Tens
     torch::stable::copy_(aligned, grad);
   }
   Tensor grad_weight = empty_output(w), grad_bn_weight = empty_1d(fold.size(1), w.scalar_type(), w);
-  fold_weight_backward(channels_of(w), aligned.const_data_ptr(), array(fold, "fold"), quant_min, quant_max,
-                       grad_weight.mutable_data_ptr(), array(grad_bn_weight, "grad_bn_weight"));
+  fold_weight_backward(channels_of(w), aligned_with_weight(aligned, "grad"), array(fold, "fold"), quant_min,
+                       quant_max, grad_weight.mutable_data_ptr(), array(grad_bn_weight, "grad_bn_weight"));
   return {grad_weight, grad_bn_weight};
 }
 

@@ -144,10 +144,11 @@ std::optional<double> optional_number(PyObject* object) {
 }
 
 // Whether a tensor has the shape, strides and dtype of x.
-bool is_like(const DLTensor& y, const DLTensor& x) {
-  return y.ndim == x.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape) && element(y) == element(x) &&
-         has_strides(y, x.strides);
+bool lies_as(const DLTensor& y, const DLTensor& x) {
+  return y.ndim == x.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape) && has_strides(y, x.strides);
 }
+
+bool is_like(const DLTensor& y, const DLTensor& x) { return lies_as(y, x) && element(y) == element(x); }
 
 // A weight with its output channels as channels.
 Dense output_channels(const DLTensor& weight) {
@@ -155,18 +156,19 @@ Dense output_channels(const DLTensor& weight) {
   return dense(weight, 0);
 }
 
-// The memory of a tensor that lies in memory as x does.
-void* memory_like(PyObject* object, const DLTensor& x) {
-  const DLTensor y = tensor(object);
-  require(is_like(y, x));
-  return y.data;
+// A tensor of any dtype that lies in memory as a weight does.
+Array aligned_with_weight(PyObject* object, const DLTensor& weight, const char* name) {
+  const DLTensor t = tensor(object);
+  require(lies_as(t, weight));
+  return {t.data, element(t), numel(t), name};
 }
 
 // The memory of an output tensor for x.
 void* output(PyObject* object, const DLTensor& x) {
-  void* const data = memory_like(object, x);
-  prefer_huge_pages(data, numel(x) * (x.bits / 8));
-  return data;
+  const DLTensor y = tensor(object);
+  require(is_like(y, x));
+  prefer_huge_pages(y.data, numel(x) * (x.bits / 8));
+  return y.data;
 }
 
 // The memory of a mask for n elements, or null if `object` is None.
@@ -383,7 +385,7 @@ PyObject* observe_folded_weight_call(PyObject*, PyObject* const* given, Py_ssize
     const auto axis = s.observe.ch_axis;
     require(!axis.has_value() || *axis == 0 || *axis == -t.ndim);
     const bool quantizes = flag(s.fake_quant_enabled);
-    void* const folded = output(args.next(), t);
+    const Array folded = aligned_with_weight(args.next(), t, "folded");
     const Array fold = values(args.next(), "fold");
     const WithoutGil released(weight.numel());
     observe_folded_weight(weight, bn_weight, bn_std, s.buffers, s.observe, s.observes, quantizes, folded, fold);
@@ -396,7 +398,7 @@ PyObject* fold_weight_call(PyObject*, PyObject* const* given, Py_ssize_t count) 
     const Dense weight = output_channels(t);
     const Array fold = values(args.next(), "fold");
     const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
-    void* const folded = output(args.next(), t);
+    const Array folded = aligned_with_weight(args.next(), t, "folded");
     const WithoutGil released(weight.numel());
     fold_weight(weight, fold, quant_min, quant_max, folded);
   });
@@ -407,13 +409,14 @@ PyObject* fold_weight_backward_call(PyObject*, PyObject* const* given, Py_ssize_
     PyObject* const grad = args.next();
     const DLTensor t = tensor(args.next());
     const Dense weight = output_channels(t);
-    const void* const from = memory_like(grad, t);
+    const Array from = aligned_with_weight(grad, t, "grad");
     const Array fold = values(args.next(), "fold");
     const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
-    void* const grad_weight = memory_like(args.next(), t);
+    const Array grad_weight = aligned_with_weight(args.next(), t, "grad_weight");
+    require(grad_weight.type == weight.type);
     const Array grad_bn_weight = buffer(args.next(), "grad_bn_weight");
     const WithoutGil released(weight.numel());
-    fold_weight_backward(weight, from, fold, quant_min, quant_max, grad_weight, grad_bn_weight);
+    fold_weight_backward(weight, from, fold, quant_min, quant_max, grad_weight.data, grad_bn_weight);
   });
 }
 

@@ -260,8 +260,8 @@ void compare_folded_weight(const char* isa, const KernelsFor<S, T>& k, const Ker
   double sums[2];
   for (int t = 0; t < 2; ++t) {
     const auto& table = t == 0 ? k : ref;
-    table.fold_weight(weight.get(), folded[t].get(), n, fold, -reach, reach);
-    sums[t] = table.fold_weight_backward(grad.get(), weight.get(), out[t].get(), n, fold, -reach, reach);
+    table.fold.forward(weight.get(), folded[t].get(), n, fold, -reach, reach);
+    sums[t] = table.fold.backward(grad.get(), weight.get(), out[t].get(), n, fold, -reach, reach);
   }
   ++compared;
   if (!same_bits(folded[0].get(), folded[1].get(), n)) report(isa, "folded weight", n, offset);
@@ -269,7 +269,7 @@ void compare_folded_weight(const char* isa, const KernelsFor<S, T>& k, const Ker
   if (!same_number(sums[0], sums[1])) report(isa, "folded weight's sum", n, offset);
   // The gradient may take the memory of the incoming one.
   std::copy(grad.get(), grad.get() + n, folded[0].get());
-  k.fold_weight_backward(folded[0].get(), weight.get(), folded[0].get(), n, fold, -reach, reach);
+  k.fold.backward(folded[0].get(), weight.get(), folded[0].get(), n, fold, -reach, reach);
   if (!same_bits(folded[0].get(), out[1].get(), n)) report(isa, "folded weight's gradient in place", n, offset);
 }
 

@@ -22,8 +22,8 @@ ExactWeightFolder<S, Scalar<T>> exact_weight_folder(T s, const ChannelParams<T>&
   return {s, {p.scale, p.inverse_scale, p.zero_point, quant_min, quant_max, false}};
 }
 
-template <class V, class S, class T>
-void fold_weight(const S* weight, S* folded, int64_t n, const ChannelFold<T>& fold, int64_t quant_min,
+template <class V, class S, class F, class T>
+void fold_weight(const S* weight, F* folded, int64_t n, const ChannelFold<T>& fold, int64_t quant_min,
                  int64_t quant_max) {
   using One = Scalar<T>;
   const ChannelParams<T> params = params_of(fold, quant_min, quant_max);
@@ -43,8 +43,8 @@ void fold_weight(const S* weight, S* folded, int64_t n, const ChannelFold<T>& fo
 }
 
 // The sum has the same lanes whatever V::N is, so every instruction set gives the same bits.
-template <class V, class S, class T>
-double fold_weight_backward(const S* grad, const S* weight, S* grad_weight, int64_t n,
+template <class V, class S, class F, class T>
+double fold_weight_backward(const F* grad, const S* weight, S* grad_weight, int64_t n,
                             const ChannelFold<T>& fold, int64_t quant_min, int64_t quant_max) {
   constexpr int kLanes = 16, kVectors = kLanes / V::N;
   constexpr int64_t kBlock = 1024;  // elements that are summed in T before the sum is added to a double

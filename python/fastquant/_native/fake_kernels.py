@@ -79,10 +79,15 @@ def _empty_batch_norm_gradients(
     return torch.empty_like(x), norm.new_empty(channels), norm.new_empty(channels)
 
 
-def empty_folded(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def empty_folded(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Memory for a folded weight and the values that it is folded with."""
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.empty_like(weight), weight.new_empty((5, weight.shape[0]), dtype=compute)
+    fold = weight.new_empty((5, weight.shape[0]), dtype=compute)
+    return torch.empty_like(weight, dtype=dtype), fold
+
+
+def _empty_folded_and_fold(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_folded(weight)
 
 
 def _empty_gradients_of_folded(grad: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -111,7 +116,7 @@ _FAKE_KERNELS: dict[str, Op] = {
     "batch_norm_fake_quantize": _empty_like_first,
     "batch_norm_fake_quantize_backward": _empty_batch_norm_gradients,
     "add_observe_fake_quantize": _empty_with_mask,
-    "observe_folded_weight_": empty_folded,
+    "observe_folded_weight_": _empty_folded_and_fold,
     "fold_weight": _empty_like_first,
     "fold_weight_backward": _empty_gradients_of_folded,
     "learnable_fake_quantize": _empty_like_first,

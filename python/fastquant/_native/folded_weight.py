@@ -31,9 +31,16 @@ class Folded(NamedTuple):
 
 
 def fold_weight(
-    weight: Tensor, bn_weight: Tensor, running_var: Tensor, bn_eps: float, settings: FusedSettings
+    weight: Tensor,
+    bn_weight: Tensor,
+    running_var: Tensor,
+    bn_eps: float,
+    settings: FusedSettings,
+    dtype: torch.dtype | None = None,
 ) -> Folded:
     """Observe w s, where s = bn_weight / sqrt(running_var + bn_eps), and make q(w s) / s.
+
+    dtype: what q(w s) / s is rounded to at last; the weight's own if None.
 
     Raises:
         RuntimeError, ValueError: the op refuses its arguments. No buffer has changed.
@@ -44,13 +51,16 @@ def fold_weight(
         bn_std = torch.sqrt(running_var + bn_eps)
         quant_range = settings.quant_min, settings.quant_max
         if may_skip_dispatcher(weight, bn_weight, bn_std):
-            made = Folded(*empty_folded(weight), *quant_range)
-            done = _C.observe_folded_weight_(weight, bn_weight, bn_std, settings, *made[:2])
+            folded, fold = empty_folded(weight, dtype)
+            made = Folded(folded, fold, *quant_range)
+            done = _C.observe_folded_weight_(weight, bn_weight, bn_std, settings, folded, fold)
             if done is True:
                 return made
             if done:
                 raise nonfinite_refusal(weight, done)
         folded, fold = ops.observe_folded_weight_(weight, bn_weight, bn_std, *settings)
+        if dtype is not None:
+            folded = folded.to(dtype)
     return Folded(folded, fold, *quant_range)
 
 
@@ -69,7 +79,7 @@ def _gradients(
     """Of weight and bn_weight. With `reuse`, grad may become the gradient of the weight."""
     if may_skip_dispatcher(weight, fold, grad):
         of_bn_weight = weight.new_empty(weight.shape[0])
-        of_weight = grad if reuse else torch.empty_like(weight)
+        of_weight = grad if reuse and grad.dtype == weight.dtype else torch.empty_like(weight)
         args = (grad, weight, fold, quant_min, quant_max, of_weight, of_bn_weight)
         if _C.fold_weight_backward(*args):
             return of_weight, of_bn_weight
@@ -201,20 +211,26 @@ class _LayerWithFoldedWeight(torch.autograd.Function):
         folded: Folded,
         layer: Layer,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bn_weight, bias, folded.fold)
+        # Under autocast a layer keeps its weight in autocast's dtype in float training, too.
+        kept = None if folded.weight.dtype == weight.dtype else folded.weight
+        ctx.save_for_backward(x, weight, bn_weight, bias, folded.fold, kept)
         ctx.quant_range, ctx.layer = (folded.quant_min, folded.quant_max), layer
         return layer(x, folded.weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bn_weight, bias, fold = ctx.saved_tensors
+        x, weight, bn_weight, bias, fold, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range)
+            folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range).to(x.dtype)
             y = ctx.layer(x, folded, bias)
             return _differentiable_gradients(ctx, y, (x, weight, bn_weight, bias), grad)
         of_x, of_weight, of_bn_weight, of_bias, *_ = ctx.needs_input_grad
-        # Of the weight, its own gradient needs only the shape.
-        folded = _folded_again(weight, fold, *ctx.quant_range) if of_x else weight
+        if kept is not None:
+            folded = kept
+        elif of_x:
+            folded = _folded_again(weight, fold, *ctx.quant_range)
+        else:
+            folded = weight  # its own gradient needs only its shape
         needed = [of_x, of_weight or of_bn_weight, of_bias]
         grad_x, grad_folded, grad_bias = ctx.layer.gradients(grad, x, folded, bias, needed)
         del folded
@@ -233,7 +249,12 @@ def with_folded_weight(
     bias: Tensor | None,
     folded: Folded,
 ) -> Tensor:
-    """What the layer makes of x with the folded weight, which autograd does not keep."""
-    inputs = (x, weight, bn_weight, bias, folded, layer)
+    """What the layer makes of x with the folded weight, which autograd does not keep.
+
+    It computes in the dtype of the folded weight, as autocast would.
+    """
+    dtype = folded.weight.dtype
+    bias = None if bias is None else bias.to(dtype)
+    inputs = (x.to(dtype), weight, bn_weight, bias, folded, layer)
     y: Tensor = _LayerWithFoldedWeight.apply(*inputs)  # type: ignore[no-untyped-call]
     return y

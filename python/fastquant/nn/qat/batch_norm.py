@@ -69,8 +69,11 @@ def _folded_in_steps(module: Any) -> Tensor:
     return torch.where(zeros, weight, module.weight_fake_quant(scaled) / scale)
 
 
-def _folded_by_op(module: Any) -> Folded | None:
-    """The folded weight by one op; None where only the single steps do what they should."""
+def _folded_by_op(module: Any, dtype: torch.dtype | None) -> Folded | None:
+    """The folded weight by one op; None where only the single steps do what they should.
+
+    dtype: what the layer computes in; the weight's own if None.
+    """
     bn, weight = module.bn, module.weight
     settings = settings_of_one_op(module.weight_fake_quant)
     if (
@@ -85,7 +88,7 @@ def _folded_by_op(module: Any) -> Folded | None:
     ):
         return None
     try:
-        return fold_weight(weight, bn.weight, bn.running_var, bn.eps, settings)
+        return fold_weight(weight, bn.weight, bn.running_var, bn.eps, settings, dtype)
     except (RuntimeError, ValueError):
         return None  # The fake-quantizer says in words what is wrong, and in which layer.
 
@@ -100,17 +103,26 @@ _CONVOLUTIONS = {
 _LINEAR = F.linear
 
 
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def _dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What a layer computes in, its weight's dtype or autocast's; None where it is another."""
+    if not torch.is_autocast_enabled("cpu"):
+        return weight.dtype if x.dtype == weight.dtype else None
+    dtype = torch.get_autocast_dtype("cpu")
+    casts = weight.dtype == torch.float32 and x.dtype in (torch.float32, *_NARROW)
+    return dtype if casts and dtype in _NARROW else None
+
+
 def _layer(module: Any, x: Tensor) -> Layer | None:
     """What the module does with x and its weight; None where this is not known in full."""
-    weight = module.weight
     if (
         not torch.is_grad_enabled()
         or type(x) is not Tensor
         or x.layout is not torch.strided
         or not x.is_cpu
-        or x.dtype != weight.dtype
-        or x.dim() != weight.dim()
-        or torch.is_autocast_enabled("cpu")
+        or x.dim() != module.weight.dim()
     ):
         return None
     if isinstance(module, nn.Linear):
@@ -139,10 +151,12 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
     alone = is_called_alone()
     if not (alone and is_plain(module.weight_fake_quant) and _is_off(module.weight_fake_quant)):
-        folded = _folded_by_op(module) if alone else None
+        dtype = _dtype_of_layer(x, weight)
+        layer = None if dtype is None else _layer(module, x)
+        folded = _folded_by_op(module, None if layer is None else dtype) if alone else None
         if folded is None:
             weight = _folded_in_steps(module)
-        elif (layer := _layer(module, x)) is not None:
+        elif layer is not None:
             return with_folded_weight(layer, x, weight, bn.weight, bias, folded)
         else:
             weight = with_gradients(weight, bn.weight, folded)
