@@ -962,6 +962,9 @@ class HistogramObserver(_RangeObserver):
         new_min, new_max = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
         counts = torch.histc(x, self.bins, min=float(new_min), max=float(new_max))
         old_range = (self.min_val, self.max_val)
+        if (new_min, new_max) == old_range:
+            self.histogram.add_(counts)
+            return
         self.histogram.copy_(
             self._combine_histograms(self.histogram, *old_range, counts, new_min, new_max)
         )
