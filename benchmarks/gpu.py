@@ -9,8 +9,10 @@ several calls; small calls and whole models by the clock, around many calls and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,10 +20,14 @@ from typing import Any
 import torch
 import torch.ao.quantization as torch_ao
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastquant
 from fastquant import bench
-from fastquant._native import ops
+from fastquant._native import ops, routes
+from fastquant._native.folded_weight import fold_weight, with_gradients
+from fastquant._native.settings import FusedSettings
+from fastquant.nn.qat.plain import fused_on_cuda, settings_of_one_op
 from harness import (
     OURS,
     THEIRS,
@@ -171,6 +177,129 @@ def large_tensors(suite: Suite) -> None:
         fake_quantize(suite, channels_last, 1, "per channel")
 
 
+# ------------------------------------------------------- one op, or a module for each step
+
+# Activations of MobileNetV2 and ResNet-18, and one of their weights.
+NORMALIZED = ((32, 96, 112, 112), (32, 144, 56, 56), (32, 192, 28, 28))
+ADDED = ((32, 64, 56, 56), (32, 256, 14, 14))
+WEIGHT = (512, 512, 3, 3)
+RELU = (0.0, math.inf)
+
+STEPS, FLOAT = "steps", "float"
+
+
+def settings(fake_quantizer: nn.Module) -> FusedSettings:
+    """What an op takes in the place of a call of this fake-quantizer."""
+    found = settings_of_one_op(fake_quantizer)
+    assert found is not None
+    return found
+
+
+def activation_quantizer() -> nn.Module:
+    module: nn.Module = fastquant.get_default_qat_qconfig("x86").activation()
+    return module.to(GPU)
+
+
+def forward_backward(run: Callable[..., Tensor], *inputs: Tensor) -> Run:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    grad = torch.ones_like(run(*leaves))
+    return lambda: torch.autograd.grad(run(*leaves), leaves, grad)
+
+
+def against_steps(
+    suite: Suite,
+    work: str,
+    runs: dict[str, Callable[..., Tensor]],
+    reads: int,
+    copies: int,
+    *inputs: Tensor,
+) -> None:
+    """Forward and backward as one op: against a module for each step, float, and memory."""
+    x = inputs[0].detach()
+    copied = torch.empty_like(x)
+    cases: dict[str, Run] = {name: forward_backward(run, *inputs) for name, run in runs.items()}
+    cases |= {"read": lambda: torch.sum(x), "copy": lambda: copied.copy_(x)}
+    timed_rounds = timed(cases, suite.rounds)
+    for other, what in ((STEPS, "its steps"), (FLOAT, "float")):
+        if other in runs:
+            value = functools.partial(lambda t, other: t[other] / t[OURS], other=other)
+            target = at_least(1)
+            suite.add_rounds(
+                f"{work}: against {what}", describe(x), timed_rounds, value, "x", target
+            )
+    suite.add_rounds(
+        f"{work}: against {reads} reads, {copies} copies",
+        describe(x),
+        timed_rounds,
+        lambda t: t[OURS] / (reads * t["read"] + copies * t["copy"]),
+        "of limit",
+        at_most(1 / 0.85),
+    )
+
+
+def batch_norm(suite: Suite, x: Tensor) -> None:
+    """Forward reads x twice and writes y; backward reads it and the gradient twice."""
+    channels = x.shape[1]
+    mean, var = torch.zeros(channels, device=GPU), torch.ones(channels, device=GPU)
+    weight = torch.rand(channels, device=GPU) + 0.5
+    bias = torch.randn(channels, device=GPU) * 0.1
+    fused, alone = activation_quantizer(), activation_quantizer()
+
+    def in_float(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, mean, var, weight, bias, True, 0.1, 1e-5))
+
+    def as_one(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        statistics = (mean, var, True, 0.1, 1e-5)
+        return routes.batch_norm_observe_fake_quantize(
+            x, weight, bias, *statistics, *RELU, settings(fused)
+        )
+
+    runs = {OURS: as_one, STEPS: lambda *args: alone(in_float(*args)), FLOAT: in_float}
+    against_steps(suite, "batch norm + ReLU + fake-quantize", runs, 4, 2, x, weight, bias)
+
+
+def addition(suite: Suite, a: Tensor) -> None:
+    """Forward reads both twice and writes y; backward writes one gradient for both."""
+    fused, alone = activation_quantizer(), activation_quantizer()
+    runs = {
+        OURS: lambda a, b: routes.add_observe_fake_quantize(a, b, *RELU, settings(fused)),
+        STEPS: lambda a, b: alone(F.relu(a + b)),
+        FLOAT: lambda a, b: F.relu(a + b),
+    }
+    against_steps(suite, "add + ReLU + fake-quantize", runs, 3, 2, a, a.flip(0))
+
+
+def folded_weight(suite: Suite, weight: Tensor) -> None:
+    """Forward reads the weight twice and writes another; backward reads it and the gradient."""
+    channels = weight.shape[0]
+    var, eps, gamma = torch.ones(channels, device=GPU), 1e-5, torch.rand(channels, device=GPU) + 0.5
+    fused, alone = (fastquant.get_default_qat_qconfig("x86").weight().to(GPU) for _ in range(2))
+    for module in (fused, alone):
+        module(weight)  # sets the size of its buffers
+
+    def as_one(weight: Tensor, gamma: Tensor) -> Tensor:
+        return with_gradients(weight, gamma, fold_weight(weight, gamma, var, eps, settings(fused)))
+
+    def in_steps(weight: Tensor, gamma: Tensor) -> Tensor:
+        scale = (gamma / torch.sqrt(var + eps)).reshape(-1, 1, 1, 1)
+        quantized: Tensor = alone(weight * scale) / scale
+        return quantized
+
+    runs = {OURS: as_one, STEPS: in_steps}
+    against_steps(suite, "weight folded with batch norm", runs, 2, 2, weight, gamma)
+
+
+def fused_ops(suite: Suite) -> None:
+    """Whether QAT modules should take one op on this GPU, which they do on the CPU."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for shape in NORMALIZED:
+                batch_norm(suite, normal(*shape, dtype=dtype, memory_format=layout).to(GPU))
+            for shape in ADDED:
+                addition(suite, normal(*shape, dtype=dtype, memory_format=layout).to(GPU))
+    folded_weight(suite, normal(*WEIGHT).to(GPU))
+
+
 # -------------------------------------------------------------------------- small calls
 
 # Each with how many times as fast as torch.ao's a call has to be.
@@ -207,16 +336,28 @@ def small_calls(suite: Suite) -> None:
 
 
 class TrainingStep:
-    """A step of SGD that a CUDA graph can record."""
+    """A step of SGD that a CUDA graph can record; under autocast, if a dtype is given.
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self._model, self._x = model, x
+    `fuses`: whether QAT modules take one op for several steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        autocast: torch.dtype | None = None,
+        fuses: bool = False,
+    ) -> None:
+        self._model, self._x, self._autocast, self._fuses = model, x, autocast, fuses
         self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def __call__(self) -> None:
-        self._optimizer.zero_grad(set_to_none=False)
-        self._model(self._x).float().square().mean().backward()
-        self._optimizer.step()
+        with fused_on_cuda() if self._fuses else contextlib.nullcontext():
+            self._optimizer.zero_grad(set_to_none=False)
+            with torch.autocast("cuda", self._autocast, enabled=self._autocast is not None):
+                y = self._model(self._x)
+            y.float().square().mean().backward()
+            self._optimizer.step()
 
     def recorded(self) -> Run:
         side = torch.cuda.Stream()
@@ -232,20 +373,23 @@ class TrainingStep:
         return replay
 
 
-def qat_steps(suite: Suite, name: str = "mobilenet_v2", batch: int = 32) -> None:
+def qat_models(name: str) -> tuple[nn.Module, Callable[[Any], nn.Module]]:
+    """A float model for training on the GPU, and a function that has a library prepare it."""
     model = bench.fused(bench.torchvision_model(name).train(), "qat")
-    x = normal(batch, 3, 224, 224).to(GPU)
 
     def prepared(library: Any) -> nn.Module:
-        own = copy.deepcopy(model)
+        own: Any = copy.deepcopy(model)
         own.qconfig = library.get_default_qat_qconfig("fbgemm")
-        return library.prepare_qat(own).to(GPU)
+        result: nn.Module = library.prepare_qat(own).to(GPU)
+        return result
 
-    models = {
-        "float": copy.deepcopy(model).to(GPU),
-        OURS: prepared(fastquant),
-        THEIRS: prepared(torch_ao),
-    }
+    return copy.deepcopy(model).to(GPU), prepared
+
+
+def qat_steps(suite: Suite, name: str = "mobilenet_v2", batch: int = 32) -> None:
+    model, prepared = qat_models(name)
+    x = normal(batch, 3, 224, 224).to(GPU)
+    models = {FLOAT: model, OURS: prepared(fastquant), THEIRS: prepared(torch_ao)}
     steps = {side: TrainingStep(own, x) for side, own in models.items()}
     rounds = min(suite.rounds, 10)
     input = f"{list(x.shape)}"
@@ -258,15 +402,43 @@ def qat_steps(suite: Suite, name: str = "mobilenet_v2", batch: int = 32) -> None
         "x",
         at_least(1.5),
     )
-    graphs = {side: steps[side].recorded() for side in ("float", OURS)}
+    graphs = {side: steps[side].recorded() for side in (FLOAT, OURS)}
     suite.add_rounds(
         f"{name}: QAT step as a graph, over float",
         input,
         timed(graphs, rounds, few),
-        lambda t: t[OURS] / t["float"] - 1,
+        lambda t: t[OURS] / t[FLOAT] - 1,
         "more",
         at_most(0.10),
     )
+
+
+def fused_qat_steps(suite: Suite, name: str = "mobilenet_v2", batch: int = 32) -> None:
+    """Whether QAT modules should take one op on this GPU, by whole steps, eager and recorded."""
+    rounds, few = min(suite.rounds, 10), functools.partial(wall_seconds, calls=5)
+    for autocast in (None, torch.float16, torch.bfloat16):
+        model, prepared = qat_models(name)
+        # Mixed precision is fastest in channels_last.
+        layout = torch.contiguous_format if autocast is None else torch.channels_last
+        x = normal(batch, 3, 224, 224, memory_format=layout).to(GPU)
+        models = {FLOAT: model, STEPS: prepared(fastquant), OURS: prepared(fastquant)}
+        steps = {
+            side: TrainingStep(own.to(memory_format=layout), x, autocast, side == OURS)
+            for side, own in models.items()
+        }
+        what = "fp32" if autocast is None else f"{str(autocast).removeprefix('torch.')} autocast"
+        ways: dict[str, Mapping[str, Run]] = {
+            "": steps,
+            " as a graph": {side: step.recorded() for side, step in steps.items()},
+        }
+        for way, runs in ways.items():
+            work, times = f"{name}: QAT step{way}, {what}", timed(runs, rounds, few)
+            for other, compared in ((STEPS, "its steps"), (FLOAT, FLOAT)):
+                value = functools.partial(lambda t, other: t[other] / t[OURS], other=other)
+                target = at_least(1)
+                suite.add_rounds(
+                    f"{work}: one op against {compared}", describe(x), times, value, "x", target
+                )
 
 
 def why_not() -> str | None:
@@ -285,7 +457,7 @@ def main() -> None:
     options.threads = options.threads[:1]  # torch's threads make no difference to a GPU
     benchmarks = {
         f"{measure.__name__}, {torch.cuda.get_device_name()}": measure
-        for measure in (large_tensors, small_calls, qat_steps)
+        for measure in (large_tensors, small_calls, qat_steps, fused_ops, fused_qat_steps)
     }
     run_benchmarks(benchmarks, options, options.json)
 

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ import fastquant
 import op_calls
 from fastquant._native import ops
 from fastquant._native import reference as reference_ops
+from fastquant._native.settings import FusedSettings
+from fastquant.nn.qat.plain import fused_on_cuda
 from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps, fused_args, minmax_args
 from strategies import FLOATS, random_values
 
@@ -333,6 +336,51 @@ def test_learnable_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     assert grads[2].item() == -0.5 * 2
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, -1), (-1, 3)])
+def test_batch_norm_beyond_31_bits(
+    beyond_31_bits: Tensor, shape: tuple[int, ...], training: bool
+) -> None:
+    x = beyond_31_bits.view(shape)
+    beyond_31_bits[-2] = 2.0  # in place of infinity
+    marked = [0, 1, EDGE - 1, BEYOND - 2, BEYOND - 1]
+    channels = [i % 3 if len(shape) == 2 else i // (BEYOND // 3) for i in marked]
+    case = batch_norm_calls.case_of(torch.zeros(2, 3), training=training, bounds=(-INF, INF))
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    parameters = {"weight": ones, "bias": zeros, "running_mean": zeros, "running_var": ones}
+    _, *observing = on_gpu_all(replace(case, averaging_constant=None, **parameters).observing())
+    norm, quantizer = ops.observe_batch_norm_(x, *observing)
+    mean, _, gain, _ = norm[:, channels]
+    expected = (beyond_31_bits[marked].float() - mean) * gain
+    low, high = observing[11:13]
+    assert (low.item(), high.item()) == (expected.min().item(), max(1.5, expected.max().item()))
+    args = (norm, quantizer, training, -INF, INF, 0, 255)
+    y = ops.batch_norm_fake_quantize(x, *observing[:2], *args)
+    half_a_step = quantizer[0].item() / 2
+    torch.testing.assert_close(
+        y.view(-1)[marked].float(), expected, rtol=0.01, atol=half_a_step * 1.01
+    )
+    grad_x, grad_weight, grad_bias = ops.batch_norm_fake_quantize_backward(x, x, *args)
+    assert grad_bias.sum().item() == 1 - 3 + 2 + 5
+    products = beyond_31_bits[marked].double() * expected
+    assert grad_weight.sum().item() == pytest.approx(products.sum().item(), rel=0.01)
+    if not training:
+        assert torch.equal(grad_x, x * norm[1, 0].to(x.dtype))
+
+
+def test_sums_beyond_31_bits(beyond_31_bits: Tensor) -> None:
+    x = beyond_31_bits
+    _, *settings = fused_args(x[:1], None)
+    bounds, of_tensor = (0.0, INF), FusedSettings(*settings)._replace(averaging_constant=None)
+    y, mask = ops.add_observe_fake_quantize(x, x, *bounds, *of_tensor.per_tensor())
+    assert (of_tensor.min_val.item(), of_tensor.max_val.item()) == (0.0, 10.0)
+    assert y[EDGE - 1].item() == 0.0
+    assert y[[0, -1]].tolist() == pytest.approx([2.0, 10.0], rel=0.02)
+    assert mask.numel() == (BEYOND + 63) // 64 * 8
+    assert mask[0].item() == 1
+    assert mask[EDGE // 8 - 1].item() == 0
+
+
 # ------------------------------------------------------------------------- modules, not waiting
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -463,6 +511,30 @@ def test_launches_of_the_rest(shape: tuple[int, ...], axis: int | None) -> None:
         assert launches_of(lambda op=op, op_args=op_args: op(*op_args)) == 1
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [X, SMALL])
+def test_launches_of_fused_ops(shape: tuple[int, ...], training: bool) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = values(*shape).to(memory_format=layout)
+        case = batch_norm_calls.case_of(x, training=training)
+        observing = on_gpu_all(case.observing()[1:])
+        parameters = (1, 1 / 255, 0)
+        norm, _ = ops.observe_batch_norm_(x, *observing)
+        quantizer = torch.tensor(parameters, dtype=torch.float64, device=GPU)
+        value_args = (x, *observing[:2], norm, quantizer, training, 0.0, INF, 0, 255)
+        backward_args = (x, x, *value_args[3:])
+        _, *settings = fused_args(x, None)
+        sum_args = (x, x, 0.0, INF, *FusedSettings(*settings).per_tensor())
+        calls: list[tuple[Callable[..., Any], tuple[Any, ...], int]] = [
+            (ops.observe_batch_norm_, (x, *observing), 1),
+            (ops.batch_norm_fake_quantize, value_args, 1),
+            (ops.batch_norm_fake_quantize_backward, backward_args, 2 if training else 1),
+            (ops.add_observe_fake_quantize, sum_args, 2),
+        ]
+        for op, args, expected in calls:
+            assert launches_of(lambda op=op, args=args: op(*args)) == expected
+
+
 @pytest.mark.parametrize("shape", [X, SMALL])
 def test_nothing_is_allocated_besides_results(shape: tuple[int, ...]) -> None:
     x = values(*shape)
@@ -472,6 +544,7 @@ def test_nothing_is_allocated_besides_results(shape: tuple[int, ...]) -> None:
         (ops.observe_histogram_, histogram_args(x), 0),
         (ops.fused_observe_fake_quantize, fused_args(x, None), 1),
         (ops.fused_observe_fake_quantize_with_mask, fused_args(x, 1), 2),
+        (ops.observe_batch_norm_, (x, *on_gpu_all(batch_norm_calls.case_of(x).observing()[1:])), 2),
     ]
     for op, args, results in calls:
         op(*args)
@@ -634,12 +707,48 @@ def test_graphs_of_prepared_models(backend: str) -> None:
             )
 
 
-@pytest.mark.usefixtures("same_convolutions")
-def test_graphs_of_qat_steps() -> None:
-    model = Net().train()
+class Residual(nn.Module):
+    """Blocks with batch norm, with and without ReLU, and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant = fastquant.QuantStub()
+        self.conv1 = nn.Conv2d(3, 16, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.sum = torch.ao.nn.quantized.FloatFunctional()
+        self.fc = nn.Linear(16, 10)
+        self.dequant = fastquant.DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(self.quant(x))))
+        x = self.sum.add_relu(x, self.bn2(self.conv2(x)))
+        result: Tensor = self.dequant(self.fc(x.mean((2, 3))))
+        return result
+
+
+FUSIONS = {
+    Net: [["conv1", "bn1", "relu1"], ["conv2", "relu2"]],
+    Residual: [["conv1", "bn1", "relu1"], ["conv2", "bn2"]],
+}
+
+
+def prepared_for_training(cls: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model: Any = cls().train()
     model.qconfig = fastquant.get_default_qat_qconfig("fbgemm")
-    model = fastquant.fuse_modules_qat(model, [["conv1", "bn1", "relu1"], ["conv2", "relu2"]])
-    model = fastquant.prepare_qat(model).to(GPU)
+    model = fastquant.fuse_modules_qat(model, FUSIONS[cls])
+    prepared: nn.Module = fastquant.prepare_qat(model).to(GPU)
+    return prepared
+
+
+@pytest.mark.usefixtures("same_convolutions")
+@pytest.mark.parametrize("fuses", [False, True], ids=["steps", "one_op"])
+@pytest.mark.parametrize("cls", FUSIONS)
+def test_graphs_of_qat_steps(cls: type[nn.Module], fuses: bool) -> None:
+    model = prepared_for_training(cls)
     batches = [values(8, 3, 32, 32, seed=seed) for seed in range(4)]
     target = torch.arange(8, device=GPU)
 
@@ -648,7 +757,8 @@ def test_graphs_of_qat_steps() -> None:
 
         def step(x: Tensor) -> Tensor:
             optimizer.zero_grad(set_to_none=False)
-            loss = nn.functional.cross_entropy(net(x), target)
+            with fused_on_cuda() if fuses else nullcontext():
+                loss = nn.functional.cross_entropy(net(x), target)
             loss.backward()
             optimizer.step()
             return loss
@@ -673,6 +783,36 @@ def test_graphs_of_qat_steps() -> None:
         torch.testing.assert_close(graph(x), eager_step(x), rtol=1e-3, atol=1e-4)
     for a, b in zip(model.parameters(), eager_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("same_convolutions")
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("cls", FUSIONS)
+def test_one_op_trains_as_its_steps_do(
+    cls: type[nn.Module], layout: torch.memory_format, autocast: torch.dtype | None
+) -> None:
+    models = [prepared_for_training(cls).to(memory_format=layout) for _ in range(2)]
+    outcomes = []
+    for model, fuses in zip(models, (False, True), strict=True):
+        for seed in range(3):
+            x = values(8, 3, 32, 32, seed=seed).to(memory_format=layout)
+            model.zero_grad()
+            with (
+                fused_on_cuda() if fuses else nullcontext(),
+                torch.autocast("cuda", autocast, enabled=autocast is not None),
+                waiting_is_an_error() if seed > 0 else nullcontext(),
+            ):
+                y = model(x)
+            (y.float() * values(8, 10, seed=9)).sum().backward()
+        tensors = (*model.parameters(), *model.buffers())
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        outcomes.append([y.float(), *(t.float() for t in (*tensors, *gradients))])
+    # A value near the middle between two quantized ones may go to either.
+    share = 1e-2 if autocast is None else 5e-2
+    for steps, one in zip(*outcomes, strict=True):
+        size = steps.nan_to_num(posinf=0.0, neginf=0.0).abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(one / size, steps / size, rtol=0.0, atol=share)
 
 
 def test_graphs_do_not_wait() -> None:

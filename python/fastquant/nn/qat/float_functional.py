@@ -23,7 +23,7 @@ from ..._native.fast_calls import is_compiling
 from ..._native.routes import add_observe_fake_quantize
 from ..._torch.ao import nnq
 from ..._torch.private import is_altered
-from .plain import settings_per_tensor
+from .plain import is_fused_for, settings_per_tensor
 
 __all__ = ["teach_float_functional"]
 
@@ -38,7 +38,7 @@ def _sum_as_one(functional: Any, x: Tensor, y: Tensor, lowest: float) -> Tensor 
     if is_compiling() or type(x) not in _PLAIN or type(y) not in _PLAIN or is_altered():
         return None
     settings = settings_per_tensor(functional.activation_post_process)
-    if settings is None:
+    if settings is None or not is_fused_for(x):
         return None
     try:
         return add_observe_fake_quantize(x, y, lowest, math.inf, settings)

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from ..._native.settings import FusedSettings
 from ..._torch.private import has_backward_hooks, is_called_plainly
 from ...fake_quantize import FakeQuantize
 
-__all__ = ["is_plain", "settings_of_one_op", "settings_per_tensor"]
+__all__ = ["fused_on_cuda", "is_fused_for", "is_plain", "settings_of_one_op", "settings_per_tensor"]
 
 # As it was written, to notice another in its place.
 _FORWARD: Any = FakeQuantize.forward
+
+
+# Where modules take one op for several steps, besides the CPU. CUDA has the kernels, too, but they
+# have not been measured on a GPU yet: `make cuda-check` does (benchmarks/gpu.py, fused_ops).
+_fused_on: set[str] = set()
+
+
+def is_fused_for(x: Tensor) -> bool:
+    """Whether one op was measured to be faster than several on the device of x."""
+    return x.is_cpu or x.device.type in _fused_on
+
+
+@contextmanager
+def fused_on_cuda() -> Iterator[None]:
+    """Take one op for several steps on CUDA meanwhile, for measuring and testing it."""
+    before = set(_fused_on)
+    _fused_on.add("cuda")
+    try:
+        yield
+    finally:
+        _fused_on.intersection_update(before)
 
 
 def is_plain(fake_quantizer: Any) -> bool:
