@@ -1,4 +1,6 @@
 // Batch norm, an activation that clamps, observe and fake-quantize: statistics, values and gradients.
+#include "../math/batch_norm.h"
+#include "../math/clamped_sum.h"
 #include "fake_quantize.cuh"
 #include "observe.cuh"
 
@@ -8,36 +10,18 @@ namespace {
 // The block size of reduce_columns for the Ops below.
 constexpr int kColumnThreads = 256;
 
-// ------------------------------------------------------------------------------ channels
-
-// What batch norm does to the elements of a channel: (x - mean) * gain + bias, with gain = weight * invstd.
+// The tensor `norm`: four rows with one value for each channel.
 template <class T>
-struct Norm {
-  T mean, invstd, gain, bias;
-
-  __device__ T operator()(T x) const { return (x - mean) * gain + bias; }
-};
-
-// The rows of the tensor `norm`, each with one value for each channel.
-template <class T>
-__device__ Norm<T> norm_at(const void* norm, int64_t channels, int64_t channel) {
+__device__ ChannelNorm<T> norm_at(const void* norm, int64_t channels, int64_t channel) {
   const T* values = static_cast<const T*>(norm) + channel;
   return {values[0], values[channels], values[2 * channels], values[3 * channels]};
 }
 
-// Clamps to [low, high]; NaN stays NaN.
 template <class T>
-struct Clamp {
-  T low, high;
-
-  __device__ T operator()(T x) const { return Cuda<T>::min(high, Cuda<T>::max(low, x)); }
-
-  // Whether the gradient passes for a value that was clamped to x: as for torch's ReLU and Hardtanh, not at
-  // the bounds. Infinite bounds clamp nothing.
-  __device__ bool passes(T x) const {
-    return !(x <= low && low > -infinity<T>()) && !(x >= high && high < infinity<T>());
-  }
-};
+__device__ T normalized(const ChannelNorm<T>& norm, T x) {
+  const Normalizer<Cuda<T>> normalizer = {norm.mean, norm.gain, norm.bias};
+  return normalizer.normalized(normalizer.centred(x));
+}
 
 // ---------------------------------------------------------------------------- statistics
 
@@ -184,14 +168,14 @@ class BatchStatistics : public ChannelOp {
         variance = nan();
       }
     }
-    const Norm<T> norm = norm_of(args, channel, &mean, &variance);
+    const ChannelNorm<T> norm = norm_of(args, channel, &mean, &variance);
     if (args.training && p.nonfinite != 0) {
       contribution->kind = Contribution<T>::kAllNaN;
     } else {
       // Batch norm and the activation are monotone: the extremes of their result are the results of the
       // extremes.
-      const Clamp<T> clamp = clamp_of(args);
-      const T a = clamp(norm(p.extremes.low)), b = clamp(norm(p.extremes.high));
+      const T a = activation_of(args, normalized(norm, p.extremes.low));
+      const T b = activation_of(args, normalized(norm, p.extremes.high));
       if (p.nonfinite != 0 || a - a != 0 || b - b != 0) return;
       *contribution = {{lesser(a, b), greater(a, b)}, Contribution<T>::kRange};
     }
@@ -210,7 +194,7 @@ class BatchStatistics : public ChannelOp {
     for (int64_t c = thread; c < args.channels; c += threads) {
       if (!begun) {
         double mean = 0, variance = 0;
-        const Norm<T> norm = norm_of(args, c, &mean, &variance);
+        const ChannelNorm<T> norm = norm_of(args, c, &mean, &variance);
         store_channel(args, c, norm, mean, variance);
         continue;
       }
@@ -238,8 +222,8 @@ class BatchStatistics : public ChannelOp {
 
   __device__ static T nan() { return static_cast<T>(__builtin_nan("")); }
 
-  __device__ static Clamp<T> clamp_of(const Args& args) {
-    return {static_cast<T>(args.low), static_cast<T>(args.high)};
+  __device__ static T activation_of(const Args& args, T x) {
+    return clamped<Cuda<T>>(x, static_cast<T>(args.low), static_cast<T>(args.high));
   }
 
   __device__ void take_extremes(T value, int column) {
@@ -282,17 +266,16 @@ class BatchStatistics : public ChannelOp {
 
   // `variance` is that of the elements themselves, without Bessel's correction. In evaluation, mean and
   // variance become the running ones.
-  __device__ static Norm<T> norm_of(const Args& args, int64_t channel, double* mean, double* variance) {
+  __device__ static ChannelNorm<T> norm_of(const Args& args, int64_t channel, double* mean, double* variance) {
     if (!has_batch_statistics(args)) {
       *mean = read<double>(args.running_mean, channel);
       *variance = read<double>(args.running_var, channel);
     }
-    const T invstd = static_cast<T>(1 / sqrt(*variance + args.eps));
-    return {static_cast<T>(*mean), invstd, read<T>(args.weight, channel) * invstd, read<T>(args.bias, channel)};
+    return channel_norm(*mean, *variance, args.eps, read<T>(args.weight, channel), read<T>(args.bias, channel));
   }
 
-  __device__ static void store_channel(const Args& args, int64_t channel, const Norm<T>& norm, double mean,
-                                       double variance) {
+  __device__ static void store_channel(const Args& args, int64_t channel, const ChannelNorm<T>& norm,
+                                       double mean, double variance) {
     if (args.only_counts != nullptr) return;
     if (has_batch_statistics(args)) {
       const double count = static_cast<double>(args.count);
@@ -307,7 +290,7 @@ class BatchStatistics : public ChannelOp {
   }
 
   __device__ static void move(const Args& args, Buffer running, int64_t channel, double value) {
-    write(running, channel, (1 - args.momentum) * read<double>(running, channel) + args.momentum * value);
+    write(running, channel, moved_statistic(read<double>(running, channel), value, args.momentum));
   }
 
   // Takes `count` elements of a value that is not finite into account.
@@ -344,12 +327,11 @@ class BatchStatistics : public ChannelOp {
       mean = sum([](double x) { return x; }) / count;
       variance = sum([&](double x) { return (x - mean) * (x - mean); }) / count;
     }
-    const Norm<T> norm = norm_of(args, channel, &mean, &variance);
+    const ChannelNorm<T> norm = norm_of(args, channel, &mean, &variance);
     if (threadIdx.x == 0) store_channel(args, channel, norm, mean, variance);
-    const Clamp<T> clamp = clamp_of(args);
     Seen<T> seen = Seen<T>::nothing();
     for (int64_t k = threadIdx.x; k < args.count; k += threads) {
-      const T value = clamp(norm(element(args, channel, k)));
+      const T value = activation_of(args, normalized(norm, element(args, channel, k)));
       if (value - value == 0) {
         seen.extremes = Extremes<T>::both(seen.extremes, {value, value});
       } else {
@@ -407,57 +389,60 @@ struct ElementArgs {
   double low, high;
   int64_t quant_min, quant_max;
   bool training;
-  // The rest is for gradients. Slopes: two values for each channel, see GradientSums.
-  double count;
-  void* slopes;
+  // The rest is for gradients.
+  int64_t count;  // elements of a channel
+  void* means;    // GradientMeans of each channel, see GradientSums
   Buffer grad_weight, grad_bias;
 };
 
-// The activation, and fake-quantize where it is on.
+// The activation, and fake-quantize where it is on, for results of batch norm.
 template <class T>
-class Activation {
+class Quantizing {
  public:
-  __device__ explicit Activation(const ElementArgs& a)
-      : args_(a), clamp_{static_cast<T>(a.low), static_cast<T>(a.high)} {
-    const auto p = params_of(a);
-    quantizer_ = quantizer_of(p);
-    way_ = a.quantizer[2] == 0 ? kOff : p.exact ? kExact : kFast;
+  __device__ explicit Quantizing(const ElementArgs& args)
+      : args_(args), bounds_{bound_of_sum<T>(args.low), bound_of_sum<T>(args.high)} {
+    const Activation<T> a = activation(args);
+    low_ = a.low;
+    high_ = a.high;
+    normalized_ = {a.quantizer.inverse_scale, a.step_low, a.step_high, a.quantizer.scale};
+    low_edge_ = a.quantizer.low_edge;
+    high_edge_ = a.quantizer.high_edge;
+    way_ = !a.quantizes ? kOff : a.quantizer.exact ? kExact : kFast;
   }
 
-  // x: a result of batch norm.
   __device__ T value(T x) const {
-    const T clamped = clamp_(x);
-    if (way_ == kFast) return quantizer_.value(quantizer_.steps(clamped));
-    return way_ == kOff ? clamped : exactly(args_, clamped).y;
+    if (way_ == kFast) return normalized_.value(x);
+    return way_ == kOff ? clamped<Cuda<T>>(x, low_, high_) : exact_value(args_, x);
   }
 
-  // Whether the gradient passes from the value to x.
+  // Whether the gradient passes: not at the bounds of the activation, as for torch's ReLU and Hardtanh.
   __device__ bool passes(T x) const {
-    const T clamped = clamp_(x);
-    if (!clamp_.passes(clamped)) return false;
-    if (way_ == kFast) return quantizer_.inside(quantizer_.steps(clamped));
-    return way_ == kOff || exactly(args_, clamped).inside;
+    if (!bounds_.passes(x)) return false;
+    if (way_ == kExact) return passes_exactly(args_, x);
+    const T steps = x * normalized_.inverse_scale;
+    return way_ == kOff || !(steps < low_edge_ || steps > high_edge_);
   }
 
  private:
   enum Way { kOff, kFast, kExact };
 
-  __device__ static ChannelParams<T> params_of(const ElementArgs& a) {
-    return channel_params<T>(static_cast<T>(a.quantizer[0]), sizeof(T) == sizeof(double),
-                             static_cast<T>(a.quantizer[1]), false, a.quant_min, a.quant_max);
+  __device__ static Activation<T> activation(const ElementArgs& a) {
+    return activation_for_values<Cuda<T>>(a.quantizer, a.low, a.high, a.quant_min, a.quant_max);
   }
 
-  __device__ __noinline__ static Outcome<T> exactly(const ElementArgs& a, T x) {
-    const auto p = params_of(a);
-    const ExactQuantizer<Cuda<T>> q = {p.scale, p.inverse_scale, p.zero_point, a.quant_min, a.quant_max, false};
-    Outcome<T> outcome;
-    outcome.y = q.value(x, &outcome.inside);
-    return outcome;
+  __device__ __noinline__ static T exact_value(const ElementArgs& args, T x) {
+    return activated<Cuda<T>>(activation(args), x);
+  }
+
+  __device__ __noinline__ static bool passes_exactly(const ElementArgs& args, T x) {
+    const Activation<T> a = activation(args);
+    return x != x || (is_inside<Cuda<T>>(a, x, -1) && is_inside<Cuda<T>>(a, x, 1));
   }
 
   const ElementArgs& args_;
-  Clamp<T> clamp_;
-  FakeQuantizer<Cuda<T>> quantizer_;
+  ClampedSum<Cuda<T>> bounds_;
+  NormalizedQuantizer<Cuda<T>> normalized_;
+  T low_, high_, low_edge_, high_edge_;
   Way way_;
 };
 
@@ -475,7 +460,7 @@ class ElementOp : public ChannelOp {
   __device__ void leave(const Args&) const {}
 
  protected:
-  __device__ ElementOp(const Args& args, const int64_t (&channels)[kColumns]) : args_(args), activation_(args) {
+  __device__ ElementOp(const Args& args, const int64_t (&channels)[kColumns]) : args_(args), quantizing_(args) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) norms_[c] = norm_at<T>(args.norm, args.channels, channels[c]);
   }
@@ -486,12 +471,12 @@ class ElementOp : public ChannelOp {
 
   // The gradient after activation and fake-quantize.
   __device__ T passed(T grad, T x, int column) const {
-    return activation_.passes(norms_[column](x)) ? grad : T{0};
+    return quantizing_.passes(normalized(norms_[column], x)) ? grad : T{0};
   }
 
   const Args& args_;
-  Activation<T> activation_;
-  Norm<T> norms_[kColumns];
+  Quantizing<T> quantizing_;
+  ChannelNorm<T> norms_[kColumns];
 };
 
 template <class Stored, int kColumns>
@@ -522,7 +507,7 @@ class Values : public ElementOp<Stored, kColumns> {
  private:
   __device__ S value(S x, int column) const {
     S y;
-    from_compute(&y, this->activation_.value(this->norms_[column](to_compute(x))));
+    from_compute(&y, this->quantizing_.value(normalized(this->norms_[column], to_compute(x))));
     return y;
   }
 };
@@ -564,7 +549,7 @@ class ExactSum {
 
 // Sums the gradient over each channel: by itself, which is the gradient of the bias, and times x - mean,
 // which gives that of the weight. In evaluation, where the statistics do not depend on x, it also writes the
-// gradient of x. In training, that gradient needs the sums, and `slopes` takes them to GradientOfX.
+// gradient of x. In training, that gradient needs the sums, and `means` takes them to GradientOfX.
 template <class Stored, int kColumns>
 class GradientSums : public ElementOp<Stored, kColumns> {
  public:
@@ -597,20 +582,19 @@ class GradientSums : public ElementOp<Stored, kColumns> {
   __device__ Partial partial(int column) const { return {bias_[column].value(), gain_[column].value()}; }
 
   __device__ static void finish(const Args& args, int64_t channel, const Partial& sums) {
-    const double invstd = static_cast<double>(norm_at<T>(args.norm, args.channels, channel).invstd);
-    write(args.grad_weight, channel, sums.gain * invstd);
+    const T invstd = norm_at<T>(args.norm, args.channels, channel).invstd;
+    write(args.grad_weight, channel, sums.gain * static_cast<double>(invstd));
     write(args.grad_bias, channel, sums.bias);
     if (!args.training) return;
-    T* slopes = static_cast<T*>(args.slopes) + 2 * channel;
-    slopes[0] = static_cast<T>(sums.bias / args.count);
-    slopes[1] = static_cast<T>(sums.gain * invstd * invstd / args.count);
+    static_cast<GradientMeans<T>*>(args.means)[channel] =
+        gradient_means(sums.bias, sums.gain, invstd, args.count);
   }
 
  private:
   // Adds an element; returns its gradient in evaluation.
   __device__ S take(S grad, S x, int column) {
     const T value = to_compute(x), passed = this->passed(to_compute(grad), value, column);
-    const Norm<T>& norm = this->norms_[column];
+    const ChannelNorm<T>& norm = this->norms_[column];
     bias_[column].add(passed);
     gain_[column].add(passed * (value - norm.mean));
     S out;
@@ -635,11 +619,8 @@ class GradientOfX : public ElementOp<Stored, kColumns> {
 
   __device__ GradientOfX(const Args& args, const int64_t (&channels)[kColumns]) : Base(args, channels) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const T* slopes = static_cast<const T*>(args.slopes) + 2 * channels[c];
-      offsets_[c] = slopes[0];
-      slopes_[c] = slopes[1];
-    }
+    for (int c = 0; c < kColumns; ++c)
+      means_[c] = static_cast<const GradientMeans<T>*>(args.means)[channels[c]];
   }
 
   __device__ Loaded load(int64_t i) const {
@@ -660,13 +641,14 @@ class GradientOfX : public ElementOp<Stored, kColumns> {
  private:
   __device__ S gradient(S grad, S x, int column) const {
     const T value = to_compute(x), passed = this->passed(to_compute(grad), value, column);
-    const Norm<T>& norm = this->norms_[column];
+    const ChannelNorm<T>& norm = this->norms_[column];
     S out;
-    from_compute(&out, norm.gain * ((passed - offsets_[column]) - (value - norm.mean) * slopes_[column]));
+    const GradientMeans<T>& means = means_[column];
+    from_compute(&out, gradient_of_x<Cuda<T>>(passed, value - norm.mean, norm.gain, means.offset, means.slope));
     return out;
   }
 
-  T offsets_[kColumns], slopes_[kColumns];
+  GradientMeans<T> means_[kColumns];
 };
 
 ElementArgs element_args(const Dense& x, const Array& norm, const Array& quantizer,
@@ -693,16 +675,15 @@ ElementArgs element_args(const Dense& x, const Array& norm, const Array& quantiz
 void observe_batch_norm(Launcher& launcher, const Dense& x, const BatchNormBuffers& buffers,
                         const BatchNormConfig& config, Flag observes, Flag quantizes,
                         const ObserveBuffers& observed, const QParamBuffers& qparams,
-                        std::optional<double> averaging_constant, const QParamsConfig& qparams_config,
-                        NonFinite policy, void* norm, double* quantizer) {
+                        const ObserveSettings& settings, void* norm, double* quantizer) {
   for (const Array& a : {buffers.weight, buffers.bias, buffers.running_mean, buffers.running_var}) {
     check_count(a, x.channels);
   }
   for (const Array& a : {qparams.scale, qparams.zero_point}) check_count(a, 1);
   const Dense whole = {x.data, x.type, 1, 1, x.numel()};
   StatisticsArgs args = {};
-  args.minmax = minmax_args(whole, observes, observed, averaging_constant, policy);
-  add_qparams(qparams, qparams_config, &args.minmax.statistics);
+  args.minmax = minmax_args(whole, observes, observed, settings.averaging_constant, settings.nonfinite);
+  add_qparams(qparams, settings.qparams, &args.minmax.statistics);
   args.quantizes = quantizes;
   args.channels = x.channels;
   args.count = x.outer * x.inner;
@@ -718,7 +699,7 @@ void observe_batch_norm(Launcher& launcher, const Dense& x, const BatchNormBuffe
   args.running_var = Buffer(buffers.running_var);
   args.norm = norm;
   args.quantizer = quantizer;
-  if (policy == NonFinite::raise) {
+  if (settings.nonfinite == NonFinite::raise) {
     refuse_counted(launcher, [&](int64_t* count) {
       StatisticsArgs counting = args;
       counting.only_counts = count;
@@ -747,7 +728,7 @@ void batch_norm_backward(Launcher& launcher, const Dense& x, const void* grad, c
   args.out = grad_x;
   args.grad_weight = Buffer(grad_weight);
   args.grad_bias = Buffer(grad_bias);
-  args.count = static_cast<double>(x.outer * x.inner);
+  args.count = x.outer * x.inner;
   if (x.numel() == 0) {
     for (const Array& a : {grad_weight, grad_bias}) clear(launcher, a);
     return;
@@ -755,7 +736,7 @@ void batch_norm_backward(Launcher& launcher, const Dense& x, const void* grad, c
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
     if (args.training) {
-      args.slopes = launcher.scratch(2 * sizeof(Compute<S>) * static_cast<size_t>(x.channels));
+      args.means = launcher.scratch(sizeof(GradientMeans<Compute<S>>) * static_cast<size_t>(x.channels));
     }
     const std::initializer_list<const void*> operands = {x.data, grad, grad_x};
     reduce_channels<GradientSums, S, kColumnThreads>(launcher, x, operands, args);

@@ -119,8 +119,7 @@ struct BatchNormConfig {
 void observe_batch_norm(Launcher& launcher, const Dense& x, const BatchNormBuffers& buffers,
                         const BatchNormConfig& config, Flag observes, Flag quantizes,
                         const ObserveBuffers& observed, const QParamBuffers& qparams,
-                        std::optional<double> averaging_constant, const QParamsConfig& qparams_config,
-                        NonFinite policy, void* norm, double* quantizer);
+                        const ObserveSettings& settings, void* norm, double* quantizer);
 
 struct BatchNormValues {
   bool training;

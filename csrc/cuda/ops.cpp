@@ -94,8 +94,14 @@ class Call {
   const Tensor& x_;
 };
 
+bool has_shape_of(const Tensor& t, const Tensor& x) {
+  const auto sizes = t.sizes(), others = x.sizes();
+  return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
+}
+
 // t itself, or a copy, so that it has x's dtype and lies in memory as x does.
 Tensor laid_out_as(const Tensor& t, const Tensor& x) {
+  check(has_shape_of(t, x), "tensors of different shapes");
   if (has_layout_of(t, x)) return t;
   Tensor copy = empty_as(x);
   torch::stable::copy_(copy, t);
@@ -237,9 +243,7 @@ std::tuple<Tensor, Tensor> add_observe_fake_quantize(const FusedArguments& of, c
                                                      double high) {
   Call call(of.x);
   const Tensor a = densified(of.x);
-  const auto sizes = a.sizes(), other_sizes = other.sizes();
-  check(other.scalar_type() == a.scalar_type() &&
-            std::equal(sizes.begin(), sizes.end(), other_sizes.begin(), other_sizes.end()),
+  check(other.scalar_type() == a.scalar_type() && has_shape_of(other, a),
         "a and b must have the same shape and dtype");
   check(low < high, "low must be less than high");
   const Tensor b = laid_out_as(call.on_device(other, "b"), a);
@@ -269,27 +273,20 @@ Tensor empty_rows(int64_t rows, int64_t columns, const Tensor& x) {
   return empty_strided(2, sizes, strides, compute_type(x), x);
 }
 
-std::tuple<Tensor, Tensor> observe_batch_norm_(
-    const Tensor x, const Tensor weight, const Tensor bias, Tensor running_mean, Tensor running_var,
-    bool training, double momentum, double bn_eps, double low, double high, const Tensor observer_enabled,
-    const Tensor fake_quant_enabled, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point,
-    Tensor nonfinite_count, const Tensor eps, std::optional<double> averaging_constant, int64_t quant_min,
-    int64_t quant_max, int64_t scheme, int64_t symmetric_zero_point, int64_t nonfinite) {
-  Call call(x);
-  const Tensor t = densified(x);
-  const Dense d = dense_channels(t);
-  check(!training || x.numel() != d.channels, "batch statistics need more than one value per channel");
-  Tensor norm = empty_rows(4, d.channels, x);
-  Tensor quantizer = empty_1d(3, ScalarType::Double, x);
-  observe_batch_norm(call.launcher(), d,
-                     {call.array(weight, "weight"), call.array(bias, "bias"),
-                      call.array(running_mean, "running_mean"), call.array(running_var, "running_var")},
-                     {training, momentum, bn_eps, low, high}, call.flag(observer_enabled),
-                     call.flag(fake_quant_enabled), call.observed(min_val, max_val, nonfinite_count),
-                     call.integer_qparams(scale, zero_point, eps), averaging_constant,
-                     {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
-                     static_cast<NonFinite>(nonfinite), norm.mutable_data_ptr(),
-                     static_cast<double*>(quantizer.mutable_data_ptr()));
+std::tuple<Tensor, Tensor> observe_batch_norm_(const FusedArguments& of, const BatchNormArguments& a) {
+  Call call(of.x);
+  const Tensor t = densified(of.x);
+  const Dense x = dense_channels(t);
+  check(!a.training || t.numel() != x.channels, "batch statistics need more than one value per channel");
+  Tensor norm = empty_rows(4, x.channels, t), quantizer = empty_1d(3, ScalarType::Double, t);
+  observe_batch_norm(call.launcher(), x,
+                     {call.array(a.weight, "weight"), call.array(a.bias, "bias"),
+                      call.array(a.running_mean, "running_mean"), call.array(a.running_var, "running_var")},
+                     {a.training, a.momentum, a.eps, a.low, a.high}, call.flag(of.observer_enabled),
+                     call.flag(of.fake_quant_enabled),
+                     call.observed(of.min_val, of.max_val, of.nonfinite_count),
+                     call.integer_qparams(of.scale, of.zero_point, of.eps), of.settings,
+                     norm.mutable_data_ptr(), static_cast<double*>(quantizer.mutable_data_ptr()));
   return {norm, quantizer};
 }
 
@@ -400,6 +397,7 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
 STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   using namespace fastquant::cuda;
   using fastquant::add_op;
+  using fastquant::batch_norm_op;
   using fastquant::folded_weight_op;
   using fastquant::fused_op;
   using fastquant::observe_op;
@@ -418,7 +416,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CUDA, m) {
   m.impl("observe_folded_weight_", TORCH_BOX(&folded_weight_op<&observe_folded_weight_>));
   m.impl("fold_weight", TORCH_BOX(&fold_weight_op));
   m.impl("fold_weight_backward", TORCH_BOX(&fold_weight_backward_op));
-  m.impl("observe_batch_norm_", TORCH_BOX(&observe_batch_norm_));
+  m.impl("observe_batch_norm_", TORCH_BOX(&batch_norm_op<&observe_batch_norm_>));
   m.impl("batch_norm_fake_quantize", TORCH_BOX(&batch_norm_fake_quantize_op));
   m.impl("batch_norm_fake_quantize_backward", TORCH_BOX(&batch_norm_fake_quantize_backward));
   m.impl("learnable_fake_quantize", TORCH_BOX(&learnable_fake_quantize_op));

@@ -138,13 +138,14 @@ FASTQUANT_HD bool is_inside(const Activation<typename One::Element>& a, typename
   return inside;
 }
 
-// quantizer: scale, zero point, and whether to fake-quantize, as observe_batch_norm_ returns them. The scale
-// must be positive or NaN.
+// All but `passing`, whose search takes long. quantizer: scale, zero point, and whether to fake-quantize, as
+// observe_batch_norm_ returns them. The scale must be positive or NaN.
 template <class One>
-FASTQUANT_HD Activation<typename One::Element> activation_of(const double* quantizer, double low, double high,
-                                                             int64_t quant_min, int64_t quant_max) {
+FASTQUANT_HD Activation<typename One::Element> activation_for_values(const double* quantizer, double low,
+                                                                     double high, int64_t quant_min,
+                                                                     int64_t quant_max) {
   using T = typename One::Element;
-  Activation<T> a;
+  Activation<T> a = {};
   a.low = static_cast<T>(low);
   a.high = static_cast<T>(high);
   a.quantizes = quantizer[2] != 0;
@@ -155,6 +156,14 @@ FASTQUANT_HD Activation<typename One::Element> activation_of(const double* quant
   const ChannelParams<T>& p = a.quantizer;
   a.step_low = clamped_number(a.low * p.inverse_scale, p.low, p.high);
   a.step_high = clamped_number(a.high * p.inverse_scale, p.low, p.high);
+  return a;
+}
+
+template <class One>
+FASTQUANT_HD Activation<typename One::Element> activation_of(const double* quantizer, double low, double high,
+                                                             int64_t quant_min, int64_t quant_max) {
+  using T = typename One::Element;
+  Activation<T> a = activation_for_values<One>(quantizer, low, high, quant_min, quant_max);
   // As in torch, no gradient passes at the bounds of the activation themselves.
   a.passing.low = smallest_that<T>(
       [&](T x) { return !(low > -infinity<double>() && x <= a.low) && is_inside<One>(a, x, -1); });
