@@ -94,12 +94,13 @@ struct Avx2<float> {
   }
   static Reg rounded_to(const float*, Reg x) { return x; }
   static Reg rounded_to(const Half*, Reg x) {
-    return known_nan(x, _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)));
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
   static Reg rounded_to(const BFloat16*, Reg x) {
     const __m256i upper =
         _mm256_and_si256(rounded_bits(x), _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u)));
-    return known_nan(x, _mm256_castsi256_ps(upper));
+    const Reg nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    return select(unordered(x, x), nan, _mm256_castsi256_ps(upper));
   }
   static constexpr bool kStoresOthers = false;
   static void store_index(int32_t* p, Reg x) {
@@ -152,9 +153,6 @@ struct Avx2<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, m); }
 
  private:
-  // y, but the NaN of 16-bit types where x is NaN.
-  static Reg known_nan(Reg x, Reg y) { return select(unordered(x, x), set1(bits_to_float(0x7fc00000u)), y); }
-
   // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m256i rounded_bits(Reg x) {
     const __m256i bits = _mm256_castps_si256(x);

@@ -91,12 +91,13 @@ struct Avx512<float> {
   }
   static Reg rounded_to(const float*, Reg x) { return x; }
   static Reg rounded_to(const Half*, Reg x) {
-    return known_nan(x, _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)));
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
   static Reg rounded_to(const BFloat16*, Reg x) {
     const __m512i upper =
         _mm512_and_si512(rounded_bits(x), _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u)));
-    return known_nan(x, _mm512_castsi512_ps(upper));
+    const __m512i nan = _mm512_set1_epi32(0x7fc00000);
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(upper, unordered(x, x), nan));
   }
   static constexpr bool kStoresOthers = true;
   static int store_others(float* p, Mask dropped, Reg x) {
@@ -141,11 +142,6 @@ struct Avx512<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_blend_ps(m, no, yes); }
 
  private:
-  // y, but the NaN of 16-bit types where x is NaN.
-  static Reg known_nan(Reg x, Reg y) {
-    return _mm512_mask_mov_ps(y, unordered(x, x), set1(bits_to_float(0x7fc00000u)));
-  }
-
   // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m512i rounded_bits(Reg x) {
     const __m512i bits = _mm512_castps_si512(x);

@@ -71,10 +71,7 @@ struct Neon<float> {
     return bits(a) | bits(b) << N;
   }
   static Reg rounded_to(const float*, Reg x) { return x; }
-  static Reg rounded_to(const Half*, Reg x) {
-    const Reg rounded = vcvt_f32_f16(vcvt_f16_f32(x));
-    return vbslq_f32(vceqq_f32(x, x), rounded, set1(bits_to_float(0x7fc00000u)));
-  }
+  static Reg rounded_to(const Half*, Reg x) { return vcvt_f32_f16(vcvt_f16_f32(x)); }
   static Reg rounded_to(const BFloat16*, Reg x) {
     return vreinterpretq_f32_u32(vandq_u32(rounded_bits(x), vdupq_n_u32(0xffff0000u)));
   }

@@ -29,7 +29,7 @@
 //   load_pair(p, &a, &b)     2 N elements, in whatever order is cheapest for their type
 //   store_pair_normal(p, a, b)   stores in that order; of NaN, only those that load_pair loaded
 //   pair_bits(p, m, n)       the bits of the masks of such a pair, in the order of memory
-//   rounded_to(p, x)         rounded to the type of *p, which is not read. NaN is 0x7fc00000 for 16-bit types
+//   rounded_to(p, x)         rounded as store(p, x) would; *p is not read
 //   store_index(p, x)        N int32, truncated towards zero
 //   store_others(p, m, x)    stores the elements for which m is false side by side, and returns how many. It
 //                            may write a whole vector to p

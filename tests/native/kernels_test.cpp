@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/quant_params.h"
 
 namespace fastquant {
 namespace {
@@ -230,6 +231,52 @@ void compare_fake_quantize(const char* isa, const KernelsFor<S, T>& k, const Ker
 }
 
 template <class S, class T>
+void compare_clamped_sum(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
+                         int64_t offset, bool hostile) {
+  constexpr T kNone = std::numeric_limits<T>::quiet_NaN();
+  constexpr T kBounds[][2] = {{kNone, kNone}, {T(0), kNone}, {T(0), T(1)}, {T(-0.5), T(0.5)}};
+  const T* const bounds = kBounds[rng() % 4];
+  const auto a = random_buffer<S>(n, offset, hostile), b = random_buffer<S>(n, 0, hostile);
+  const Summands<S, T> x = {a.get(), b.get(), bounds[0], bounds[1]};
+  const int64_t begin = n < 64 ? 0 : static_cast<int64_t>(rng() % uint64_t(n / 64 + 1)) * 64;
+  T low[4], high[4];
+  bool nonfinite[2];
+  int64_t count[2];
+  for (int t = 0; t < 2; ++t) {
+    (t == 0 ? k : ref).minmax_of_sum(x, begin, n, &low[t], &high[t], &nonfinite[t]);
+    (t == 0 ? k : ref).minmax_finite_of_clamped_sum(x, begin, n, &low[2 + t], &high[2 + t], &count[t]);
+  }
+  ++compared;
+  if (nonfinite[0] != nonfinite[1] || count[0] != count[1]) report(isa, "sum's nonfinite", n, offset);
+  for (int t : {0, 2}) {
+    if (!same_number(low[t], low[t + 1]) || !same_number(high[t], high[t + 1]))
+      report(isa, "sum's minmax", n, offset);
+  }
+  // The second scale is no normal number, which takes the other quantizer.
+  float scale[] = {0.02f, 1e-40f};
+  int32_t zero_point = static_cast<int32_t>(rng() % 256);
+  const Array z = {&zero_point, Element::i32, 1, "zero_point"};
+  const int64_t words = (n + 63) / 64;
+  for (bool with_mask : {true, false}) {
+    for (int way = 0; way < 3; ++way) {
+      const TensorParams<T> p(n, {&scale[way % 2], Element::f32, 1, "scale"}, z, 0, 255);
+      std::vector<uint64_t> mask[2] = {std::vector<uint64_t>(words, 0), std::vector<uint64_t>(words, 0)};
+      Buffer<S> y[2] = {Buffer<S>(n, offset), Buffer<S>(n, offset)};
+      for (int t = 0; t < 2; ++t) {
+        uint64_t* const bits = with_mask ? mask[t].data() : nullptr;
+        const auto& table = t == 0 ? k : ref;
+        if (begin >= n) continue;
+        if (way < 2) table.fake_quantize_clamped_sum(x, y[t].get(), bits, begin, n, p.get());
+        if (way == 2) table.clamped_sum(x, y[t].get(), bits, begin, n);
+      }
+      ++compared;
+      if (!same_bits(y[0].get(), y[1].get(), n)) report(isa, "clamped sum", n, offset);
+      if (mask[0] != mask[1]) report(isa, "clamped sum's mask", n, offset);
+    }
+  }
+}
+
+template <class S, class T>
 void compare_learnable(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
                        int64_t offset) {
   const auto x = random_buffer<S>(n, offset, false), grad = random_buffer<S>(n, offset, false);
@@ -283,6 +330,7 @@ void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S
       compare_histogram(isa, k, ref, n, offset, hostile);
       compare_fake_quantize(isa, k, ref, n, offset, hostile, false);
       compare_fake_quantize(isa, k, ref, n, offset, hostile, true);
+      compare_clamped_sum(isa, k, ref, n, offset, hostile);
       compare_learnable(isa, k, ref, n, offset);
       compare_folded_weight(isa, k, ref, n, offset, hostile, round % 4 == 3);
     }
