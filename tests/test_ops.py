@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import batch_norm_calls
 from fastquant import _C
 from fastquant._native import ops, routes
 from fastquant._native import reference as reference_ops
@@ -81,6 +83,13 @@ def samples(
                 args = (values, scale, z, None, axis, -128, 127)
                 yield "fake_quantize", args
                 yield "fake_quantize_with_mask", args
+        if axis == 1:
+            for values, training in itertools.product((x, nonfinite), (True, False)):
+                case = batch_norm_calls.case_of(values, training=training)
+                yield "observe_batch_norm_", case.observing()
+                made = ops.observe_batch_norm_(*case.observing())
+                yield "batch_norm_fake_quantize", case.values(*made)
+                yield "batch_norm_fake_quantize_backward", case.backward(*made)
         if axis in (None, 0):
             bn = (bn_weights(x.shape[0], dtype, 1), random_values((4,), dtype, 2, "positive"))
             for values in (x, nonfinite):
@@ -159,7 +168,7 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype: torch.dtype) -> None:
 
 def test_large_tensors_as_reference() -> None:
     for name, args in samples(torch.float32, 280_040):
-        if name not in (*INEXACT, "observe_histogram_"):
+        if name not in (*INEXACT, "observe_histogram_", "observe_batch_norm_"):
             assert_as_reference(name, *args)
 
 
@@ -228,7 +237,9 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(op, tuple(a.clone() if isinstance(a, Tensor) else a for a in args))
 
 
-@pytest.mark.parametrize("name", ["fake_quantize_with_mask", "learnable_fake_quantize"])
+@pytest.mark.parametrize(
+    "name", ["fake_quantize_with_mask", "batch_norm_fake_quantize", "learnable_fake_quantize"]
+)
 def test_opcheck_with_gradients(name: str) -> None:
     args = next(args for sample, args in samples() if sample == name)
     leaves = tuple(
@@ -237,6 +248,8 @@ def test_opcheck_with_gradients(name: str) -> None:
     )
     if name == "fake_quantize_with_mask":
         leaves = (leaves[0], *args[1:])
+    if name == "batch_norm_fake_quantize":  # x, weight and bias
+        leaves = (*leaves[:3], *args[3:])
     torch.library.opcheck(getattr(ops, name), leaves)
 
 

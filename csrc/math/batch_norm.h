@@ -165,12 +165,16 @@ FASTQUANT_HD Activation<typename One::Element> activation_of(const double* quant
   using T = typename One::Element;
   Activation<T> a = activation_for_values<One>(quantizer, low, high, quant_min, quant_max);
   // As in torch, no gradient passes at the bounds of the activation themselves.
-  a.passing.low = smallest_that<T>(
-      [&](T x) { return !(low > -infinity<double>() && x <= a.low) && is_inside<One>(a, x, -1); });
-  const auto passes_negated = [&](T x) {
+  const auto above_low = [&](T x) {
+    return !(low > -infinity<double>() && x <= a.low) && is_inside<One>(a, x, -1);
+  };
+  const auto below_high_negated = [&](T x) {
     return !(high < infinity<double>() && -x >= a.high) && is_inside<One>(a, -x, 1);
   };
-  a.passing.high = -smallest_that<T>(passes_negated);
+  const T inf = infinity<T>();
+  a.passing = {inf, -inf};  // none
+  if (above_low(inf) && below_high_negated(inf))
+    a.passing = {smallest_that<T>(above_low), -smallest_that<T>(below_high_negated)};
   return a;
 }
 
