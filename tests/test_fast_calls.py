@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import batch_norm_calls
 import op_calls
 from fastquant._native import fast_calls, folded_weight, ops, routes
 from fastquant._native.settings import FusedSettings
@@ -128,3 +130,25 @@ def test_a_default_device_elsewhere_changes_nothing(needs_grad: bool) -> None:
     with torch.device("meta"):
         y, gradient = run(fused_by_route, x, *args)
     assert_same((y, gradient, args), (*expected, expected_args))
+
+
+@pytest.mark.parametrize("run", [with_gradient, without_gradient])
+@given(batch_norm_calls.cases())
+def test_batch_norm_round_the_dispatcher_or_through_it_is_the_same(
+    run: Callable[..., Any], case: batch_norm_calls.Case
+) -> None:
+    def by_route(x: Tensor, *args: Any) -> Tensor:
+        batch_norm, buffers, config = args[:9], args[9:17], args[17:]
+        settings = FusedSettings(*buffers, None, *config)
+        return routes.batch_norm_observe_fake_quantize(x, *batch_norm, settings)
+
+    outcomes = []
+    for fast in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fast_calls, "fast_calls", fast and fast_calls.fast_calls)
+            outcomes.append(called(partial(run, by_route), case.observing()))
+    (got, arguments, raised), (expected, expected_arguments, expected_raised) = outcomes
+    assert raised == expected_raised
+    assert_same(arguments, expected_arguments)
+    if not raised:
+        assert_same(got, expected)

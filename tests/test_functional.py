@@ -318,6 +318,82 @@ def test_a_sum_is_observed_and_quantized_as_switched_on() -> None:
     assert (state.min_val, state.max_val) == (-3.0, 2.0)
 
 
+def batch_norm_of(channels: int) -> list[Tensor]:
+    """weight, bias, running_mean and running_var."""
+    tensors = [random_values((channels,), torch.float32, seed) for seed in range(3)]
+    return [*tensors, torch.ones(channels)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(16, 5), (4, 5, 30), (4, 5, 7, 7), (3, 5, 4, 4, 4)])
+def test_batch_norm_is_quantized_as_its_steps(
+    shape: tuple[int, ...], training: bool, activation: str
+) -> None:
+    bounds, function = ACTIVATIONS[activation]
+    settings = {"qscheme": torch.per_tensor_symmetric, "dtype": torch.qint8, "eps": 1e-3}
+    ours, theirs = F.fake_quantize_state(), F.fake_quantize_state()
+    batch_norm, expected_batch_norm = batch_norm_of(5), batch_norm_of(5)
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    for seed in range(3):
+        x = random_values(shape, torch.float32, seed)
+        y = F.batch_norm_observe_fake_quantize(
+            x, *batch_norm, *ours, training=training, momentum=0.2, **bounds, **settings
+        )
+        weight, bias, *running = expected_batch_norm
+        normalized = torch.nn.functional.batch_norm(x, *running, weight, bias, training, 0.2)
+        expected = F.fused_observe_fake_quantize(function(normalized), *theirs, **settings)
+        torch.testing.assert_close(batch_norm, expected_batch_norm, **near)
+        torch.testing.assert_close(list(ours), list(theirs), **near)
+        apart = (y - expected).abs() / theirs.scale
+        assert apart.max() < 1.01
+        assert (apart > 0.01).double().mean() < 0.01
+
+
+BATCH_NORM_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no tensor": ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+    "integers": ({"x": torch.ones(4, 3).int()}, TypeError, "x must have a floating dtype"),
+    "one dimension": ({"x": torch.ones(3)}, ValueError, r"2 to 5 dimensions, got shape \[3\]"),
+    "one value": (
+        {"x": torch.ones(1, 3, 1, 1)},
+        ValueError,
+        r"more than one value per channel.* got shape \[1, 3, 1, 1\]",
+    ),
+    "channels": (
+        {"weight": torch.ones(4)},
+        ValueError,
+        r"weight must have one element for each of the 3 channels of x .*got shape \[4\]",
+    ),
+    "device": (
+        {"running_var": torch.ones(3, device="meta")},
+        ValueError,
+        "running_var must be on x's device, cpu, got meta",
+    ),
+    "no statistics": ({"running_mean": None}, TypeError, "running_mean must be a tensor"),
+    "integer bias": ({"bias": torch.ones(3).int()}, TypeError, "bias must have a floating dtype"),
+    "range": ({"max_val": torch.zeros(3)}, ValueError, "max_val must have one element"),
+    "zero point": ({"zero_point": torch.zeros(1)}, TypeError, "zero_point must have an integer"),
+    "bounds": ({"low": 1.0, "high": 1.0}, ValueError, "low must be less than high"),
+    "qscheme": ({"qscheme": torch.per_channel_affine}, ValueError, "needs ch_axis"),
+    "non-finite": ({"x": torch.tensor([[INF, 1, 1], [1, 2, 3]])}, ValueError, "non-finite"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BATCH_NORM_ERRORS.values())
+def test_batch_norm_says_what_does_not_fit_and_changes_nothing(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    names = ("weight", "bias", "running_mean", "running_var")
+    given_ = dict(zip(names, batch_norm_of(3), strict=True))
+    given_ |= {"x": X.t().contiguous(), "nonfinite": "raise", **F.fake_quantize_state()._asdict()}
+    given_ |= change
+    tensors = [t for t in given_.values() if isinstance(t, Tensor) and t.device.type == "cpu"]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(error, match=message):
+        F.batch_norm_observe_fake_quantize(**given_)
+    assert_same(tensors, before)
+
+
 # ------------------------------------------------------------------------------ learnable
 
 

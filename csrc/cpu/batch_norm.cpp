@@ -396,6 +396,8 @@ void observe_batch_norm(const Dense& x, const BatchNorm& bn, const ClampSettings
   for (const Array* a : {&min_val, &max_val, &scale, &zero_point}) check_count(*a, 1);
   check(zero_point.type == Element::i32 || zero_point.type == Element::i64,
         "zero_point must have an integer dtype");
+  check(observed.observes || !observed.quantizes || !(read_value<double>(scale) <= 0),
+        "scale must be positive");
   const int64_t count = x.outer * x.inner;
   const bool of_batch = bn.training && x.numel() > 0, observes = observed.observes && x.numel() > 0;
   check(!of_batch || count > 1, "batch statistics need more than one value per channel");

@@ -1,5 +1,6 @@
 #include "python/fast_calls.h"
 
+#include "cpu/batch_norm.h"
 #include "cpu/clamped_sum.h"
 #include "cpu/fake_quantize.h"
 #include "cpu/folded_weight.h"
@@ -139,6 +140,11 @@ double number(PyObject* object) {
   return value;
 }
 
+bool boolean(PyObject* object) {
+  require(PyBool_Check(object));
+  return object == Py_True;
+}
+
 std::optional<double> optional_number(PyObject* object) {
   return object == Py_None ? std::nullopt : std::optional<double>(number(object));
 }
@@ -179,6 +185,15 @@ uint64_t* mask_words_in(PyObject* object, int64_t n) {
           reinterpret_cast<uintptr_t>(mask.data) % sizeof(uint64_t) == 0);
   return static_cast<uint64_t*>(mask.data);
 }
+
+// A tensor whose axis 1 has the channels.
+Dense batch_norm_input(const DLTensor& t) {
+  require(2 <= t.ndim && t.ndim <= 5 && numel(t) > 0);
+  return dense(t, 1);
+}
+
+// The type of arithmetic on elements of a floating type.
+Element compute_type(Element stored) { return stored == Element::f64 ? Element::f64 : Element::f32; }
 
 // Releases the GIL while a large tensor is processed. For a small one, that costs more than it gains.
 class WithoutGil {
@@ -417,6 +432,47 @@ PyObject* fold_weight_backward_call(PyObject*, PyObject* const* given, Py_ssize_
     const Array grad_bn_weight = buffer(args.next(), "grad_bn_weight");
     const WithoutGil released(weight.numel());
     fold_weight_backward(weight, from, fold, quant_min, quant_max, grad_weight.data, grad_bn_weight);
+  });
+}
+
+PyObject* batch_norm_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 14, [](Arguments args) {
+    const DLTensor t = tensor(args.next());
+    const Dense x = batch_norm_input(t);
+    BatchNorm batch_norm;
+    batch_norm.weight = buffer(args.next(), "weight"), batch_norm.bias = buffer(args.next(), "bias");
+    batch_norm.running_mean = buffer(args.next(), "running_mean");
+    batch_norm.running_var = buffer(args.next(), "running_var");
+    batch_norm.training = boolean(args.next());
+    batch_norm.momentum = number(args.next()), batch_norm.eps = number(args.next());
+    const double low = number(args.next()), high = number(args.next());
+    const FusedSettings s(args.next());
+    const Array norm = values(args.next(), "norm"), quantizer = values(args.next(), "quantizer");
+    require(norm.numel == 4 * x.channels && norm.type == compute_type(x.type));
+    require(quantizer.numel == 3 && quantizer.type == Element::f64 && !s.observe.ch_axis.has_value());
+    void* const y = output(args.next(), t);
+    const ObservedQuantizer observed = {s.buffers, s.observe, s.observes, flag(s.fake_quant_enabled)};
+    const WithoutGil released(x.numel());
+    observe_batch_norm(x, batch_norm, {low, high}, observed, norm.data, static_cast<double*>(quantizer.data));
+    const QParamsConfig& q = s.observe.qparams;
+    batch_norm_fake_quantize(x, norm, quantizer, {low, high}, {q.quant_min, q.quant_max}, y);
+  });
+}
+
+PyObject* batch_norm_fake_quantize_backward_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 12, [](Arguments args) {
+    const DLTensor g = tensor(args.next()), t = tensor(args.next());
+    const Dense x = batch_norm_input(t);
+    require(is_like(g, t));
+    const Array norm = values(args.next(), "norm"), quantizer = values(args.next(), "quantizer");
+    const bool training = boolean(args.next());
+    const double low = number(args.next()), high = number(args.next());
+    const int64_t quant_min = integer(args.next()), quant_max = integer(args.next());
+    void* const grad_x = output(args.next(), t);
+    const Array grad_weight = buffer(args.next(), "grad_weight"), grad_bias = buffer(args.next(), "grad_bias");
+    const WithoutGil released(x.numel());
+    batch_norm_fake_quantize_backward(x, g.data, norm, quantizer, training, {low, high}, {quant_min, quant_max},
+                                      grad_x, grad_weight, grad_bias);
   });
 }
 

@@ -30,6 +30,8 @@ PyObject* add_observe_fake_quantize_call(PyObject* self, PyObject* const* args, 
 PyObject* observe_folded_weight_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fold_weight_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fold_weight_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* batch_norm_observe_fake_quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* batch_norm_fake_quantize_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* fake_quantize_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastquant

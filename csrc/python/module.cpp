@@ -95,6 +95,17 @@ PyMethodDef methods[] = {
         "fold_weight_backward(grad, weight, fold, quant_min, quant_max, grad_weight, grad_bn_weight) -> True "
         "| None\n\nRuns the op, and writes its results to grad_weight, which may be grad, and to "
         "grad_bn_weight.\nReturns None, and changes nothing, where only the op supports the arguments."),
+    fast_call(
+        "batch_norm_observe_fake_quantize", fastquant::batch_norm_observe_fake_quantize_call,
+        "batch_norm_observe_fake_quantize(x, weight, bias, running_mean, running_var, training, momentum, "
+        "bn_eps, low, high, settings, norm, quantizer, y) -> True | int | None\n\nRuns the ops "
+        "observe_batch_norm_ and batch_norm_fake_quantize, and writes their results to norm, quantizer and "
+        "y.\nReturns what observe_minmax_ does. settings: a fastquant._native.settings.FusedSettings."),
+    fast_call(
+        "batch_norm_fake_quantize_backward", fastquant::batch_norm_fake_quantize_backward_call,
+        "batch_norm_fake_quantize_backward(grad, x, norm, quantizer, training, low, high, quant_min, "
+        "quant_max, grad_x, grad_weight, grad_bias) -> True | None\n\nRuns the op, and writes its results to "
+        "the last three. Returns None, and changes nothing, where only\nthe op supports the arguments."),
     fast_call("fake_quantize_backward", fastquant::fake_quantize_backward_call,
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
               "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "

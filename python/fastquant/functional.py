@@ -50,6 +50,7 @@ __all__ = [
     "HistogramState",
     "MinMaxState",
     "add_observe_fake_quantize",
+    "batch_norm_observe_fake_quantize",
     "choose_qparams",
     "fake_quantize",
     "fake_quantize_state",
@@ -732,6 +733,142 @@ def _flag(value: bool | Tensor, x: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return torch.full((1,), int(value), dtype=torch.uint8, device=x.device)
+
+
+def _batch_norm_error(x: Tensor, training: bool, channels: dict[str, Tensor]) -> Exception | None:
+    """What does not fit batch norm, in words; None where all fits."""
+    for name, tensor in channels.items():
+        if not isinstance(tensor, Tensor):
+            return TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            return TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    if not 2 <= x.dim() <= 5:
+        return ValueError(f"x must have 2 to 5 dimensions, got shape {list(x.shape)}")
+    error = channel_error(x, 1, channels)
+    if error is None and training and x.numel() == x.shape[1]:
+        error = ValueError(
+            "batch statistics need more than one value per channel: give more than one, or "
+            f"training=False, got shape {list(x.shape)}"
+        )
+    return error
+
+
+def batch_norm_observe_fake_quantize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    nonfinite_count: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    bn_eps: float = 1e-5,
+    low: float = -_INF,
+    high: float = _INF,
+    dtype: torch.dtype = torch.quint8,
+    qscheme: torch.qscheme = torch.per_tensor_affine,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
+    averaging_constant: float | None = 0.01,
+    eps: float = _EPS,
+    observe: bool | Tensor = True,
+    quantize: bool | Tensor = True,
+    nonfinite: NonFinitePolicy = "ignore",
+) -> Tensor:
+    """Batch norm, activation, and a step of quantization-aware training per tensor, as one.
+
+    With mean and variance of each channel (axis 1), of the batch in training and else the running
+    ones, the result is
+
+        fake_quantize(clamp((x - mean) * weight / sqrt(var + bn_eps) + bias, low, high))
+
+    as `torch.nn.functional.batch_norm`, the activation and `fused_observe_fake_quantize` compute
+    it, up to rounding: three times as many passes over x. Nothing between them is stored. The map
+    of a channel is monotone, so that its smallest and largest element tell the range that is
+    observed. Differentiable with respect to `x`, `weight` and `bias`, with the gradients of
+    https://arxiv.org/abs/1502.03167, section 3, and straight through the fake-quantizer.
+    `running_mean`, `running_var` (in training) and the tensors after them, which are a
+    `FakeQuantizeState`, change in place.
+
+    Args:
+        x: `[N, C]` to `[N, C, D, H, W]`, of any memory layout.
+        weight: floating `[C]`, batch norm's gamma.
+        bias: floating `[C]`, batch norm's beta.
+        running_mean: floating `[C]`; in training becomes
+            `(1 - momentum) * running_mean + momentum * mean`.
+        running_var: floating `[C]`; likewise, with the unbiased variance.
+        min_val: floating, one element, on x's device.
+        max_val: as `min_val`.
+        scale: floating, one element.
+        zero_point: integer, one element.
+        nonfinite_count: int64 `[1]`, which grows by the number of elements left out.
+        training: whether to normalize by the statistics of the batch. In training, a channel with
+            a NaN or an infinity becomes NaN as a whole.
+        momentum: of the running statistics.
+        bn_eps: what batch norm adds to the variance.
+        low: what the activation clamps to: 0 for ReLU, -inf for none.
+        high: likewise: 6 for ReLU6, inf for none.
+        dtype: quantized dtype, which says the range of integers where none is given.
+        qscheme: torch.per_tensor_affine or torch.per_tensor_symmetric, see `choose_qparams`.
+        quant_min: smallest integer; with `quant_max`, or not at all.
+        quant_max: largest integer.
+        averaging_constant: of the moving average, see `observe_minmax_`; None keeps extremes.
+        eps: smallest scale.
+        observe: whether to update range, scale and zero point. A tensor, integer `[1]` on x's
+            device, is not waited for.
+        quantize: whether to fake-quantize, likewise.
+        nonfinite: what to do about NaN and infinities of the activation when observing, see
+            `observe_minmax_`.
+
+    Returns:
+        A new tensor like x.
+
+    Raises:
+        TypeError: `x` or another argument is no tensor, or of the wrong dtype.
+        ValueError: `x` has fewer than 2 or more than 5 dimensions, or in training one value per
+            channel; a tensor has not one element per channel (`weight` to `running_var`) or one
+            element (the others), or lies on another device; an empty range of integers; a
+            per-channel `qscheme`; `low` is not below `high`; x has non-finite elements under
+            "raise". Nothing has changed then.
+    """
+    if not low < high:
+        raise ValueError(f"low must be less than high, got low={low} and high={high}")
+    grid = _grid(dtype, qscheme, quant_min, quant_max)
+    _check_axis(qscheme, None)
+    policy = check_nonfinite(nonfinite)
+    if averaging_constant is not None:
+        check_averaging_constant(averaging_constant)
+    error = input_error(x) or _batch_norm_error(
+        x,
+        training,
+        {
+            "weight": weight,
+            "bias": bias,
+            "running_mean": running_mean,
+            "running_var": running_var,
+        },
+    )
+    if error is not None:
+        raise error
+    buffers = {"min_val": min_val, "max_val": max_val, "scale": scale, "zero_point": zero_point}
+    try:
+        if zero_point.is_floating_point():
+            raise TypeError(f"zero_point must have an integer dtype, got {zero_point.dtype}")
+        settings = _fused_settings(
+            *(x, observe, quantize, buffers, nonfinite_count, eps),
+            *(None, averaging_constant, *grid, policy),
+        )
+        how = (training, momentum, bn_eps, float(low), float(high), settings)
+        return routes.batch_norm_observe_fake_quantize(
+            x, weight, bias, running_mean, running_var, *how
+        )
+    except _REFUSALS as refusal:
+        raise _explained(refusal, x, None, buffers, nonfinite) from None
 
 
 def learnable_fake_quantize(

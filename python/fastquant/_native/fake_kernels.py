@@ -67,7 +67,8 @@ def _empty_qparams(
     return min_val.new_empty(n), min_val.new_empty(n, dtype=dtype)
 
 
-def _empty_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def empty_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Memory for the results of `observe_batch_norm_`."""
     norm = x.new_empty((4, x.shape[1]), dtype=_compute_dtype(x))
     return norm, x.new_empty(3, dtype=torch.float64)
 
@@ -112,7 +113,7 @@ _FAKE_KERNELS: dict[str, Op] = {
     "quantize_per_channel": _empty_int8,
     "fused_observe_fake_quantize": _empty_like_first,
     "fused_observe_fake_quantize_with_mask": _empty_with_mask,
-    "observe_batch_norm_": _empty_norm,
+    "observe_batch_norm_": empty_norm,
     "batch_norm_fake_quantize": _empty_like_first,
     "batch_norm_fake_quantize_backward": _empty_batch_norm_gradients,
     "add_observe_fake_quantize": _empty_with_mask,

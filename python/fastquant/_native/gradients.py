@@ -150,14 +150,19 @@ def _save_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients_of_x_weight_bias(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, norm, quantizer = ctx.saved_tensors
-    training, *clamp = ctx.settings
-    twice = torch.is_grad_enabled() and any(t.requires_grad for t in (grad, x, weight))
-    if twice:
+    if is_grad_enabled() and any(t.requires_grad for t in (grad, x, weight)):
+        training, *clamping = ctx.settings
         with torch.no_grad():
-            _, passes = batch_norm.quantized(x, norm, quantizer, *clamp)
+            _, passes = batch_norm.quantized(x, norm, quantizer, *clamping)
         made = batch_norm.differentiable_gradients(grad, passes, x, weight, norm, training)
     else:
-        made = ops.batch_norm_fake_quantize_backward(grad, x, norm, quantizer, training, *clamp)
+        args = (grad, x, norm, quantizer, *ctx.settings)
+        if may_skip_dispatcher(grad, x):
+            of_bias = weight.new_empty(weight.size(), dtype=ctx.bias_dtype)
+            made = (_empty_like(x), _empty_like(weight), of_bias)
+            if _C.batch_norm_fake_quantize_backward(*args, *made):
+                return made
+        made = ops.batch_norm_fake_quantize_backward(*args)
     of_x, of_weight, of_bias = made
     return of_x.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(ctx.bias_dtype)
 
@@ -177,7 +182,8 @@ class _BatchNorm(torch.autograd.Function):
         return *_gradients_of_x_weight_bias(ctx, grad), None, None
 
 
-with_batch_norm_gradients: ops.Op = _BatchNorm.apply
+with_batch_norm_gradients: _Attach = _BatchNorm.apply
+with_batch_norm_gradients_plain = _without_transforms(_BatchNorm)
 
 
 def _gradients_of_batch_norm(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

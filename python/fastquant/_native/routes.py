@@ -19,7 +19,7 @@ from .._core.arguments import nonfinite_refusal
 from .._core.qparams import zero_point_dtype
 from .._torch.private import below_autograd, dispatch_modes, is_tracing
 from . import gradients, ops
-from .fake_kernels import empty_mask
+from .fake_kernels import empty_mask, empty_norm
 from .fast_calls import (
     is_compiling,
     is_grad_enabled,
@@ -228,17 +228,26 @@ def batch_norm_observe_fake_quantize(
 
     `settings.ch_axis` must be None.
     """
-    statistics = (running_mean, running_var, training, momentum, bn_eps, low, high)
-    observing = (*statistics, *settings.per_tensor())
-    clamping = (training, low, high, settings.quant_min, settings.quant_max)
     tensors = (x, weight, bias)
+    needs_grad = any(map(_needs_gradient, tensors))
+    statistics = (running_mean, running_var, training, momentum, bn_eps, low, high)
+    clamping = (training, low, high, settings.quant_min, settings.quant_max)
     y: Tensor
+    if may_skip_dispatcher(*tensors) and x.dim() > 1:
+        y, made = _empty_like(x), empty_norm(x)
+        done = _C.batch_norm_observe_fake_quantize(*tensors, *statistics, settings, *made, y)
+        if done is True:
+            attach = gradients.with_batch_norm_gradients_plain
+            return attach(*tensors, (y,), (*made, *clamping)) if needs_grad else y
+        if done:
+            raise nonfinite_refusal(x, done)
+    observing = (*statistics, *settings.per_tensor())
     in_graph = _is_in_graph(x)
     if in_graph or is_transformed():
         made = ops.observe_batch_norm_(*(t.detach() for t in tensors), *observing)
         op = ops.batch_norm_fake_quantize if in_graph else gradients.batch_norm_fake_quantize
         y = op(*tensors, *made, *clamping)
-    elif _is_recorded() or not any(map(_needs_gradient, tensors)):
+    elif _is_recorded() or not needs_grad:
         made = ops.observe_batch_norm_(*tensors, *observing)
         y = ops.batch_norm_fake_quantize(*tensors, *made, *clamping)
     else:
