@@ -43,7 +43,7 @@ from ..._native.folded_weight import (
 from ..._native.routes import may_be_read
 from ..._torch.ao import conv_bn_base, nniqat
 from ...fake_quantize import FakeQuantizeBase
-from .plain import is_plain, settings_of_one_op
+from .plain import is_fused_for, is_plain, settings_of_one_op
 
 __all__ = ["before_batch_norm", "teach_torch_ao"]
 
@@ -82,7 +82,9 @@ def _folded_by_op(module: Any, dtype: torch.dtype | None) -> Folded | None:
         or settings.zero_point.is_floating_point()
         or bn.running_var.requires_grad
         or not all(
-            (type(t) is Tensor or type(t) is Parameter) and t.is_cpu and t.dtype == weight.dtype
+            (type(t) is Tensor or type(t) is Parameter)
+            and is_fused_for(t)
+            and t.dtype == weight.dtype
             for t in (weight, bn.weight, bn.running_var)
         )
     ):
@@ -108,9 +110,12 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 def _dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """What a layer computes in, its weight's dtype or autocast's; None where it is another."""
-    if not torch.is_autocast_enabled("cpu"):
+    if not is_fused_for(x):
+        return None
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
         return weight.dtype if x.dtype == weight.dtype else None
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     casts = weight.dtype == torch.float32 and x.dtype in (torch.float32, *_NARROW)
     return dtype if casts and dtype in _NARROW else None
 
@@ -121,7 +126,6 @@ def _layer(module: Any, x: Tensor) -> Layer | None:
         not torch.is_grad_enabled()
         or type(x) is not Tensor
         or x.layout is not torch.strided
-        or not x.is_cpu
         or x.dim() != module.weight.dim()
     ):
         return None
