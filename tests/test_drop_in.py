@@ -131,8 +131,11 @@ def _hooks_on_lstm_stay(program: Program, found: Difference) -> bool:
         return False
     if found.what == "modules" and found.path.endswith(("hooks", "pre_hooks")):
         return set(found.ours) - set(found.theirs) <= {"inner hook", "inner pre-hook"}
-    return found.what == "log" and found.theirs == tuple(
-        event for event in found.ours if not event.startswith("inner")
+    rest = iter(found.ours)
+    return (
+        found.what == "log"
+        and all(event in rest for event in found.theirs)
+        and _without_inner(found.ours) == _without_inner(found.theirs)
     )
 
 
