@@ -25,27 +25,26 @@ inline const KernelsFor<BFloat16, float>& kernels_of(BFloat16) { return kernels(
 
 // ---------------------------------------------------------------------------- buffers
 
-// Like a std::vector, but one or two values need no allocation: for a small tensor, the allocations for a
-// range, a scale and a zero point would take as long as reading it.
+// Like a std::vector, but a few values need no allocation: for a small tensor, the allocations for ranges,
+// scales and zero points would take as long as reading it.
 template <class T>
 class FewOrMany {
  public:
-  explicit FewOrMany(int64_t count, T value = T{}) : count_(count) {
-    if (count > kFew) many_.assign(count, value);
-    if (count <= kFew) std::fill_n(few_, kFew, value);
+  explicit FewOrMany(int64_t count, T value = T{}) : count_(count), many_(count > kFew ? count : 0) {
+    std::fill_n(data(), count, value);
   }
 
   int64_t size() const { return count_; }
   const T* data() const { return count_ > kFew ? many_.data() : few_; }
   T* data() { return count_ > kFew ? many_.data() : few_; }
   const T* begin() const { return data(); }
-  T* begin() { return data(); }
   const T* end() const { return data() + count_; }
+  T* begin() { return data(); }
   const T& operator[](int64_t i) const { return data()[i]; }
   T& operator[](int64_t i) { return data()[i]; }
 
  private:
-  static constexpr int64_t kFew = 2;
+  static constexpr int64_t kFew = 64;
   int64_t count_;
   T few_[kFew];
   std::vector<T> many_;
@@ -56,7 +55,8 @@ Values read_values(const Array& a) {
   Values values(a.numel);
   with_element(a.type, [&](auto element) {
     const auto* data = static_cast<const decltype(element)*>(a.data);
-    for (int64_t i = 0; i < a.numel; ++i) values[i] = static_cast<T>(number(data[i]));
+    T* const into = values.data();
+    for (int64_t i = 0; i < a.numel; ++i) into[i] = static_cast<T>(number(data[i]));
   });
   return values;
 }
@@ -65,8 +65,9 @@ template <class Values>
 void write_values(const Array& a, const Values& values) {
   with_element(a.type, [&](auto element) {
     auto* data = static_cast<decltype(element)*>(a.data);
+    const auto* const from = values.data();
     const int64_t n = static_cast<int64_t>(values.size());
-    for (int64_t i = 0; i < n; ++i) assign(data + i, values[i]);
+    for (int64_t i = 0; i < n; ++i) assign(data + i, from[i]);
   });
 }
 
