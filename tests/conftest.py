@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from fastquant import _C
 from fastquant._torch.ao import conv_bn_base, nniqat
-from fastquant.nn.qat.batch_norm import teach_torch_ao
+from fastquant.nn.qat.blocks import teach_torch_ao
 
 settings.register_profile(
     "fastquant",

@@ -23,7 +23,7 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
-from .nn.qat.batch_norm import teach_torch_ao
+from .nn.qat.blocks import teach_torch_ao
 from .nn.qat.float_functional import teach_float_functional
 from .observer import _is_activation_post_process
 from .qconfig import (

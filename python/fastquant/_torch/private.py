@@ -172,6 +172,7 @@ global_forward_hooks = _find("nn.modules.module._global_forward_hooks", {"unknow
 global_forward_pre_hooks = _find("nn.modules.module._global_forward_pre_hooks", {"unknown": None})
 _call_impl = _find("nn.Module._call_impl", None)
 _module_call = nn.Module.__call__
+_is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
 # torch.fx.symbolic_trace replaces nn.Module.__call__ while it traces. We read its flag, because
 # is_fx_tracing() logs a warning.
 _fx: Any = SimpleNamespace(_is_fx_tracing_flag=False)
@@ -182,8 +183,9 @@ if _find("fx._symbolic_trace._is_fx_tracing_flag", None) is not None:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether calling the module with a detached tensor runs its class's forward, and no more.
 
-    False where it has forward hooks, its own or global ones, or where somebody replaced the method
-    that calls forward. Backward hooks do not count: they do nothing where nothing needs a gradient.
+    False where it has forward hooks, its own or global ones, where it was compiled, or where
+    somebody replaced the method that calls forward. Backward hooks do not count: they do nothing
+    where nothing needs a gradient.
     """
     own, cls = module.__dict__, type(module)
     return (
@@ -192,6 +194,7 @@ def is_called_plainly(module: nn.Module) -> bool:
         and cls._call_impl is _call_impl
         and "forward" not in own
         and "_call_impl" not in own
+        and "_compiled_call_impl" not in own
         and not (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -216,6 +219,26 @@ def has_backward_hooks(module: nn.Module) -> bool:
         or _global_backward_hooks
         or _global_backward_pre_hooks
     )
+
+
+def shorten_calls(cls: type[nn.Module], shortcut: Callable[..., Any]) -> None:
+    """Have a call of a module of this class return what `shortcut(module, *args, **kwargs)` does.
+
+    Where that returns NotImplemented, in graphs of torch.compile, and where somebody replaced
+    nn.Module.__call__, as torch.fx.symbolic_trace does, the call is as before.
+    """
+    if _call_impl is None or "_call_impl" in vars(cls):
+        return
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not _is_traced_by_dynamo() and type(self).__call__ is _module_call:
+            result = shortcut(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return super(cls, self)._call_impl(*args, **kwargs)  # type: ignore[misc]
+
+    call.__name__ = "_call_impl"
+    cls._call_impl = call  # type: ignore[method-assign]
 
 
 BatchNorm = _find(

@@ -12,11 +12,8 @@ result is NaN. Here such a channel uses w itself: gamma makes the channel's outp
 case, and its gradient is the normalized output of the convolution, as without quantization, so
 that training can bring the channel back.
 
-`teach_torch_ao` replaces the two methods of torch.ao's classes that do the folding, for blocks
-whose weight is quantized by a fake-quantizer of fastquant; others keep torch.ao's. The blocks stay
-torch.ao's classes: its functions and users' code recognise them by their type. `prepare_qat` calls
-it. In a process that unpickles a prepared model and never calls `prepare_qat`, torch.ao's own
-methods run.
+`fold_on_the_weight` replaces the two methods of torch.ao's classes that do the folding, for blocks
+whose weight is quantized by a fake-quantizer of fastquant; others keep torch.ao's.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ from ..._torch.ao import conv_bn_base, nniqat
 from ...fake_quantize import FakeQuantizeBase
 from .plain import is_fused_for, is_plain, settings_of_one_op
 
-__all__ = ["before_batch_norm", "teach_torch_ao"]
+__all__ = ["before_batch_norm", "fold_on_the_weight"]
 
 _Forward = Callable[[Any, Tensor], Tensor]
 
@@ -190,8 +187,7 @@ def _replace(cls: type, name: str) -> None:
     setattr(cls, name, method)
 
 
-@functools.cache
-def teach_torch_ao() -> None:
+def fold_on_the_weight() -> None:
     """Have torch.ao's blocks fold on the weight's side, from now on in this process."""
     _replace(conv_bn_base, "_forward_approximate")
     _replace(nniqat.LinearBn1d, "forward")

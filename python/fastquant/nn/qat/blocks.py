@@ -1,0 +1,181 @@
+"""A call of a QAT block with batch norm: batch norm, activation and fake-quantizing as one.
+
+Called as a module, a prepared block of torch.ao runs its convolution or linear layer, batch norm,
+perhaps ReLU, and then the hook that observes and fake-quantizes the output. Each of these goes over
+all activations by itself. Here they are done as one, which goes over them twice.
+
+It is done only where nothing could tell the difference: where the block, its batch norm and the
+fake-quantizer of its output are as their classes were written, nobody's hooks are on them, and no
+transform or mode has to see the single steps. Any other call goes on as nn.Module and torch.ao have
+it. So does a direct call of `forward`, which runs no hooks and fake-quantizes no output.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+from ..._core.arguments import nonfinite_error
+from ..._core.errors import naming_its_layer
+from ..._native.routes import batch_norm_observe_fake_quantize
+from ..._native.settings import FusedSettings
+from ..._torch.ao import conv_bn_base, nniqat, observer_forward_hook
+from ..._torch.overrides import Written
+from ..._torch.private import has_backward_hooks, is_altered, is_called_plainly, shorten_calls
+from ...fake_quantize import FakeQuantizeBase
+from .batch_norm import before_batch_norm, fold_on_the_weight
+from .plain import settings_per_tensor
+
+__all__ = ["teach_torch_ao"]
+
+
+class _Kind(NamedTuple):
+    """How the blocks of one class work."""
+
+    batch_norm: type[nn.Module]
+    dims: int  # of input and output
+    low: float  # of the activation
+    methods: Written
+
+
+def _kind(cls: type, batch_norm: type[nn.Module], dims: int, low: float = -math.inf) -> _Kind:
+    methods = ("forward", "_forward", "_conv_forward") if issubclass(cls, conv_bn_base) else ()
+    return _Kind(batch_norm, dims, low, Written(cls, *methods))
+
+
+# Methods are recorded here as torch has them, to notice where somebody has put others in their
+# place. Those that `fold_on_the_weight` replaces are in `_FOLDING`.
+_KINDS = {
+    nniqat.ConvBn1d: _kind(nniqat.ConvBn1d, nn.BatchNorm1d, 3),
+    nniqat.ConvBn2d: _kind(nniqat.ConvBn2d, nn.BatchNorm2d, 4),
+    nniqat.ConvBn3d: _kind(nniqat.ConvBn3d, nn.BatchNorm3d, 5),
+    nniqat.ConvBnReLU1d: _kind(nniqat.ConvBnReLU1d, nn.BatchNorm1d, 3, 0.0),
+    nniqat.ConvBnReLU2d: _kind(nniqat.ConvBnReLU2d, nn.BatchNorm2d, 4, 0.0),
+    nniqat.ConvBnReLU3d: _kind(nniqat.ConvBnReLU3d, nn.BatchNorm3d, 5, 0.0),
+    nniqat.LinearBn1d: _kind(nniqat.LinearBn1d, nn.BatchNorm1d, 2),
+}
+_FOLDING: dict[type, Written] = {}
+_BATCH_NORMS = {
+    cls: Written(cls, "forward", "_check_input_dim")
+    for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
+
+_parameters = itemgetter("weight", "bias")
+_buffers = itemgetter("running_mean", "running_var", "num_batches_tracked")
+
+
+def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
+    """What fake-quantizing the output takes; None where `_call` could be told from torch's call."""
+    if is_altered() or (type(x) is not Tensor and type(x) is not Parameter):
+        return None
+    own = block.__dict__
+    hooks, modules = own["_forward_hooks"], own["_modules"]
+    bn: Any = modules.get("bn")
+    if (
+        len(hooks) != 1
+        or observer_forward_hook not in hooks.values()
+        or own["_forward_hooks_with_kwargs"]
+        or own["_forward_pre_hooks"]
+        or has_backward_hooks(block)
+        or kind.methods.is_replaced(block)
+        or _FOLDING[type(block)].is_replaced(block)
+        or getattr(block, "_enable_slow_path_for_better_numerical_stability", False)
+        or not (x.is_cpu and x.dim() == kind.dims)
+        or type(bn) is not kind.batch_norm
+        or not is_called_plainly(bn)
+        or has_backward_hooks(bn)
+        or _BATCH_NORMS[kind.batch_norm].is_replaced(bn)
+        or not bn.track_running_stats
+        or FakeQuantizeBase not in type(modules.get("weight_fake_quant")).__mro__
+    ):
+        return None
+    return settings_per_tensor(modules.get("activation_post_process"))
+
+
+def _arguments_of_batch_norm(
+    bn: Any, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, float, float] | None:
+    """Weight, bias, running statistics, training, momentum and eps, for a batch of values.
+
+    None where they, or the values, are not such as the op takes; torch may take or refuse them.
+    """
+    if type(x) is not Tensor or x.layout is not torch.strided:
+        return None
+    try:
+        weight, bias = _parameters(bn._parameters)
+        mean, var, batches = _buffers(bn._buffers)
+    except KeyError:
+        return None  # something else is in the place of a parameter or buffer
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    for tensor in (weight, bias, mean, var):
+        cls = type(tensor)
+        if (cls is not Parameter and cls is not Tensor) or tensor.dtype is not dtype:
+            return None
+    training, momentum, eps = bn.training, bn.momentum, bn.eps
+    # Of one value a channel there is no variance, which torch says in an error.
+    if x.numel() <= (x.shape[1] if training else 0):
+        return None
+    if momentum is None:
+        # The mean over all batches so far.
+        momentum = 1.0 / (float(batches) + 1.0) if training and batches is not None else 0.0
+    if not isinstance(momentum, (float, int)) or not isinstance(eps, (float, int)) or eps <= 0:
+        return None
+    return weight, bias, mean, var, training, momentum, eps
+
+
+def _refusal(fake_quantizer: Any, x: Tensor) -> Exception | None:
+    """Why the observer does not take batch norm's result of x, where x says so."""
+    refuses = fake_quantizer.activation_post_process.nonfinite == "raise"
+    return nonfinite_error(x, "raise") if refuses else None
+
+
+def _call(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a call of the block returns; NotImplemented where torch is to make the call."""
+    kind = _KINDS.get(type(block))
+    if kind is None or len(args) != 1 or kwargs:
+        return NotImplemented
+    settings = _settings_if_plain(block, kind, args[0])
+    if settings is None:
+        return NotImplemented
+    bn, fake_quantizer = block.bn, block.activation_post_process
+    x = before_batch_norm(block, args[0])
+    arguments = _arguments_of_batch_norm(bn, x)
+    if arguments is not None:
+        batches = bn.num_batches_tracked if bn.training else None
+        if batches is not None:
+            batches.add_(1)
+        try:
+            return batch_norm_observe_fake_quantize(x, *arguments, kind.low, math.inf, settings)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            # Nothing else has changed. The modules may take what the op refused, or else say what
+            # is wrong with it; but of values that the observer refuses, batch norm would learn.
+            if batches is not None:
+                batches.sub_(1)
+            refused = error if isinstance(error, ValueError) else _refusal(fake_quantizer, x)
+            if refused is not None:
+                raise naming_its_layer(fake_quantizer, refused) from None
+    y = bn(x)
+    return fake_quantizer(F.relu(y) if kind.low == 0.0 else y)
+
+
+@functools.cache
+def teach_torch_ao() -> None:
+    """Have torch.ao's blocks with batch norm work as this package's, from now on in this process.
+
+    They stay torch.ao's classes: its functions and users' code recognise them by their type. In a
+    process that unpickles a prepared model and never calls `prepare_qat`, torch.ao's own methods
+    run.
+    """
+    fold_on_the_weight()
+    for cls in _KINDS:
+        method = "_forward_approximate" if issubclass(cls, conv_bn_base) else "forward"
+        _FOLDING[cls] = Written(cls, method)
+    for cls in (conv_bn_base, nniqat.LinearBn1d):
+        shorten_calls(cls, _call)
