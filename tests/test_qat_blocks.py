@@ -577,8 +577,9 @@ DEEDS: dict[str, Deed] = {
 OFTENER_OR_LESS_OFTEN = (
     # Observers of weights and activations share it here.
     f"on_class: {OBSERVER}.calculate_qparams",
-    # torch.ao reads the weight to learn its number of dimensions.
+    # torch.ao reads these once more: the weight for its number of dimensions.
     "parametrized weight",
+    "parametrized variance",
 )
 
 

@@ -53,10 +53,9 @@ def _is_off(fake_quantizer: Any) -> bool:
     return all(type(flag) is Tensor and may_be_read(flag) and not flag.item() for flag in flags)
 
 
-def _folded_in_steps(module: Any) -> Tensor:
+def _folded_in_steps(module: Any, weight: Tensor, gamma: Tensor, variance: Tensor) -> Tensor:
     """The folded weight by torch ops and a call of the fake-quantizer, whatever it does."""
-    bn, weight = module.bn, module.weight
-    scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    scale = gamma / torch.sqrt(variance + module.bn.eps)
     per_channel = (-1, *(1,) * (weight.dim() - 1))
     zeros = (scale == 0).reshape(per_channel)
     # One scale for product and quotient: a compiler may compute it again for the backward pass,
@@ -66,28 +65,29 @@ def _folded_in_steps(module: Any) -> Tensor:
     return torch.where(zeros, weight, module.weight_fake_quant(scaled) / scale)
 
 
-def _folded_by_op(module: Any, dtype: torch.dtype | None) -> Folded | None:
+def _folded_by_op(
+    module: Any, weight: Tensor, gamma: Tensor, variance: Tensor, dtype: torch.dtype | None
+) -> Folded | None:
     """The folded weight by one op; None where only the single steps do what they should.
 
     dtype: what the layer computes in; the weight's own if None.
     """
-    bn, weight = module.bn, module.weight
     settings = settings_of_one_op(module.weight_fake_quant)
     if (
         settings is None
         or settings.ch_axis not in (None, 0, -weight.dim())
         or settings.zero_point.is_floating_point()
-        or bn.running_var.requires_grad
+        or variance.requires_grad
         or not all(
             (type(t) is Tensor or type(t) is Parameter)
             and is_fused_for(t)
             and t.dtype == weight.dtype
-            for t in (weight, bn.weight, bn.running_var)
+            for t in (weight, gamma, variance)
         )
     ):
         return None
     try:
-        return fold_weight(weight, bn.weight, bn.running_var, bn.eps, settings, dtype)
+        return fold_weight(weight, gamma, variance, module.bn.eps, settings, dtype)
     except (RuntimeError, ValueError):
         return None  # The fake-quantizer says in words what is wrong, and in which layer.
 
@@ -117,13 +117,13 @@ def _dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
     return dtype if casts and dtype in _NARROW else None
 
 
-def _layer(module: Any, x: Tensor) -> Layer | None:
+def _layer(module: Any, x: Tensor, weight: Tensor) -> Layer | None:
     """What the module does with x and its weight; None where this is not known in full."""
     if (
         not torch.is_grad_enabled()
         or type(x) is not Tensor
         or x.layout is not torch.strided
-        or x.dim() != module.weight.dim()
+        or x.dim() != weight.dim()
     ):
         return None
     if isinstance(module, nn.Linear):
@@ -147,20 +147,24 @@ def _bias(module: Any, x: Tensor) -> Tensor | None:
 
 def before_batch_norm(module: Any, x: Tensor) -> Tensor:
     """What the block gives to its batch norm."""
-    bn, weight, bias = module.bn, module.weight, _bias(module, x)
-    if bn.running_var is None:
+    bn, bias = module.bn, _bias(module, x)
+    # Once each, since parametrizations compute them.
+    weight, gamma, variance = module.weight, bn.weight, bn.running_var
+    if variance is None:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
     alone = is_called_alone()
     if not (alone and is_plain(module.weight_fake_quant) and _is_off(module.weight_fake_quant)):
         dtype = _dtype_of_layer(x, weight)
-        layer = None if dtype is None else _layer(module, x)
-        folded = _folded_by_op(module, None if layer is None else dtype) if alone else None
+        layer = None if dtype is None else _layer(module, x, weight)
+        if layer is None:
+            dtype = None
+        folded = _folded_by_op(module, weight, gamma, variance, dtype) if alone else None
         if folded is None:
-            weight = _folded_in_steps(module)
+            weight = _folded_in_steps(module, weight, gamma, variance)
         elif layer is not None:
-            return with_folded_weight(layer, x, weight, bn.weight, bias, folded)
+            return with_folded_weight(layer, x, weight, gamma, bias, folded)
         else:
-            weight = with_gradients(weight, bn.weight, folded)
+            weight = with_gradients(weight, gamma, folded)
     # Else (w s) / s, which is w.
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, bias)
