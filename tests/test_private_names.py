@@ -218,7 +218,8 @@ def private_names_of_torch(tree: ast.Module, own: set[str]) -> Iterator[str]:
         if isinstance(node, ast.Attribute):
             path = ast.unparse(node)
             first, *rest = path.split(".")
-            of_torch = first in ("torch", "nn", "F") and any(map(is_private, rest))
+            hidden = any(is_private(name) and name not in MODULE_PROTOCOL for name in rest)
+            of_torch = first in ("torch", "nn", "F") and hidden
             if of_torch or (is_private(node.attr) and node.attr not in ours):
                 yield path
         elif isinstance(node, ast.ImportFrom) and not node.level:
