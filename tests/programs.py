@@ -37,6 +37,7 @@ from users_code import (
     Piece,
     Residual,
     class_name,
+    do_to_block,
     do_to_observer,
     do_to_piece,
     factory,
@@ -556,6 +557,11 @@ class World:
         if modules:
             module = modules[step.target % len(modules)]
             do_to_piece(module, step.what, self.config(self.program.other_config))
+
+    def _change_block(self, step: Step, other: World) -> None:
+        blocks = [module for module in self.model.modules() if hasattr(module, "bn")]
+        if blocks:
+            do_to_block(blocks[step.target % len(blocks)], step.what)
 
     def _copy(self, step: Step, other: World) -> None:
         self.model = copy.deepcopy(self.model)

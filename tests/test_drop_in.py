@@ -697,6 +697,17 @@ def pieces(draw: st.DrawFn, family: str, mode: str) -> Piece:
     return Piece(kind, tuple(done))
 
 
+BLOCK_CHANGES = (
+    "norm's hook",
+    "norm's hook that changes",
+    "norm's pre_hook",
+    "norm's backward hook",
+    "norm's method",
+    "mean of all batches",
+    "not tracked",
+    "backward hook",
+    "slow path",
+)
 TWEAKS = (
     "hook",
     "pre_hook",
@@ -751,6 +762,7 @@ def steps(draw: st.DrawFn, mode: str) -> Step:
                 *("run", "run", "run", "tweak", "tweak", "qparams", "reload", "pickle", "copy"),
                 *("toggle", "observer_state", "adopt", "double", "repr", "trace"),
                 *("symbolic_trace", "average", "change", "change", "narrow", "learn"),
+                *(("change_block", "change_block") if mode == "qat" else ()),
             )
         )
     )
@@ -772,6 +784,9 @@ def steps(draw: st.DrawFn, mode: str) -> Step:
     elif do == "change":
         what = draw(st.sampled_from(CHANGES))
         target = draw(st.integers(0, 5))
+    elif do == "change_block":
+        what = draw(st.sampled_from(BLOCK_CHANGES))
+        target = draw(st.integers(0, 2))
     elif do == "learn":
         what = draw(st.sampled_from(LEARNING))
     elif do == "narrow":
@@ -917,6 +932,16 @@ ONCE_TOLD_APART = (
         patched_class=("FakeQuantize", "forward"),
     ),
 )
+
+
+@pytest.mark.parametrize("change", BLOCK_CHANGES)
+@pytest.mark.parametrize("kind", ["conv_bn", "conv_bn_relu", "linear_bn"])
+def test_changes_of_blocks_that_train_batch_norm_are_heard(kind: str, change: str) -> None:
+    family = "rows" if kind == "linear_bn" else "image"
+    steps = (*_RUNS, Step("change_block", change), *_RUNS)
+    config = Config("qat x86 0")
+    found = run(Program("qat", family, pieces=(Piece(kind),), config=config, steps=steps))
+    assert not found, report(found)
 
 
 @pytest.mark.parametrize("index", range(len(ONCE_TOLD_APART)))

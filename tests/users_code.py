@@ -805,6 +805,30 @@ def do_to_piece(module: nn.Module, deed: str, config: Any) -> None:
         raise AssertionError(deed)
 
 
+def do_to_block(block: Any, deed: str) -> None:
+    """Something that users do to a QAT block of a convolution or linear layer with batch norm."""
+    if deed == "norm's hook":
+        block.bn.register_forward_hook(Hook("norm's hook"))
+    elif deed == "norm's hook that changes":
+        block.bn.register_forward_hook(Hook("norm's changing hook", 0.5))
+    elif deed == "norm's pre_hook":
+        block.bn.register_forward_pre_hook(Hook("norm's pre-hook"))
+    elif deed == "norm's backward hook":
+        block.bn.register_full_backward_hook(Hook("norm's backward hook"))
+    elif deed == "norm's method":
+        block.bn.forward = types.MethodType(_forward_noted, block.bn)
+    elif deed == "mean of all batches":
+        block.bn.momentum = None
+    elif deed == "not tracked":
+        block.bn.track_running_stats = False
+    elif deed == "backward hook":
+        block.register_full_backward_hook(Hook("block's backward hook"))
+    elif deed == "slow path":
+        block._enable_slow_path_for_better_numerical_stability = True
+    else:
+        raise AssertionError(deed)
+
+
 def do_to_observer(ns: Any, observer: Any, what: str) -> None:
     """Something that users do to an observer or fake-quantizer that is in a model."""
     if what == "forward":
