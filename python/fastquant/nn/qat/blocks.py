@@ -31,7 +31,7 @@ from ..._torch.overrides import Written
 from ..._torch.private import has_backward_hooks, is_altered, is_called_plainly, shorten_calls
 from ...fake_quantize import FakeQuantizeBase
 from .batch_norm import before_batch_norm, fold_on_the_weight
-from .plain import settings_per_tensor
+from .plain import is_fused_for, settings_per_tensor
 
 __all__ = ["teach_torch_ao"]
 
@@ -86,8 +86,8 @@ def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
         or has_backward_hooks(block)
         or kind.methods.is_replaced(block)
         or _FOLDING[type(block)].is_replaced(block)
-        or getattr(block, "_enable_slow_path_for_better_numerical_stability", False)
-        or not (x.is_cpu and x.dim() == kind.dims)
+        or own.get("_enable_slow_path_for_better_numerical_stability")
+        or not (is_fused_for(x) and x.dim() == kind.dims)
         or type(bn) is not kind.batch_norm
         or not is_called_plainly(bn)
         or has_backward_hooks(bn)
@@ -144,11 +144,12 @@ def _call(block: Any, *args: Any, **kwargs: Any) -> Any:
     settings = _settings_if_plain(block, kind, args[0])
     if settings is None:
         return NotImplemented
-    bn, fake_quantizer = block.bn, block.activation_post_process
+    modules = block._modules
+    bn, fake_quantizer = modules["bn"], modules["activation_post_process"]
     x = before_batch_norm(block, args[0])
     arguments = _arguments_of_batch_norm(bn, x)
     if arguments is not None:
-        batches = bn.num_batches_tracked if bn.training else None
+        batches = bn._buffers["num_batches_tracked"] if bn.training else None
         if batches is not None:
             batches.add_(1)
         try:
