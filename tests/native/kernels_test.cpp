@@ -19,6 +19,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/quant_params.h"
+#include "cpu/vec_scalar.h"
 
 namespace fastquant {
 namespace {
@@ -320,6 +321,107 @@ void compare_folded_weight(const char* isa, const KernelsFor<S, T>& k, const Ker
   if (!same_bits(folded[0].get(), out[1].get(), n)) report(isa, "folded weight's gradient in place", n, offset);
 }
 
+// Equal, or both NaN.
+template <class S>
+bool same_elements(const S* a, const S* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const auto x = to_compute(a[i]), y = to_compute(b[i]);
+    if (!same_bits(&a[i], &b[i], 1) && !(std::isnan(x) && std::isnan(y))) return false;
+  }
+  return true;
+}
+
+bool same_moments(const ChunkMoments& a, const ChunkMoments& b) {
+  if (a.finite != b.finite || !same_number(a.mean, b.mean)) return false;
+  return !a.finite || (a.squares == b.squares && a.low == b.low && a.high == b.high);
+}
+
+// An activation whose quantizer is off, ordinary, or has a scale that is not a normal number.
+template <class T>
+Activation<T> random_activation() {
+  const double scales[] = {0.02, 0.02, sizeof(T) == sizeof(float) ? 1e-40 : 1e-310};
+  const uint64_t kind = rng() % 3;
+  const double quantizer[] = {scales[kind], 7, kind == 0 ? 0.0 : 1.0};
+  const double low = rng() % 2 == 0 ? 0 : -std::numeric_limits<double>::infinity();
+  return activation_of<Scalar<T>>(quantizer, low, 6, 0, 255);
+}
+
+template <class S, class T>
+void compare_batch_norm_rows(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int64_t n,
+                             int64_t offset, bool hostile) {
+  const auto x = random_buffer<S>(n, offset, hostile), grad = random_buffer<S>(n, offset, hostile);
+  const int64_t rows = 1 + static_cast<int64_t>(rng() % uint64_t(std::min<int64_t>(n, 9))), length = n / rows;
+  const ChannelChunk chunk = {rows, length, rows > 1 ? (n - length) / (rows - 1) : 0, 0};
+  const ChannelNorm<T> norm = {T(0.25), T(0.9), rng() % 4 == 0 ? T(0) : T(1.5), T(-0.1)};
+  const GradientMeans<T> means = {T(0.125), T(-0.3)};
+  const Activation<T> activation = random_activation<T>();
+  ChunkMoments moments[2];
+  GradientSums sums[2] = {{0, 0}, {0, 0}};
+  Buffer<S> y[2] = {{n, offset}, {n, offset}}, trained[2] = {{n, offset}, {n, offset}},
+            frozen[2] = {{n, offset}, {n, offset}};
+  for (int t = 0; t < 2; ++t) {
+    const KernelsFor<S, T>& table = t == 0 ? k : ref;
+    table.moments_of_rows(x.get(), chunk, &moments[t]);
+    table.normalize_rows(x.get(), y[t].get(), chunk, norm, activation);
+    table.gradient_sums_of_rows(grad.get(), x.get(), chunk, norm, activation.passing, &sums[t]);
+    table.gradient_of_rows(grad.get(), x.get(), trained[t].get(), chunk, norm, activation.passing, &means);
+    table.gradient_of_rows(grad.get(), x.get(), frozen[t].get(), chunk, norm, activation.passing, nullptr);
+  }
+  compared += 5;
+  if (!same_moments(moments[0], moments[1])) report(isa, "moments_of_rows", n, offset);
+  if (!same_elements(y[0].get(), y[1].get(), n)) report(isa, "normalize_rows", n, offset);
+  if (!same_number(sums[0].of_bias, sums[1].of_bias) || !same_number(sums[0].of_gain, sums[1].of_gain))
+    report(isa, "gradient_sums_of_rows", n, offset);
+  if (!same_elements(trained[0].get(), trained[1].get(), n) ||
+      !same_elements(frozen[0].get(), frozen[1].get(), n))
+    report(isa, "gradient_of_rows", n, offset);
+}
+
+template <class S, class T>
+void compare_batch_norm_columns(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref,
+                                int64_t n, int64_t offset, bool hostile) {
+  const auto x = random_buffer<S>(n, offset, hostile), grad = random_buffer<S>(n, offset, hostile);
+  const int64_t columns = 1 + static_cast<int64_t>(rng() % uint64_t(std::min<int64_t>(n, 40)));
+  const int64_t rows = n / columns, used = rows * columns;
+  std::vector<T> arrays[5];
+  for (auto& a : arrays) {
+    for (int64_t c = 0; c < columns; ++c) a.push_back(static_cast<T>(random_number(false)));
+  }
+  const NormColumns<T> frozen_norm = {arrays[0].data(), arrays[1].data(), arrays[2].data(),
+                                      nullptr,          nullptr,          rng() % 2 == 0};
+  NormColumns<T> norm = frozen_norm;
+  norm.offset = arrays[3].data(), norm.slope = arrays[4].data();
+  const Activation<T> activation = random_activation<T>();
+  std::vector<ChunkMoments> moments[2];
+  std::vector<double> sums[2];
+  Buffer<S> y[2] = {{n, offset}, {n, offset}}, trained[2] = {{n, offset}, {n, offset}},
+            frozen[2] = {{n, offset}, {n, offset}};
+  for (int t = 0; t < 2; ++t) {
+    const KernelsFor<S, T>& table = t == 0 ? k : ref;
+    std::vector<T> scratch(column_scratch(columns));
+    std::vector<double> totals(2 * columns);
+    moments[t].resize(columns);
+    sums[t].assign(2 * columns, 0);
+    table.moments_of_columns(x.get(), rows, columns, scratch.data(), totals.data(), moments[t].data());
+    table.normalize_columns(x.get(), y[t].get(), rows, columns, norm, activation);
+    table.gradient_sums_of_columns(grad.get(), x.get(), rows, columns, norm, activation.passing, scratch.data(),
+                                   sums[t].data(), sums[t].data() + columns);
+    table.gradient_of_columns(grad.get(), x.get(), trained[t].get(), rows, columns, norm, activation.passing);
+    table.gradient_of_columns(grad.get(), x.get(), frozen[t].get(), rows, columns, frozen_norm,
+                              activation.passing);
+  }
+  compared += 5;
+  for (int64_t c = 0; c < columns; ++c) {
+    if (!same_moments(moments[0][c], moments[1][c])) report(isa, "moments_of_columns", n, offset);
+    if (!same_number(sums[0][c], sums[1][c]) || !same_number(sums[0][columns + c], sums[1][columns + c]))
+      report(isa, "gradient_sums_of_columns", n, offset);
+  }
+  if (!same_elements(y[0].get(), y[1].get(), used)) report(isa, "normalize_columns", n, offset);
+  if (!same_elements(trained[0].get(), trained[1].get(), used) ||
+      !same_elements(frozen[0].get(), frozen[1].get(), used))
+    report(isa, "gradient_of_columns", n, offset);
+}
+
 template <class S, class T>
 void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref, int rounds) {
   for (int round = 0; round < rounds; ++round) {
@@ -331,6 +433,10 @@ void compare_type(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S
       compare_fake_quantize(isa, k, ref, n, offset, hostile, false);
       compare_fake_quantize(isa, k, ref, n, offset, hostile, true);
       compare_clamped_sum(isa, k, ref, n, offset, hostile);
+      if (n > 0) {
+        compare_batch_norm_rows(isa, k, ref, n, offset, hostile);
+        compare_batch_norm_columns(isa, k, ref, n, offset, hostile);
+      }
       compare_learnable(isa, k, ref, n, offset);
       compare_folded_weight(isa, k, ref, n, offset, hostile, round % 4 == 3);
     }
