@@ -25,9 +25,10 @@ bool has_columns(const Dense& d) { return d.inner == 1 && d.channels > 1; }
 class RowChunks {
  public:
   explicit RowChunks(const Dense& d) : d_(d) {
-    constexpr int64_t kUnit = 64;  // a multiple of what kernels take at once
-    if (2 * d.inner <= kLongestChunk) {
-      rows_ = std::max<int64_t>(std::min(d.outer, kLongestChunk / std::max<int64_t>(d.inner, 1)), 1);
+    constexpr int64_t kUnit = 64;        // a multiple of what kernels take at once
+    constexpr int64_t kTogether = 1024;  // elements of short rows, which kernels first copy
+    if (2 * d.inner <= kTogether) {
+      rows_ = std::max<int64_t>(std::min(d.outer, kTogether / std::max<int64_t>(d.inner, 1)), 1);
       length_ = d.inner;
       per_channel_ = (d.outer + rows_ - 1) / rows_;
       return;

@@ -54,7 +54,7 @@ struct LearnableSums {
 // The elements of one channel that a batch norm kernel takes at once: rows of `length` elements, `stride`
 // elements apart. They have kLongestChunk elements at most, so that they stay in the L1 cache. The chunk that
 // comes next lies `ahead` bytes further on.
-constexpr int64_t kLongestChunk = 1024;
+constexpr int64_t kLongestChunk = 2048;
 
 struct ChannelChunk {
   int64_t rows, length, stride, ahead;
