@@ -44,6 +44,7 @@ void launch(const Launcher& launcher, void (*kernel)(Params...), int64_t blocks,
 
 // Sets a buffer of floating elements to zero.
 inline void clear(const Launcher& launcher, const Array& a) {
+  if (a.numel == 0) return;
   const size_t bytes = a.type == Element::f64 ? 8 : (a.type == Element::f32 ? 4 : 2);
   check_cuda(cudaMemsetAsync(a.data, 0, bytes * static_cast<size_t>(a.numel), launcher.stream()));
 }
