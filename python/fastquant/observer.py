@@ -557,6 +557,11 @@ class _MinMax(_RangeObserver):
         # max_val is resized last: once it has elements, min_val has too.
         if ch_axis is not None and max_val.numel() == 0:
             return self._observe_first(x, ch_axis, averaging_constant)
+        # A graph catches no error of an op, which runs later.
+        converted = as_floating(x, min_val.dtype) if is_dynamo_compiling() else None
+        if converted is not None:
+            self._observe(converted, ch_axis, averaging_constant)
+            return x
         policy = NONFINITE_CODES[self.nonfinite]
         try:
             observe_minmax_(
