@@ -20,6 +20,8 @@ from .fake_kernels import empty_folded
 from .fast_calls import may_skip_dispatcher
 from .settings import FusedSettings
 
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
 
 class Folded(NamedTuple):
     """A folded weight without gradients, and what its backward pass needs."""
@@ -45,6 +47,12 @@ def fold_weight(
     Raises:
         RuntimeError, ValueError: the op refuses its arguments. No buffer has changed.
     """
+    if is_dynamo_compiling():
+        # The op changes its arguments, so it has no gradient and takes none that need one.
+        bn_std = torch.sqrt(running_var + bn_eps)
+        args = (weight.detach(), bn_weight.detach(), bn_std, *settings)
+        folded, fold = ops.observe_folded_weight_(*args)
+        return Folded(folded, fold, settings.quant_min, settings.quant_max)
     with below_autograd():
         # By torch's op, since its square root is not always rounded correctly: s then has the same
         # bits as where single steps take the place of the op.

@@ -16,29 +16,38 @@ from .reference import OPS
 Op = Callable[..., Any]
 
 
-def _bind(name: str) -> Op:
-    op: Op = getattr(torch.ops.fastquant, name).default
-    return op
+def _bind(name: str, any_layout: bool = False) -> Op:
+    """The op.
+
+    With `any_layout`, its results do not depend on the layout of its input. In a compiled graph it
+    then gets what a convolution makes, usually channels_last, where other ops get a copy with the
+    strides of eager mode. Ops with a mask are none of these: its bits have the order of the memory.
+    """
+    op = getattr(torch.ops.fastquant, name).default
+    if any_layout:
+        op.tags.append(torch.Tag.flexible_layout)
+    bound: Op = op
+    return bound
 
 
-observe_minmax_ = _bind("observe_minmax_")
-observe_histogram_ = _bind("observe_histogram_")
-observe_qparams_ = _bind("observe_qparams_")
+observe_minmax_ = _bind("observe_minmax_", any_layout=True)
+observe_histogram_ = _bind("observe_histogram_", any_layout=True)
+observe_qparams_ = _bind("observe_qparams_", any_layout=True)
 search_histogram_range = _bind("search_histogram_range")
 choose_qparams = _bind("choose_qparams")
-fake_quantize = _bind("fake_quantize")
+fake_quantize = _bind("fake_quantize", any_layout=True)
 fake_quantize_with_mask = _bind("fake_quantize_with_mask")
 fake_quantize_backward = _bind("fake_quantize_backward")
 quantize_per_channel = _bind("quantize_per_channel")
-fused_observe_fake_quantize = _bind("fused_observe_fake_quantize")
+fused_observe_fake_quantize = _bind("fused_observe_fake_quantize", any_layout=True)
 fused_observe_fake_quantize_with_mask = _bind("fused_observe_fake_quantize_with_mask")
-observe_batch_norm_ = _bind("observe_batch_norm_")
-batch_norm_fake_quantize = _bind("batch_norm_fake_quantize")
-batch_norm_fake_quantize_backward = _bind("batch_norm_fake_quantize_backward")
+observe_batch_norm_ = _bind("observe_batch_norm_", any_layout=True)
+batch_norm_fake_quantize = _bind("batch_norm_fake_quantize", any_layout=True)
+batch_norm_fake_quantize_backward = _bind("batch_norm_fake_quantize_backward", any_layout=True)
 add_observe_fake_quantize = _bind("add_observe_fake_quantize")
-observe_folded_weight_ = _bind("observe_folded_weight_")
-fold_weight = _bind("fold_weight")
-fold_weight_backward = _bind("fold_weight_backward")
+observe_folded_weight_ = _bind("observe_folded_weight_", any_layout=True)
+fold_weight = _bind("fold_weight", any_layout=True)
+fold_weight_backward = _bind("fold_weight_backward", any_layout=True)
 learnable_fake_quantize = _bind("learnable_fake_quantize")
 learnable_fake_quantize_backward = _bind("learnable_fake_quantize_backward")
 

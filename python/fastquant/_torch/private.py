@@ -107,11 +107,11 @@ def is_intercepted() -> Any:
 
 
 def is_altered() -> Any:
-    """`is_intercepted`, but for the profiler, which watches ops and lets them be.
+    """`is_intercepted`, but for the profiler and Dynamo, which watch ops and let them be.
 
     `is_intercepted` repeats these conditions because to call this function would slow every op.
     """
-    return (
+    return not _is_traced_by_dynamo() and (
         dispatch_modes()
         or function_modes()
         or innermost_transform() is not None
@@ -224,14 +224,14 @@ def has_backward_hooks(module: nn.Module) -> bool:
 def shorten_calls(cls: type[nn.Module], shortcut: Callable[..., Any]) -> None:
     """Have a call of a module of this class return what `shortcut(module, *args, **kwargs)` does.
 
-    Where that returns NotImplemented, in graphs of torch.compile, and where somebody replaced
-    nn.Module.__call__, as torch.fx.symbolic_trace does, the call is as before.
+    Where that returns NotImplemented, and where somebody replaced nn.Module.__call__, as
+    torch.fx.symbolic_trace does, the call is as before.
     """
     if _call_impl is None or "_call_impl" in vars(cls):
         return
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not _is_traced_by_dynamo() and type(self).__call__ is _module_call:
+        if type(self).__call__ is _module_call:
             result = shortcut(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -152,13 +152,14 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
     weight, gamma, variance = module.weight, bn.weight, bn.running_var
     if variance is None:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
-    alone = is_called_alone()
+    alone, in_graph = is_called_alone(), torch.compiler.is_dynamo_compiling()
     if not (alone and is_plain(module.weight_fake_quant) and _is_off(module.weight_fake_quant)):
-        dtype = _dtype_of_layer(x, weight)
+        dtype = _dtype_of_layer(x, weight) if alone else None
         layer = None if dtype is None else _layer(module, x, weight)
         if layer is None:
             dtype = None
-        folded = _folded_by_op(module, weight, gamma, variance, dtype) if alone else None
+        by_op = alone or in_graph
+        folded = _folded_by_op(module, weight, gamma, variance, dtype) if by_op else None
         if folded is None:
             weight = _folded_in_steps(module, weight, gamma, variance)
         elif layer is not None:

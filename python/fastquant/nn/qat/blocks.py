@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -67,9 +66,6 @@ _BATCH_NORMS = {
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 }
 
-_parameters = itemgetter("weight", "bias")
-_buffers = itemgetter("running_mean", "running_var", "num_batches_tracked")
-
 
 def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
     """What fake-quantizing the output takes; None where `_call` could be told from torch's call."""
@@ -79,8 +75,9 @@ def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
     hooks, modules = own["_forward_hooks"], own["_modules"]
     bn: Any = modules.get("bn")
     if (
+        # By identity, since Dynamo cannot compare functions otherwise.
         len(hooks) != 1
-        or observer_forward_hook not in hooks.values()
+        or next(iter(hooks.values())) is not observer_forward_hook
         or own["_forward_hooks_with_kwargs"]
         or own["_forward_pre_hooks"]
         or has_backward_hooks(block)
@@ -109,8 +106,9 @@ def _arguments_of_batch_norm(
     if type(x) is not Tensor or x.layout is not torch.strided:
         return None
     try:
-        weight, bias = _parameters(bn._parameters)
-        mean, var, batches = _buffers(bn._buffers)
+        weight, bias = bn._parameters["weight"], bn._parameters["bias"]
+        mean, var = bn._buffers["running_mean"], bn._buffers["running_var"]
+        batches = bn._buffers["num_batches_tracked"]
     except KeyError:
         return None  # something else is in the place of a parameter or buffer
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
