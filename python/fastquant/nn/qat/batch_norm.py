@@ -72,6 +72,10 @@ def _folded_by_op(
 
     dtype: what the layer computes in; the weight's own if None.
     """
+    if torch.is_grad_enabled() and not gamma.requires_grad:
+        # The op reads the weight again for its gradient. The single steps need it only for the
+        # gradient of gamma: where gamma is frozen, the weight may change before backward.
+        return None
     settings = settings_of_one_op(module.weight_fake_quant)
     if (
         settings is None
