@@ -158,7 +158,8 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
     alone, in_graph = is_called_alone(), torch.compiler.is_dynamo_compiling()
     if not (alone and is_plain(module.weight_fake_quant) and _is_off(module.weight_fake_quant)):
-        dtype = _dtype_of_layer(x, weight) if alone else None
+        # Only where nothing else sees the call is x known to be a tensor with values.
+        dtype = _dtype_of_layer(x, weight) if alone and type(x) is Tensor else None
         layer = None if dtype is None else _layer(module, x, weight)
         if layer is None:
             dtype = None
