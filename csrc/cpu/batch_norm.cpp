@@ -2,8 +2,8 @@
 //
 // A tensor is cut into chunks whose size and order depend on its shape alone, and sums are combined chunk by
 // chunk: results do not depend on the number of threads. The forward pass reads the tensor twice, for the
-// moments and to normalize it. The second time goes backwards, so that it begins with what is still in the
-// caches.
+// moments and to normalize it, each time in ascending order: going backwards the second time finds more in the
+// caches, but less of it is fetched ahead.
 #include "batch_norm.h"
 
 #include "../math/batch_norm.h"
