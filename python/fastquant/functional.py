@@ -612,16 +612,10 @@ def fused_observe_fake_quantize(
     """
     grid = _grid(dtype, qscheme, quant_min, quant_max)
     ch_axis = _checked_axis(ch_axis)
-    _check_axis(qscheme, ch_axis)
-    policy = check_nonfinite(nonfinite)
-    if averaging_constant is not None:
-        check_averaging_constant(averaging_constant)
+    constants = _checked_constants(grid, qscheme, ch_axis, averaging_constant, nonfinite)
     buffers = {"min_val": min_val, "max_val": max_val, "scale": scale, "zero_point": zero_point}
     try:
-        settings = _fused_settings(
-            *(x, observe, quantize, buffers, nonfinite_count, eps),
-            *(ch_axis, averaging_constant, *grid, policy),
-        )
+        settings = _fused_settings(x, observe, quantize, buffers, nonfinite_count, eps, *constants)
         return routes.fused_observe_fake_quantize(x, settings)
     except _REFUSALS as error:
         raise _explained(error, x, ch_axis, buffers, nonfinite) from None
@@ -692,23 +686,36 @@ def add_observe_fake_quantize(
         error = input_error(tensor, name)
         if error is not None:
             raise error
-    if not low < high:
-        raise ValueError(f"low must be less than high, got low={low} and high={high}")
+    _check_bounds(low, high)
     grid = _grid(dtype, qscheme, quant_min, quant_max)
-    _check_axis(qscheme, None)
-    policy = check_nonfinite(nonfinite)
-    if averaging_constant is not None:
-        check_averaging_constant(averaging_constant)
+    constants = _checked_constants(grid, qscheme, None, averaging_constant, nonfinite)
     buffers = {"min_val": min_val, "max_val": max_val, "scale": scale, "zero_point": zero_point}
     try:
-        settings = _fused_settings(
-            *(a, observe, quantize, buffers, nonfinite_count, eps),
-            *(None, averaging_constant, *grid, policy),
-        )
+        settings = _fused_settings(a, observe, quantize, buffers, nonfinite_count, eps, *constants)
         return routes.add_observe_fake_quantize(a, b, low, high, settings)
     except _REFUSALS as refusal:
         x = routes.clamped((a + b).detach(), low, high)
         raise _explained(refusal, x, None, buffers, nonfinite) from None
+
+
+def _check_bounds(low: float, high: float) -> None:
+    if not low < high:
+        raise ValueError(f"low must be less than high, got low={low} and high={high}")
+
+
+def _checked_constants(
+    grid: _Grid,
+    qscheme: torch.qscheme,
+    ch_axis: int | None,
+    averaging_constant: float | None,
+    nonfinite: NonFinitePolicy,
+) -> tuple[float | None, ...]:
+    """What follows `eps` in the arguments of the fused ops."""
+    _check_axis(qscheme, ch_axis)
+    policy = check_nonfinite(nonfinite)
+    if averaging_constant is not None:
+        check_averaging_constant(averaging_constant)
+    return (ch_axis, averaging_constant, *grid, policy)
 
 
 def _fused_settings(
@@ -787,10 +794,10 @@ def batch_norm_observe_fake_quantize(
 
         fake_quantize(clamp((x - mean) * weight / sqrt(var + bn_eps) + bias, low, high))
 
-    as `torch.nn.functional.batch_norm`, the activation and `fused_observe_fake_quantize` compute
-    it, up to rounding: three times as many passes over x. Nothing between them is stored. The map
-    of a channel is monotone, so that its smallest and largest element tell the range that is
-    observed. Differentiable with respect to `x`, `weight` and `bias`, with the gradients of
+    which equals `torch.nn.functional.batch_norm`, the activation and `fused_observe_fake_quantize`
+    one after the other, up to rounding, in a third of their passes over memory. The map of a
+    channel is monotone, so that its smallest and largest element tell the range that is observed.
+    Differentiable with respect to `x`, `weight` and `bias`, with the gradients of
     https://arxiv.org/abs/1502.03167, section 3, and straight through the fake-quantizer.
     `running_mean`, `running_var` (in training) and the tensors after them, which are a
     `FakeQuantizeState`, change in place.
@@ -836,13 +843,9 @@ def batch_norm_observe_fake_quantize(
             per-channel `qscheme`; `low` is not below `high`; x has non-finite elements under
             "raise". Nothing has changed then.
     """
-    if not low < high:
-        raise ValueError(f"low must be less than high, got low={low} and high={high}")
+    _check_bounds(low, high)
     grid = _grid(dtype, qscheme, quant_min, quant_max)
-    _check_axis(qscheme, None)
-    policy = check_nonfinite(nonfinite)
-    if averaging_constant is not None:
-        check_averaging_constant(averaging_constant)
+    constants = _checked_constants(grid, qscheme, None, averaging_constant, nonfinite)
     error = input_error(x) or _batch_norm_error(
         x,
         training,
@@ -859,10 +862,7 @@ def batch_norm_observe_fake_quantize(
     try:
         if zero_point.is_floating_point():
             raise TypeError(f"zero_point must have an integer dtype, got {zero_point.dtype}")
-        settings = _fused_settings(
-            *(x, observe, quantize, buffers, nonfinite_count, eps),
-            *(None, averaging_constant, *grid, policy),
-        )
+        settings = _fused_settings(x, observe, quantize, buffers, nonfinite_count, eps, *constants)
         how = (training, momentum, bn_eps, float(low), float(high), settings)
         return routes.batch_norm_observe_fake_quantize(
             x, weight, bias, running_mean, running_var, *how

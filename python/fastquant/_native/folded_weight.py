@@ -130,7 +130,7 @@ class _FoldedWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, bn_weight: Tensor, folded: Folded) -> Tensor:
         ctx.save_for_backward(weight, bn_weight, folded.fold)
         ctx.quant_range = folded.quant_min, folded.quant_max
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             # Dynamo of torch 2.10 loses an input that is returned as it is.
             return folded.weight.view_as(folded.weight)
         return folded.weight

@@ -62,8 +62,7 @@ def _batch_norm_fake_quantize(
     *quant_range: int,
 ) -> Tensor:
     """The gradients of a trace take mean and variance for constants."""
-    mean, _, gain, shift = norm.reshape(4, 1, -1, *(1,) * (x.dim() - 2)).unbind()
-    y = ((x - mean) * gain + shift).clamp(low, high).to(x.dtype)
+    y = batch_norm.activation(x, norm, low, high).to(x.dtype)
     scale, zero_point, enabled = quantizer.unbind()
     return _fake_quantize(y, scale, zero_point.to(torch.int32), enabled, None, *quant_range)
 

@@ -53,7 +53,7 @@ def _channel_parameters(
     return torch.stack([mean.to(compute), invstd, gain, bias.to(compute)]), new_mean, new_var
 
 
-def _activation(x: Tensor, norm: Tensor, low: float, high: float) -> Tensor:
+def activation(x: Tensor, norm: Tensor, low: float, high: float) -> Tensor:
     """The tensor that is quantized, in the dtype it is computed in."""
     mean, _, gain, bias = (_along_channels(row, x, _CHANNELS) for row in norm.unbind())
     return ((x.to(norm.dtype) - mean) * gain + bias).clamp(low, high)
@@ -93,7 +93,7 @@ def observe_batch_norm_(
     buffers = (min_val, max_val, scale, zero_point, nonfinite_count)
     # The last step that may refuse x, before anything has changed.
     observe_qparams_(
-        _activation(x, norm, low, high),
+        activation(x, norm, low, high),
         observer_enabled,
         *buffers,
         eps,
@@ -116,7 +116,7 @@ def quantized(
     _check_batch_norm_input(x)
     _check(norm.shape == (4, x.shape[_CHANNELS]), "norm must have four values per channel")
     scale, zero_point, enabled = quantizer.unbind()
-    values = _activation(x, norm, low, high)
+    values = activation(x, norm, low, high)
     scale, zero_point = scale.to(norm.dtype), zero_point.to(torch.int64)
     y, passes = _fake_quantized(values, scale, zero_point, enabled, None, *quant_range)
     # As torch's ReLU and Hardtanh: not at the bounds, and where a value is NaN. Infinite bounds
