@@ -517,6 +517,21 @@ struct GradAndX {
   Pack<S> grad, x;
 };
 
+// What the Ops of the gradient have in common: they read it along with x.
+template <class Stored, int kColumns>
+class GradientOp : public ElementOp<Stored, kColumns> {
+ public:
+  using typename ElementOp<Stored, kColumns>::S;
+  using Loaded = GradAndX<S>;
+
+  __device__ Loaded load(int64_t i) const {
+    return {load_whole<Pack<S>>(this->grad() + i), load_whole<Pack<S>>(this->x() + i)};
+  }
+
+ protected:
+  using ElementOp<Stored, kColumns>::ElementOp;
+};
+
 struct GradientTotals {
   double bias, gain;
 
@@ -551,21 +566,17 @@ class ExactSum {
 // which gives that of the weight. In evaluation, where the statistics do not depend on x, it also writes the
 // gradient of x. In training, that gradient needs the sums, and `means` takes them to GradientOfX.
 template <class Stored, int kColumns>
-class GradientSums : public ElementOp<Stored, kColumns> {
+class GradientSums : public GradientOp<Stored, kColumns> {
  public:
-  using Base = ElementOp<Stored, kColumns>;
+  using Base = GradientOp<Stored, kColumns>;
   using typename Base::S;
   using typename Base::T;
   using Args = ElementArgs;
   using Base::N;
   using Partial = GradientTotals;
-  using Loaded = GradAndX<S>;
+  using typename Base::Loaded;
 
   __device__ GradientSums(const Args& args, const int64_t (&channels)[kColumns]) : Base(args, channels) {}
-
-  __device__ Loaded load(int64_t i) const {
-    return {load_whole<Pack<S>>(this->grad() + i), load_whole<Pack<S>>(this->x() + i)};
-  }
 
   __device__ void fold(const Loaded& loaded, int64_t i) {
     Pack<S> out = {};
@@ -606,25 +617,21 @@ class GradientSums : public ElementOp<Stored, kColumns> {
 };
 
 template <class Stored, int kColumns>
-class GradientOfX : public ElementOp<Stored, kColumns> {
+class GradientOfX : public GradientOp<Stored, kColumns> {
  public:
-  using Base = ElementOp<Stored, kColumns>;
+  using Base = GradientOp<Stored, kColumns>;
   using typename Base::S;
   using typename Base::T;
   using Args = ElementArgs;
   using Base::N;
   using Partial = unsigned;
-  using Loaded = GradAndX<S>;
+  using typename Base::Loaded;
   static constexpr bool kReduces = false;
 
   __device__ GradientOfX(const Args& args, const int64_t (&channels)[kColumns]) : Base(args, channels) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
       means_[c] = static_cast<const GradientMeans<T>*>(args.means)[channels[c]];
-  }
-
-  __device__ Loaded load(int64_t i) const {
-    return {load_whole<Pack<S>>(this->grad() + i), load_whole<Pack<S>>(this->x() + i)};
   }
 
   __device__ void fold(const Loaded& loaded, int64_t i) {
