@@ -609,6 +609,21 @@ def test_what_is_replaced_runs_as_with_torch_ao(deed: str) -> None:
         assert_same(ours.bn.num_batches_tracked, theirs.bn.num_batches_tracked)
 
 
+@pytest.mark.parametrize("name", ["batch_norm", "relu", "conv2d"])
+def test_a_replaced_function_of_torch_is_called(name: str, monkeypatch: Any) -> None:
+    block, x = Kind().block(), Kind().x()
+    functional, calls = torch.nn.functional, []
+    function = getattr(functional, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(functional, name, counted)
+    block(x)
+    assert calls == [name]
+
+
 def test_a_users_hook_sees_the_fake_quantized_output() -> None:
     block = Kind().block()
     seen: list[Tensor] = []

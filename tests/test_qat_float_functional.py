@@ -115,6 +115,20 @@ def test_an_addition_is_one_op(name: str) -> None:
     assert is_one_op(lambda: model.eval()(x, y))
 
 
+@pytest.mark.parametrize(("module", "name"), [(torch, "add"), (torch.nn.functional, "relu")])
+def test_a_replaced_function_of_torch_is_called(module: Any, name: str, monkeypatch: Any) -> None:
+    model, calls = prepared("add_relu"), []
+    function = getattr(module, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counted)
+    model(*pair())
+    assert calls == [name]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_switches_are_heeded_in_the_middle_of_training(name: str) -> None:
     def steps(model: Any) -> list[Any]:

@@ -65,6 +65,8 @@ _BATCH_NORMS = {
     cls: Written(cls, "forward", "_check_input_dim")
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 }
+# The functions that these methods call. Tools that count operations replace them.
+_BATCH_NORM, _RELU = F.batch_norm, F.relu
 
 
 def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
@@ -89,6 +91,8 @@ def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
         or not is_called_plainly(bn)
         or has_backward_hooks(bn)
         or _BATCH_NORMS[kind.batch_norm].is_replaced(bn)
+        or F.batch_norm is not _BATCH_NORM
+        or F.relu is not _RELU
         or not bn.track_running_stats
         or FakeQuantizeBase not in type(modules.get("weight_fake_quant")).__mro__
     ):
