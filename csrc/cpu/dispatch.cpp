@@ -3,80 +3,150 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(FASTQUANT_AVX_VNNI)
+#include <cpuid.h>
+#elif defined(FASTQUANT_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(FASTQUANT_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "kernels.h"
+#include "quantized/depthwise_kernels.h"
+#include "quantized/elementwise_kernels.h"
+#include "quantized/kernels.h"
+#include "quantized/matrix_kernels.h"
+#include "quantized/pooling_kernels.h"
 
 namespace fastquant {
 namespace {
 
-// Best first.
-const Kernels* const kBuilt[] = {
+// Tests for features, not processor models. __builtin_cpu_supports also checks that the operating system saves
+// the vector registers.
+bool always() { return true; }
+
 #if defined(FASTQUANT_X86)
-    &kAvx512Kernels,
-    &kAvx2Kernels,
-#elif defined(FASTQUANT_NEON)
-    &kNeonKernels,
+bool has_avx2() {
+  __builtin_cpu_init();
+  // F16C is not tested, because older compilers cannot: every processor with AVX2 has it.
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+#if defined(FASTQUANT_AVX_VNNI)
+// By cpuid, because not every compiler that has these instructions can test for them.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 4)) != 0;
+}
 #endif
-    &kScalarKernels,
+
+#elif defined(FASTQUANT_NEON)
+bool has_neon_dot() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+struct InstructionSet {
+  const char* name;
+  bool (*runs_here)();
+  const Kernels* kernels;
+  QuantizedKernels quantized;
+};
+
+// Best first.
+const InstructionSet kBuilt[] = {
+#if defined(FASTQUANT_X86)
+    {"avx512_vnni",
+     has_avx512_vnni,
+     &kAvx512Kernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+    {"avx512",
+     has_avx512,
+     &kAvx512Kernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+#if defined(FASTQUANT_AVX_VNNI)
+    {"avx_vnni",
+     has_avx_vnni,
+     &kAvx2Kernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+#endif
+    {"avx2",
+     has_avx2,
+     &kAvx2Kernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+#elif defined(FASTQUANT_NEON)
+    {"neon_dot",
+     has_neon_dot,
+     &kNeonKernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+    {"neon", always, &kNeonKernels, {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+#endif
+    {"scalar",
+     always,
+     &kScalarKernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
 };
 constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(kBuilt[0]);
 
-// Tests for features, not processor models. __builtin_cpu_supports also checks that the operating system saves
-// the vector registers.
-bool runs_here(const Kernels* table) {
-#if defined(FASTQUANT_X86)
-  __builtin_cpu_init();
-  if (table == &kAvx512Kernels) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("fma");
-  }
-  if (table == &kAvx2Kernels) {
-    // F16C is not tested, because older compilers cannot: every processor with AVX2 has it.
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  }
-#endif
-  (void)table;
-  return true;
-}
-
-const Kernels* find(const char* name) {
-  for (const Kernels* table : kBuilt) {
-    if (std::strcmp(table->isa, name) == 0 && runs_here(table)) return table;
+const InstructionSet* find(const char* name) {
+  for (const InstructionSet& set : kBuilt) {
+    if (std::strcmp(set.name, name) == 0 && set.runs_here()) return &set;
   }
   return nullptr;
 }
 
-const Kernels* best() {
-  for (const Kernels* table : kBuilt) {
-    if (runs_here(table)) return table;
-  }
-  return &kScalarKernels;
+const InstructionSet* best() {
+  const InstructionSet* set = kBuilt;
+  while (!set->runs_here()) ++set;  // the last one runs everywhere
+  return set;
 }
 
-std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> table{best()};
-  return table;
+std::atomic<const InstructionSet*>& current() {
+  static std::atomic<const InstructionSet*> set{best()};
+  return set;
 }
+
+const InstructionSet& selected() { return *current().load(std::memory_order_relaxed); }
 
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+const Kernels& kernels() { return *selected().kernels; }
 
-const char* isa() { return kernels().isa; }
+const QuantizedKernels& quantized_kernels() { return selected().quantized; }
 
-const char* built_isa(int i) { return i < kBuiltCount ? kBuilt[i]->isa : nullptr; }
+const char* isa() { return selected().name; }
+
+const char* built_isa(int i) { return i < kBuiltCount ? kBuilt[i].name : nullptr; }
 
 const char* usable_isa(int i) {
-  for (const Kernels* table : kBuilt) {
-    if (runs_here(table) && i-- == 0) return table->isa;
+  for (const InstructionSet& set : kBuilt) {
+    if (set.runs_here() && i-- == 0) return set.name;
   }
   return nullptr;
 }
 
 bool set_isa(const char* name) {
-  const Kernels* table = find(name);
-  if (table == nullptr) return false;
-  current().store(table, std::memory_order_relaxed);
+  const InstructionSet* set = find(name);
+  if (set == nullptr) return false;
+  current().store(set, std::memory_order_relaxed);
   return true;
 }
 

@@ -1,0 +1,7 @@
+#include "kernels/elementwise-inl.h"
+
+namespace fastquant {
+
+extern const ElementwiseKernels kElementwiseScalar = elementwise_table();
+
+}  // namespace fastquant
