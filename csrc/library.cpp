@@ -88,4 +88,42 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
   m.def(
       "learnable_fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int? ch_axis, "
       "int quant_min, int quant_max, float grad_factor) -> (Tensor, Tensor, Tensor)");
+
+  // Layers on quantized tensors: uint8 or int8 with a scale and a zero point of each tensor. low and high bound
+  // the output in real units.
+  m.def("quantize(Tensor x, float scale, int zero_point, ScalarType dtype, bool channels_last) -> Tensor");
+  m.def("dequantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor");
+  m.def("pack_weight(Tensor weight, int groups, bool transposed) -> Tensor");
+  m.def("unpack_weight(Tensor packed, int[] shape, int groups, bool transposed) -> Tensor");
+  m.def(
+      "quantized_linear(Tensor x, float x_scale, int x_zero_point, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor? bias, int out_features, float scale, int zero_point, float low, float high, ScalarType dtype) "
+      "-> Tensor");
+  m.def(
+      "quantized_conv(Tensor x, float x_scale, int x_zero_point, Tensor packed_weight, Tensor weight_scale, "
+      "Tensor? bias, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, float scale, "
+      "int zero_point, float low, float high, ScalarType dtype) -> Tensor");
+  m.def(
+      "quantized_conv_transpose(Tensor x, float x_scale, int x_zero_point, Tensor packed_weight, "
+      "Tensor weight_scale, Tensor? bias, int[] weight_shape, int[] stride, int[] padding, "
+      "int[] output_padding, int[] dilation, int groups, float scale, int zero_point, float low, float high, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "quantized_add(Tensor a, float a_scale, int a_zero_point, Tensor b, float b_scale, int b_zero_point, "
+      "float scale, int zero_point, float low, float high) -> Tensor");
+  m.def(
+      "quantized_mul(Tensor a, float a_scale, int a_zero_point, Tensor b, float b_scale, int b_zero_point, "
+      "float scale, int zero_point, float low, float high) -> Tensor");
+  m.def(
+      "quantized_cat(Tensor[] tensors, float[] scales, int[] zero_points, int dim, float scale, "
+      "int zero_point, float low, float high) -> Tensor");
+  m.def("lookup(Tensor x, Tensor table) -> Tensor");
+  m.def(
+      "quantized_max_pool(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "bool ceil_mode) -> Tensor");
+  m.def(
+      "quantized_avg_pool(Tensor x, int x_zero_point, int[] kernel_size, int[] stride, int[] padding, "
+      "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
+  m.def("quantized_adaptive_avg_pool(Tensor x, int[] output_size) -> Tensor");
+  m.def("quantized_mean(Tensor x, int[] dim, bool keepdim) -> Tensor");
 }

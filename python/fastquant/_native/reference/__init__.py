@@ -32,6 +32,7 @@ from .batch_norm import (
 )
 from .clamped_sum import add_observe_fake_quantize
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
+from .quantized import QUANTIZED_OPS
 
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
@@ -56,5 +57,6 @@ OPS: dict[str, Callable[..., Any]] = {
         fold_weight_backward,
         learnable_fake_quantize,
         learnable_fake_quantize_backward,
+        *QUANTIZED_OPS,
     )
 }

@@ -1,0 +1,163 @@
+"""What the ops on quantized tensors return where tensors have no values, for compilers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .reference.quantized import _channels_last, pack_weight
+
+
+def _quantize(
+    x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    q = torch.empty_like(x, dtype=dtype)
+    return _channels_last(q) if channels_last else q
+
+
+def _dequantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _pack_weight(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    # The size of the packed weight depends on nothing but the shape.
+    return torch.empty_like(pack_weight(weight, groups, transposed))
+
+
+def _unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed: bool) -> Tensor:
+    return packed.new_empty(list(shape), dtype=torch.int8)
+
+
+def _linear(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    *output: Any,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features), dtype=output[-1])
+
+
+def _conv(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *output: Any,
+) -> Tensor:
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            x.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return _channels_last(x.new_empty((x.shape[0], weight_shape[0], *sizes), dtype=output[-1]))
+
+
+def _conv_transpose(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *output: Any,
+) -> Tensor:
+    sizes = [
+        (size - 1) * s - 2 * p + d * (k - 1) + more + 1
+        for size, k, s, p, more, d in zip(
+            x.shape[2:], weight_shape[2:], stride, padding, output_padding, dilation, strict=True
+        )
+    ]
+    channels = weight_shape[1] * groups
+    return _channels_last(x.new_empty((x.shape[0], channels, *sizes), dtype=output[-1]))
+
+
+def _binary(a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(a + b, dtype=a.dtype)
+
+
+def _cat(tensors: Sequence[Tensor], scales: Any, zero_points: Any, dim: int, *_: Any) -> Tensor:
+    return torch.cat(list(tensors), dim)
+
+
+def _lookup(x: Tensor, table: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=table.dtype)
+
+
+def _max_pool(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    pools: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+    values = x.new_empty(x.shape, dtype=torch.float32)
+    y = pools[len(kernel_size)](values, kernel_size, stride, padding, dilation, ceil_mode)
+    return _channels_last(y.new_empty(y.shape, dtype=x.dtype))
+
+
+def _avg_pool(
+    x: Tensor,
+    x_zero_point: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    *_: Any,
+) -> Tensor:
+    pools: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+    values = x.new_empty(x.shape, dtype=torch.float32)
+    y = pools[len(kernel_size)](values, kernel_size, stride, padding, ceil_mode)
+    return _channels_last(y.new_empty(y.shape, dtype=x.dtype))
+
+
+def _adaptive_avg_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    kept = x.shape[: x.dim() - len(output_size)]
+    return _channels_last(x.new_empty((*kept, *output_size)))
+
+
+def _mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
+    y = x.new_empty(x.shape, dtype=torch.float32).mean(list(dim), keepdim)
+    return torch.empty_like(y, dtype=x.dtype)
+
+
+FAKE_KERNELS: dict[str, Callable[..., Any]] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "pack_weight": _pack_weight,
+    "unpack_weight": _unpack_weight,
+    "quantized_linear": _linear,
+    "quantized_conv": _conv,
+    "quantized_conv_transpose": _conv_transpose,
+    "quantized_add": _binary,
+    "quantized_mul": _binary,
+    "quantized_cat": _cat,
+    "lookup": _lookup,
+    "quantized_max_pool": _max_pool,
+    "quantized_avg_pool": _avg_pool,
+    "quantized_adaptive_avg_pool": _adaptive_avg_pool,
+    "quantized_mean": _mean,
+}

@@ -1,0 +1,304 @@
+"""Layers on quantized tensors: ordinary uint8 or int8 tensors with a scale and a zero point.
+
+`real = (q - zero_point) * scale`. Products and sums of integers are exact; what follows them is
+computed in fp32, each operation rounded once, so that kernels give the same integers. Outputs
+saturate at the limits of their dtype; `low` and `high` bound them in real units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .basics import _check
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=_LAST[x.dim()]) if x.dim() in _LAST else x.contiguous()
+
+
+def _levels(
+    low: float, high: float, scale: float, zero_point: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """The smallest and the largest integer that an output may have."""
+    info = torch.iinfo(dtype)
+
+    def level(bound: float) -> int:
+        if math.isinf(bound):
+            return info.min if bound < 0 else info.max
+        return min(max(round(bound / scale) + zero_point, info.min), info.max)
+
+    return level(low), level(high)
+
+
+def _requantized(
+    y: Tensor, scale: float, zero_point: int, low: float, high: float, dtype: torch.dtype
+) -> Tensor:
+    """Integers of y, which is in units of scale: rounded half to even, and bounded."""
+    lowest, highest = _levels(low, high, scale, zero_point, dtype)
+    return (y.round().clamp(lowest - zero_point, highest - zero_point) + zero_point).to(dtype)
+
+
+def _centered(x: Tensor, zero_point: int) -> Tensor:
+    _check(x.dtype in (torch.uint8, torch.int8), f"x must be uint8 or int8, got {x.dtype}")
+    return x.to(torch.float64) - zero_point
+
+
+def quantize(
+    x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    inverse = 1.0 / torch.tensor(scale, dtype=torch.float32)
+    y = x.to(torch.float32) * inverse.to(x.device)
+    q = _requantized(y, scale, zero_point, -math.inf, math.inf, dtype)
+    return _channels_last(q) if channels_last else q
+
+
+def dequantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    factor = torch.tensor(scale, dtype=torch.float32, device=x.device)
+    return (_centered(x, zero_point).to(torch.float32) * factor).to(dtype)
+
+
+def pack_weight(weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    return weight.contiguous().view(torch.uint8).reshape(-1).clone()
+
+
+def unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed: bool) -> Tensor:
+    return packed.view(torch.int8).reshape(list(shape)).clone()
+
+
+def _output(
+    acc: Tensor,
+    x_scale: float,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    channel_axis: int,
+    scale: float,
+    zero_point: int,
+    low: float,
+    high: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The exact sums `acc`, scaled, with bias, as an output of a layer."""
+    shape = [1] * acc.dim()
+    shape[channel_axis] = -1
+    unit = 1.0 if dtype.is_floating_point else scale
+    factor = (x_scale * weight_scale.to(torch.float64) / unit).to(torch.float32)
+    y = acc.to(torch.float32) * factor.reshape(shape)
+    if bias is not None:
+        y = y + (bias.to(torch.float64) / unit).to(torch.float32).reshape(shape)
+    if dtype.is_floating_point:
+        return y.clamp(low, high).to(dtype)
+    return _requantized(y, scale, zero_point, low, high, dtype)
+
+
+def quantized_linear(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    *output: Any,
+) -> Tensor:
+    weight = unpack_weight(packed_weight, (out_features, x.shape[-1]), 1, False)
+    acc = _centered(x, x_zero_point) @ weight.to(torch.float64).t()
+    return _output(acc, x_scale, weight_scale, bias, -1, *output)
+
+
+_CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_TRANSPOSED: dict[int, Any] = {
+    3: F.conv_transpose1d,
+    4: F.conv_transpose2d,
+    5: F.conv_transpose3d,
+}
+
+
+def quantized_conv(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *output: Any,
+) -> Tensor:
+    weight = unpack_weight(packed_weight, weight_shape, groups, False).to(torch.float64)
+    acc = _CONVOLUTIONS[x.dim()](
+        _centered(x, x_zero_point), weight, None, stride, padding, dilation, groups
+    )
+    return _channels_last(_output(acc, x_scale, weight_scale, bias, 1, *output))
+
+
+def quantized_conv_transpose(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *output: Any,
+) -> Tensor:
+    weight = unpack_weight(packed_weight, weight_shape, groups, True).to(torch.float64)
+    acc = _TRANSPOSED[x.dim()](
+        _centered(x, x_zero_point), weight, None, stride, padding, output_padding, groups, dilation
+    )
+    return _channels_last(_output(acc, x_scale, weight_scale, bias, 1, *output))
+
+
+def _scaled(x: Tensor, ratio: float) -> Tensor:
+    """x, which has whole numbers, times the fp32 value of `ratio`, rounded once."""
+    return x.to(torch.float32) * torch.tensor(ratio, dtype=torch.float32, device=x.device)
+
+
+def quantized_add(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    low: float,
+    high: float,
+) -> Tensor:
+    y = _scaled(_centered(a, a_zero_point), a_scale / scale) + _scaled(
+        _centered(b, b_zero_point), b_scale / scale
+    )
+    return _requantized(y, scale, zero_point, low, high, a.dtype)
+
+
+def quantized_mul(
+    a: Tensor,
+    a_scale: float,
+    a_zero_point: int,
+    b: Tensor,
+    b_scale: float,
+    b_zero_point: int,
+    scale: float,
+    zero_point: int,
+    low: float,
+    high: float,
+) -> Tensor:
+    product = _centered(a, a_zero_point) * _centered(b, b_zero_point)
+    y = _scaled(product, a_scale * b_scale / scale)
+    return _requantized(y, scale, zero_point, low, high, a.dtype)
+
+
+def quantized_cat(
+    tensors: Sequence[Tensor],
+    scales: Sequence[float],
+    zero_points: Sequence[int],
+    dim: int,
+    scale: float,
+    zero_point: int,
+    low: float,
+    high: float,
+) -> Tensor:
+    parts = []
+    for x, x_scale, x_zero_point in zip(tensors, scales, zero_points, strict=True):
+        y = _scaled(_centered(x, x_zero_point), x_scale / scale)
+        parts.append(_requantized(y, scale, zero_point, low, high, x.dtype))
+    return torch.cat(parts, dim)
+
+
+def lookup(x: Tensor, table: Tensor) -> Tensor:
+    _check(table.numel() == 256, f"table must have 256 entries, got {table.numel()}")
+    return torch.empty_like(x, dtype=table.dtype).copy_(table[x.view(torch.uint8).long()])
+
+
+_MAX_POOLS: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVG_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_ADAPTIVE_AVG_POOLS: dict[int, Any] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
+
+def quantized_max_pool(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    pool = _MAX_POOLS[len(kernel_size)]
+    y = pool(x.to(torch.float32), kernel_size, stride, padding, dilation, ceil_mode)
+    return _channels_last(y.to(x.dtype))
+
+
+def quantized_avg_pool(
+    x: Tensor,
+    x_zero_point: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    dims = len(kernel_size)
+    args = () if dims == 1 else (divisor_override,)
+    y = _AVG_POOLS[dims](
+        _centered(x, x_zero_point),
+        kernel_size,
+        stride,
+        padding,
+        ceil_mode,
+        count_include_pad,
+        *args,
+    )
+    if dims == 1 and divisor_override is not None:
+        raise RuntimeError("fastquant: divisor_override needs 2 or 3 spatial dimensions")
+    y = y.to(torch.float32)
+    return _channels_last(_requantized(y, 1.0, x_zero_point, -math.inf, math.inf, x.dtype))
+
+
+def quantized_adaptive_avg_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    y = _ADAPTIVE_AVG_POOLS[len(output_size)](x.to(torch.float64), list(output_size))
+    return _channels_last(_requantized(y, 1.0, 0, -math.inf, math.inf, x.dtype))
+
+
+def quantized_mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
+    y = x.to(torch.float64).mean(list(dim), keepdim)
+    return _requantized(y, 1.0, 0, -math.inf, math.inf, x.dtype)
+
+
+QUANTIZED_OPS = (
+    quantize,
+    dequantize,
+    pack_weight,
+    unpack_weight,
+    quantized_linear,
+    quantized_conv,
+    quantized_conv_transpose,
+    quantized_add,
+    quantized_mul,
+    quantized_cat,
+    lookup,
+    quantized_max_pool,
+    quantized_avg_pool,
+    quantized_adaptive_avg_pool,
+    quantized_mean,
+)
