@@ -21,6 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("observer",),
     ("fake_quantize",),
     ("qconfig", "qconfig_mapping"),
+    ("_quantized",),
+    ("quantized_tensor",),
     ("functional", "stubs", "fuser_method_mappings", "onnx", "merging"),
     ("distributed", "fuse_modules", "quantization_mappings", "nn"),
     ("_conversion",),

@@ -1,0 +1,202 @@
+"""Activation functions of quantized tensors.
+
+Those whose results have a range of their own (sigmoid, tanh, hardsigmoid) give them the scale and
+zero point of torch's quantized tensors. The others keep those of their input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._native import ops
+from .rearranging import level
+from .tensor import (
+    QuantizedTensor,
+    functions_named,
+    handles,
+    is_quantized,
+    like,
+    made,
+    not_supported,
+)
+
+# --- bounds ---------------------------------------------------------------------------------
+
+
+def _clamped(
+    input: QuantizedTensor, low: float | None, high: float | None, inplace: bool = False
+) -> QuantizedTensor:
+    values = input._integers
+    lowest = None if low is None else level(input, low)
+    highest = None if high is None else level(input, high)
+    if inplace:
+        values.clamp_(lowest, highest)
+        return input
+    return like(input, values.clamp(lowest, highest))
+
+
+@handles(*functions_named("relu"))
+def _relu(input: QuantizedTensor, inplace: bool = False) -> QuantizedTensor:
+    if inplace:
+        return _relu_(input)
+    return made(input._integers.clamp_min(input._zero_point), input._scale, input._zero_point)
+
+
+@handles(*functions_named("relu_"))
+def _relu_(input: QuantizedTensor) -> QuantizedTensor:
+    input._integers.clamp_min_(input._zero_point)
+    return input
+
+
+@handles(F.relu6)
+def _relu6(input: QuantizedTensor, inplace: bool = False) -> QuantizedTensor:
+    return _clamped(input, 0.0, 6.0, inplace)
+
+
+@handles(F.hardtanh)
+def _hardtanh(
+    input: QuantizedTensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> QuantizedTensor:
+    return _clamped(input, min_val, max_val, inplace)
+
+
+@handles(F.hardtanh_)
+def _hardtanh_(
+    input: QuantizedTensor, min_val: float = -1.0, max_val: float = 1.0
+) -> QuantizedTensor:
+    return _clamped(input, min_val, max_val, inplace=True)
+
+
+@handles(*functions_named("clamp"), *functions_named("clip"))
+def _clamp(input: QuantizedTensor, min: Any = None, max: Any = None) -> QuantizedTensor:
+    return _clamped(input, min, max)
+
+
+@handles(*functions_named("clamp_"), *functions_named("clip_"))
+def _clamp_(input: QuantizedTensor, min: Any = None, max: Any = None) -> QuantizedTensor:
+    return _clamped(input, min, max, inplace=True)
+
+
+@handles(*functions_named("clamp_min"))
+def _clamp_min(input: QuantizedTensor, min: Any) -> QuantizedTensor:
+    return _clamped(input, min, None)
+
+
+@handles(*functions_named("clamp_max"))
+def _clamp_max(input: QuantizedTensor, max: Any) -> QuantizedTensor:
+    return _clamped(input, None, max)
+
+
+# --- any function of one element ------------------------------------------------------------
+
+# Scale and zero point (for uint8) of results between 0 and 1, and between -1 and 1.
+_FROM_0_TO_1 = (1 / 256, 0)
+_FROM_MINUS_1_TO_1 = (1 / 128, 128)
+
+
+def table(
+    function: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    scale: float,
+    zero_point: int,
+    out_scale: float,
+    out_zero_point: int,
+) -> Tensor:
+    """The op `lookup`'s table of a function: what it makes of each of the 256 values.
+
+    Args:
+        function: takes the 256 real numbers that the values stand for, in fp32.
+        dtype, scale, zero_point: of the input; the results have the same dtype.
+        out_scale, out_zero_point: of the results.
+    """
+    values = torch.arange(256, dtype=torch.uint8).view(dtype)
+    real = function(ops.dequantize(values, scale, zero_point, torch.float32))
+    quantized: Tensor = ops.quantize(real, out_scale, out_zero_point, dtype, False)
+    return quantized
+
+
+def mapped(
+    x: QuantizedTensor,
+    function: Callable[[Tensor], Tensor],
+    scale: float | None = None,
+    zero_point: int | None = None,
+) -> QuantizedTensor:
+    """What a function makes of each element; by default with the scale and zero point of x."""
+    values = x._integers
+    scale = x._scale if scale is None else scale
+    zero_point = x._zero_point if zero_point is None else zero_point
+    entries = table(function, values.dtype, x._scale, x._zero_point, scale, zero_point)
+    return made(ops.lookup(values, entries.to(values.device)), scale, zero_point)
+
+
+def _with_range(
+    x: QuantizedTensor, function: Callable[[Tensor], Tensor], qparams: tuple[float, int]
+) -> QuantizedTensor:
+    scale, zero_point = qparams
+    return mapped(x, function, scale, zero_point - 128 * (x._integers.dtype == torch.int8))
+
+
+def _assigned(x: QuantizedTensor, y: QuantizedTensor) -> QuantizedTensor:
+    """x, made into y."""
+    x._integers.copy_(y._integers)
+    x._scale, x._zero_point = y._scale, y._zero_point
+    return x
+
+
+@handles(*functions_named("sigmoid"), torch.special.expit)
+def _sigmoid(input: QuantizedTensor) -> QuantizedTensor:
+    return _with_range(input, torch.sigmoid, _FROM_0_TO_1)
+
+
+@handles(*functions_named("tanh"))
+def _tanh(input: QuantizedTensor) -> QuantizedTensor:
+    return _with_range(input, torch.tanh, _FROM_MINUS_1_TO_1)
+
+
+@handles(F.hardsigmoid)
+def _hardsigmoid(input: QuantizedTensor, inplace: bool = False) -> QuantizedTensor:
+    y = _with_range(input, F.hardsigmoid, _FROM_0_TO_1)
+    return _assigned(input, y) if inplace else y
+
+
+@handles(F.leaky_relu)
+def _leaky_relu(
+    input: QuantizedTensor, negative_slope: float = 0.01, inplace: bool = False
+) -> QuantizedTensor:
+    y = mapped(input, lambda real: F.leaky_relu(real, negative_slope))
+    return _assigned(input, y) if inplace else y
+
+
+@handles(F.leaky_relu_)
+def _leaky_relu_(input: QuantizedTensor, negative_slope: float = 0.01) -> QuantizedTensor:
+    return _leaky_relu(input, negative_slope, inplace=True)
+
+
+@handles(F.gelu)
+def _gelu(input: QuantizedTensor, *, approximate: str = "none") -> QuantizedTensor:
+    return mapped(input, lambda real: F.gelu(real, approximate=approximate))
+
+
+@handles(F.threshold, torch.threshold)
+def _threshold(
+    input: QuantizedTensor, threshold: float, value: float, inplace: bool = False
+) -> QuantizedTensor:
+    y = mapped(input, lambda real: F.threshold(real, threshold, value))
+    return _assigned(input, y) if inplace else y
+
+
+@handles(*functions_named("prelu"))
+def _prelu(input: QuantizedTensor, weight: Any) -> QuantizedTensor:
+    weight = weight.dequantize() if is_quantized(weight) else weight
+    if not is_quantized(input):
+        raise not_supported(F.prelu, " as weights of ordinary ones")
+    if weight.numel() == 1:
+        return mapped(input, lambda real: F.prelu(real, weight))
+    y = F.prelu(input.dequantize(), weight)
+    values = ops.quantize(y, input._scale, input._zero_point, input._integers.dtype, False)
+    return like(input, values)

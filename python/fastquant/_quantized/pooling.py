@@ -1,0 +1,125 @@
+"""Pooling and means of quantized tensors, which keep scale and zero point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._native import ops
+from .tensor import Handler, QuantizedTensor, functions_named, handles, like, not_supported
+
+
+def _tuple(value: Any, dims: int) -> list[int]:
+    """One number for each dimension."""
+    if isinstance(value, (list, tuple)):
+        return list(value) * dims if len(value) == 1 else list(value)
+    return [value] * dims
+
+
+def _pooled(x: QuantizedTensor, dims: int, pool: Any, function: Any) -> QuantizedTensor:
+    """`pool` of the values, with a batch dimension, which x may lack."""
+    values = x._integers
+    if values.dim() == dims + 2:
+        return like(x, pool(values))
+    if values.dim() != dims + 1:
+        raise ValueError(
+            f"{function.__name__} takes tensors of {dims + 1} or {dims + 2} dimensions, got shape "
+            f"{tuple(values.shape)}"
+        )
+    return like(x, pool(values.unsqueeze(0)).squeeze(0))
+
+
+def _max_pool(dims: int) -> Handler:
+    function = getattr(F, f"max_pool{dims}d")
+
+    def pool(
+        input: QuantizedTensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> QuantizedTensor:
+        if return_indices:
+            raise not_supported(function, " with return_indices=True")
+        size = _tuple(kernel_size, dims)
+        steps = _tuple(stride, dims) if stride or stride == 0 else size
+        spans = (size, steps, _tuple(padding, dims), _tuple(dilation, dims))
+        return _pooled(
+            input, dims, lambda v: ops.quantized_max_pool(v, *spans, ceil_mode), function
+        )
+
+    return pool
+
+
+def _avg_pool(dims: int) -> Handler:
+    function = getattr(F, f"avg_pool{dims}d")
+
+    def pool(
+        input: QuantizedTensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> QuantizedTensor:
+        size = _tuple(kernel_size, dims)
+        steps = _tuple(stride, dims) if stride or stride == 0 else size
+        rest = (size, steps, _tuple(padding, dims), ceil_mode, count_include_pad, divisor_override)
+        zero_point = input._zero_point
+        return _pooled(
+            input, dims, lambda v: ops.quantized_avg_pool(v, zero_point, *rest), function
+        )
+
+    return pool
+
+
+def _adaptive_avg_pool(dims: int) -> Handler:
+    function = getattr(F, f"adaptive_avg_pool{dims}d")
+
+    def pool(input: QuantizedTensor, output_size: Any) -> QuantizedTensor:
+        sizes = _tuple(output_size, dims)
+        whole = input._integers.shape[-dims:]
+        sizes = [n if size is None else size for size, n in zip(sizes, whole, strict=True)]
+        return _pooled(input, dims, lambda v: ops.quantized_adaptive_avg_pool(v, sizes), function)
+
+    return pool
+
+
+for _dims in (1, 2, 3):
+    # torch.compile sees the function behind F.max_pool2d, which has two, one with indices.
+    handles(*functions_named(f"max_pool{_dims}d"), getattr(F, f"_max_pool{_dims}d"))(
+        _max_pool(_dims)
+    )
+    handles(*functions_named(f"avg_pool{_dims}d"))(_avg_pool(_dims))
+    handles(*functions_named(f"adaptive_avg_pool{_dims}d"))(_adaptive_avg_pool(_dims))
+
+
+@handles(*functions_named("mean"))
+def _mean(
+    input: QuantizedTensor,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: Any = None,
+    axis: Any = None,
+) -> QuantizedTensor:
+    if dtype is not None:
+        raise not_supported(Tensor.mean, f" with dtype={dtype}")
+    dim = axis if dim is None else dim
+    dims = list(range(input.dim())) if dim is None or dim == () else dim
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    return like(input, ops.quantized_mean(input._integers, dims, keepdim))
+
+
+@handles(*functions_named("std"))
+def _std(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+    y = torch.std(input.dequantize(), *args, **kwargs)
+    values = ops.quantize(y, input._scale, input._zero_point, input._integers.dtype, False)
+    return like(input, values)

@@ -1,0 +1,340 @@
+"""Moving elements of quantized tensors: shapes, indexing, joining, copying, devices.
+
+The integers move as in any tensor, and scale and zero point stay.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._native import ops
+from .tensor import (
+    Handler,
+    QuantizedTensor,
+    add_property,
+    as_integer_dtype,
+    functions_named,
+    handles,
+    is_quantized,
+    like,
+    made,
+    not_supported,
+    parts,
+)
+
+# --- one tensor from one tensor -------------------------------------------------------------
+
+
+def _moving(function: Callable[..., Any]) -> Handler:
+    def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+        return made(function(input._integers, *args, **kwargs), input._scale, input._zero_point)
+
+    return move
+
+
+def _moving_to_several(function: Callable[..., Any]) -> Handler:
+    def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
+        moved = function(input._integers, *args, **kwargs)
+        return type(moved)([like(input, values) for values in moved])
+
+    return move
+
+
+def _moving_in_place(function: Callable[..., Any]) -> Handler:
+    def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+        input._integers = function(input._integers, *args, **kwargs)
+        return input
+
+    return move
+
+
+def _moving_if_needed(function: Callable[..., Any]) -> Handler:
+    """For functions that return the tensor itself where there is nothing to do."""
+
+    def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+        moved = function(input._integers, *args, **kwargs)
+        return input if moved is input._integers else like(input, moved)
+
+    return move
+
+
+def _shaped_like(function: Callable[..., Any]) -> Handler:
+    """For functions that read the shape of another tensor, quantized or not."""
+
+    def move(input: QuantizedTensor, other: Any) -> QuantizedTensor:
+        return like(
+            input, function(input._integers, other._integers if is_quantized(other) else other)
+        )
+
+    return move
+
+
+_WAYS: tuple[tuple[Callable[[Any], Handler], tuple[str, ...]], ...] = (
+    (
+        _moving,
+        (
+            *("flatten", "reshape", "permute", "transpose", "swapaxes", "swapdims", "t", "ravel"),
+            *("movedim", "moveaxis", "adjoint", "select", "narrow", "index_select", "gather"),
+            *(
+                "take",
+                "masked_select",
+                "take_along_dim",
+                "unsqueeze",
+                "squeeze",
+                "expand",
+                "unfold",
+            ),
+            *("broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "fliplr"),
+            *("flipud", "rot90", "unflatten", "as_strided", "diagonal", "clone", "detach"),
+            *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
+            *("__getitem__", "unfold", "atleast_1d", "atleast_2d", "atleast_3d"),
+        ),
+    ),
+    (
+        _moving_to_several,
+        ("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit"),
+    ),
+    (
+        _moving_in_place,
+        ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_"),
+    ),
+    (_moving_if_needed, ("contiguous", "cpu", "cuda", "pin_memory", "share_memory_")),
+    (_shaped_like, ("expand_as", "view_as", "reshape_as")),
+)
+for _way, _names in _WAYS:
+    for _name in _names:
+        for _function in functions_named(_name):
+            # Tensor.unfold takes windows along a dimension, F.unfold makes columns of patches.
+            if _function is not F.unfold:
+                handles(_function)(_way(_function))
+
+
+def _moving_property(name: str) -> Handler:
+    return lambda self: like(self, getattr(self._integers, name))
+
+
+for _name in ("T", "mT", "H", "mH", "data"):
+    add_property(_name, _moving_property(_name))
+
+
+def _check_same_dtype(input: QuantizedTensor, dtype: Any, function: Any) -> None:
+    try:
+        same = as_integer_dtype(dtype) == input._integers.dtype
+    except TypeError:
+        same = False
+    if not same:
+        raise not_supported(function, f" of dtype {input._integers.dtype} to make them {dtype}")
+
+
+@handles(Tensor.view)
+def _view(input: QuantizedTensor, *shape: Any, **kwargs: Any) -> QuantizedTensor:
+    if "dtype" in kwargs or (shape and isinstance(shape[0], torch.dtype)):
+        _check_same_dtype(input, kwargs["dtype"] if kwargs else shape[0], Tensor.view)
+        return input
+    # Outputs of layers are in channels_last, which a model that views them need not know.
+    return made(input._integers.reshape(*shape, **kwargs), input._scale, input._zero_point)
+
+
+@handles(Tensor.to)
+def _to(input: QuantizedTensor, *args: Any, dtype: Any = None, **kwargs: Any) -> QuantizedTensor:
+    if args and isinstance(args[0], Tensor):
+        args = (args[0].device, args[0].dtype, *args[1:])
+    given = [arg for arg in args if isinstance(arg, torch.dtype)]
+    for each in (*given, *([] if dtype is None else [dtype])):
+        _check_same_dtype(input, each, Tensor.to)
+    args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))
+    values = input._integers.to(*args, **kwargs) if args or kwargs else input._integers
+    return input if values is input._integers else like(input, values)
+
+
+@handles(Tensor.type)
+def _type(input: QuantizedTensor, dtype: Any = None, **kwargs: Any) -> Any:
+    return input._integers.type() if dtype is None else _to(input, dtype)
+
+
+@handles(Tensor.type_as, plain_first=True)
+def _type_as(input: Any, other: Any) -> Any:
+    if not (is_quantized(input) and is_quantized(other)):
+        raise not_supported(Tensor.type_as, " together with ordinary ones")
+    return _to(input, other)
+
+
+@handles(Tensor.__iter__)
+def _iter(input: QuantizedTensor) -> Iterator[Tensor]:
+    if input.dim() == 0:
+        raise TypeError("iteration over a 0-d tensor")
+    return iter(input.unbind(0))
+
+
+@handles(Tensor.requires_grad_)
+def _requires_grad_(input: QuantizedTensor, requires_grad: bool = True) -> QuantizedTensor:
+    if requires_grad:
+        raise RuntimeError("quantized tensors hold integers, which have no gradients")
+    return input
+
+
+@handles(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout, F.alpha_dropout)
+def _dropout(
+    input: QuantizedTensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> QuantizedTensor:
+    if training and p > 0:
+        raise not_supported(F.dropout, " in training (model.eval() switches it off)")
+    return input
+
+
+# --- one tensor from several ----------------------------------------------------------------
+
+
+@handles(*functions_named("cat"), torch.concat, torch.concatenate)
+def _cat(tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None) -> QuantizedTensor:
+    """With scale and zero point of the first, as torch does with its quantized tensors."""
+    dim = dim if axis is None else axis
+    given = [parts(x, f"tensors[{i}]") for i, x in enumerate(tensors)]
+    values, scales, zero_points = zip(*given, strict=True)
+    if len({v.dtype for v in values}) > 1:
+        raise TypeError(
+            "torch.cat takes quantized tensors of one dtype, got "
+            + " and ".join(sorted({str(v.dtype) for v in values}))
+        )
+    scale, zero_point = scales[0], zero_points[0]
+    if all(s == scale for s in scales) and all(z == zero_point for z in zero_points):
+        return made(torch.cat(values, dim), scale, zero_point)
+    unbounded = (-math.inf, math.inf)
+    joined = ops.quantized_cat(values, scales, zero_points, dim, scale, zero_point, *unbounded)
+    return made(joined, scale, zero_point)
+
+
+@handles(torch.stack)
+def _stack(tensors: Sequence[Any], dim: int = 0) -> QuantizedTensor:
+    return _cat([x.unsqueeze(dim) for x in tensors], dim)
+
+
+def _at_least(function: Callable[..., Any], x: QuantizedTensor) -> Any:
+    return function(x)
+
+
+@handles(torch.hstack)
+def _hstack(tensors: Sequence[Any]) -> QuantizedTensor:
+    tensors = [x.reshape(1) if x.dim() == 0 else x for x in tensors]
+    return _cat(tensors, 0 if tensors[0].dim() == 1 else 1)
+
+
+@handles(torch.vstack, torch.row_stack)
+def _vstack(tensors: Sequence[Any]) -> QuantizedTensor:
+    return _cat([_at_least(torch.atleast_2d, x) for x in tensors], 0)
+
+
+@handles(torch.dstack)
+def _dstack(tensors: Sequence[Any]) -> QuantizedTensor:
+    return _cat([_at_least(torch.atleast_3d, x) for x in tensors], 2)
+
+
+def _several_shapes(function: Callable[..., Any]) -> Handler:
+    def move(*tensors: Any, **kwargs: Any) -> Any:
+        if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
+            tensors = tuple(tensors[0])
+        values = [x._integers if is_quantized(x) else x for x in tensors]
+        moved = zip(tensors, function(*values, **kwargs), strict=True)
+        return tuple(like(x, v) if is_quantized(x) else v for x, v in moved)
+
+    return move
+
+
+for _function in (torch.broadcast_tensors, torch.meshgrid):
+    handles(_function, plain_first=True)(_several_shapes(_function))
+
+# --- values from elsewhere ------------------------------------------------------------------
+
+
+def level(x: QuantizedTensor, real: float) -> int:
+    """The integer that stands for a real number."""
+    info = torch.iinfo(x._integers.dtype)
+    return min(max(round(real / x._scale) + x._zero_point, info.min), info.max)
+
+
+def _levels(x: QuantizedTensor, other: Any) -> Any:
+    """The integers of x's scale and zero point that stand for what `other` holds."""
+    if is_quantized(other):
+        if parts(other)[1:] == parts(x)[1:] and other.dtype == x.dtype:
+            return other._integers
+        other = other.dequantize()
+    if isinstance(other, Tensor):
+        return ops.quantize(other, x._scale, x._zero_point, x._integers.dtype, False)
+    return level(x, other)
+
+
+@handles(Tensor.__setitem__, plain_first=True)
+def _setitem(input: Any, index: Any, value: Any) -> None:
+    if not is_quantized(input):
+        raise not_supported(Tensor.__setitem__, " to put into ordinary ones")
+    input._integers[index] = _levels(input, value)
+
+
+@handles(Tensor.copy_, plain_first=True)
+def _copy_(input: Any, src: Any, non_blocking: bool = False) -> QuantizedTensor:
+    """Takes the scale and zero point of a quantized source, as torch's quantized tensors do."""
+    if not is_quantized(input):
+        raise not_supported(Tensor.copy_, " to copy into ordinary ones")
+    if is_quantized(src) and src.dtype == input.dtype:
+        input._integers.copy_(src._integers, non_blocking)
+        input._scale, input._zero_point = src._scale, src._zero_point
+    else:
+        input._integers.copy_(_levels(input, src), non_blocking)
+    return input  # type: ignore[no-any-return]
+
+
+@handles(*functions_named("fill_"))
+def _fill_(input: QuantizedTensor, value: Any) -> QuantizedTensor:
+    input._integers.fill_(_levels(input, value))
+    return input
+
+
+@handles(*functions_named("zero_"))
+def _zero_(input: QuantizedTensor) -> QuantizedTensor:
+    return _fill_(input, 0.0)
+
+
+@handles(Tensor.masked_fill, torch.masked_fill)
+def _masked_fill(input: QuantizedTensor, mask: Tensor, value: Any) -> QuantizedTensor:
+    return like(input, input._integers.masked_fill(mask, _levels(input, value)))
+
+
+@handles(Tensor.masked_fill_)
+def _masked_fill_(input: QuantizedTensor, mask: Tensor, value: Any) -> QuantizedTensor:
+    input._integers.masked_fill_(mask, _levels(input, value))
+    return input
+
+
+@handles(torch.empty_like)
+def _empty_like(input: QuantizedTensor, *, dtype: Any = None, **kwargs: Any) -> QuantizedTensor:
+    _check_same_dtype(input, dtype or input.dtype, torch.empty_like)
+    return like(input, torch.empty_like(input._integers, **kwargs))
+
+
+def _filled_like(input: QuantizedTensor, fill_value: float, **kwargs: Any) -> QuantizedTensor:
+    return _fill_(_empty_like(input, **kwargs), fill_value)
+
+
+handles(torch.full_like)(_filled_like)
+handles(torch.zeros_like)(functools.partial(_filled_like, fill_value=0.0))
+handles(torch.ones_like)(functools.partial(_filled_like, fill_value=1.0))
+
+# --- padding --------------------------------------------------------------------------------
+
+
+@handles(F.pad)
+def _pad(
+    input: QuantizedTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> QuantizedTensor:
+    if mode == "constant":
+        padded = F.pad(input._integers, pad, mode, level(input, value or 0.0))
+    else:
+        padded = F.pad(input._integers, pad, mode)
+    return like(input, padded)

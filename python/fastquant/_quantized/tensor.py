@@ -1,0 +1,457 @@
+"""The classes of quantized tensors, and how a function of torch finds what to do with one.
+
+A quantized tensor is an ordinary uint8 or int8 tensor, its values, with a scale and a zero point:
+`real = (value - zero_point) * scale`. Handlers, in the other files of this folder, say what a
+function of torch does with it. What has no handler raises an error: that function would take the
+integers for the numbers they stand for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._native import ops
+from .._torch.private import is_exporting
+
+Handler = Callable[..., Any]
+_Function = TypeVar("_Function", bound=Handler)
+
+# What to call, by the function of torch. A class attribute, such as x.shape, has its getter here.
+HANDLERS: dict[Any, Handler] = {}
+# Handlers whose first argument may be an ordinary tensor, if another one is quantized.
+_TAKES_PLAIN_FIRST: set[Handler] = set()
+
+INTEGER_DTYPES = (torch.uint8, torch.int8)
+
+
+def _name_of(function: Any) -> str:
+    """How users would write the function."""
+    name = getattr(function, "__name__", None) or str(function)
+    if name == "__get__":
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    module = getattr(function, "__module__", None)
+    if isinstance(function, torch._ops.OpOverload):
+        return f"torch.ops.{str(function).removesuffix('.default')}"
+    if module in ("torch", "torch.functional"):
+        return f"torch.{name}"
+    if module in ("torch.nn.functional", "torch._C._nn"):
+        return f"torch.nn.functional.{name}"
+    return f"Tensor.{name}"
+
+
+_ARITHMETIC = {
+    **dict.fromkeys(("add", "add_", "__radd__", "sub", "sub_", "rsub", "__rsub__"), "add"),
+    **dict.fromkeys(("mul", "mul_", "multiply"), "mul"),
+    **dict.fromkeys(("matmul", "mm", "bmm", "__rmatmul__"), "matmul"),
+}
+
+
+def not_supported(function: Any, why: str = "") -> NotImplementedError:
+    """The error for a function that has no meaning on quantized tensors, or none yet."""
+    name = _name_of(function)
+    remedy = ""
+    method = _ARITHMETIC.get(name.rpartition(".")[2])
+    if method is not None:
+        remedy = (
+            f"give the model a torch.ao.nn.quantized.FloatFunctional, whose {method}() gets a "
+            "scale and a zero point of its own for the result when the model is converted; or "
+        )
+    return NotImplementedError(
+        f"{name} does not take quantized tensors{why}: {remedy}call it with x.dequantize(), the "
+        "real numbers, or with x.int_repr(), the integers that stand for them"
+    )
+
+
+def handle(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a function of torch returns for arguments of which one is quantized."""
+    handler = HANDLERS.get(function)
+    if handler is None:
+        raise not_supported(function)
+    if args and type(args[0]) is Tensor and handler not in _TAKES_PLAIN_FIRST:
+        raise not_supported(function, " together with ordinary ones")
+    return handler(*args, **kwargs)
+
+
+class QuantizedTensor(Tensor):
+    """Integers with one scale and one zero point: `real = (value - zero_point) * scale`.
+
+    A torch.Tensor of dtype uint8 or int8 to the code between quantized modules. What rearranges
+    elements, compares them, pools or pads works as with torch's quantized tensors; other functions
+    of torch raise an error.
+
+    Args:
+        values: the integers, uint8 or int8. They are shared, not copied.
+        scale: positive.
+        zero_point: within the range of the dtype.
+    """
+
+    _integers: Tensor
+    _scale: float
+    _zero_point: int
+
+    def __new__(cls, values: Tensor, scale: float, zero_point: int) -> QuantizedTensor:
+        check_integers(values)
+        check_qparams(scale, zero_point, values.dtype)
+        return made(values.detach(), float(scale), int(zero_point))
+
+    def __init__(self, values: Tensor, scale: float, zero_point: int) -> None:
+        pass
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return handle(func, args, kwargs or {})
+
+
+class ExportedQuantizedTensor:
+    """What a QuantizedTensor is while torch.export traces: the same, but no torch.Tensor.
+
+    Non-strict export replaces tensors with fake ones, and has no fake for a subclass.
+    """
+
+    __slots__ = ("_integers", "_scale", "_zero_point")
+
+    def __init__(self, values: Tensor, scale: float, zero_point: int) -> None:
+        self._integers, self._scale, self._zero_point = values, scale, zero_point
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return handle(func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(Tensor, name):
+            raise not_supported(getattr(Tensor, name))
+        raise AttributeError(f"'QuantizedTensor' object has no attribute {name!r}")
+
+
+_CLASSES: tuple[type, ...] = (QuantizedTensor, ExportedQuantizedTensor)
+
+
+def made(values: Tensor, scale: float, zero_point: int) -> QuantizedTensor:
+    """A quantized tensor of these values, which nothing checks."""
+    if is_exporting():
+        return ExportedQuantizedTensor(values, scale, zero_point)  # type: ignore[return-value]
+    x = values.as_subclass(QuantizedTensor)
+    x._integers, x._scale, x._zero_point = values, scale, zero_point
+    return x
+
+
+def like(x: QuantizedTensor, values: Tensor) -> QuantizedTensor:
+    """A quantized tensor with the scale and zero point of `x`."""
+    return made(values, x._scale, x._zero_point)
+
+
+def parts(x: Any, what: str = "input") -> tuple[Tensor, float, int]:
+    """Values, scale and zero point of a quantized tensor; `what` names it in the error."""
+    if not isinstance(x, _CLASSES):
+        raise _not_quantized(x, what)
+    return x._integers, x._scale, x._zero_point  # type: ignore[attr-defined]
+
+
+def is_quantized(x: Any) -> bool:
+    """Whether x is a quantized tensor of this package."""
+    return isinstance(x, _CLASSES)
+
+
+def _not_quantized(x: Any, what: str) -> TypeError:
+    if isinstance(x, PerChannelQuantizedTensor):
+        found = "a tensor with a scale for each channel, which only weights have"
+    elif isinstance(x, Tensor):
+        found = f"an ordinary tensor of dtype {x.dtype}"
+    else:
+        found = f"{type(x).__name__}"
+    return TypeError(
+        f"{what} must be a quantized tensor, got {found}; a QuantStub at the start of the "
+        "quantized part of the model makes one, as fastquant.quantized_tensor.quantize_per_tensor "
+        "does"
+    )
+
+
+def as_integer_dtype(dtype: Any) -> torch.dtype:
+    """uint8 or int8, also for torch's quantized dtypes of the same integers."""
+    if dtype in INTEGER_DTYPES:
+        return dtype  # type: ignore[no-any-return]
+    for name, integer in (("quint8", torch.uint8), ("qint8", torch.int8)):
+        if dtype is not None and dtype is getattr(torch, name, None):
+            return integer
+    raise TypeError(f"dtype must be torch.uint8 or torch.int8, got {dtype}")
+
+
+def check_integers(values: Any) -> None:
+    if not isinstance(values, Tensor) or values.dtype not in INTEGER_DTYPES or is_quantized(values):
+        raise TypeError(
+            "values must be an ordinary tensor of dtype torch.uint8 or torch.int8, got "
+            + (f"one of {values.dtype}" if type(values) is Tensor else type(values).__name__)
+        )
+
+
+def check_qparams(scale: float, zero_point: int, dtype: torch.dtype) -> None:
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    info = torch.iinfo(dtype)
+    if int(zero_point) != zero_point or not info.min <= zero_point <= info.max:
+        raise ValueError(
+            f"zero_point must be an integer from {info.min} to {info.max} for {dtype}, got "
+            f"{zero_point}"
+        )
+
+
+# --- registering handlers -------------------------------------------------------------------
+
+
+def handles(*functions: Any, plain_first: bool = False) -> Callable[[_Function], _Function]:
+    """Decorator: what these functions of torch do with a quantized tensor.
+
+    Those that are methods or properties of Tensor become ones of quantized tensors: to call them so
+    takes half as long as to have torch find out that they are overridden.
+    """
+
+    def register(handler: _Function) -> _Function:
+        for function in functions:
+            HANDLERS[function] = handler
+            name = getattr(function, "__name__", "")
+            if function is getattr(Tensor, name, None):
+                for cls in _CLASSES:
+                    setattr(cls, name, handler)
+        if plain_first:
+            _TAKES_PLAIN_FIRST.add(handler)
+        return handler
+
+    return register
+
+
+def functions_named(name: str) -> list[Any]:
+    """Method of Tensor, function of torch, of torch.nn.functional: those that exist."""
+    places = (Tensor, torch, torch.nn.functional)
+    return [getattr(place, name) for place in places if hasattr(place, name)]
+
+
+def add_property(name: str, getter: Callable[[Any], Any]) -> None:
+    for cls in _CLASSES:
+        setattr(cls, name, property(getter))
+
+
+# --- what there is to know about one --------------------------------------------------------
+
+
+def _of_values(name: str) -> Callable[[Any], Any]:
+    return lambda self: getattr(self._integers, name)
+
+
+for _name in (
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "grad", "grad_fn"),
+    *("requires_grad", "is_leaf", "retains_grad", "output_nr", "names", "is_sparse", "is_nested"),
+    *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_mkldnn", "_version"),
+):
+    if hasattr(Tensor, _name):
+        add_property(_name, _of_values(_name))
+add_property("is_quantized", lambda self: True)
+
+
+def _answer_of_values(name: str) -> Handler:
+    method = getattr(Tensor, name)
+
+    def answer(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
+        return method(input._integers, *args, **kwargs)
+
+    return answer
+
+
+for _name in (
+    *(
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "ndimension",
+        "stride",
+        "storage_offset",
+        "is_contiguous",
+    ),
+    *("element_size", "get_device", "is_floating_point", "is_complex", "is_shared", "is_pinned"),
+    *("is_inference", "is_conj", "is_neg", "data_ptr", "untyped_storage", "__len__", "dim_order"),
+):
+    handles(*functions_named(_name))(_answer_of_values(_name))
+
+
+@handles(Tensor.is_same_size, plain_first=True)
+def _is_same_size(input: Any, other: Any) -> bool:
+    return bool(input.shape == other.shape)
+
+
+@handles(Tensor.is_signed, torch.is_signed)
+def _is_signed(input: QuantizedTensor) -> bool:
+    return input._integers.dtype == torch.int8
+
+
+@handles(Tensor.q_scale, torch.q_scale)
+def _q_scale(input: QuantizedTensor) -> float:
+    return input._scale
+
+
+@handles(Tensor.q_zero_point, torch.q_zero_point)
+def _q_zero_point(input: QuantizedTensor) -> int:
+    return input._zero_point
+
+
+@handles(Tensor.qscheme)
+def _qscheme(input: QuantizedTensor) -> torch.qscheme:
+    return torch.per_tensor_affine
+
+
+@handles(Tensor.int_repr, torch.int_repr)
+def _int_repr(input: QuantizedTensor) -> Tensor:
+    return input._integers.clone()
+
+
+def dequantize(x: QuantizedTensor) -> Tensor:
+    """The real numbers, in fp32."""
+    y: Tensor = ops.dequantize(x._integers, x._scale, x._zero_point, torch.float32)
+    return y
+
+
+@handles(Tensor.dequantize, torch.dequantize, plain_first=True)
+def _dequantize(input: Any = None, *, tensors: Any = None) -> Any:
+    if tensors is not None or isinstance(input, (list, tuple)):
+        return tuple(x.dequantize() for x in (input if tensors is None else tensors))
+    return dequantize(input)
+
+
+# --- printing, copying, saving --------------------------------------------------------------
+
+
+def _printed(x: Any, qparams: str) -> str:
+    real = repr(x.dequantize()).removeprefix("tensor(").removesuffix(")")
+    return f"QuantizedTensor({real}, size={tuple(x.shape)}, dtype={x.dtype}, {qparams})"
+
+
+@handles(Tensor.__repr__)
+def _repr(self: QuantizedTensor, *, tensor_contents: Any = None) -> str:
+    return _printed(self, f"scale={self._scale}, zero_point={self._zero_point}")
+
+
+@handles(Tensor.__format__)
+def _format(self: QuantizedTensor, spec: str) -> str:
+    return format(self.item() if self.dim() == 0 else repr(self), spec)
+
+
+@handles(Tensor.__hash__)
+def _hash(self: QuantizedTensor) -> int:
+    return id(self)
+
+
+@handles(Tensor.__dir__)
+def _dir(self: QuantizedTensor) -> list[str]:
+    return sorted({*dir(type(self)), *vars(self)})
+
+
+@handles(Tensor.__deepcopy__)
+def _deepcopy(self: QuantizedTensor, memo: dict[int, Any]) -> QuantizedTensor:
+    if id(self) not in memo:
+        memo[id(self)] = like(self, copy.deepcopy(self._integers, memo))
+    return memo[id(self)]  # type: ignore[no-any-return]
+
+
+@handles(Tensor.__reduce_ex__)
+def _reduce_ex(self: QuantizedTensor, protocol: Any) -> tuple[Any, ...]:
+    return QuantizedTensor, (self._integers, self._scale, self._zero_point)
+
+
+# --- weights --------------------------------------------------------------------------------
+
+
+class PerChannelQuantizedTensor(Tensor):
+    """Integers with a scale and a zero point for each channel: the weight of a quantized module.
+
+    It can be printed, compared, copied, and turned into its integers or the real numbers.
+    """
+
+    _integers: Tensor
+    _scales: Tensor
+    _zero_points: Tensor
+    _axis: int
+
+    def __new__(
+        cls, values: Tensor, scales: Tensor, zero_points: Tensor, axis: int
+    ) -> PerChannelQuantizedTensor:
+        check_integers(values)
+        x = values.detach().as_subclass(cls)
+        x._integers, x._scales, x._zero_points = values.detach(), scales, zero_points
+        x._axis = range(values.dim())[axis]
+        return x
+
+    def __init__(self, values: Tensor, scales: Tensor, zero_points: Tensor, axis: int) -> None:
+        pass
+
+    def int_repr(self) -> Tensor:
+        return self._integers.clone()
+
+    def dequantize(self) -> Tensor:
+        shape = [1] * self._integers.dim()
+        shape[self._axis] = -1
+        centered = self._integers.to(torch.float32) - self._zero_points.reshape(shape)
+        return (centered * self._scales.reshape(shape)).to(torch.float32)
+
+    def q_per_channel_scales(self) -> Tensor:
+        return self._scales
+
+    def q_per_channel_zero_points(self) -> Tensor:
+        return self._zero_points
+
+    def q_per_channel_axis(self) -> int:
+        return self._axis
+
+    def qscheme(self) -> torch.qscheme:
+        return torch.per_channel_affine
+
+    def detach(self) -> PerChannelQuantizedTensor:
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return _printed(
+            self,
+            f"scale={self._scales.tolist()}, zero_point={self._zero_points.tolist()}, "
+            f"axis={self._axis}",
+        )
+
+    def __eq__(self, other: object) -> Any:
+        return self.dequantize() == (other.dequantize() if isinstance(other, Tensor) else other)
+
+    def __ne__(self, other: object) -> Any:
+        return ~(self == other)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerChannelQuantizedTensor:
+        return type(self)(*copy.deepcopy(self.__reduce_ex__(2)[1], memo))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(self), (self._integers, self._scales, self._zero_points, self._axis)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        raise not_supported(func, " with a scale for each channel")
+
+
+for _name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cpu", "grad_fn"):
+    setattr(PerChannelQuantizedTensor, _name, property(_of_values(_name)))
+for _name in ("size", "dim", "numel", "nelement", "stride", "is_contiguous", "__len__"):
+    setattr(PerChannelQuantizedTensor, _name, _answer_of_values(_name))
+setattr(PerChannelQuantizedTensor, "is_quantized", property(lambda self: True))  # noqa: B010
+
+# Pickles and users' imports say where the classes are for users.
+for _class in (QuantizedTensor, ExportedQuantizedTensor, PerChannelQuantizedTensor):
+    _class.__module__ = "fastquant.quantized_tensor"
+# For torch.load(weights_only=True): to make one checks the arguments and runs nothing else.
+torch.serialization.add_safe_globals([QuantizedTensor, PerChannelQuantizedTensor])
