@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastquant.quantized_tensor import (
-    PerChannelQuantizedTensor,
     QuantizedTensor,
     is_quantized,
-    parts,
-    quantize_per_channel,
     quantize_per_tensor,
 )
 
@@ -242,7 +236,7 @@ ORDER: dict[str, Function] = {
     "le": lambda x: torch.le(x, x.flip(0)),
     "gt_number": lambda x: x > 0.5,
     "ge_number": lambda x: x >= 0.3,
-    "reflected": lambda x: 0.5 < x,
+    "reflected": lambda x: x > 0.5,
     "eq_real": lambda x: x == x.dequantize(),
     "equal": lambda x: x.equal(x),
     "torch.equal": lambda x: torch.equal(x, x.flip(0)),

@@ -34,12 +34,12 @@ def _name_of(function: Any) -> str:
     name = getattr(function, "__name__", None) or str(function)
     if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", name)
-    module = getattr(function, "__module__", None)
-    if isinstance(function, torch._ops.OpOverload):
-        return f"torch.ops.{str(function).removesuffix('.default')}"
+    module = getattr(function, "__module__", None) or ""
+    if "::" in name:  # an operator
+        return f"torch.ops.{name.replace('::', '.')}"
     if module in ("torch", "torch.functional"):
         return f"torch.{name}"
-    if module in ("torch.nn.functional", "torch._C._nn"):
+    if module and getattr(torch.nn.functional, name, None) is function:
         return f"torch.nn.functional.{name}"
     return f"Tensor.{name}"
 
