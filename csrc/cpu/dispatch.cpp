@@ -77,7 +77,7 @@ const InstructionSet kBuilt[] = {
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Kernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+     {&kMatrixAvx512Vnni, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
     {"avx512",
      has_avx512,
      &kAvx512Kernels,

@@ -3,10 +3,46 @@
 
 #include <cstdint>
 
+#include "output.h"
+
 namespace fastquant {
 
-struct MatrixKernels {};
+// Rows of values, each in segments of `steps` times four values, of which the memory is contiguous. Segment s
+// of row r starts `offset` bytes after pointers[s * stride + r].
+struct MatrixRows {
+  const uint8_t* const* pointers;
+  int64_t offset;
+  int64_t stride;
+  int64_t rows;
+  int64_t segments;
+  int64_t steps;
+};
+
+// Packed weights of a group (packing.h). Segment s of the rows meets the steps from first_steps[s] on, or,
+// where first_steps is null, those that follow the ones of the segment before.
+struct MatrixWeights {
+  const int8_t* data;
+  int64_t channels;
+  int64_t steps;
+  const int64_t* first_steps;
+};
+
+struct MatrixKernels {
+  // What kernels subtract from each value of the rows. They do not tell the output stage: its offsets are those
+  // of values that have been made smaller so.
+  int64_t value_offset;
+
+  // The outputs of all rows, for the channels of the blocks [begin, end).
+  void (*multiply)(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
+                   const OutputStage& out);
+};
 
 extern const MatrixKernels kMatrixScalar;
+extern const MatrixKernels kMatrixAvx2;
+extern const MatrixKernels kMatrixAvxVnni;
+extern const MatrixKernels kMatrixAvx512;
+extern const MatrixKernels kMatrixAvx512Vnni;
+extern const MatrixKernels kMatrixNeon;
+extern const MatrixKernels kMatrixNeonDot;
 
 }  // namespace fastquant

@@ -21,7 +21,13 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=_LAST[x.dim()]) if x.dim() in _LAST else x.contiguous()
+    """x with the strides of channels last, which torch lacks for one spatial dimension."""
+    if x.dim() == 3:
+        return _channels_last(x.unsqueeze(2)).squeeze(2)
+    if x.dim() not in _LAST:
+        return x.contiguous()
+    # Not x.contiguous, which keeps any strides of dimensions of size 1.
+    return torch.empty_like(x, memory_format=_LAST[x.dim()]).copy_(x)
 
 
 def _levels(
@@ -65,12 +71,69 @@ def dequantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> 
     return (_centered(x, zero_point).to(torch.float32) * factor).to(dtype)
 
 
+# The layout of packed weights, which csrc/cpu/quantized/packing.h describes.
+_STEP, _LANES, _BLOCK = 4, 16, 64
+
+
+def _rounded_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def _weight_sizes(shape: Sequence[int], groups: int, transposed: bool) -> tuple[int, int, int, int]:
+    """Output and input channels of a group, rows of the kernel, and taps in a row."""
+    _check(len(shape) >= 2, f"a weight needs 2 dimensions or more, has {len(shape)}")
+    _check(
+        groups > 0 and shape[0] % groups == 0,
+        f"{shape[0]} channels cannot be split into {groups} groups",
+    )
+    taps = math.prod(shape[2:])
+    row_taps = 1 if transposed or len(shape) == 2 else shape[-1]
+    channels = shape[0] // groups
+    outputs, inputs = (shape[1], channels) if transposed else (channels, shape[1])
+    return outputs, inputs, taps // row_taps, row_taps
+
+
 def pack_weight(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    return weight.contiguous().view(torch.uint8).reshape(-1).clone()
+    _check(weight.dtype == torch.int8, f"weight must be int8, got {weight.dtype}")
+    outputs, inputs, rows, row_taps = _weight_sizes(weight.shape, groups, transposed)
+    if transposed:
+        w = weight.reshape(groups, inputs, outputs, rows, row_taps).permute(0, 2, 3, 4, 1)
+    else:
+        w = weight.reshape(groups, outputs, inputs, rows, row_taps).permute(0, 1, 3, 4, 2)
+    values = row_taps * inputs
+    padded = _rounded_up(outputs, _LANES)
+    w = F.pad(
+        w.reshape(groups, outputs, rows, values),
+        (0, _rounded_up(values, _STEP) - values, 0, 0, 0, padded - outputs),
+    )
+    sums = w.sum((2, 3), dtype=torch.int32)
+    w = w.reshape(groups, padded, -1, _STEP).transpose(1, 2)
+    blocks = [block.reshape(groups, -1) for block in torch.split(w, _BLOCK, 2)]
+    data = torch.cat(blocks, 1).reshape(-1).view(torch.uint8)
+    return torch.cat([data, sums.reshape(-1).view(torch.uint8)])
 
 
 def unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed: bool) -> Tensor:
-    return packed.view(torch.int8).reshape(list(shape)).clone()
+    outputs, inputs, rows, row_taps = _weight_sizes(shape, groups, transposed)
+    padded, values = _rounded_up(outputs, _LANES), row_taps * inputs
+    row = _rounded_up(values, _STEP)
+    steps = rows * row // _STEP
+    size = groups * padded * steps * _STEP
+    expected = size + 4 * groups * padded
+    _check(
+        packed.numel() == expected,
+        f"packed_weight has {packed.numel()} bytes, needs {expected}",
+    )
+    data = packed[:size].view(torch.int8).reshape(groups, -1)
+    widths = [min(_BLOCK, padded - first) for first in range(0, padded, _BLOCK)]
+    blocks = torch.split(data, [steps * width * _STEP for width in widths], 1)
+    w = torch.cat(
+        [b.reshape(groups, steps, width, _STEP) for b, width in zip(blocks, widths, strict=True)], 2
+    )
+    w = w.transpose(1, 2).reshape(groups, padded, rows, row)[:, :outputs, :, :values]
+    w = w.reshape(groups, outputs, rows, row_taps, inputs)
+    w = w.permute(0, 4, 1, 2, 3) if transposed else w.permute(0, 1, 4, 2, 3)
+    return w.reshape(list(shape)).contiguous()
 
 
 def _output(

@@ -1,0 +1,93 @@
+// Products and sums in AVX-512, with and without VNNI: the interface of kernels/matrix-inl.h and
+// kernels/output-inl.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastquant {
+namespace {
+
+struct Avx512Lanes {
+  static constexpr int N = 16;
+  using Ints = __m512i;
+  using Floats = __m512;
+
+  static Ints load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
+  static void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+  static Ints set1(int32_t x) { return _mm512_set1_epi32(x); }
+  static Floats set1(float x) { return _mm512_set1_ps(x); }
+  static Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+  static Ints to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+  static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+
+  template <int kVectors>
+  static void store_bytes(uint8_t* p, const Ints (&x)[kVectors], uint8_t flip) {
+    const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
+    if constexpr (kVectors == 4) {
+      _mm512_storeu_si512(p, _mm512_xor_si512(packed(x[0], x[1], x[2], x[3]), flips));
+    } else if constexpr (kVectors == 1) {
+      const __m128i bytes = _mm512_cvtepi32_epi8(x[0]);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm512_castsi512_si128(flips)));
+    } else {
+      const __m512i bytes = _mm512_xor_si512(packed(x[0], x[1], x[kVectors - 1], x[kVectors - 1]), flips);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+      if constexpr (kVectors == 3) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32), _mm512_extracti32x4_epi32(bytes, 2));
+      }
+    }
+  }
+
+  static void store_bfloat16(uint16_t* p, Floats x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, last), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  }
+
+  static constexpr int64_t kValueOffset = 0;
+  static constexpr int kMostVectors = 4;
+  static constexpr int kSums = 16;
+
+ private:
+  // Integers in 0 ... 255 as bytes.
+  static __m512i packed(Ints a, Ints b, Ints c, Ints d) {
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(order, bytes);
+  }
+};
+
+#if defined(__AVX512VNNI__)
+
+struct Avx512VnniDot : Avx512Lanes {
+  template <int kVectors>
+  static constexpr int kMostRows = kVectors == 4   ? 6
+                                   : kVectors == 3 ? 8
+                                   : kVectors == 2 ? 12
+                                                   : 16;
+  using Values = __m512i;
+  using Weights = __m512i;
+  static Values values(const uint8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+  }
+  static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static Ints dot(Ints sums, Values x, Weights w) { return _mm512_dpbusd_epi32(sums, x, w); }
+};
+
+#endif
+
+}  // namespace
+}  // namespace fastquant

@@ -1,0 +1,207 @@
+// Registers the CPU implementations of the ops of linear layers and convolutions on quantized tensors.
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "../../tensors.h"
+#include "convolution.h"
+#include "packing.h"
+
+namespace fastquant {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+Tensor pack_weight_op(const Tensor weight, int64_t groups, bool transposed) {
+  check(weight.scalar_type() == ScalarType::Char, "weight must be int8");
+  const Tensor w = torch::stable::contiguous(weight);
+  const PackedLayout layout(w.sizes().data(), w.dim(), groups, transposed);
+  Tensor packed = empty_1d(layout.bytes(), ScalarType::Byte, weight);
+  pack_weight(static_cast<const int8_t*>(w.const_data_ptr()), layout,
+              static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+const uint8_t* packed_data(const Tensor& packed, const PackedLayout& layout) {
+  check(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+        "packed_weight must be a contiguous uint8 tensor on the CPU");
+  check(packed.numel() == layout.bytes(), "packed_weight has ", packed.numel(), " bytes, needs ",
+        layout.bytes());
+  return static_cast<const uint8_t*>(packed.const_data_ptr());
+}
+
+Tensor unpack_weight_op(const Tensor packed, std::vector<int64_t> shape, int64_t groups, bool transposed) {
+  const int64_t dims = static_cast<int64_t>(shape.size());
+  const PackedLayout layout(shape.data(), dims, groups, transposed);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (int64_t d = dims - 2; d >= 0; --d) strides[d] = strides[d + 1] * shape[d + 1];
+  Tensor weight = empty_strided(dims, shape.data(), strides.data(), ScalarType::Char, packed);
+  unpack_weight(packed_data(packed, layout), layout, static_cast<int8_t*>(weight.mutable_data_ptr()));
+  return weight;
+}
+
+QuantizedValues values_of(const Tensor& x, double scale, int64_t zero_point) {
+  const bool is_signed = x.scalar_type() == ScalarType::Char;
+  check(is_signed || x.scalar_type() == ScalarType::Byte, "x must be uint8 or int8");
+  check(x.is_cpu(), "x must be on the CPU");
+  return {static_cast<const uint8_t*>(x.const_data_ptr()), scale, zero_point, is_signed};
+}
+
+OutputFormat format_of(ScalarType dtype, double scale, int64_t zero_point, double low, double high) {
+  OutputType type = OutputType::u8;
+  switch (dtype) {
+    case ScalarType::Byte:
+      break;
+    case ScalarType::Char:
+      type = OutputType::s8;
+      break;
+    case ScalarType::Float:
+      type = OutputType::f32;
+      break;
+    case ScalarType::BFloat16:
+      type = OutputType::bf16;
+      break;
+    default:
+      check(false, "dtype must be uint8, int8, float32 or bfloat16");
+  }
+  return {nullptr, type, scale, zero_point, low, high};
+}
+
+// bias may be undefined.
+LayerScales scales_of(const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t channels) {
+  const auto is_floats = [](const Tensor& t) {
+    return t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous();
+  };
+  check(is_floats(weight_scale), "weight_scale must be a contiguous float32 tensor on the CPU");
+  const int64_t count = weight_scale.numel();
+  check(count == 1 || count == channels, "weight_scale has ", count, " elements, needs 1 or ", channels);
+  const float* b = nullptr;
+  if (bias.has_value()) {
+    check(is_floats(*bias), "bias must be a contiguous float32 tensor on the CPU");
+    check(bias->numel() == channels, "bias has ", bias->numel(), " elements, needs ", channels);
+    b = static_cast<const float*>(bias->const_data_ptr());
+  }
+  return {static_cast<const float*>(weight_scale.const_data_ptr()), count != 1, b};
+}
+
+// ----------------------------------------------------------------------------- linear
+
+Tensor quantized_linear_op(const Tensor x, double x_scale, int64_t x_zero_point, const Tensor packed_weight,
+                           const Tensor weight_scale, const std::optional<Tensor> bias, int64_t out_features,
+                           double scale, int64_t zero_point, double low, double high, ScalarType dtype) {
+  check(x.dim() >= 1, "x needs a dimension");
+  const Tensor rows = torch::stable::contiguous(x);
+  const int64_t in_features = x.sizes()[x.dim() - 1];
+  const int64_t shape[] = {out_features, in_features};
+  const PackedLayout layout(shape, 2, 1, false);
+  const uint8_t* const packed = packed_data(packed_weight, layout);
+  OutputFormat format = format_of(dtype, scale, zero_point, low, high);
+  int64_t sizes[kMaxDims], strides[kMaxDims];
+  check(x.dim() <= kMaxDims, "x has too many dimensions");
+  const int64_t last = x.dim() - 1;
+  int64_t count = 1;
+  for (int64_t d = last, stride = 1; d >= 0; --d) {
+    sizes[d] = d == last ? out_features : x.sizes()[d];
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+    if (d != last) count *= sizes[d];
+  }
+  Tensor out = empty_strided(x.dim(), sizes, strides, dtype, x);
+  format.data = out.mutable_data_ptr();
+  quantized_linear(values_of(rows, x_scale, x_zero_point), count, in_features, out_features, packed,
+                   scales_of(weight_scale, bias, out_features), format);
+  return out;
+}
+
+// ------------------------------------------------------------------------ convolution
+
+// Strides of [batch, channels, *spatial] with the channels last.
+void channels_last_strides(int64_t dims, const int64_t* sizes, int64_t* strides) {
+  int64_t stride = 1;
+  const auto next = [&](int64_t d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  };
+  next(1);
+  for (int64_t d = dims - 1; d >= 2; --d) next(d);
+  next(0);
+}
+
+// x itself where its channels are last, else a copy that has them there.
+Tensor with_channels_last(const Tensor& x) {
+  const int64_t dims = x.dim();
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t wanted[kMaxDims];
+  channels_last_strides(dims, sizes.data(), wanted);
+  bool same = true;
+  for (int64_t d = 0; d < dims; ++d) same = same && (sizes[d] == 1 || strides[d] == wanted[d]);
+  if (same || x.numel() == 0) return x;
+  Tensor copy = empty_strided(dims, sizes.data(), wanted, x.scalar_type(), x);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+// The sizes of [batch, channels, *spatial], spatial ones of a layer of `dims` dimensions as the last of three.
+void place(const std::vector<int64_t>& values, int64_t dims, int64_t otherwise, int64_t* out,
+           const char* name) {
+  check(static_cast<int64_t>(values.size()) == dims, name, " needs ", dims, " values, has ", values.size());
+  for (int d = 0; d < ConvShape::kDims; ++d) {
+    const int64_t at = d - (ConvShape::kDims - dims);
+    out[d] = at < 0 ? otherwise : values[at];
+  }
+}
+
+Tensor quantized_conv_op(const Tensor x, double x_scale, int64_t x_zero_point, const Tensor packed_weight,
+                         const Tensor weight_scale, const std::optional<Tensor> bias,
+                         std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
+                         std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                         double scale, int64_t zero_point, double low, double high, ScalarType dtype) {
+  const int64_t dims = x.dim(), spatial = dims - 2;
+  check(1 <= spatial && spatial <= ConvShape::kDims, "x must have 3 to 5 dimensions, has ", dims);
+  check(static_cast<int64_t>(weight_shape.size()) == dims, "weight_shape needs ", dims, " values, has ",
+        weight_shape.size());
+  const PackedLayout layout(weight_shape.data(), dims, groups, false);
+  ConvShape shape;
+  const auto sizes = x.sizes();
+  shape.batch = sizes[0], shape.in_channels = sizes[1];
+  shape.out_channels = weight_shape[0], shape.groups = groups;
+  check(weight_shape[1] * groups == sizes[1], "x has ", sizes[1], " channels, the weight needs ",
+        weight_shape[1] * groups);
+  place({sizes.begin() + 2, sizes.end()}, spatial, 1, shape.in, "x");
+  place({weight_shape.begin() + 2, weight_shape.end()}, spatial, 1, shape.kernel, "weight_shape");
+  place(stride, spatial, 1, shape.stride, "stride");
+  place(padding, spatial, 0, shape.padding, "padding");
+  place(dilation, spatial, 1, shape.dilation, "dilation");
+  int64_t out_sizes[2 + ConvShape::kDims], strides[2 + ConvShape::kDims];
+  out_sizes[0] = shape.batch, out_sizes[1] = shape.out_channels;
+  for (int d = 0; d < ConvShape::kDims; ++d) {
+    check(shape.stride[d] > 0 && shape.dilation[d] > 0 && shape.padding[d] >= 0 && shape.kernel[d] > 0,
+          "stride, dilation and kernel sizes must be positive, padding not negative");
+    const int64_t reach = shape.dilation[d] * (shape.kernel[d] - 1) + 1;
+    const int64_t room = shape.in[d] + 2 * shape.padding[d] - reach;
+    check(room >= 0, "the kernel reaches over ", reach, " positions, x has ",
+          shape.in[d] + 2 * shape.padding[d], " with padding");
+    shape.out[d] = room / shape.stride[d] + 1;
+    const int64_t at = d - (ConvShape::kDims - spatial);
+    if (at >= 0) out_sizes[2 + at] = shape.out[d];
+  }
+  channels_last_strides(dims, out_sizes, strides);
+  const Tensor input = with_channels_last(x);
+  OutputFormat format = format_of(dtype, scale, zero_point, low, high);
+  Tensor out = empty_strided(dims, out_sizes, strides, dtype, x);
+  format.data = out.mutable_data_ptr();
+  quantized_conv(values_of(input, x_scale, x_zero_point), shape, packed_data(packed_weight, layout),
+                 scales_of(weight_scale, bias, shape.out_channels), format);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&pack_weight_op));
+  m.impl("unpack_weight", TORCH_BOX(&unpack_weight_op));
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear_op));
+  m.impl("quantized_conv", TORCH_BOX(&quantized_conv_op));
+}
+
+}  // namespace fastquant
