@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batch_norm_calls
+import elementwise_calls
 from fastquant import _C
 from fastquant._native import ops, routes
 from fastquant._native import reference as reference_ops
-from fastquant._native.reference.quantized import QUANTIZED_OPS
 from fastquant._native.settings import FusedSettings
 from op_calls import (
     AFFINE,
@@ -49,12 +49,7 @@ float32 = st.just(torch.float32)
 
 
 # Ops that run the reference on the CPU until their kernels are there.
-WITHOUT_KERNELS = {op.__name__ for op in QUANTIZED_OPS} - {
-    "pack_weight",
-    "unpack_weight",
-    "quantized_linear",
-    "quantized_conv",
-}
+WITHOUT_KERNELS = {"quantized_conv_transpose"}
 
 
 def test_cpu_kernels_are_native() -> None:
@@ -126,6 +121,8 @@ def samples(
     reference_ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
     yield "observe_histogram_", (nonfinite * 3, histogram, low, high, counter(), 16, IGNORE)
     yield "search_histogram_range", (histogram, low, high, 256)
+    if dtype == torch.float32:
+        yield from elementwise_calls.samples(numel // 20)
     yield "choose_qparams", (torch.randn(9) - 3, torch.randn(9) + 3, eps(), 0, 255, AFFINE, 0)
 
 

@@ -123,6 +123,7 @@ struct Avx2<float> {
     high = _mm_max_ps(high, _mm_movehl_ps(high, high));
     return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
   }
+  static Reg madd(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }
   // x / 3 without a division: multiplying by the rounded 1 / 3 gives a quotient with an error below one unit in
   // the last place, and adding a third of the remainder rounds it correctly (Markstein,

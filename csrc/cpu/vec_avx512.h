@@ -115,6 +115,7 @@ struct Avx512<float> {
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static float lowest(Reg x) { return _mm512_reduce_min_ps(x); }
   static float highest(Reg x) { return _mm512_reduce_max_ps(x); }
+  static Reg madd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }
   // x / 3 without a division: multiplying by the rounded 1 / 3 gives a quotient with an error below one unit in
   // the last place, and adding a third of the remainder rounds it correctly (Markstein,

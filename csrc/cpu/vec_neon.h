@@ -87,6 +87,7 @@ struct Neon<float> {
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static float lowest(Reg x) { return vminvq_f32(x); }
   static float highest(Reg x) { return vmaxvq_f32(x); }
+  static Reg madd(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg nmadd(Reg a, Reg b, Reg c) { return vfmsq_f32(c, a, b); }
   // x / 3 without a division: multiplying by the rounded 1 / 3 gives a quotient with an error below one unit in
   // the last place, and adding a third of the remainder rounds it correctly (Markstein,

@@ -16,7 +16,7 @@
 //   nmadd(a, b, c)           (float) c - a * b; for one element only where a * b fits twice the precision
 //   third(x)                 (float) x / 3
 //   round, floor(x)          to whole numbers; round to nearest, ties to even
-//   madd(a, b, c)            (types of one element) a * b + c
+//   madd(a, b, c)            (float, and types of one element) a * b + c, rounded once
 //   lt, le(a, b)             a < b, a <= b; false where either is NaN
 //   not_lt(a, b)             true where either is NaN
 //   not_le(a, b)             (CPU) true where either is NaN
@@ -63,7 +63,7 @@ constexpr bool has_arithmetic() {
   [[maybe_unused]] constexpr Reg (*kSelect)(Mask, Reg, Reg) = V::select;
   if constexpr (sizeof(T) == sizeof(float)) {
     [[maybe_unused]] constexpr Reg (*kMore[])(Reg) = {V::floor, V::third};
-    [[maybe_unused]] constexpr Reg (*kNmadd)(Reg, Reg, Reg) = V::nmadd;
+    [[maybe_unused]] constexpr Reg (*kFused[])(Reg, Reg, Reg) = {V::madd, V::nmadd};
   }
   if constexpr (V::N == 1) {
     [[maybe_unused]] constexpr T (*kMadd)(T, T, T) = V::madd;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference.quantized import _channels_last, pack_weight
+from .reference.quantized import _channels_last, as_pooled, pack_weight, result_of_two
 
 
 def _quantize(
@@ -94,7 +94,7 @@ def _conv_transpose(
 
 
 def _binary(a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(a + b, dtype=a.dtype)
+    return result_of_two(a, b)
 
 
 def _cat(tensors: Sequence[Tensor], scales: Any, zero_points: Any, dim: int, *_: Any) -> Tensor:
@@ -116,7 +116,7 @@ def _max_pool(
     pools: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
     values = x.new_empty(x.shape, dtype=torch.float32)
     y = pools[len(kernel_size)](values, kernel_size, stride, padding, dilation, ceil_mode)
-    return _channels_last(y.new_empty(y.shape, dtype=x.dtype))
+    return as_pooled(x, y, len(kernel_size))
 
 
 def _avg_pool(
@@ -131,17 +131,17 @@ def _avg_pool(
     pools: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
     values = x.new_empty(x.shape, dtype=torch.float32)
     y = pools[len(kernel_size)](values, kernel_size, stride, padding, ceil_mode)
-    return _channels_last(y.new_empty(y.shape, dtype=x.dtype))
+    return as_pooled(x, y, len(kernel_size))
 
 
 def _adaptive_avg_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
     kept = x.shape[: x.dim() - len(output_size)]
-    return _channels_last(x.new_empty((*kept, *output_size)))
+    return as_pooled(x, x.new_empty((*kept, *output_size)), len(output_size))
 
 
 def _mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
-    y = x.new_empty(x.shape, dtype=torch.float32).mean(list(dim), keepdim)
-    return torch.empty_like(y, dtype=x.dtype)
+    y = x.new_empty(x.shape, dtype=torch.float32).mean(list(dim) or None, keepdim)
+    return x.new_empty(y.shape)
 
 
 FAKE_KERNELS: dict[str, Callable[..., Any]] = {

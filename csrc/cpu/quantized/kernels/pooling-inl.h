@@ -2,12 +2,127 @@
 // ../../kernels-inl.h.
 #pragma once
 
+#include "../bytes_scalar.h"
 #include "../pooling_kernels.h"
+#include "vectors-inl.h"
 
 namespace fastquant {
 namespace {
 
-constexpr PoolingKernels pooling_table() { return {}; }
+// Calls f(p) for each pixel of the window of output i, of which p is the first channel.
+template <class F>
+void for_window(const PoolRow& row, int64_t i, const F& f) {
+  const int64_t begin = row.begin[i] * row.pixel_stride, end = row.end[i] * row.pixel_stride;
+  const int64_t step = row.step * row.pixel_stride;
+  for (int64_t r = 0; r < row.row_count; ++r) {
+    const uint8_t* const line = row.rows[r];
+    for (int64_t u = begin; u < end; u += step) f(line + u);
+  }
+}
+
+template <class B>
+void max_pool(const PoolRow& row) {
+  const auto flip = B::set1(row.flip);
+  for (int64_t i = 0; i < row.count; ++i) {
+    for_vectors<B>(row.channels, [&](int64_t c, const auto& load, const auto& store) {
+      auto most = B::set1(0);
+      for_window(row, i, [&](const uint8_t* p) { most = B::max(most, B::flip(load(p + c), flip)); });
+      store(row.out + i * row.channels + c, B::flip(most, flip));
+    });
+  }
+}
+
+// Sums of bytes.
+template <class B>
+class Sums {
+ public:
+  Sums() {
+    for (auto& s : sums_) s = B::ints1(0);
+    clear();
+  }
+
+  void add(typename B::Reg x) {
+    B::add_bytes(x, words_);
+    if (++pending_ == kMostPending) flush();
+  }
+
+  const typename B::Ints* sums() {
+    flush();
+    return sums_;
+  }
+
+ private:
+  static constexpr int kMostPending = 257;  // times 255 fits in 16 bits
+
+  void clear() {
+    for (auto& w : words_) w = B::words1(0);
+    pending_ = 0;
+  }
+  void flush() {
+    B::add_words(words_, sums_);
+    clear();
+  }
+
+  typename B::Words words_[B::kHalves];
+  typename B::Ints sums_[B::kParts];
+  int pending_;
+};
+
+template <class B>
+void average_pool(const PoolRow& row, int zero_point, int64_t rows_divisor, const int64_t* divisor) {
+  using F = typename B::Floats;
+  const auto flip = B::set1(row.flip);
+  const auto zero_points = B::words1(zero_point);
+  for (int64_t i = 0; i < row.count; ++i) {
+    const int64_t width = row.end[i] - row.begin[i];
+    const int64_t taps = width <= 0 ? 0 : row.row_count * ((width + row.step - 1) / row.step);
+    const auto excess = B::ints1(static_cast<int32_t>(taps * zero_point));
+    const auto by = F::set1(static_cast<float>(rows_divisor * divisor[i]));
+    for_vectors<B>(row.channels, [&](int64_t c, const auto& load, const auto& store) {
+      Sums<B> sums;
+      for_window(row, i, [&](const uint8_t* p) { sums.add(B::flip(load(p + c), flip)); });
+      const auto* const total = sums.sums();
+      typename F::Reg y[B::kParts];
+      for (int k = 0; k < B::kParts; ++k) y[k] = F::div(B::to_float(B::sub(total[k], excess)), by);
+      store(row.out + i * row.channels + c, B::flip(B::narrow(y, zero_points), flip));
+    });
+  }
+}
+
+template <class B>
+int64_t sum(const uint8_t* x, int64_t n, uint8_t flip) {
+  constexpr int64_t kBlock = int64_t{1} << 22;  // whose sums fit in int32
+  const auto flips = B::set1(flip);
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = n - begin < kBlock ? n - begin : kBlock;
+    Sums<B> sums;
+    int64_t i = 0;
+    for (; i + B::N <= count; i += B::N) sums.add(B::flip(B::load(x + begin + i), flips));
+    const auto* const parts = sums.sums();
+    for (int k = 0; k < B::kParts; ++k) {
+      int32_t values[B::Floats::N];
+      B::store_ints(values, parts[k]);
+      for (int32_t value : values) total += value;
+    }
+    for (; i < count; ++i) total += x[begin + i] ^ flip;
+  }
+  return total;
+}
+
+template <class B>
+void mean_of_rows(const uint8_t* x, uint8_t* out, int64_t rows, int64_t n, uint8_t flip) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float mean = static_cast<float>(sum<B>(x + r * n, n, flip)) / static_cast<float>(n);
+    out[r] = ScalarBytes::flip(ScalarBytes::narrow(&mean, 0), flip);
+  }
+}
+
+template <class B>
+constexpr PoolingKernels pooling_table() {
+  static_assert(has_bytes_interface<B>(), "see bytes.h");
+  return {max_pool<B>, average_pool<B>, mean_of_rows<B>};
+}
 
 }  // namespace
 }  // namespace fastquant

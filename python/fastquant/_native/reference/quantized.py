@@ -37,9 +37,10 @@ def _levels(
     info = torch.iinfo(dtype)
 
     def level(bound: float) -> int:
-        if math.isinf(bound):
-            return info.min if bound < 0 else info.max
-        return min(max(round(bound / scale) + zero_point, info.min), info.max)
+        steps = bound / scale
+        if math.isinf(steps):
+            return info.min if steps < 0 else info.max
+        return min(max(round(steps) + zero_point, info.min), info.max)
 
     return level(low), level(high)
 
@@ -57,12 +58,29 @@ def _centered(x: Tensor, zero_point: int) -> Tensor:
     return x.to(torch.float64) - zero_point
 
 
+def _multiplied_and_added(x: Tensor, factor: Tensor, addend: int) -> Tensor:
+    """x * factor + addend for fp32 numbers, rounded once to fp32."""
+    product = x.to(torch.float64) * factor.to(torch.float64)  # exact
+    total = product + addend
+    # What rounding this sum left out. If that is something, the last bit is made 1, towards it:
+    # then rounding to fp32 cannot find a tie where there is none.
+    part = total - product
+    left_out = (product - (total - part)) + (addend - part)
+    even = total.view(torch.int64) & 1 == 0
+    beyond = torch.nextafter(total, torch.copysign(torch.full_like(total, math.inf), left_out))
+    inexact = (left_out != 0) & left_out.isfinite()
+    return torch.where(inexact & even, beyond, total).to(torch.float32)
+
+
 def quantize(
     x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    inverse = 1.0 / torch.tensor(scale, dtype=torch.float32)
-    y = x.to(torch.float32) * inverse.to(x.device)
-    q = _requantized(y, scale, zero_point, -math.inf, math.inf, dtype)
+    inverse = (1.0 / torch.tensor(scale, dtype=torch.float32)).to(x.device)
+    # torch.quantize_per_tensor adds the zero point before it rounds.
+    y = _multiplied_and_added(x.to(torch.float32), inverse, zero_point)
+    info = torch.iinfo(dtype)
+    q = y.round().nan_to_num(nan=math.inf).clamp(info.min, info.max)
+    q = torch.empty_like(x, dtype=dtype).copy_(q)
     return _channels_last(q) if channels_last else q
 
 
@@ -228,8 +246,24 @@ def quantized_conv_transpose(
 
 
 def _scaled(x: Tensor, ratio: float) -> Tensor:
-    """x, which has whole numbers, times the fp32 value of `ratio`, rounded once."""
-    return x.to(torch.float32) * torch.tensor(ratio, dtype=torch.float32, device=x.device)
+    """x, which has whole numbers, times the fp32 value of `ratio`, rounded once.
+
+    The ratio is kept finite: all but 0 is then out of an output's range all the same.
+    """
+    factor = torch.tensor(min(ratio, 2.0**100), dtype=torch.float32, device=x.device)
+    return x.to(torch.float32) * factor
+
+
+def result_of_two(a: Tensor, b: Tensor) -> Tensor:
+    """An uninitialized result of an operation on two tensors, whose shapes are broadcast.
+
+    It lies in memory as the first of the two that has its shape.
+    """
+    shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+    for x in (a, b):
+        if x.shape == shape:
+            return torch.empty_like(x, dtype=a.dtype)
+    return a.new_empty(shape)
 
 
 def quantized_add(
@@ -247,7 +281,7 @@ def quantized_add(
     y = _scaled(_centered(a, a_zero_point), a_scale / scale) + _scaled(
         _centered(b, b_zero_point), b_scale / scale
     )
-    return _requantized(y, scale, zero_point, low, high, a.dtype)
+    return result_of_two(a, b).copy_(_requantized(y, scale, zero_point, low, high, a.dtype))
 
 
 def quantized_mul(
@@ -264,7 +298,7 @@ def quantized_mul(
 ) -> Tensor:
     product = _centered(a, a_zero_point) * _centered(b, b_zero_point)
     y = _scaled(product, a_scale * b_scale / scale)
-    return _requantized(y, scale, zero_point, low, high, a.dtype)
+    return result_of_two(a, b).copy_(_requantized(y, scale, zero_point, low, high, a.dtype))
 
 
 def quantized_cat(
@@ -290,12 +324,18 @@ def lookup(x: Tensor, table: Tensor) -> Tensor:
 
 
 _MAX_POOLS: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_AVG_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_AVG_POOLS: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE_AVG_POOLS: dict[int, Any] = {
     1: F.adaptive_avg_pool1d,
     2: F.adaptive_avg_pool2d,
     3: F.adaptive_avg_pool3d,
 }
+
+
+def as_pooled(x: Tensor, y: Tensor, dims: int) -> Tensor:
+    """y with the dtype of x, and with channels last if x has a dimension of images."""
+    y = y.to(x.dtype)
+    return _channels_last(y) if x.dim() == dims + 2 else y.contiguous()
 
 
 def quantized_max_pool(
@@ -306,9 +346,10 @@ def quantized_max_pool(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:
-    pool = _MAX_POOLS[len(kernel_size)]
-    y = pool(x.to(torch.float32), kernel_size, stride, padding, dilation, ceil_mode)
-    return _channels_last(y.to(x.dtype))
+    dims = len(kernel_size)
+    y = _MAX_POOLS[dims](x.to(torch.float32), kernel_size, stride, padding, dilation, ceil_mode)
+    # A window of padding alone has no largest element.
+    return as_pooled(x, y.clamp(min=torch.iinfo(x.dtype).min), dims)
 
 
 def quantized_avg_pool(
@@ -322,30 +363,32 @@ def quantized_avg_pool(
     divisor_override: int | None,
 ) -> Tensor:
     dims = len(kernel_size)
-    args = () if dims == 1 else (divisor_override,)
-    y = _AVG_POOLS[dims](
-        _centered(x, x_zero_point),
-        kernel_size,
-        stride,
-        padding,
-        ceil_mode,
-        count_include_pad,
-        *args,
-    )
-    if dims == 1 and divisor_override is not None:
-        raise RuntimeError("fastquant: divisor_override needs 2 or 3 spatial dimensions")
-    y = y.to(torch.float32)
-    return _channels_last(_requantized(y, 1.0, x_zero_point, -math.inf, math.inf, x.dtype))
+    sizes = [list(kernel_size), list(stride), list(padding)]
+    values = _centered(x, x_zero_point)
+    if dims == 1:  # avg_pool1d knows no divisor_override
+        values = values.unsqueeze(-2)
+        sizes = [[1, *sizes[0]], [1, *sizes[1]], [0, *sizes[2]]]
+    pool = _AVG_POOLS[max(dims, 2)]
+    y = pool(values, *sizes, ceil_mode, count_include_pad, divisor_override).to(torch.float32)
+    if dims == 1:
+        y = y.squeeze(-2)
+    q = _requantized(y, 1.0, x_zero_point, -math.inf, math.inf, x.dtype)
+    return as_pooled(x, q, dims)
+
+
+def _rounded_mean(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return y.to(torch.float32).round().to(dtype)
 
 
 def quantized_adaptive_avg_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
-    y = _ADAPTIVE_AVG_POOLS[len(output_size)](x.to(torch.float64), list(output_size))
-    return _channels_last(_requantized(y, 1.0, 0, -math.inf, math.inf, x.dtype))
+    dims = len(output_size)
+    y = _ADAPTIVE_AVG_POOLS[dims](x.to(torch.float64), list(output_size))
+    return as_pooled(x, _rounded_mean(y, x.dtype), dims)
 
 
 def quantized_mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
-    y = x.to(torch.float64).mean(list(dim), keepdim)
-    return _requantized(y, 1.0, 0, -math.inf, math.inf, x.dtype)
+    y = x.to(torch.float64).mean(list(dim) or None, keepdim)
+    return _rounded_mean(y, x.dtype).contiguous()
 
 
 QUANTIZED_OPS = (

@@ -1,0 +1,54 @@
+// Elementwise operations on quantized tensors, on plain memory and in parallel.
+#pragma once
+
+#include "../../memory.h"
+#include "elementwise_kernels.h"
+
+namespace fastquant {
+
+// How the bytes of a tensor are to be read: real = (q - zero_point) * scale.
+struct Quantization {
+  double scale;
+  int64_t zero_point;
+  bool is_signed;  // int8
+};
+
+// The output of an operation, bounded by low and high in real units; infinite bounds are none.
+Output output_of(const Quantization& q, double low, double high);
+// A tensor whose elements count q.scale / unit.
+Operand operand_of(const Quantization& q, double unit);
+
+// x has n floating elements.
+void quantize(const void* x, Element type, int64_t n, const Quantization& q, uint8_t* out);
+// x is [images, channels, pixels], the output [images, pixels, channels].
+void quantize_transposed(const void* x, Element type, int64_t images, int64_t channels, int64_t pixels,
+                         const Quantization& q, uint8_t* out);
+void transpose(const uint8_t* x, int64_t images, int64_t channels, int64_t pixels, uint8_t* out);
+void dequantize(const uint8_t* x, int64_t n, const Quantization& q, Element type, void* out);
+
+// Bytes with any strides.
+struct Bytes {
+  const uint8_t* data;
+  const int64_t* strides;
+};
+struct BytesOut {
+  uint8_t* data;
+  const int64_t* strides;
+};
+
+enum class Binary { add, mul };
+
+// All tensors have the output's sizes, which has no gaps. In its innermost dimension, the strides of a and b
+// must be 1 or 0; returns false, having done nothing, where they are not, or where both are 0.
+bool binary(Binary op, int dims, const int64_t* sizes, const Bytes& a, const Operand& of_a, const Bytes& b,
+            const Operand& of_b, const BytesOut& out, const Output& output);
+
+// Copies x to a slice of a tensor with no gaps, as other steps where they are not the same. Returns false,
+// having done nothing, where x has another innermost dimension.
+bool requantize(int dims, const int64_t* sizes, const Bytes& x, const Operand& operand, const BytesOut& out,
+                const Output& output);
+
+void look_up(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* out);
+void look_up(const uint8_t* x, int64_t n, const float* table, float* out);
+
+}  // namespace fastquant
