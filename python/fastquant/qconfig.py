@@ -257,6 +257,8 @@ _BACKENDS = {
     "x86": _Backend(reduce_range=True, per_channel_weights=True),
     "qnnpack": _Backend(reduce_range=False, per_channel_weights=False),
     "onednn": _Backend(reduce_range=None, per_channel_weights=True),
+    # Kernels of this package, whose sums are exact.
+    "native": _Backend(reduce_range=False, per_channel_weights=True),
 }
 
 # By version of the training configs: class of fake-quantizer, weights per tensor, per channel.
@@ -282,7 +284,7 @@ def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:
     """The static config for a backend: histograms of activations, min/max of weights.
 
     Args:
-        backend: `x86`, `fbgemm`, `qnnpack` or `onednn`.
+        backend: `x86`, `fbgemm`, `qnnpack` or `onednn`; `native` for this package's own kernels.
         version: 0.
 
     Raises:
@@ -303,7 +305,7 @@ def get_default_qat_qconfig(backend: str = "x86", version: int = 1) -> QConfig:
     """The training config for a backend: moving averages of activations.
 
     Args:
-        backend: `x86`, `fbgemm`, `qnnpack` or `onednn`.
+        backend: `x86`, `fbgemm`, `qnnpack` or `onednn`; `native` for this package's own kernels.
         version: 0 observes and fake-quantizes one after the other, 1 in one operation.
 
     Raises:

@@ -31,6 +31,8 @@ from .fake_quantize import (
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
 )
+from .nn import quantized as native
+from .nn.intrinsic import quantized as native_fused
 from .stubs import DeQuantStub, QuantStub
 from .utils import QuantizationError
 
@@ -39,6 +41,7 @@ __all__ = [
     "DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS",
     "DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS",
     "DEFAULT_MODULE_TO_ACT_POST_PROCESS",
+    "DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS",
     "DEFAULT_QAT_MODULE_MAPPINGS",
     "DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS",
     "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS",
@@ -47,6 +50,7 @@ __all__ = [
     "get_default_dynamic_quant_module_mappings",
     "get_default_dynamic_sparse_quant_module_mappings",
     "get_default_float_to_quantized_operator_mappings",
+    "get_default_native_quant_module_mappings",
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
     "get_default_static_quant_module_mappings",
@@ -69,40 +73,64 @@ def _same_names(source: Any, target: Any, names: str) -> Mapping:
 
 
 _CONVOLUTIONS = "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d"
-_STUBS: Mapping = {
-    QuantStub: nnq.Quantize,
-    DeQuantStub: nnq.DeQuantize,
-    TorchQuantStub: nnq.Quantize,
-    TorchDeQuantStub: nnq.DeQuantize,
-}
+
+
+def _stubs(target: Any) -> Mapping:
+    """Every stub to what it becomes in `target`."""
+    return {
+        QuantStub: target.Quantize,
+        DeQuantStub: target.DeQuantize,
+        TorchQuantStub: target.Quantize,
+        TorchDeQuantStub: target.DeQuantize,
+    }
+
+
+def _static(plain: Any, fused: Any) -> Mapping:
+    """Float, fused or QAT module to quantized module.
+
+    Args:
+        plain: where quantized modules are.
+        fused: where those are that quantized fused modules become.
+    """
+    return {
+        **_stubs(plain),
+        **_same_names(nn, plain, f"Linear {_CONVOLUTIONS}"),
+        **_same_names(nn, plain, "BatchNorm2d BatchNorm3d GroupNorm LayerNorm"),
+        **_same_names(nn, plain, "InstanceNorm1d InstanceNorm2d InstanceNorm3d"),
+        **_same_names(nn, plain, "Dropout ELU Hardswish LeakyReLU ReLU6 PReLU"),
+        NonDynamicallyQuantizableLinear: plain.Linear,
+        nnq.FloatFunctional: plain.QFunctional,
+        **_same_names(nni, fused, "BNReLU2d BNReLU3d ConvReLU1d ConvReLU2d ConvReLU3d"),
+        **_same_names(nni, fused, "ConvAdd2d ConvAddReLU2d LinearReLU LinearLeakyReLU LinearTanh"),
+        **_same_names(nnqat, plain, "Linear Conv2d Conv3d"),
+        **_same_names(nniqat, fused, "ConvReLU2d ConvReLU3d LinearReLU"),
+        **{
+            getattr(nniqat, f"ConvBn{suffix}"): getattr(target, f"Conv{suffix}")
+            for target, suffixes in ((plain, "1d 2d 3d"), (fused, "ReLU1d ReLU2d ReLU3d"))
+            for suffix in suffixes.split()
+        },
+        nniqat.LinearBn1d: plain.Linear,
+    }
+
 
 DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
-    **_STUBS,
+    **_stubs(nnq),
     **_same_names(nn, nnqr, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
     **_same_names(nn, nnqr, "GRUCell LSTMCell RNNCell LSTM"),
 }
 """Float module to reference module: quantized weights, computation in floating point."""
 
 DEFAULT_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
-    **_STUBS,
-    **_same_names(nn, nnq, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
-    **_same_names(nn, nnq, "BatchNorm2d BatchNorm3d GroupNorm LayerNorm"),
-    **_same_names(nn, nnq, "InstanceNorm1d InstanceNorm2d InstanceNorm3d"),
-    **_same_names(nn, nnq, "Dropout ELU Hardswish LeakyReLU ReLU6 PReLU"),
-    NonDynamicallyQuantizableLinear: nnq.Linear,
-    nnq.FloatFunctional: nnq.QFunctional,
-    **_same_names(nni, nniq, "BNReLU2d BNReLU3d ConvReLU1d ConvReLU2d ConvReLU3d"),
-    **_same_names(nni, nniq, "ConvAdd2d ConvAddReLU2d LinearReLU LinearLeakyReLU LinearTanh"),
-    **_same_names(nnqat, nnq, "Linear Conv2d Conv3d"),
-    **_same_names(nniqat, nniq, "ConvReLU2d ConvReLU3d LinearReLU"),
-    **{
-        getattr(nniqat, f"ConvBn{suffix}"): getattr(target, f"Conv{suffix}")
-        for target, suffixes in ((nnq, "1d 2d 3d"), (nniq, "ReLU1d ReLU2d ReLU3d"))
-        for suffix in suffixes.split()
-    },
-    nniqat.LinearBn1d: nnq.Linear,
+    **_static(nnq, nniq),
+    **_same_names(nn, nnq, "Embedding EmbeddingBag"),
 }
 """Float, fused or QAT module to quantized module."""
+
+DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS: Mapping = {
+    **_static(native, native_fused),
+    **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), native.FloatLayer),
+}
+"""Float, fused or QAT module to quantized module of this package."""
 
 DEFAULT_QAT_MODULE_MAPPINGS: Mapping = {
     **_same_names(nn, nnqat, "Conv2d Conv3d Linear"),
@@ -142,9 +170,13 @@ DEFAULT_MODULE_TO_ACT_POST_PROCESS: Mapping = {
 _INCLUDE_QCONFIG_PROPAGATE_LIST: set[Callable[..., Any]] = {nn.Sequential}
 
 # Targets made from the weight alone, or from nothing: no observed output is needed.
-_MADE_WITHOUT_OBSERVER = {nnq.DeQuantize, nnq.Dropout, nnq.Embedding, nnq.EmbeddingBag}
+_MADE_WITHOUT_OBSERVER = {
+    *(nnq.DeQuantize, nnq.Dropout, nnq.Embedding, nnq.EmbeddingBag),
+    *(native.DeQuantize, native.Dropout, native.FloatLayer),
+}
 MADE_FROM_OBSERVER = {
     *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values(),
+    *DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values(),
     *DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS.values(),
 } - _MADE_WITHOUT_OBSERVER
 
@@ -157,6 +189,11 @@ def no_observer_set() -> set[Any]:
 def get_default_static_quant_module_mappings() -> Mapping:
     """A copy of the mapping for static quantization."""
     return dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS)
+
+
+def get_default_native_quant_module_mappings() -> Mapping:
+    """A copy of the mapping for static quantization to modules of this package."""
+    return dict(DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_static_quant_reference_module_mappings() -> Mapping:

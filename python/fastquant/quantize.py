@@ -40,6 +40,7 @@ from .quantization_mappings import (
     _get_special_act_post_process,
     _has_special_act_post_process,
     get_default_dynamic_quant_module_mappings,
+    get_default_native_quant_module_mappings,
     get_default_qat_module_mappings,
     get_default_qconfig_propagation_list,
     get_default_static_quant_module_mappings,
@@ -439,6 +440,7 @@ def convert(
     is_reference: bool = False,
     convert_custom_config_dict: Mapping[str, Any] | None = None,
     use_precomputed_fake_quant: bool = False,
+    backend: str = "torch.ao",
 ) -> _Module:
     """Swap the submodules of a prepared and calibrated model for quantized ones.
 
@@ -453,17 +455,21 @@ def convert(
             `get_default_custom_config_dict`, the default.
         use_precomputed_fake_quant: keep the weight ranges observed in training instead of
             observing the weights again.
+        backend: whose quantized modules: "torch.ao", or "native" for `fastquant.nn.quantized`.
+            A layer that has no native form stays floating, between dequantize and quantize.
 
     Returns:
         The converted model. Warns, naming layers, if observers have seen no data, and their scale
         is 1; if they left out NaN or infinities; if nothing quantizes the input of quantized
-        layers; and if torch computes a quantized transposed convolution wrongly.
+        layers; if torch computes a quantized transposed convolution wrongly; and if layers have no
+        native form.
 
     Raises:
         TypeError: `module` is no module.
-        QuantizationError: modules have a config but no observer, so prepare is missing; or a
-            module, which is named, cannot be converted, or only to one of torch's that computes
-            something else. Where `from_float` failed, it is a RuntimeError, too.
+        QuantizationError: `backend` is unknown, or has no reference modules; modules have a config
+            but no observer, so prepare is missing; or a module, which is named, cannot be
+            converted, or only to one of torch's that computes something else. Where `from_float`
+            failed, it is a RuntimeError, too.
     """
     check_is_module("convert", module)
     return _check_and_convert(
@@ -475,6 +481,7 @@ def convert(
         is_reference,
         convert_custom_config_dict,
         use_precomputed_fake_quant,
+        backend,
     )
 
 
@@ -487,11 +494,23 @@ def _check_and_convert(
     is_reference: bool = False,
     convert_custom_config_dict: Mapping[str, Any] | None = None,
     use_precomputed_fake_quant: bool = False,
+    backend: str = "torch.ao",
 ) -> _Module:
     """`convert`, called by `function`, which messages name."""
-    if mapping is None:
+    _check_backend(function, backend)
+    custom = convert_custom_config_dict
+    if backend == "native":
+        if is_reference:
+            raise QuantizationError(
+                f"{function}: is_reference=True needs backend='torch.ao', got backend='native'"
+            )
+        if mapping is None:
+            mapping = get_default_native_quant_module_mappings()
+        # LSTM and MultiheadAttention stay, and what is in them is swapped.
+        custom = {} if custom is None else custom
+    elif mapping is None:
         mapping = _default_mapping(is_reference)
-    plan = Plan(function, module, mapping, _observed_to_quantized(convert_custom_config_dict))
+    plan = Plan(function, module, mapping, _observed_to_quantized(custom))
     checks.check(plan)
     checks.warn(plan)
     if inplace:
@@ -501,6 +520,13 @@ def _check_and_convert(
     if remove_qconfig:
         _remove_qconfig(module)
     return module
+
+
+def _check_backend(function: str, backend: str) -> None:
+    if backend not in ("torch.ao", "native"):
+        raise QuantizationError(
+            f"{function}: backend must be 'torch.ao' or 'native', got {backend!r}"
+        )
 
 
 def _convert(
@@ -577,6 +603,7 @@ def quantize(
     run_args: Iterable[Any],
     mapping: Classes | None = None,
     inplace: bool = False,
+    backend: str = "torch.ao",
 ) -> _Module:
     """Static quantization: prepare, calibrate with `run_fn(model, *run_args)`, convert.
 
@@ -586,21 +613,27 @@ def quantize(
         run_args: further arguments of `run_fn`.
         mapping: as for `convert`.
         inplace: change `model` itself instead of a copy.
+        backend: as for `convert`.
 
     Returns:
         The quantized model.
     """
     check_is_module("quantize", model)
+    _check_backend("quantize", backend)
     if not inplace:
         model = copy.deepcopy(model)
     model.eval()
     prepare(model, inplace=True)
     run_fn(model, *run_args)
-    return _check_and_convert("quantize", model, mapping)
+    return _check_and_convert("quantize", model, mapping, backend=backend)
 
 
 def quantize_qat(
-    model: _Module, run_fn: Callable[..., Any], run_args: Iterable[Any], inplace: bool = False
+    model: _Module,
+    run_fn: Callable[..., Any],
+    run_args: Iterable[Any],
+    inplace: bool = False,
+    backend: str = "torch.ao",
 ) -> _Module:
     """Quantization-aware training: prepare, train with `run_fn(model, *run_args)`, convert.
 
@@ -609,17 +642,19 @@ def quantize_qat(
         run_fn: trains the prepared model.
         run_args: further arguments of `run_fn`.
         inplace: change `model` itself instead of a copy.
+        backend: as for `convert`.
 
     Returns:
         The quantized model.
     """
     check_is_module("quantize_qat", model)
+    _check_backend("quantize_qat", backend)
     if not inplace:
         model = copy.deepcopy(model)
     model.train()
     prepare_qat(model, inplace=True)
     run_fn(model, *run_args)
-    return _check_and_convert("quantize_qat", model)
+    return _check_and_convert("quantize_qat", model, backend=backend)
 
 
 _RECURRENT_AND_LINEAR = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)

@@ -18,8 +18,10 @@ from .._torch import ao
 from .._torch.ao import nnq, nnquantizable
 from .._torch.private import BatchNorm, Dropout
 from ..fake_quantize import FakeQuantizeBase
+from ..nn import quantized as native
 from ..observer import _is_activation_post_process
 from ..quantization_mappings import (
+    DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS,
     DEFAULT_QAT_MODULE_MAPPINGS,
     DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
     MADE_FROM_OBSERVER,
@@ -240,15 +242,14 @@ def nonfinite_counts(model: nn.Module) -> dict[str, int]:
 def _warn_of_float_input(plan: Plan) -> None:
     """Warn where modules that take quantized tensors come, and nothing that quantizes any.
 
-    Nothing is said where a class that torch.ao's mapping does not know is swapped in: it may
-    quantize.
+    Nothing is said where a class that the mappings here do not know is swapped in: it may quantize.
     """
     targets = {e.path: e.target for e in plan.first_places() if e.how is not How.SKIPPED}
     takers = [path for path, target in targets.items() if target in MADE_FROM_OBSERVER]
     if (
         takers
-        and set(targets.values()) <= _STATIC_TARGETS - {nnq.Quantize}
-        and not any(isinstance(module, nnq.Quantize) for module in plan.model.modules())
+        and set(targets.values()) <= _STATIC_TARGETS - set(_QUANTIZING)
+        and not any(isinstance(module, _QUANTIZING) for module in plan.model.modules())
     ):
         _warn(
             f"{plan.function}: the model has no QuantStub, and its quantized layers take only "
@@ -258,7 +259,11 @@ def _warn_of_float_input(plan: Plan) -> None:
         )
 
 
-_STATIC_TARGETS = set(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values())
+_QUANTIZING = (nnq.Quantize, native.Quantize)
+_STATIC_TARGETS = {
+    *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values(),
+    *DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values(),
+}
 
 
 # --- after swapping ---------------------------------------------------------------------------
@@ -288,6 +293,26 @@ def warn_of_wrong_kernels(function: str, made: Mapping[str, nn.Module]) -> None:
             f"torch.backends.quantized.engine = {torch.backends.quantized.engine!r} for "
             f"{listed(wrong)}. Choose another engine, such as 'fbgemm', before the model is "
             "converted, and before it is loaded; or keep these layers floating by qconfig = None"
+        )
+
+
+def warn_of_float_layers(function: str, made: Mapping[str, nn.Module]) -> None:
+    """Warn of layers that were to be quantized and have no native form.
+
+    Args:
+        function: what the user called.
+        made: the new modules by their path.
+    """
+    kept = [
+        f"{path} ({module.reason})"
+        for path, module in made.items()
+        if isinstance(module, native.FloatLayer)
+    ]
+    if kept:
+        _warn(
+            f"{function}: these layers have no native quantized form and stay floating, between "
+            f"dequantize and quantize: {listed(kept)}. Set qconfig = None on them, and stubs "
+            "around them, to say so yourself"
         )
 
 

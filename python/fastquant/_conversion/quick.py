@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from .._torch import ao
 from .._torch.ao import nni, nniq, nniqat, nniqd, nnq, nnqat, nnqd
 from .._torch.hooks import has_hooks_of_its_own
-from .._torch.overrides import Written
-from .._torch.private import is_called_plainly, without_derivatives
-from ..fake_quantize import FakeQuantize
+from .._torch.private import without_derivatives
+from ..nn.quantized import FloatLayer
+from ..nn.quantized.observed import FOLDING, folded, layer_of, weight_observer
+from ..quantization_mappings import DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS
 from .plan import Entry, How, Plan
 from .weights import quantize_weight
 
@@ -51,10 +51,11 @@ _TRAINED = {
     for source in itertools.chain(*_SOURCES.values())
     if source in vars(nnqat).values() or source in vars(nniqat).values()
 }
-_FOLDING = (ao.conv_bn_base, nniqat.LinearBn1d)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, NonDynamicallyQuantizableLinear)
 # Modules that keep a scale and a zero point; made by from_float, which reads an observer.
 _SCALED = (nnq.Quantize, nnq.QFunctional)
+# What modules of this package are made of, they copy.
+_NATIVE = set(DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values()) - {FloatLayer}
 
 
 # --- whether torch is as this module knows it ---------------------------------------------------
@@ -120,7 +121,7 @@ def can_make(target: Any, module: nn.Module) -> bool:
     """Whether `make` gives what `target.from_float` would."""
     if not _is_known(target, module):
         return False
-    layer = _layer(module)
+    layer = layer_of(module)
     if issubclass(target, nnqd.Linear):
         # torch has a default where there is no observer for the weight.
         observes = getattr(layer.qconfig, "weight", None) is not None
@@ -140,17 +141,11 @@ def _is_known(target: Any, module: nn.Module) -> bool:
         return False
     if type(module) in _TRAINED:
         return "weight_fake_quant" in module._modules
-    layer = _layer(module)
+    layer = layer_of(module)
     # A fused one may be parametrized; and AdaRound gives float layers a fake-quantizer.
     return type(layer) in _LAYERS and not any(
         hasattr(part, "weight_fake_quant") for part in (module, layer)
     )
-
-
-def _layer(module: Any) -> Any:
-    """What has the weight: a fused module's first part, or the module itself."""
-    is_trained = "weight_fake_quant" in module._modules
-    return module[0] if isinstance(module, ao.FusedModule) and not is_trained else module
 
 
 def _has_usual_geometry(conv: Any) -> bool:
@@ -171,14 +166,9 @@ def _is_on_cpu(module: nn.Module) -> bool:
 
 def make(target: Any, module: Any, use_precomputed_fake_quant: bool = False) -> nn.Module:
     """The quantized module that `target.from_float(module)` would make."""
-    layer = _layer(module)
-    weight, bias = _folded(module) if isinstance(module, _FOLDING) else (layer.weight, layer.bias)
-    observer = getattr(module, "weight_fake_quant", None)
-    if observer is None:
-        observer = layer.qconfig.weight()
-    # As torch has it, which observes the weights of convolutions in any case.
-    if not (use_precomputed_fake_quant and isinstance(layer, nn.Linear)):
-        _observe(observer, weight)
+    layer = layer_of(module)
+    weight, bias = folded(module)
+    observer = weight_observer(module, weight, use_precomputed_fake_quant)
     is_dynamic = issubclass(target, nnqd.Linear)
     if is_dynamic and observer.dtype == torch.float16:
         weight = weight.float()
@@ -193,35 +183,6 @@ def make(target: Any, module: Any, use_precomputed_fake_quant: bool = False) -> 
         scale, zero_point = module.activation_post_process.calculate_qparams()
         made.scale, made.zero_point = float(scale), int(zero_point)
     return made  # type: ignore[no-any-return]
-
-
-def _folded(module: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias with the batch norm folded in."""
-    bn = module.bn
-    fold = fuse_linear_bn_weights if isinstance(module, nn.Linear) else fuse_conv_bn_weights
-    with torch.no_grad():
-        return fold(
-            *(module.weight, module.bias, bn.running_mean, bn.running_var),
-            *(bn.eps, bn.weight, bn.bias),
-        )
-
-
-# As FakeQuantize has it when fastquant is imported.
-_forward = Written(FakeQuantize, "forward")
-
-
-def _observe(observer: Any, weight: Tensor) -> None:
-    """Have a weight observed; a fake-quantizer of ours need not fake-quantize it, too."""
-    if not is_called_plainly(observer) or _forward.is_replaced(observer):
-        observer(weight)
-        return
-    flag = observer.fake_quant_enabled
-    before = flag.clone()
-    flag.zero_()
-    try:
-        observer(weight)
-    finally:
-        flag.copy_(before)
 
 
 def _quantized_layer(target: Any, layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
@@ -292,7 +253,7 @@ def _is_only_read(entry: Entry) -> bool:
     module, target = entry.module, entry.target
     return (
         entry.how is How.FLOAT
-        and (_is_known(target, module) or target in _SCALED)
+        and (_is_known(target, module) or target in _SCALED or target in _NATIVE)
         # What has other modules in it may have some that are swapped first.
         and module._modules.keys() <= {"activation_post_process", *_parts(module)}
         and not has_hooks_of_its_own(module)
@@ -301,7 +262,7 @@ def _is_only_read(entry: Entry) -> bool:
 
 def _parts(module: nn.Module) -> tuple[str, ...]:
     """The children that torch gives to a module, its observer aside."""
-    if isinstance(module, _FOLDING):
+    if isinstance(module, FOLDING):
         return ("weight_fake_quant", "bn")
     if type(module) in _TRAINED:
         return ("weight_fake_quant",)

@@ -11,6 +11,8 @@ from torch import nn
 from .._core.errors import ConversionError
 from .._torch import ao
 from .._torch.hooks import copy_forward_hooks, copy_forward_pre_hooks
+from ..nn.quantized import FloatLayer
+from ..nn.quantized.observed import NoNativeFormError
 from ..utils import QuantizationError, get_qparam_dict
 from . import checks, quick
 from .plan import Entry, How, Plan
@@ -37,6 +39,7 @@ def swap(plan: Plan, use_precomputed_fake_quant: bool = False) -> None:
                 assert entry.owner is not None
                 entry.owner._modules[entry.name] = made[key]
         checks.warn_of_wrong_kernels(plan.function, by_path)
+        checks.warn_of_float_layers(plan.function, by_path)
 
 
 def swap_in_copy(plan: Plan, use_precomputed_fake_quant: bool, remove_qconfig: bool) -> Any:
@@ -89,8 +92,12 @@ def _make(entry: Entry, use_precomputed_fake_quant: bool, shortcuts: bool) -> nn
         made = quick.make(target, module, use_precomputed_fake_quant)
     else:
         device = _device(module)
-        made = _made_by_target(entry, use_precomputed_fake_quant)
-    if made is not module:
+        try:
+            made = _made_by_target(entry, use_precomputed_fake_quant)
+        except NoNativeFormError as error:
+            made = FloatLayer.of(module, str(error))
+    # What is in a FloatLayer keeps its hooks, and they see floating tensors as before.
+    if made is not module and not isinstance(made, FloatLayer):
         copy_forward_pre_hooks(module, made)
         copy_forward_hooks(module, made)
     return made if device is None else made.to(device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._native.ops import quantize_per_channel
 from .._torch import ao
 from .._torch.private import per_channel_quantized
+from ..nn.quantized.observed import limits_of
 
 
 def quantize_weight(weight: Tensor, observer: Any) -> Tensor:
@@ -28,9 +29,7 @@ def quantize_weight(weight: Tensor, observer: Any) -> Tensor:
     ):
         scales, zero_points = observer.calculate_qparams()
         if scales.shape == weight.shape[axis : axis + 1] and not zero_points.any():
-            # A fake-quantizer has its range from its observer.
-            limits = getattr(observer, "activation_post_process", observer)
-            low, high = max(limits.quant_min, -128), min(limits.quant_max, 127)
+            low, high = limits_of(observer)
             # What torch makes of integers is contiguous.
             integers = quantize_per_channel(weight.detach().contiguous(), scales, axis, low, high)
             return per_channel_quantized(integers, scales, zero_points, axis)  # type: ignore[no-any-return]

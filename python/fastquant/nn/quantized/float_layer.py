@@ -1,0 +1,70 @@
+"""Layers that stay floating among quantized ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..._core.errors import QuantizationError
+from ..._torch import ao
+from ..._torch.ao import nnq
+from ...quantized_tensor import is_quantized
+from .observed import NoNativeFormError
+from .stubs import Quantize
+
+
+class FloatLayer(nn.Module):
+    """A layer that computes in floating point: its inputs are dequantized, its outputs quantized.
+
+    `convert` with `backend="native"` puts it around a layer that has no quantized form here.
+
+    Args:
+        module: the layer.
+        quantize: quantizes each floating tensor that it returns; None leaves them floating.
+        reason: why the layer has no quantized form.
+    """
+
+    def __init__(self, module: nn.Module, quantize: Quantize | None, reason: str = "") -> None:
+        super().__init__()
+        self.module = module
+        self.quantize = quantize
+        self.reason = reason
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(_dequantized, (args, kwargs), is_leaf=is_quantized)
+        outputs = self.module(*args, **kwargs)
+        if self.quantize is None:
+            return outputs
+        return pytree.tree_map(self._quantized, outputs)
+
+    def _quantized(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return self.quantize(value)  # type: ignore[misc]
+        return value
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> FloatLayer:
+        """A layer around a module of a class that has no quantized form here."""
+        return cls.of(mod, f"there is no native {type(mod).__name__}")
+
+    @classmethod
+    def of(cls, module: nn.Module, reason: str) -> FloatLayer:
+        """A layer around an observed module; nothing is quantized where no 8-bit observer is.
+
+        Raises:
+            QuantizationError: the module is a QuantStub or a FloatFunctional, which are there to
+                give quantized tensors.
+        """
+        if isinstance(module, (ao.QuantStub, nnq.FloatFunctional)):
+            raise QuantizationError(reason)
+        try:
+            output = Quantize.from_float(module)
+        except NoNativeFormError:
+            output = None
+        return cls(module, output, reason)
+
+
+def _dequantized(value: Any) -> Any:
+    return value.dequantize() if is_quantized(value) else value

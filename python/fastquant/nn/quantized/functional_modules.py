@@ -1,0 +1,140 @@
+"""Sums, products and concatenations of quantized tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..._core.errors import QuantizationError
+from ..._native.ops import lookup, quantized_add, quantized_cat, quantized_mul
+from ..._torch.ao import nnq
+from ...quantized_tensor import made, parts
+from .observed import output_qparams
+from .scaled import Scaled
+
+
+class QFunctional(Scaled):
+    """What a FloatFunctional becomes: its operations on quantized tensors.
+
+    `add`, `add_relu`, `mul`, `mul_relu`, `cat` and `cat_relu` give the module's scale and zero
+    point. Those with a number (`add_scalar`, `mul_scalar`, …) give the input's, moved or scaled,
+    as torch.ao's do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.zero_point = 1.0, 0
+
+    def _get_name(self) -> str:
+        return "QFunctional"
+
+    def forward(self, x: Any) -> NoReturn:
+        raise RuntimeError(
+            "QFunctional has no forward: call one of its operations, such as add or cat"
+        )
+
+    def _of_two(self, op: Any, x: Any, y: Any, low: float) -> Any:
+        values = op(*parts(x, "x"), *parts(y, "y"), self.scale, self.zero_point, low, math.inf)
+        return made(values, self.scale, self.zero_point)
+
+    def add(self, x: Any, y: Any) -> Any:
+        """x + y"""
+        return self._of_two(quantized_add, x, y, -math.inf)
+
+    def add_relu(self, x: Any, y: Any) -> Any:
+        """relu(x + y)"""
+        return self._of_two(quantized_add, x, y, 0.0)
+
+    def mul(self, x: Any, y: Any) -> Any:
+        """x * y"""
+        return self._of_two(quantized_mul, x, y, -math.inf)
+
+    def mul_relu(self, x: Any, y: Any) -> Any:
+        """relu(x * y)"""
+        return self._of_two(quantized_mul, x, y, 0.0)
+
+    def _concatenated(self, x: Sequence[Any], dim: int, low: float) -> Any:
+        if not x:
+            raise QuantizationError("cat needs at least one tensor, got none")
+        split = [parts(tensor, f"x[{i}]") for i, tensor in enumerate(x)]
+        tensors, scales, zero_points = map(list, zip(*split, strict=True))
+        values = quantized_cat(
+            tensors, scales, zero_points, dim, self.scale, self.zero_point, low, math.inf
+        )
+        return made(values, self.scale, self.zero_point)
+
+    def cat(self, x: Sequence[Any], dim: int = 0) -> Any:
+        """torch.cat(x, dim)"""
+        return self._concatenated(x, dim, -math.inf)
+
+    def cat_relu(self, x: Sequence[Any], dim: int = 0) -> Any:
+        """relu(torch.cat(x, dim))"""
+        return self._concatenated(x, dim, 0.0)
+
+    def add_scalar(self, x: Any, y: float) -> Any:
+        """x + y: the zero point moves, and where it would leave its dtype, the scale grows."""
+        return _plus(*parts(x, "x"), float(y))
+
+    def add_scalar_relu(self, x: Any, y: float) -> Any:
+        """relu(x + y)"""
+        return _relu(*parts(_plus(*parts(x, "x"), float(y))))
+
+    def mul_scalar(self, x: Any, y: float) -> Any:
+        """x * y: the scale is multiplied, and the integers are reversed where y is negative."""
+        return _times(*parts(x, "x"), float(y))
+
+    def mul_scalar_relu(self, x: Any, y: float) -> Any:
+        """relu(x * y)"""
+        return _relu(*parts(_times(*parts(x, "x"), float(y))))
+
+    def matmul(self, x: Any, y: Any) -> NoReturn:
+        """Refused: there is no kernel for it."""
+        raise NotImplementedError(
+            "QFunctional.matmul has no quantized kernel: dequantize both tensors, multiply them "
+            "with torch.matmul, and quantize the product"
+        )
+
+    @classmethod
+    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QFunctional:
+        """What an observed FloatFunctional becomes."""
+        if type(mod) is not nnq.FloatFunctional:
+            raise TypeError(
+                f"QFunctional.from_float takes a FloatFunctional, got {type(mod).__name__}"
+            )
+        made_of = cls()
+        made_of._set_qparams(*output_qparams(mod))
+        return made_of
+
+
+def _plus(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
+    limits = torch.iinfo(values.dtype)
+    steps = round(number / scale)
+    moved = zero_point - steps
+    if limits.min <= moved <= limits.max:
+        return made(values, scale, moved)
+    # The range, with 0 in it, reaches further than the dtype does at this scale.
+    nearest = limits.min if moved < limits.min else limits.max
+    farthest = limits.max if moved < limits.min else limits.min
+    new_scale = scale * abs(farthest - moved) / (limits.max - limits.min)
+    integers = torch.arange(256, dtype=torch.uint8, device=values.device).view(values.dtype)
+    sums = (integers.to(torch.float64) - moved) * (scale / new_scale)
+    table = (sums.round() + nearest).clamp(limits.min, limits.max).to(values.dtype)
+    return made(lookup(values, table), new_scale, nearest)
+
+
+def _times(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
+    limits = torch.iinfo(values.dtype)
+    if number > 0:
+        return made(values, scale * number, zero_point)
+    if number < 0:
+        # q becomes limits.max + limits.min - q.
+        return made(~values, scale * -number, limits.max + limits.min - zero_point)
+    return made(torch.zeros_like(values), 0.1, 0)
+
+
+def _relu(values: Tensor, scale: float, zero_point: int) -> Any:
+    return made(values.clamp(min=zero_point), scale, zero_point)

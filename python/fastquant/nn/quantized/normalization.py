@@ -1,0 +1,176 @@
+"""Normalizations of quantized tensors by their own statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..._native.ops import quantize
+from ...quantized_tensor import made, parts
+from .observed import NoNativeFormError, output_qparams
+from .scaled import Scaled
+
+
+class _Norm(Scaled):
+    """A norm whose weight and bias stay floating."""
+
+    def _take(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        for name, value in (("weight", weight), ("bias", bias)):
+            kept = None if value is None else nn.Parameter(value.detach().clone(), False)
+            self.register_parameter(name, kept)
+
+    def _get_name(self) -> str:
+        return f"Quantized{type(self).__name__}"
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, input: Any) -> Any:
+        dtype = parts(input)[0].dtype
+        y = self._normalized(input.dequantize())
+        return made(
+            quantize(y, self.scale, self.zero_point, dtype, True), self.scale, self.zero_point
+        )
+
+    @classmethod
+    def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> Any:
+        """What an observed norm becomes."""
+        return cls.from_reference(mod, *output_qparams(mod))
+
+    @classmethod
+    def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
+        """What a float norm becomes, given the scale and zero point of its output."""
+        raise NotImplementedError
+
+
+class LayerNorm(_Norm, nn.LayerNorm):
+    """`torch.nn.LayerNorm` on quantized tensors.
+
+    Args:
+        normalized_shape: the last dimensions, over which it normalizes.
+        weight: floating, of that shape, or None.
+        bias: likewise.
+        scale: of the output.
+        zero_point: of the output.
+        eps: added to the variance.
+        elementwise_affine: whether there are weight and bias.
+        device: accepted as torch.ao accepts it; weight and bias stay where they are.
+        dtype: likewise.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        zero_point: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine)
+        self._take(weight, bias)
+        self._set_qparams(scale, zero_point)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    @classmethod
+    def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
+        return cls(
+            *(mod.normalized_shape, mod.weight, mod.bias, float(scale), int(zero_point), mod.eps),
+            mod.elementwise_affine,
+        )
+
+
+class GroupNorm(_Norm, nn.GroupNorm):
+    """`torch.nn.GroupNorm` on quantized tensors.
+
+    Args:
+        num_groups: into which the channels are divided.
+        num_channels: of the input.
+        weight: floating, one for each channel, or None.
+        bias: likewise.
+        scale: of the output.
+        zero_point: of the output.
+        eps: added to the variance.
+        affine: whether there are weight and bias.
+        device: accepted as torch.ao accepts it; weight and bias stay where they are.
+        dtype: likewise.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        zero_point: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine)
+        self._take(weight, bias)
+        self._set_qparams(scale, zero_point)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+    @classmethod
+    def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
+        return cls(
+            *(mod.num_groups, mod.num_channels, mod.weight, mod.bias, float(scale)),
+            *(int(zero_point), mod.eps, mod.affine),
+        )
+
+
+class _InstanceNorm(_Norm, nn.modules.instancenorm._InstanceNorm):
+    def __init__(
+        self,
+        num_features: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        zero_point: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        if track_running_stats:
+            raise NoNativeFormError("its running statistics have no quantized form")
+        self._take(weight, bias)
+        self._set_qparams(scale, zero_point)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+
+    @classmethod
+    def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
+        return cls(
+            *(mod.num_features, mod.weight, mod.bias, float(scale), int(zero_point), mod.eps),
+            *(mod.momentum, mod.affine, mod.track_running_stats),
+        )
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """`torch.nn.InstanceNorm1d` on quantized tensors; arguments as those of `GroupNorm`."""
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` on quantized tensors; arguments as those of `GroupNorm`."""
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d` on quantized tensors; arguments as those of `GroupNorm`."""

@@ -1,0 +1,72 @@
+"""What quantized modules have in common: the scale and zero point of their output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..._core.errors import QuantizationError
+
+
+def check_qparams(scale: Any, zero_point: Any, lowest: int = -128, highest: int = 255) -> None:
+    """Raise unless these can be a quantized tensor's."""
+    if not (math.isfinite(scale) and scale > 0):
+        raise QuantizationError(f"scale must be finite and greater than 0, got {scale}")
+    if not (lowest <= zero_point <= highest and zero_point == int(zero_point)):
+        raise QuantizationError(
+            f"zero_point must be an integer from {lowest} to {highest}, got {zero_point}"
+        )
+
+
+class Scaled(nn.Module):
+    """A module whose output has a scale and a zero point of its own, as Python numbers.
+
+    In a state_dict they are tensors: `scale`, float64, and `zero_point`, int64.
+    """
+
+    scale: float
+    zero_point: int
+
+    def _set_qparams(self, scale: Any, zero_point: Any) -> None:
+        check_qparams(scale, zero_point)
+        self.scale, self.zero_point = float(scale), int(zero_point)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
+        destination[prefix + "zero_point"] = torch.tensor(self.zero_point)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        scale = state_dict.pop(prefix + "scale", None)
+        zero_point = state_dict.pop(prefix + "zero_point", None)
+        for name, value in (("scale", scale), ("zero_point", zero_point)):
+            if value is None and strict:
+                missing_keys.append(prefix + name)
+        try:
+            self._set_qparams(
+                self.scale if scale is None else float(scale),
+                self.zero_point if zero_point is None else int(zero_point),
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        own = f"scale={self.scale}, zero_point={self.zero_point}"
+        inherited = super().extra_repr()
+        return f"{inherited}, {own}" if inherited else own
