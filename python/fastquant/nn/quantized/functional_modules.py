@@ -133,7 +133,7 @@ def _times(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
     if number < 0:
         # q becomes limits.max + limits.min - q.
         return made(~values, scale * -number, limits.max + limits.min - zero_point)
-    return made(torch.zeros_like(values), 0.1, 0)
+    return made(torch.zeros_like(values), 1.0, 0)
 
 
 def _relu(values: Tensor, scale: float, zero_point: int) -> Any:

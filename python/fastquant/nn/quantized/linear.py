@@ -63,6 +63,11 @@ class Linear(Weighted):
     def _computed(self, input: Any, dtype: torch.dtype | None = None) -> Any:
         """The output's integers; with a floating dtype, its real values."""
         values, scale, zero_point = parts(input)
+        if values.dim() == 0 or values.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self._get_name()} takes an input of {self.in_features} features in its last "
+                f"dimension, got shape {list(values.shape)}"
+            )
         buffers = self._buffers
         return quantized_linear(
             values,

@@ -53,7 +53,7 @@ class Scaled(nn.Module):
         scale = state_dict.pop(prefix + "scale", None)
         zero_point = state_dict.pop(prefix + "zero_point", None)
         for name, value in (("scale", scale), ("zero_point", zero_point)):
-            if value is None and strict:
+            if value is None:
                 missing_keys.append(prefix + name)
         try:
             self._set_qparams(

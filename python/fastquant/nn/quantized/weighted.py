@@ -121,19 +121,19 @@ class Weighted(Scaled):
         wanted = {"weight": weight, "weight_scale": scales}
         if self._bias is not None:
             wanted["bias"] = bias
-        elif bias is not None and strict:
+        elif bias is not None:
             unexpected_keys.append(prefix + "bias")
-        missing = [prefix + name for name, value in wanted.items() if value is None]
-        if missing:
-            missing_keys += missing if strict else []
-        else:
-            self._load_weight(weight, scales, bias, prefix, error_msgs)
+        missing_keys += [prefix + name for name, value in wanted.items() if value is None]
+        if weight is not None and scales is not None:
+            self._load_weight(weight, scales, prefix, error_msgs)
+        if self._bias is not None and bias is not None:
+            self._load_bias(bias, prefix, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _load_weight(
-        self, weight: Any, scales: Any, bias: Any, prefix: str, error_msgs: list[str]
+        self, weight: Tensor, scales: Tensor, prefix: str, error_msgs: list[str]
     ) -> None:
         channels = self._weight_shape[self._channel_axis()] * (
             self.groups if self._TRANSPOSED else 1
@@ -148,18 +148,20 @@ class Weighted(Scaled):
             problems.append(
                 f"{prefix}weight_scale must have 1 or {channels} positive elements, got {scales}"
             )
-        if self._bias is not None and bias.shape != self._bias.shape:
-            problems.append(
-                f"{prefix}bias must have shape {list(self._bias.shape)}, got {list(bias.shape)}"
-            )
         error_msgs += problems
         if not problems:
             device = self.weight_scale.device
-            self._pack(
-                weight.to(device),
-                scales.detach().to(device, torch.float32, copy=True).reshape(-1),
-                None if self._bias is None else _fp32(bias.to(device)),
-            )
+            scales = scales.detach().to(device, torch.float32, copy=True).reshape(-1)
+            self._pack(weight.to(device), scales, self._bias)
+
+    def _load_bias(self, bias: Tensor, prefix: str, error_msgs: list[str]) -> None:
+        assert self._bias is not None
+        if bias.shape == self._bias.shape:
+            self._buffers["_bias"] = _fp32(bias.to(self._bias.device))
+            return
+        error_msgs.append(
+            f"{prefix}bias must have shape {list(self._bias.shape)}, got {list(bias.shape)}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
