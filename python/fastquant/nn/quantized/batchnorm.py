@@ -14,7 +14,7 @@ from .observed import NoNativeFormError, layer_of, output_qparams
 from .scaled import Scaled
 
 
-class _BatchNorm(Scaled, nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Scaled):
     _DIMS: ClassVar[int]
     _LOW: ClassVar[float] = -math.inf
 
@@ -42,9 +42,10 @@ class _BatchNorm(Scaled, nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Any) -> Any:
         values, _, _ = parts(input)
         self._check_input_dim(values)
+        bn: Any = self
         y = F.batch_norm(
-            *(input.dequantize(), self.running_mean, self.running_var, self.weight, self.bias),
-            eps=self.eps,
+            *(input.dequantize(), bn.running_mean, bn.running_var, bn.weight, bn.bias),
+            eps=bn.eps,
         )
         y = y.clamp(min=self._LOW)
         values = quantize(y, self.scale, self.zero_point, values.dtype, True)
@@ -71,13 +72,13 @@ class _BatchNorm(Scaled, nn.modules.batchnorm._BatchNorm):
         return made_of
 
 
-class BatchNorm2d(_BatchNorm):
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` on quantized tensors."""
 
     _DIMS = 2
 
 
-class BatchNorm3d(_BatchNorm):
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` on quantized tensors."""
 
     _DIMS = 3

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..._core.errors import QuantizationError
 from ..._torch import ao
@@ -33,11 +33,11 @@ class FloatLayer(nn.Module):
         self.reason = reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(_dequantized, (args, kwargs), is_leaf=is_quantized)
+        args, kwargs = _mapped(_dequantized, (args, kwargs))
         outputs = self.module(*args, **kwargs)
         if self.quantize is None:
             return outputs
-        return pytree.tree_map(self._quantized, outputs)
+        return _mapped(self._quantized, outputs)
 
     def _quantized(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -64,6 +64,17 @@ class FloatLayer(nn.Module):
         except NoNativeFormError:
             output = None
         return cls(module, output, reason)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """`function` of what is in tuples, lists and dicts, in the same structure."""
+    if isinstance(value, dict):
+        return type(value)((key, _mapped(function, item)) for key, item in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(function, item) for item in value)
+    return function(value)
 
 
 def _dequantized(value: Any) -> Any:

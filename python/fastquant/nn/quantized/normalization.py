@@ -132,7 +132,7 @@ class GroupNorm(_Norm, nn.GroupNorm):
         )
 
 
-class _InstanceNorm(_Norm, nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(_Norm):
     def __init__(
         self,
         num_features: int,
@@ -154,7 +154,8 @@ class _InstanceNorm(_Norm, nn.modules.instancenorm._InstanceNorm):
         self._set_qparams(scale, zero_point)
 
     def _normalized(self, x: Tensor) -> Tensor:
-        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        norm: Any = self
+        return F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
 
     @classmethod
     def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
