@@ -29,19 +29,32 @@ struct Avx512Lanes {
   static Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 
+  struct Limits {
+    __m512i zero_point, low, flip;
+  };
+  static Limits limits(int32_t zero_point, uint8_t low, uint8_t flip) {
+    return {_mm512_set1_epi16(static_cast<int16_t>(zero_point)), _mm512_set1_epi8(static_cast<char>(low)),
+            _mm512_set1_epi8(static_cast<char>(flip))};
+  }
   template <int kVectors>
-  static void store_bytes(uint8_t* p, const Ints (&x)[kVectors], uint8_t flip) {
-    const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
-    if constexpr (kVectors == 4) {
-      _mm512_storeu_si512(p, _mm512_xor_si512(packed(x[0], x[1], x[2], x[3]), flips));
+  static void store_bytes(uint8_t* p, const Ints (&x)[kVectors], const Limits& limits, int64_t count) {
+    const Ints& last = x[kVectors - 1];
+    const __m512i low = words(x[0], kVectors > 1 ? x[1] : last, limits);
+    const __m512i high = kVectors > 2 ? words(x[kVectors > 2 ? 2 : 0], last, limits) : low;
+    // Each group of 16 bytes has four of every vector.
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+    const __m512i y = _mm512_xor_si512(_mm512_max_epu8(bytes, limits.low), limits.flip);
+    if (count < N * kVectors) {
+      _mm512_mask_storeu_epi8(p, (uint64_t{1} << count) - 1, y);
+    } else if constexpr (kVectors == 4) {
+      _mm512_storeu_si512(p, y);
     } else if constexpr (kVectors == 1) {
-      const __m128i bytes = _mm512_cvtepi32_epi8(x[0]);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(bytes, _mm512_castsi512_si128(flips)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(y));
     } else {
-      const __m512i bytes = _mm512_xor_si512(packed(x[0], x[1], x[kVectors - 1], x[kVectors - 1]), flips);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(bytes));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(y));
       if constexpr (kVectors == 3) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32), _mm512_extracti32x4_epi32(bytes, 2));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32), _mm512_extracti32x4_epi32(y, 2));
       }
     }
   }
@@ -60,11 +73,8 @@ struct Avx512Lanes {
   static constexpr int kSums = 16;
 
  private:
-  // Integers in 0 ... 255 as bytes.
-  static __m512i packed(Ints a, Ints b, Ints c, Ints d) {
-    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    return _mm512_permutexvar_epi32(order, bytes);
+  static __m512i words(Ints a, Ints b, const Limits& limits) {
+    return _mm512_adds_epi16(_mm512_packs_epi32(a, b), limits.zero_point);
   }
 };
 

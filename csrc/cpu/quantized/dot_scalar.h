@@ -23,14 +23,24 @@ struct ScalarDot {
     return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
   }
   static Floats to_floats(Ints x) { return static_cast<float>(x); }
-  static Ints to_ints(Floats x) { return static_cast<int32_t>(__builtin_nearbyintf(x)); }
+  static Ints to_ints(Floats x) {
+    return x < -2147483648.0f ? INT32_MIN : static_cast<int32_t>(__builtin_nearbyintf(x));
+  }
   static Floats mul(Floats a, Floats b) { return a * b; }
   static Floats add(Floats a, Floats b) { return a + b; }
   static Floats min(Floats a, Floats b) { return a < b ? a : b; }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
+  struct Limits {
+    int32_t zero_point, low;
+    uint8_t flip;
+  };
+  static Limits limits(int32_t zero_point, uint8_t low, uint8_t flip) { return {zero_point, low, flip}; }
   template <int kVectors>
-  static void store_bytes(uint8_t* p, const Ints (&x)[kVectors], uint8_t flip) {
-    for (int v = 0; v < kVectors; ++v) p[v] = static_cast<uint8_t>(x[v] ^ flip);
+  static void store_bytes(uint8_t* p, const Ints (&x)[kVectors], const Limits& limits, int64_t) {
+    for (int v = 0; v < kVectors; ++v) {
+      const int32_t y = x[v] + limits.zero_point;
+      p[v] = static_cast<uint8_t>((y > limits.low ? y : limits.low) ^ limits.flip);
+    }
   }
   static void store_bfloat16(uint16_t* p, Floats x) {
     uint32_t bits;

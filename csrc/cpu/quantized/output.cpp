@@ -28,7 +28,7 @@ Requantization::Requantization(int64_t groups, int64_t channels, int64_t group_s
   float* const factor = reinterpret_cast<float*>(offset + count);
   float* const bias = factor + count;
   const bool floating = format.type == OutputType::f32 || format.type == OutputType::bf16;
-  const double unit = floating ? 1.0 : format.scale;
+  const double unit = floating ? 1.0 : format.scale, scale = x_scale / unit, inverse = 1.0 / unit;
   const uint32_t zero_point = static_cast<uint32_t>(x_zero_point);
   for (int64_t i = 0; i < count; ++i) {
     uint32_t sum;
@@ -41,14 +41,14 @@ Requantization::Requantization(int64_t groups, int64_t channels, int64_t group_s
     if (scales.per_channel) {
       const float* const s = scales.weight_scale + g * channels;
       for (int64_t c = 0; c < channels; ++c) {
-        f[c] = static_cast<float>(x_scale * static_cast<double>(s[c]) / unit);
+        f[c] = static_cast<float>(static_cast<double>(s[c]) * scale);
       }
     } else {
-      std::fill_n(f, channels, static_cast<float>(x_scale * static_cast<double>(*scales.weight_scale) / unit));
+      std::fill_n(f, channels, static_cast<float>(static_cast<double>(*scales.weight_scale) * scale));
     }
     if (scales.bias != nullptr) {
       const float* const from = scales.bias + g * channels;
-      for (int64_t c = 0; c < channels; ++c) b[c] = static_cast<float>(static_cast<double>(from[c]) / unit);
+      for (int64_t c = 0; c < channels; ++c) b[c] = static_cast<float>(static_cast<double>(from[c]) * inverse);
     } else {
       std::fill_n(b, channels, 0.0f);
     }

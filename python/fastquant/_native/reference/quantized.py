@@ -170,10 +170,10 @@ def _output(
     shape = [1] * acc.dim()
     shape[channel_axis] = -1
     unit = 1.0 if dtype.is_floating_point else scale
-    factor = (x_scale * weight_scale.to(torch.float64) / unit).to(torch.float32)
+    factor = (weight_scale.to(torch.float64) * (x_scale / unit)).to(torch.float32)
     y = acc.to(torch.float32) * factor.reshape(shape)
     if bias is not None:
-        y = y + (bias.to(torch.float64) / unit).to(torch.float32).reshape(shape)
+        y = y + (bias.to(torch.float64) * (1.0 / unit)).to(torch.float32).reshape(shape)
     if dtype.is_floating_point:
         return y.clamp(low, high).to(dtype)
     return _requantized(y, scale, zero_point, low, high, dtype)
