@@ -20,6 +20,13 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "search_histogram_range(Tensor histogram, Tensor min_val, Tensor max_val, int dst_nbins) "
       "-> (Tensor, Tensor)");
   m.def(
+      "histogram_range(Tensor histogram, Tensor min_val, Tensor max_val, int method, float percentile, "
+      "int search_levels, int quant_min, int quant_max, int scheme, int symmetric_zero_point) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "histogram_error(Tensor histogram, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point, "
+      "int quant_min, int quant_max) -> Tensor");
+  m.def(
       "choose_qparams(Tensor min_val, Tensor max_val, Tensor eps, int quant_min, int quant_max, int scheme, "
       "int symmetric_zero_point) -> (Tensor, Tensor)");
 

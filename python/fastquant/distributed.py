@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .fake_quantize import is_range_observer
 from .merging import (
     Descriptions,
     Statistics,
     agreed_channels,
     described,
     disagreement,
-    is_range_observer,
     merged,
     statistics_of,
     write,

@@ -28,7 +28,8 @@ from ._core.arguments import (
 )
 from ._core.errors import naming_its_layer
 from ._core.locks import RESIZING
-from ._core.schemes import NONFINITE_CODES, NonFinitePolicy
+from ._core.ranges import has_seen_nothing
+from ._core.schemes import NONFINITE_CODES, NonFinitePolicy, RangeMethodName
 from ._core.state import (
     ActivationPostProcess,
     does_not_fit,
@@ -55,6 +56,7 @@ from .observer import (
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerChannelMinMaxObserver,
+    _is_activation_post_process,
     _with_args,
     default_fixed_qparams_range_0to1_observer,
     default_fixed_qparams_range_neg1to1_observer,
@@ -88,6 +90,7 @@ __all__ = [
     "enable_observer",
     "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
     "fused_wt_fake_quant_range_neg_127_to_127",
+    "set_range_method",
 ]
 
 _is_compiling = torch.compiler.is_compiling
@@ -821,6 +824,91 @@ def enable_observer(mod: Any) -> None:
     """`model.apply(enable_observer)`: fake-quantizers follow the range of their tensors."""
     if _is_fake_quant(mod):
         mod.enable_observer()
+
+
+# --------------------------------------------------------------------------------------------
+# The observers inside
+
+
+def is_range_observer(module: nn.Module) -> bool:
+    """Whether a module keeps statistics that can be merged."""
+    return (
+        _is_activation_post_process(module)
+        and not isinstance(module, FakeQuantizeBase)
+        and all(isinstance(getattr(module, name, None), Tensor) for name in ("min_val", "max_val"))
+    )
+
+
+def refresh_qparams(module: nn.Module) -> None:
+    """Update scale and zero point of a fake-quantizer that takes them from its observer."""
+    observer = getattr(module, "activation_post_process", None)
+    if not isinstance(observer, nn.Module) or not is_range_observer(observer):
+        return
+    if has_seen_nothing(observer):
+        return
+    if isinstance(module, LearnableFakeQuantize):
+        if module.static_enabled:
+            scale, zero_point = observer.calculate_qparams()  # type: ignore[operator]
+            module.scale.data.copy_(scale)
+            module.zero_point.data.copy_(zero_point)
+    elif isinstance(module, FakeQuantize) or (
+        isinstance(module, FakeQuantizeBase) and hasattr(module, "scale")
+    ):
+        scale, zero_point = module.calculate_qparams()
+        resized(module, "scale", scale.shape).copy_(scale)
+        resized(module, "zero_point", zero_point.shape).copy_(zero_point)
+
+
+def set_range_method(
+    model: nn.Module, range_method: RangeMethodName, percentile: float | None = None
+) -> list[str]:
+    """Choose the ranges of a prepared model's histograms by another method.
+
+    One calibration serves every method: a histogram keeps what all of them need. Scale and zero
+    point of fake-quantizers are updated. Observers without a histogram stay as they are.
+
+        fastquant.calibrate(prepared, data)
+        for method in ("l2", "mse", "percentile", "entropy"):
+            fastquant.set_range_method(prepared, method)
+            evaluate(fastquant.convert(prepared))
+
+    Args:
+        model: a prepared model or a part of one, before or after calibration.
+        range_method: "minmax", "l2", "mse", "percentile" or "entropy"; see
+            :func:`fastquant.functional.histogram_range`.
+        percentile: how many percent of the values the range of the method of this name holds;
+            None leaves it as it is, 99.99 at first.
+
+    Returns:
+        The names of the observers that changed.
+
+    Raises:
+        QuantizationError: `model` has no observer with a histogram; an unknown method, or one that
+            does not go with an observer's quantized range; a percentile that is not more than 0
+            and at most 100. All observers are as before.
+    """
+    modules = dict(model.named_modules())
+    # Not torch.ao's, though they are virtual subclasses of ours.
+    observers: dict[str, Any] = {n: m for n, m in modules.items() if hasattr(m, "set_range_method")}
+    before = [(o, o.range_method, o.percentile) for o in observers.values()]
+    if not observers:
+        raise QuantizationError(
+            f"range method {range_method!r} needs histograms, and no observer of the model keeps "
+            "one; give it a qconfig with fastquant.HistogramObserver, as "
+            "fastquant.get_default_qconfig() has"
+        )
+    try:
+        for observer in observers.values():
+            observer.set_range_method(range_method, percentile)
+    except QuantizationError:
+        for observer, *settings in before:
+            observer.range_method, observer.percentile = settings
+        raise
+    with torch.no_grad():
+        for module in modules.values():
+            if getattr(module, "activation_post_process", None) in observers.values():
+                refresh_qparams(module)
+    return list(observers)
 
 
 # --------------------------------------------------------------------------------------------

@@ -33,14 +33,17 @@ from ._core.arguments import (
     check_eps,
     check_integer,
     check_nonfinite,
+    check_percentile,
     check_qscheme,
     check_quantized_range,
+    check_range_method,
+    check_searched_grid,
     input_error,
     nonfinite_error,
     width_error,
 )
 from ._core.qparams import symmetric_zero_point
-from ._core.schemes import PER_CHANNEL, NonFinitePolicy, Scheme
+from ._core.schemes import PER_CHANNEL, NonFinitePolicy, RangeMethodName, Scheme
 from ._native import ops, routes
 from ._native.settings import FusedSettings
 from .utils import calculate_qmin_qmax
@@ -55,6 +58,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_state",
     "fused_observe_fake_quantize",
+    "histogram_error",
     "histogram_range",
     "histogram_state",
     "learnable_fake_quantize",
@@ -407,38 +411,135 @@ def observe_histogram_(
         raise cause or _explained(error, x, None, buffers, nonfinite) from None
 
 
+def _check_histogram(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, more: dict[str, Tensor] | None = None
+) -> None:
+    """A histogram, `[bins]` or `[channels, bins]`, and what it needs one of per channel."""
+    per_channel = {"min_val": min_val, "max_val": max_val, **(more or {})}
+    for name, buffer in {"histogram": histogram, **per_channel}.items():
+        _require_tensor(name, buffer)
+        if name != "zero_point":
+            _check_floating(name, buffer.dtype)
+    if histogram.dim() not in (1, 2) or histogram.numel() == 0:
+        raise ValueError(
+            "histogram must have at least one bin, in shape [bins] or [channels, bins], got shape "
+            f"{list(histogram.shape)}"
+        )
+    channels = 1 if histogram.dim() == 1 else histogram.shape[0]
+    for name, buffer in per_channel.items():
+        if buffer.numel() != channels:
+            wanted = "one element" if histogram.dim() == 1 else f"{channels} elements"
+            raise ValueError(f"{name} must have {wanted}, got shape {list(buffer.shape)}")
+
+
 def histogram_range(
-    histogram: Tensor, min_val: Tensor, max_val: Tensor, *, levels: int = 256
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    *,
+    method: RangeMethodName = "l2",
+    percentile: float = 99.99,
+    levels: int | None = None,
+    dtype: torch.dtype = torch.quint8,
+    qscheme: torch.qscheme = torch.per_tensor_affine,
+    quant_min: int | None = None,
+    quant_max: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The range that a histogram's values are best clipped to before they are quantized.
 
-    Searches for the smallest squared error as torch.ao.quantization's HistogramObserver does
-    (after caffe2's NormMinimization::NonlinearQuantizationParamsSearch).
+    docs/calibration.md explains the methods and says which to use when. In short:
+
+    - "l2": the range of smallest expected squared error that the search of torch.ao.quantization's
+      HistogramObserver finds (after caffe2's
+      NormMinimization::NonlinearQuantizationParamsSearch). Its result need not hold 0, to which
+      `choose_qparams` extends it. All other methods' do.
+    - "minmax": everything.
+    - "mse": the scale and zero point of smallest expected squared error, of all on a fine grid.
+    - "percentile": leaves out the smallest and the largest `(100 - percentile) / 2` percent, or
+      the `100 - percentile` percent of largest size if symmetric.
+    - "entropy": where quantized values diverge least, in the sense of Kullback and Leibler, from
+      the values themselves (Migacz, 2017), with the definition of ONNX Runtime.
 
     Args:
-        histogram: counts in equal bins, floating `[bins]`.
-        min_val: floating, one element: where the first bin begins.
-        max_val: floating, one element: where the last bin ends.
-        levels: number of quantized values: `quant_max - quant_min + 1`.
+        histogram: counts in equal bins, floating, `[bins]` or `[channels, bins]`.
+        min_val: floating, one element per tensor or channel: where the first bin begins.
+        max_val: floating, likewise: where the last bin ends.
+        method: "minmax", "l2", "mse", "percentile" or "entropy".
+        percentile: of the method of this name, more than 0 and at most 100.
+        levels: number of quantized values that "l2" reckons with; `quant_max - quant_min + 1` if
+            None.
+        dtype: quantized dtype, which says the range of integers where none is given.
+        qscheme: affine or symmetric, per tensor or per channel.
+        quant_min: smallest integer; with `quant_max`, or not at all.
+        quant_max: largest integer; at most 2**16 - 1 above the smallest.
 
     Returns:
-        Both ends of the range, 0-dim, in min_val's dtype.
+        Both ends of the range in min_val's dtype, 0-dim, or one per channel for a histogram
+        `[channels, bins]`. inf and -inf where nothing was observed.
 
     Raises:
         TypeError: an argument is no tensor, or not floating.
-        ValueError: `levels` is less than 2, or a tensor has the wrong size.
+        ValueError: `levels` is less than 2; a tensor has the wrong size; an unknown method, a
+            percentile that is none, a `qscheme` with float parameters, or a range of integers
+            that is empty or wider than 16 bits.
     """
+    code = check_range_method(method)
+    check_percentile(percentile)
+    grid = _grid(dtype, qscheme, quant_min, quant_max)
+    if levels is None:
+        levels = grid.quant_max - grid.quant_min + 1
     levels = check_integer("levels", levels, least=2)
-    named = {"histogram": histogram, "min_val": min_val, "max_val": max_val}
-    for name, buffer in named.items():
-        _require_tensor(name, buffer)
-        _check_floating(name, buffer.dtype)
-        if name != "histogram" and buffer.numel() != 1:
-            raise ValueError(f"{name} must have one element, got shape {list(buffer.shape)}")
-    if histogram.numel() == 0:
-        raise ValueError("histogram must have at least one bin")
-    low, high = ops.search_histogram_range(histogram, min_val, max_val, levels)
-    return low, high
+    _check_histogram(histogram, min_val, max_val)
+    if method == "l2" and histogram.dim() == 1:
+        low, high = ops.search_histogram_range(histogram, min_val, max_val, levels)
+        return low, high
+    check_searched_grid(method, *grid[:3])
+    settings = (code, percentile, levels, *grid)
+    shape = min_val.shape if histogram.dim() == 2 else ()
+    ends = (min_val.reshape(shape), max_val.reshape(shape))
+    return routes.histogram_range(histogram, *ends, *settings)
+
+
+def histogram_error(
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """The mean squared error of quantizing a histogram's values, which clips and rounds them.
+
+    The values of a bin are taken as spread evenly over it. What `choose_qparams` makes of a range
+    from `histogram_range` thus shows what error each of its methods gives.
+
+    Args:
+        histogram: counts in equal bins, floating, `[bins]` or `[channels, bins]`.
+        min_val: floating, one element per tensor or channel: where the first bin begins.
+        max_val: floating, likewise: where the last bin ends.
+        scale: floating, likewise.
+        zero_point: likewise, between `quant_min` and `quant_max`.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+
+    Returns:
+        The mean of `(x - fake_quantize(x))²` in fp64, 0-dim or one per channel; NaN where nothing
+        was observed.
+
+    Raises:
+        TypeError: an argument is no tensor, or not floating.
+        ValueError: a tensor has the wrong size; `quant_min >= quant_max`; a scale that is not
+            positive and finite; an integer zero point outside the range.
+    """
+    quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
+    _check_histogram(histogram, min_val, max_val, {"scale": scale, "zero_point": zero_point})
+    _check_scale(scale)
+    _check_zero_point(zero_point, quant_min, quant_max)
+    shape = min_val.shape if histogram.dim() == 2 else ()
+    ends = (min_val.reshape(shape), max_val.reshape(shape))
+    return routes.histogram_error(histogram, *ends, scale, zero_point, quant_min, quant_max)
 
 
 def choose_qparams(

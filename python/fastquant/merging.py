@@ -27,14 +27,17 @@ from ._core.arguments import (
     check_averaging_constant,
     check_integer,
     check_nonfinite,
+    check_percentile,
     check_quantized_range,
+    check_range_method,
 )
-from ._core.ranges import INF, Range, has_seen_nothing, is_unobserved, range_error
-from ._core.schemes import Scheme
+from ._core.ranges import INF, Range, is_unobserved, range_error
+from ._core.schemes import RANGE_METHOD_CODES, Scheme
 from ._core.state import eps_error, resized
-from ._native.ops import choose_qparams, search_histogram_range
+from ._native.ops import choose_qparams
 from ._native.reference.basics import _widest_dtype, moved_histogram
-from .fake_quantize import FakeQuantize, FakeQuantizeBase, LearnableFakeQuantize
+from ._native.routes import histogram_range
+from .fake_quantize import is_range_observer, refresh_qparams
 from .observer import _is_activation_post_process
 
 __all__ = ["merge"]
@@ -68,15 +71,6 @@ class Statistics:
         """What `disagreement` compares; can be sent to other processes."""
         bins = None if self.histogram is None else self.histogram.numel()
         return {"number of bins": bins, "moving average": self.averages, **self.traits}
-
-
-def is_range_observer(module: nn.Module) -> bool:
-    """Whether a module keeps statistics that can be merged."""
-    return (
-        _is_activation_post_process(module)
-        and not isinstance(module, FakeQuantizeBase)
-        and all(isinstance(getattr(module, name, None), Tensor) for name in ("min_val", "max_val"))
-    )
 
 
 def statistics_of(model: nn.Module) -> list[Statistics]:
@@ -310,27 +304,7 @@ def write(model: nn.Module, statistics: Sequence[Statistics], new: Sequence[Merg
         if s.nonfinite_count is not None:
             s.nonfinite_count.fill_(m.nonfinite_count)
     for module in modules.values():
-        _refresh_qparams(module)
-
-
-def _refresh_qparams(module: nn.Module) -> None:
-    """Update scale and zero point of a fake-quantizer that takes them from its observer."""
-    observer = getattr(module, "activation_post_process", None)
-    if not isinstance(observer, nn.Module) or not is_range_observer(observer):
-        return
-    if has_seen_nothing(observer):
-        return
-    if isinstance(module, LearnableFakeQuantize):
-        if module.static_enabled:
-            scale, zero_point = observer.calculate_qparams()  # type: ignore[operator]
-            module.scale.data.copy_(scale)
-            module.zero_point.data.copy_(zero_point)
-    elif isinstance(module, FakeQuantize) or (
-        isinstance(module, FakeQuantizeBase) and hasattr(module, "scale")
-    ):
-        scale, zero_point = module.calculate_qparams()
-        resized(module, "scale", scale.shape).copy_(scale)
-        resized(module, "zero_point", zero_point.shape).copy_(zero_point)
+        refresh_qparams(module)
 
 
 # --------------------------------------------------------------------------------------------
@@ -416,6 +390,9 @@ def _recipe(state: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         check_quantized_range(quant_min, quant_max, holds_zero=True)
         Scheme(scheme)
         check_integer("symmetric_zero_point", symmetric_zero_point)
+        # States of earlier versions name none.
+        check_range_method(recipe.get("range_method", "l2"))
+        check_percentile(recipe.get("percentile", 100.0))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"cannot merge: what the state of {_named(name)} says of its observer is wrong: {error}"
@@ -459,6 +436,15 @@ def _statistics_in(state: Mapping[str, Any], label: str) -> list[Statistics]:
     return found
 
 
+def _range_of(
+    histogram: Tensor, low: Tensor, high: Tensor, recipe: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The range that the observer of a state would choose."""
+    method = RANGE_METHOD_CODES[recipe.get("range_method", "l2")]
+    settings = (method, recipe.get("percentile", 100.0), recipe["levels"], *recipe["scheme"])
+    return histogram_range(histogram, low, high, *settings)
+
+
 def _merged_states(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     sources = [_statistics_in(state, f"state {i + 1}") for i, state in enumerate(states)]
     new = _merge(sources)
@@ -478,9 +464,7 @@ def _merged_states(states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         if owner != prefix and f"{owner}scale" in result and not is_unobserved(low, high):
             recipe = _recipe(states[0], s.name)
             if s.histogram is not None:
-                low, high = search_histogram_range(
-                    result[f"{prefix}histogram"], low, high, recipe["levels"]
-                )
+                low, high = _range_of(result[f"{prefix}histogram"], low, high, recipe)
             eps = result[f"{prefix}eps"]
             scale, zero_point = choose_qparams(low, high, eps, *recipe["scheme"])
             for name, value in (("scale", scale), ("zero_point", zero_point)):

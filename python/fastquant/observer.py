@@ -27,7 +27,10 @@ from ._core.arguments import (
     check_eps,
     check_integer,
     check_nonfinite,
+    check_percentile,
     check_qscheme,
+    check_range_method,
+    check_searched_grid,
     input_error,
     nonfinite_error,
     width_error,
@@ -36,7 +39,14 @@ from ._core.errors import naming_its_layer
 from ._core.locks import RESIZING
 from ._core.qparams import symmetric_zero_point
 from ._core.ranges import UNOBSERVED, is_observed, is_unobserved, range_error
-from ._core.schemes import NONFINITE_CODES, SCHEME_CODES, WIDE, NonFinitePolicy, Scheme
+from ._core.schemes import (
+    NONFINITE_CODES,
+    SCHEME_CODES,
+    WIDE,
+    NonFinitePolicy,
+    RangeMethodName,
+    Scheme,
+)
 from ._core.state import (
     ActivationPostProcess,
     does_not_fit,
@@ -53,7 +63,13 @@ from ._native.reference.basics import (
     range_of_least_error,
     squared_norm,
 )
-from ._native.routes import histogram_qparams, observe_histogram_, observe_minmax_
+from ._native.routes import (
+    histogram_error,
+    histogram_qparams,
+    histogram_range,
+    observe_histogram_,
+    observe_minmax_,
+)
 from ._torch.ao import (
     AffineQuantizedObserverBase,
     Granularity,
@@ -830,14 +846,19 @@ class HistogramObserver(_RangeObserver):
     """A histogram of all values seen, for a range that clips outliers where that pays.
 
     The histogram spans the smallest to the largest value; when a tensor goes beyond, the
-    counts so far are resampled onto the new span. `calculate_qparams` searches the span for
-    the clipping range of least expected squared quantization error: the non-linear search of
+    counts so far are resampled onto the new span. `calculate_qparams` chooses a part of the span
+    by `range_method`, which may be changed at any time: see :meth:`set_range_method` and, for all
+    observers of a model, :func:`fastquant.set_range_method`. By default it searches for the
+    clipping range of least expected squared quantization error: the non-linear search of
     Caffe2's norm minimization, as in torch.ao.quantization.observer.HistogramObserver.
 
     Args:
         bins: number of bins.
-        search_levels: how many quantized values the search reckons with: "dtype", as many as
-            the dtype has (as torch.ao does, also where `quant_min`, `quant_max` or
+        range_method: "minmax", "l2", "mse", "percentile" or "entropy"; see
+            :func:`fastquant.functional.histogram_range`.
+        percentile: how many percent of the values the range of the method of this name holds.
+        search_levels: how many quantized values "l2" reckons with: "dtype", as many as the
+            dtype has (as torch.ao does, also where `quant_min`, `quant_max` or
             `reduce_range` leave fewer); "range", `quant_max - quant_min + 1`.
         nonfinite: as in :class:`MinMaxObserver`.
 
@@ -848,10 +869,14 @@ class HistogramObserver(_RangeObserver):
 
     Raises:
         NotImplementedError: a per-channel qscheme, or `is_dynamic`.
-        QuantizationError: a dtype, quantized range or policy that is not supported.
+        QuantizationError: a dtype, quantized range, policy, method or percentile that is not
+            supported.
     """
 
     histogram: Tensor
+    # Observers pickled by earlier versions, and by torch.ao, have none of their own.
+    range_method: RangeMethodName = "l2"
+    percentile: float = 99.99
     # How often a tensor counts: twice where torch.ao would call a fused module's observer twice.
     _times: int = 1
 
@@ -869,6 +894,8 @@ class HistogramObserver(_RangeObserver):
         *,
         nonfinite: NonFinitePolicy = "ignore",
         search_levels: Literal["dtype", "range"] = "dtype",
+        range_method: RangeMethodName = "l2",
+        percentile: float = 99.99,
         **kwargs: Any,
     ) -> None:
         bins = check_integer("bins", bins, least=1)
@@ -901,6 +928,7 @@ class HistogramObserver(_RangeObserver):
             self.dst_nbins = 2 ** torch.iinfo(dtype).bits
         # Each bin counts as this many when a histogram is resampled onto a wider span.
         self.upsample_rate = 16
+        self.set_range_method(range_method, percentile)
 
     def _measures_anew(self) -> bool:
         return False
@@ -1014,7 +1042,7 @@ class HistogramObserver(_RangeObserver):
         return moved.to(histogram.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the best clipping range; see :meth:`_calculate_qparams`.
+        """Scale and zero point of the chosen range; see :meth:`_calculate_qparams`.
 
         Raises:
             QuantizationError: the histogram does not have `bins` bins, or the span is no range.
@@ -1027,10 +1055,90 @@ class HistogramObserver(_RangeObserver):
             raise QuantizationError(
                 f"histogram must have bins={self.bins} elements, got {histogram.numel()}"
             )
+        if self.range_method != "l2":
+            return self._calculate_qparams(*self.calculate_range())
         if _steps_of_qparams.is_replaced(self):
             return self._calculate_qparams(*self._non_linear_param_search())
         settings = (eps, self.dst_nbins, *self._scheme())
         return histogram_qparams(histogram, min_val, max_val, *settings)
+
+    def set_range_method(
+        self, range_method: RangeMethodName, percentile: float | None = None
+    ) -> None:
+        """Choose the range by this method from now on, also if values were observed before.
+
+        Args:
+            range_method: "minmax", "l2", "mse", "percentile" or "entropy".
+            percentile: how many percent of the values the range of the method of this name holds;
+                None leaves it as it is.
+
+        Raises:
+            QuantizationError: an unknown method, or one that does not go with the quantized
+                range; a percentile that is not more than 0 and at most 100.
+        """
+        check_range_method(range_method)
+        check_searched_grid(range_method, *self._scheme()[:3])
+        if percentile is not None:
+            check_percentile(percentile)
+            self.percentile = percentile
+        self.range_method = range_method
+
+    def calculate_range(
+        self, range_method: RangeMethodName | None = None, percentile: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The range that a method chooses, which holds 0.
+
+        Args:
+            range_method: "minmax", "l2", "mse", "percentile" or "entropy"; None for the
+                observer's own.
+            percentile: of the method of this name; None for the observer's own.
+
+        Returns:
+            Both ends, like `min_val` and `max_val`.
+
+        Raises:
+            QuantizationError: nothing was observed; a method or percentile that is not supported.
+        """
+        method = self.range_method if range_method is None else range_method
+        percentile = self.percentile if percentile is None else percentile
+        code = check_range_method(method)
+        check_percentile(percentile)
+        config = self._scheme()
+        check_searched_grid(method, *config[:3])
+        histogram, min_val, max_val, _ = _histogram_range_and_eps(self)
+        if is_unobserved(min_val, max_val):
+            raise QuantizationError("there is no range: nothing was observed")
+        if method == "l2" and _steps_of_qparams.is_replaced(self):
+            low, high = self._non_linear_param_search()
+            return low.clamp(max=0), high.clamp(min=0)
+        settings = (code, float(percentile), self.dst_nbins, *config)
+        return histogram_range(histogram, min_val, max_val, *settings)
+
+    def calculate_error(
+        self, min_val: Tensor | None = None, max_val: Tensor | None = None
+    ) -> Tensor:
+        """The mean squared error of quantizing the observed values to a range.
+
+        The values of a bin are taken as spread evenly over it; the error is that of clipping and
+        that of rounding to the integers from `quant_min` to `quant_max`.
+
+        Args:
+            min_val: where the range begins; None for the range of :meth:`calculate_range`.
+            max_val: where it ends.
+
+        Returns:
+            The error in fp64, like `min_val`; NaN where nothing was observed.
+        """
+        if min_val is None or max_val is None:
+            min_val, max_val = self.calculate_range()
+        config = self._scheme()
+        scale, zero_point = choose_qparams(min_val, max_val, self.eps, *config)
+        ends = (self.min_val, self.max_val)
+        return histogram_error(self.histogram, *ends, scale, zero_point, *config[:2])
+
+    def _recipe(self) -> dict[str, Any]:
+        method = {"range_method": self.range_method, "percentile": float(self.percentile)}
+        return super()._recipe() | method
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -22,10 +22,15 @@ from .schemes import (
     FLOATING,
     NONFINITE_CODES,
     QUANTIZED,
+    RANGE_METHOD_CODES,
     SCHEME_CODES,
     WIDE,
     NonFinitePolicy,
+    Scheme,
 )
+
+# Quantized values that range methods search among.
+MOST_LEVELS = 2**16
 
 # --------------------------------------------------------------------------------------------
 # Arguments of constructors and functions
@@ -42,6 +47,37 @@ def check_nonfinite(nonfinite: str) -> int:
             f"nonfinite must be one of {_listed(map(repr, NONFINITE_CODES))}, got {nonfinite!r}"
         )
     return NONFINITE_CODES[nonfinite]
+
+
+def check_range_method(range_method: str) -> int:
+    """The code of a method that chooses a range."""
+    if not isinstance(range_method, str) or range_method not in RANGE_METHOD_CODES:
+        raise QuantizationError(
+            f"range_method must be one of {_listed(map(repr, RANGE_METHOD_CODES))}, "
+            f"got {range_method!r}"
+        )
+    return RANGE_METHOD_CODES[range_method]
+
+
+def check_percentile(percentile: float) -> None:
+    """How many percent of the values a range is to hold."""
+    wanted = "more than 0 and at most 100"
+    _check_number("percentile", percentile, math.nextafter(0, 1), 100, wanted)
+
+
+def check_searched_grid(method: str, quant_min: int, quant_max: int, scheme: int) -> None:
+    """Quantized values that a method can choose a range for."""
+    if scheme == Scheme.FLOAT_QPARAMS:
+        raise QuantizationError(
+            f"range method {method!r} takes affine and symmetric qschemes, "
+            "got torch.per_channel_affine_float_qparams"
+        )
+    levels = quant_max - quant_min + 1
+    if levels > MOST_LEVELS and method in ("mse", "entropy"):
+        raise QuantizationError(
+            f"range method {method!r} takes at most {MOST_LEVELS} quantized values (16 bits), got "
+            f"{levels}: quant_min={quant_min}, quant_max={quant_max}"
+        )
 
 
 def check_qscheme(qscheme: torch.qscheme) -> int:

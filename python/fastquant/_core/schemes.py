@@ -24,11 +24,26 @@ class NonFinite(IntEnum):
     PROPAGATE = 2
 
 
+class RangeMethod(IntEnum):
+    """How a range is chosen from a histogram; `enum class RangeMethod` in C++."""
+
+    MINMAX = 0
+    L2 = 1
+    MSE = 2
+    PERCENTILE = 3
+    ENTROPY = 4
+
+
 NonFinitePolicy = Literal["ignore", "raise", "propagate"]
 """The names by which users choose a policy."""
 
+RangeMethodName = Literal["minmax", "l2", "mse", "percentile", "entropy"]
+"""The names by which users choose a method."""
+
 # Plain integers: torch's dispatcher takes 0.5 µs longer to read a member of an enum.
 NONFINITE_CODES: dict[str, int] = {policy.name.lower(): policy.value for policy in NonFinite}
+
+RANGE_METHOD_CODES: dict[str, int] = {m.name.lower(): m.value for m in RangeMethod}
 
 SCHEME_CODES: dict[torch.qscheme, int] = {
     torch.per_tensor_affine: Scheme.AFFINE.value,

@@ -54,6 +54,16 @@ def _empty_range(
     return min_val.new_empty(()), max_val.new_empty(())
 
 
+def _empty_chosen_range(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(min_val), torch.empty_like(max_val)
+
+
+def _empty_error(histogram: Tensor, min_val: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(min_val, dtype=torch.float64)
+
+
 def _empty_qparams(
     min_val: Tensor,
     max_val: Tensor,
@@ -107,6 +117,8 @@ _FAKE_KERNELS: dict[str, Op] = {
     "observe_histogram_": _changes_in_place,
     "observe_qparams_": _changes_in_place,
     "search_histogram_range": _empty_range,
+    "histogram_range": _empty_chosen_range,
+    "histogram_error": _empty_error,
     "choose_qparams": _empty_qparams,
     "fake_quantize": _empty_like_first,
     "fake_quantize_with_mask": _empty_with_mask,

@@ -107,6 +107,31 @@ def histogram_qparams(
     return qparams
 
 
+def histogram_range(
+    histogram: Tensor, min_val: Tensor, max_val: Tensor, *settings: float
+) -> tuple[Tensor, Tensor]:
+    """The op, for a histogram on any device: it is small, and the search is for a CPU."""
+    device = min_val.device
+    found = ops.histogram_range(histogram.cpu(), min_val.cpu(), max_val.cpu(), *settings)
+    low, high = found
+    return low.to(device), high.to(device)
+
+
+def histogram_error(
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    """The op, for a histogram on any device."""
+    tensors = (t.cpu() for t in (histogram, min_val, max_val, scale, zero_point))
+    error: Tensor = ops.histogram_error(*tensors, quant_min, quant_max)
+    return error.to(min_val.device)
+
+
 def _needs_gradient(x: Tensor) -> bool:
     # Of a Proxy, attributes are proxies: what it stands for may need one.
     return x.requires_grad is not False and is_grad_enabled()

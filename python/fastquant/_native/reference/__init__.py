@@ -1,7 +1,7 @@
 """Every op in plain, obvious torch ops: the fallback, and the truth that tests compare with.
 
 Nothing here waits for the device, except where `nonfinite` is RAISE and in
-`search_histogram_range`. Signatures are the schemas' (`csrc/library.cpp`); what each op means is
+what searches histograms. Signatures are the schemas' (`csrc/library.cpp`); what each op means is
 written in `docs/architecture.md`.
 """
 
@@ -33,6 +33,7 @@ from .batch_norm import (
 from .clamped_sum import add_observe_fake_quantize
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
 from .quantized import QUANTIZED_OPS
+from .ranges import histogram_error, histogram_range
 
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
@@ -41,6 +42,8 @@ OPS: dict[str, Callable[..., Any]] = {
         observe_histogram_,
         observe_qparams_,
         search_histogram_range,
+        histogram_range,
+        histogram_error,
         choose_qparams,
         fake_quantize,
         fake_quantize_with_mask,
