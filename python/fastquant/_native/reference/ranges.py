@@ -173,7 +173,7 @@ def _least_squared_error(histogram: Counts, grid: Grid, percentile: float) -> En
     for share in widths():
         scale = share * whole
         # Few at a time: each has an error for every bin.
-        for some in candidates.split(256):
+        for some in torch.split(candidates, 256):
             errors = mean_squared_errors(histogram, scale, some, grid.steps)
             error = float(errors.min())
             if error < best:
