@@ -122,6 +122,10 @@ def samples(
     reference_ops.observe_histogram_(x, histogram, low, high, counter(), 16, IGNORE)
     yield "observe_histogram_", (nonfinite * 3, histogram, low, high, counter(), 16, IGNORE)
     yield "search_histogram_range", (histogram, low, high, 256)
+    for method, scheme in itertools.product(range(5), (AFFINE, SYMMETRIC)):
+        yield "histogram_range", (histogram, low, high, method, 99.9, 16, 0, 15, scheme, 8)
+    qparams = (torch.tensor([0.3]), torch.tensor([5]))
+    yield "histogram_error", (histogram, low, high, *qparams, 0, 15)
     if dtype == torch.float32:
         yield from elementwise_calls.samples(numel // 20)
     yield "choose_qparams", (torch.randn(9) - 3, torch.randn(9) + 3, eps(), 0, 255, AFFINE, 0)
