@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensor import Handler, QuantizedTensor, functions_named, handles, is_quantized, like, parts
+from .tensor import (
+    Handler,
+    QuantizedTensor,
+    functions_named,
+    handles,
+    integers_of,
+    is_quantized,
+    like,
+    parts,
+)
 
 # --- element by element ---------------------------------------------------------------------
 
@@ -54,7 +63,7 @@ def _choosing(function: Callable[..., Any]) -> Handler:
     """For functions that return some of the elements, with or without their indices."""
 
     def choose(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
-        chosen = function(input._integers, *args, **kwargs)
+        chosen = function(integers_of(input), *args, **kwargs)
         if isinstance(chosen, Tensor):
             return like(input, chosen)
         values, indices = chosen
@@ -65,7 +74,7 @@ def _choosing(function: Callable[..., Any]) -> Handler:
 
 def _indexing(function: Callable[..., Any]) -> Handler:
     def index(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
-        return function(input._integers, *args, **kwargs)
+        return function(integers_of(input), *args, **kwargs)
 
     return index
 

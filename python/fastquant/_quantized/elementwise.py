@@ -19,6 +19,7 @@ from .tensor import (
     QuantizedTensor,
     functions_named,
     handles,
+    integers_of,
     is_quantized,
     like,
     made,
@@ -31,7 +32,7 @@ from .tensor import (
 def _clamped(
     input: QuantizedTensor, low: float | None, high: float | None, inplace: bool = False
 ) -> QuantizedTensor:
-    values = input._integers
+    values = integers_of(input)
     lowest = None if low is None else level(input, low)
     highest = None if high is None else level(input, high)
     if inplace:
@@ -44,12 +45,12 @@ def _clamped(
 def _relu(input: QuantizedTensor, inplace: bool = False) -> QuantizedTensor:
     if inplace:
         return _relu_(input)
-    return made(input._integers.clamp_min(input._zero_point), input._scale, input._zero_point)
+    return made(integers_of(input).clamp_min(input._zero_point), input._scale, input._zero_point)
 
 
 @handles(*functions_named("relu_"))
 def _relu_(input: QuantizedTensor) -> QuantizedTensor:
-    input._integers.clamp_min_(input._zero_point)
+    integers_of(input).clamp_min_(input._zero_point)
     return input
 
 
@@ -127,7 +128,7 @@ def mapped(
     zero_point: int | None = None,
 ) -> QuantizedTensor:
     """What a function makes of each element; by default with the scale and zero point of x."""
-    values = x._integers
+    values = integers_of(x)
     scale = x._scale if scale is None else scale
     zero_point = x._zero_point if zero_point is None else zero_point
     entries = table(function, values.dtype, x._scale, x._zero_point, scale, zero_point)
@@ -138,12 +139,12 @@ def _with_range(
     x: QuantizedTensor, function: Callable[[Tensor], Tensor], qparams: tuple[float, int]
 ) -> QuantizedTensor:
     scale, zero_point = qparams
-    return mapped(x, function, scale, zero_point - 128 * (x._integers.dtype == torch.int8))
+    return mapped(x, function, scale, zero_point - 128 * (x.dtype == torch.int8))
 
 
 def _assigned(x: QuantizedTensor, y: QuantizedTensor) -> QuantizedTensor:
     """x, made into y."""
-    x._integers.copy_(y._integers)
+    integers_of(x).copy_(integers_of(y))
     x._scale, x._zero_point = y._scale, y._zero_point
     return x
 
@@ -198,5 +199,5 @@ def _prelu(input: QuantizedTensor, weight: Any) -> QuantizedTensor:
     if weight.numel() == 1:
         return mapped(input, lambda real: F.prelu(real, weight))
     y = F.prelu(input.dequantize(), weight)
-    values = ops.quantize(y, input._scale, input._zero_point, input._integers.dtype, False)
+    values = ops.quantize(y, input._scale, input._zero_point, input.dtype, False)
     return like(input, values)

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._native import ops
-from .tensor import Handler, QuantizedTensor, functions_named, handles, like, not_supported
+from .tensor import (
+    Handler,
+    QuantizedTensor,
+    functions_named,
+    handles,
+    integers_of,
+    like,
+    not_supported,
+)
 
 
 def _tuple(value: Any, dims: int) -> list[int]:
@@ -22,7 +30,7 @@ def _tuple(value: Any, dims: int) -> list[int]:
 
 def _pooled(x: QuantizedTensor, dims: int, pool: Any, function: Any) -> QuantizedTensor:
     """`pool` of the values, with a batch dimension, which x may lack."""
-    values = x._integers
+    values = integers_of(x)
     if values.dim() == dims + 2:
         return like(x, pool(values))
     if values.dim() != dims + 1:
@@ -85,7 +93,7 @@ def _adaptive_avg_pool(dims: int) -> Handler:
 
     def pool(input: QuantizedTensor, output_size: Any) -> QuantizedTensor:
         sizes = _tuple(output_size, dims)
-        whole = input._integers.shape[-dims:]
+        whole = integers_of(input).shape[-dims:]
         sizes = [n if size is None else size for size, n in zip(sizes, whole, strict=True)]
         return _pooled(input, dims, lambda v: ops.quantized_adaptive_avg_pool(v, sizes), function)
 
@@ -115,11 +123,11 @@ def _mean(
     dim = axis if dim is None else dim
     dims = list(range(input.dim())) if dim is None or dim == () else dim
     dims = [dims] if isinstance(dims, int) else list(dims)
-    return like(input, ops.quantized_mean(input._integers, dims, keepdim))
+    return like(input, ops.quantized_mean(integers_of(input), dims, keepdim))
 
 
 @handles(*functions_named("std"))
 def _std(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
     y = torch.std(input.dequantize(), *args, **kwargs)
-    values = ops.quantize(y, input._scale, input._zero_point, input._integers.dtype, False)
+    values = ops.quantize(y, input._scale, input._zero_point, input.dtype, False)
     return like(input, values)

@@ -16,16 +16,19 @@ from torch.nn import functional as F
 
 from .._native import ops
 from .tensor import (
+    HANDLERS,
     Handler,
     QuantizedTensor,
     add_property,
     as_integer_dtype,
     functions_named,
     handles,
+    integers_of,
     is_quantized,
     like,
     made,
     not_supported,
+    on_integers,
     parts,
 )
 
@@ -34,33 +37,26 @@ from .tensor import (
 
 def _moving(function: Callable[..., Any]) -> Handler:
     def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
-        return made(function(input._integers, *args, **kwargs), input._scale, input._zero_point)
+        moved = on_integers(function, input, *args, **kwargs)
+        return input if moved is input else made(moved, input._scale, input._zero_point)
 
     return move
 
 
 def _moving_to_several(function: Callable[..., Any]) -> Handler:
     def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
-        moved = function(input._integers, *args, **kwargs)
+        moved = on_integers(function, input, *args, **kwargs)
         return type(moved)([like(input, values) for values in moved])
 
     return move
 
 
 def _moving_in_place(function: Callable[..., Any]) -> Handler:
-    def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
-        input._integers = function(input._integers, *args, **kwargs)
-        return input
-
-    return move
-
-
-def _moving_if_needed(function: Callable[..., Any]) -> Handler:
-    """For functions that return the tensor itself where there is nothing to do."""
-
-    def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
-        moved = function(input._integers, *args, **kwargs)
-        return input if moved is input._integers else like(input, moved)
+    def move(input: Any, *args: Any, **kwargs: Any) -> QuantizedTensor:
+        moved = on_integers(function, input, *args, **kwargs)
+        if not isinstance(input, Tensor):
+            input._integers = moved
+        return input  # type: ignore[no-any-return]
 
     return move
 
@@ -70,7 +66,8 @@ def _shaped_like(function: Callable[..., Any]) -> Handler:
 
     def move(input: QuantizedTensor, other: Any) -> QuantizedTensor:
         return like(
-            input, function(input._integers, other._integers if is_quantized(other) else other)
+            input,
+            function(integers_of(input), integers_of(other) if is_quantized(other) else other),
         )
 
     return move
@@ -94,7 +91,8 @@ _WAYS: tuple[tuple[Callable[[Any], Handler], tuple[str, ...]], ...] = (
             *("broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "fliplr"),
             *("flipud", "rot90", "unflatten", "as_strided", "diagonal", "clone", "detach"),
             *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"),
-            *("__getitem__", "unfold", "atleast_1d", "atleast_2d", "atleast_3d"),
+            *("contiguous", "cpu", "cuda", "pin_memory", "share_memory_", "__getitem__", "unfold"),
+            *("atleast_1d", "atleast_2d", "atleast_3d"),
         ),
     ),
     (
@@ -105,7 +103,6 @@ _WAYS: tuple[tuple[Callable[[Any], Handler], tuple[str, ...]], ...] = (
         _moving_in_place,
         ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_"),
     ),
-    (_moving_if_needed, ("contiguous", "cpu", "cuda", "pin_memory", "share_memory_")),
     (_shaped_like, ("expand_as", "view_as", "reshape_as")),
 )
 for _way, _names in _WAYS:
@@ -117,7 +114,7 @@ for _way, _names in _WAYS:
 
 
 def _moving_property(name: str) -> Handler:
-    return lambda self: like(self, getattr(self._integers, name))
+    return lambda self: like(self, getattr(integers_of(self), name))
 
 
 for _name in ("T", "mT", "H", "mH", "data"):
@@ -126,11 +123,14 @@ for _name in ("T", "mT", "H", "mH", "data"):
 
 def _check_same_dtype(input: QuantizedTensor, dtype: Any, function: Any) -> None:
     try:
-        same = as_integer_dtype(dtype) == input._integers.dtype
+        same = as_integer_dtype(dtype) == input.dtype
     except TypeError:
         same = False
     if not same:
-        raise not_supported(function, f" of dtype {input._integers.dtype} to make them {dtype}")
+        raise not_supported(function, f" of dtype {input.dtype} to make them {dtype}")
+
+
+_reshape = HANDLERS[Tensor.reshape]
 
 
 @handles(Tensor.view)
@@ -139,7 +139,7 @@ def _view(input: QuantizedTensor, *shape: Any, **kwargs: Any) -> QuantizedTensor
         _check_same_dtype(input, kwargs["dtype"] if kwargs else shape[0], Tensor.view)
         return input
     # Outputs of layers are in channels_last, which a model that views them need not know.
-    return made(input._integers.reshape(*shape, **kwargs), input._scale, input._zero_point)
+    return _reshape(input, *shape, **kwargs)  # type: ignore[no-any-return]
 
 
 @handles(Tensor.to)
@@ -150,13 +150,13 @@ def _to(input: QuantizedTensor, *args: Any, dtype: Any = None, **kwargs: Any) ->
     for each in (*given, *([] if dtype is None else [dtype])):
         _check_same_dtype(input, each, Tensor.to)
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))
-    values = input._integers.to(*args, **kwargs) if args or kwargs else input._integers
-    return input if values is input._integers else like(input, values)
+    moved = on_integers(Tensor.to, input, *args, **kwargs) if args or kwargs else input
+    return input if moved is input else like(input, moved)
 
 
 @handles(Tensor.type)
 def _type(input: QuantizedTensor, dtype: Any = None, **kwargs: Any) -> Any:
-    return input._integers.type() if dtype is None else _to(input, dtype)
+    return integers_of(input).type() if dtype is None else _to(input, dtype)
 
 
 @handles(Tensor.type_as, plain_first=True)
@@ -240,7 +240,7 @@ def _several_shapes(function: Callable[..., Any]) -> Handler:
     def move(*tensors: Any, **kwargs: Any) -> Any:
         if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)):
             tensors = tuple(tensors[0])
-        values = [x._integers if is_quantized(x) else x for x in tensors]
+        values = [integers_of(x) if is_quantized(x) else x for x in tensors]
         moved = zip(tensors, function(*values, **kwargs), strict=True)
         return tuple(like(x, v) if is_quantized(x) else v for x, v in moved)
 
@@ -255,7 +255,7 @@ for _function in (torch.broadcast_tensors, torch.meshgrid):
 
 def level(x: QuantizedTensor, real: float) -> int:
     """The integer that stands for a real number."""
-    info = torch.iinfo(x._integers.dtype)
+    info = torch.iinfo(x.dtype)
     return min(max(round(real / x._scale) + x._zero_point, info.min), info.max)
 
 
@@ -263,10 +263,10 @@ def _levels(x: QuantizedTensor, other: Any) -> Any:
     """The integers of x's scale and zero point that stand for what `other` holds."""
     if is_quantized(other):
         if parts(other)[1:] == parts(x)[1:] and other.dtype == x.dtype:
-            return other._integers
+            return integers_of(other)
         other = other.dequantize()
     if isinstance(other, Tensor):
-        return ops.quantize(other, x._scale, x._zero_point, x._integers.dtype, False)
+        return ops.quantize(other, x._scale, x._zero_point, x.dtype, False)
     return level(x, other)
 
 
@@ -274,7 +274,7 @@ def _levels(x: QuantizedTensor, other: Any) -> Any:
 def _setitem(input: Any, index: Any, value: Any) -> None:
     if not is_quantized(input):
         raise not_supported(Tensor.__setitem__, " to put into ordinary ones")
-    input._integers[index] = _levels(input, value)
+    integers_of(input)[index] = _levels(input, value)
 
 
 @handles(Tensor.copy_, plain_first=True)
@@ -283,16 +283,16 @@ def _copy_(input: Any, src: Any, non_blocking: bool = False) -> QuantizedTensor:
     if not is_quantized(input):
         raise not_supported(Tensor.copy_, " to copy into ordinary ones")
     if is_quantized(src) and src.dtype == input.dtype:
-        input._integers.copy_(src._integers, non_blocking)
+        integers_of(input).copy_(integers_of(src), non_blocking)
         input._scale, input._zero_point = src._scale, src._zero_point
     else:
-        input._integers.copy_(_levels(input, src), non_blocking)
+        integers_of(input).copy_(_levels(input, src), non_blocking)
     return input  # type: ignore[no-any-return]
 
 
 @handles(*functions_named("fill_"))
 def _fill_(input: QuantizedTensor, value: Any) -> QuantizedTensor:
-    input._integers.fill_(_levels(input, value))
+    integers_of(input).fill_(_levels(input, value))
     return input
 
 
@@ -303,19 +303,19 @@ def _zero_(input: QuantizedTensor) -> QuantizedTensor:
 
 @handles(Tensor.masked_fill, torch.masked_fill)
 def _masked_fill(input: QuantizedTensor, mask: Tensor, value: Any) -> QuantizedTensor:
-    return like(input, input._integers.masked_fill(mask, _levels(input, value)))
+    return like(input, integers_of(input).masked_fill(mask, _levels(input, value)))
 
 
 @handles(Tensor.masked_fill_)
 def _masked_fill_(input: QuantizedTensor, mask: Tensor, value: Any) -> QuantizedTensor:
-    input._integers.masked_fill_(mask, _levels(input, value))
+    integers_of(input).masked_fill_(mask, _levels(input, value))
     return input
 
 
 @handles(torch.empty_like)
 def _empty_like(input: QuantizedTensor, *, dtype: Any = None, **kwargs: Any) -> QuantizedTensor:
     _check_same_dtype(input, dtype or input.dtype, torch.empty_like)
-    return like(input, torch.empty_like(input._integers, **kwargs))
+    return like(input, torch.empty_like(integers_of(input), **kwargs))
 
 
 def _filled_like(input: QuantizedTensor, fill_value: float, **kwargs: Any) -> QuantizedTensor:
@@ -334,7 +334,7 @@ def _pad(
     input: QuantizedTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> QuantizedTensor:
     if mode == "constant":
-        padded = F.pad(input._integers, pad, mode, level(input, value or 0.0))
+        padded = F.pad(integers_of(input), pad, mode, level(input, value or 0.0))
     else:
-        padded = F.pad(input._integers, pad, mode)
+        padded = F.pad(integers_of(input), pad, mode)
     return like(input, padded)

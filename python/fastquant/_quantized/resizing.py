@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tensor import QuantizedTensor, handles, like
+from .tensor import QuantizedTensor, handles, integers_of, like
 
 
 def _rounded(real: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,7 +26,7 @@ def _interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> QuantizedTensor:
-    values = input._integers
+    values = integers_of(input)
     rest = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     if mode.startswith("nearest") and values.dtype == torch.uint8:
         return like(input, F.interpolate(values, *rest))
@@ -40,5 +40,5 @@ def _grid_sample(
 ) -> QuantizedTensor:
     zero_point = input._zero_point
     # Without the zero point, so that what lies outside is 0.
-    sampled = F.grid_sample(input._integers.float() - zero_point, grid, *args, **kwargs)
-    return like(input, _rounded(sampled + zero_point, input._integers.dtype))
+    sampled = F.grid_sample(integers_of(input).float() - zero_point, grid, *args, **kwargs)
+    return like(input, _rounded(sampled + zero_point, input.dtype))

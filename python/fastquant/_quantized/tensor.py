@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._native import ops
-from .._torch.private import is_exporting
+from .._torch.compiling import when_compiling
+from .._torch.private import ask_subclasses_in_graphs, ignoring_overrides, is_exporting
+
+is_compiling = torch.compiler.is_compiling
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 Handler = Callable[..., Any]
 _Function = TypeVar("_Function", bound=Handler)
@@ -39,7 +45,7 @@ def _name_of(function: Any) -> str:
         return f"torch.ops.{name.replace('::', '.')}"
     if module in ("torch", "torch.functional"):
         return f"torch.{name}"
-    if module and getattr(torch.nn.functional, name, None) is function:
+    if module and getattr(F, name, None) is function:
         return f"torch.nn.functional.{name}"
     return f"Tensor.{name}"
 
@@ -77,6 +83,17 @@ def handle(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return handler(*args, **kwargs)
 
 
+class _Integers:
+    """The attribute `_integers`, which tensors that are made in a graph have as their own.
+
+    torch.compile reads it of a graph's input; elsewhere, integers_of(x) takes less time. Of a
+    property, torch.compile would trace the code.
+    """
+
+    def __get__(self, x: QuantizedTensor, owner: Any) -> Tensor:
+        return integers_of(x)
+
+
 class QuantizedTensor(Tensor):
     """Integers with one scale and one zero point: `real = (value - zero_point) * scale`.
 
@@ -90,7 +107,7 @@ class QuantizedTensor(Tensor):
         zero_point: within the range of the dtype.
     """
 
-    _integers: Tensor
+    _integers = _Integers()
     _scale: float
     _zero_point: int
 
@@ -127,7 +144,7 @@ class ExportedQuantizedTensor:
         return handle(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
-        if hasattr(Tensor, name):
+        if hasattr(Tensor, name) and not name.startswith("__"):
             raise not_supported(getattr(Tensor, name))
         raise AttributeError(f"'QuantizedTensor' object has no attribute {name!r}")
 
@@ -136,12 +153,29 @@ _CLASSES: tuple[type, ...] = (QuantizedTensor, ExportedQuantizedTensor)
 
 
 def made(values: Tensor, scale: float, zero_point: int) -> QuantizedTensor:
-    """A quantized tensor of these values, which nothing checks."""
-    if is_exporting():
+    """A quantized tensor of these values, which nothing checks.
+
+    `values` itself becomes it, so it must be a tensor that nothing else uses.
+    """
+    if type(values) is Tensor and not is_dynamo_compiling() and not is_exporting():
+        # To make a second tensor on the same memory takes three times as long as all this.
+        values.__class__ = QuantizedTensor
+        x: Any = values
+    elif is_exporting():
         return ExportedQuantizedTensor(values, scale, zero_point)  # type: ignore[return-value]
-    x = values.as_subclass(QuantizedTensor)
-    x._integers, x._scale, x._zero_point = values, scale, zero_point
-    return x
+    else:
+        x = values.as_subclass(QuantizedTensor)
+        x._integers = values
+    x._scale, x._zero_point = scale, zero_point
+    return x  # type: ignore[no-any-return]
+
+
+def integers_of(x: Any) -> Tensor:
+    """The integers as an ordinary tensor on the same memory."""
+    if is_dynamo_compiling() or not isinstance(x, QuantizedTensor):
+        return x._integers  # type: ignore[no-any-return]
+    with ignoring_overrides():
+        return Tensor.as_subclass(x, Tensor)
 
 
 def like(x: QuantizedTensor, values: Tensor) -> QuantizedTensor:
@@ -153,7 +187,15 @@ def parts(x: Any, what: str = "input") -> tuple[Tensor, float, int]:
     """Values, scale and zero point of a quantized tensor; `what` names it in the error."""
     if not isinstance(x, _CLASSES):
         raise _not_quantized(x, what)
-    return x._integers, x._scale, x._zero_point  # type: ignore[attr-defined]
+    return integers_of(x), x._scale, x._zero_point  # type: ignore[attr-defined]
+
+
+def on_integers(function: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a function makes of a quantized tensor's integers: ordinary tensors, or x itself."""
+    if is_dynamo_compiling() or not isinstance(x, Tensor) or isinstance(function, FunctionType):
+        return function(integers_of(x), *args, **kwargs)
+    with ignoring_overrides():  # a sixth of the time that integers_of(x) takes
+        return function(x, *args, **kwargs)
 
 
 def is_quantized(x: Any) -> bool:
@@ -229,9 +271,23 @@ def handles(*functions: Any, plain_first: bool = False) -> Callable[[_Function],
 
 
 def functions_named(name: str) -> list[Any]:
-    """Method of Tensor, function of torch, of torch.nn.functional: those that exist."""
-    places = (Tensor, torch, torch.nn.functional)
+    """Method of Tensor, function of torch, of F: those that exist."""
+    places = (Tensor, torch, F)
     return [getattr(place, name) for place in places if hasattr(place, name)]
+
+
+@when_compiling
+def _find_out_in_graphs() -> None:
+    """Make graphs call handlers, or raise errors, for functions that they would let through.
+
+    Graphs call these with the integers, whether or not a tensor's class overrides the function.
+    """
+    functions: list[Any] = [F.sigmoid, F.tanh, F.hardsigmoid, F.hardswish]
+    for place in (torch, F):
+        names = (name for name in dir(place) if name.endswith("_") and name[0] != "_")
+        functions += (getattr(place, name) for name in names)
+    names_like = ("rand_like", "randn_like", "randint_like", "fill", "as_strided", "normal")
+    ask_subclasses_in_graphs([*functions, *(getattr(torch, name) for name in names_like)])
 
 
 def add_property(name: str, getter: Callable[[Any], Any]) -> None:
@@ -242,25 +298,41 @@ def add_property(name: str, getter: Callable[[Any], Any]) -> None:
 # --- what there is to know about one --------------------------------------------------------
 
 
-def _of_values(name: str) -> Callable[[Any], Any]:
-    return lambda self: getattr(self._integers, name)
+def _of_integers(name: str) -> Callable[[Any], Any]:
+    get = getattr(Tensor, name).__get__
+
+    def attribute(self: Any) -> Any:
+        if is_dynamo_compiling() or not isinstance(self, Tensor):
+            return getattr(integers_of(self), name)
+        with ignoring_overrides():
+            return get(self)
+
+    return attribute
 
 
 for _name in (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "grad", "grad_fn"),
     *("requires_grad", "is_leaf", "retains_grad", "output_nr", "names", "is_sparse", "is_nested"),
-    *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_mkldnn", "_version"),
+    *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_mkldnn", "_version", "_base"),
 ):
     if hasattr(Tensor, _name):
-        add_property(_name, _of_values(_name))
-add_property("is_quantized", lambda self: True)
+        add_property(_name, _of_integers(_name))
 
 
-def _answer_of_values(name: str) -> Handler:
+def _is_quantized(self: Any) -> bool:
+    # Compilers, which ask in order to imitate a graph's input, know nothing but torch's own
+    # quantized dtypes. In the code that they trace, is_dynamo_compiling is True.
+    return is_dynamo_compiling() or not is_compiling() or isinstance(self, ExportedQuantizedTensor)
+
+
+add_property("is_quantized", _is_quantized)
+
+
+def _answer_of_integers(name: str) -> Handler:
     method = getattr(Tensor, name)
 
     def answer(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
-        return method(input._integers, *args, **kwargs)
+        return on_integers(method, input, *args, **kwargs)
 
     return answer
 
@@ -277,9 +349,11 @@ for _name in (
         "is_contiguous",
     ),
     *("element_size", "get_device", "is_floating_point", "is_complex", "is_shared", "is_pinned"),
-    *("is_inference", "is_conj", "is_neg", "data_ptr", "untyped_storage", "__len__", "dim_order"),
+    *("is_inference", "is_conj", "is_neg", "data_ptr", "untyped_storage", "is_contiguous"),
+    # torch.compile asks these of a graph's inputs.
+    *("__len__", "_is_view", "is_coalesced", "_is_zerotensor", "_dimI", "_dimV"),
 ):
-    handles(*functions_named(_name))(_answer_of_values(_name))
+    handles(*functions_named(_name))(_answer_of_integers(_name))
 
 
 @handles(Tensor.is_same_size, plain_first=True)
@@ -289,7 +363,7 @@ def _is_same_size(input: Any, other: Any) -> bool:
 
 @handles(Tensor.is_signed, torch.is_signed)
 def _is_signed(input: QuantizedTensor) -> bool:
-    return input._integers.dtype == torch.int8
+    return integers_of(input).dtype == torch.int8
 
 
 @handles(Tensor.q_scale, torch.q_scale)
@@ -309,12 +383,12 @@ def _qscheme(input: QuantizedTensor) -> torch.qscheme:
 
 @handles(Tensor.int_repr, torch.int_repr)
 def _int_repr(input: QuantizedTensor) -> Tensor:
-    return input._integers.clone()
+    return integers_of(input).clone()
 
 
 def dequantize(x: QuantizedTensor) -> Tensor:
     """The real numbers, in fp32."""
-    y: Tensor = ops.dequantize(x._integers, x._scale, x._zero_point, torch.float32)
+    y: Tensor = ops.dequantize(integers_of(x), x._scale, x._zero_point, torch.float32)
     return y
 
 
@@ -356,13 +430,13 @@ def _dir(self: QuantizedTensor) -> list[str]:
 @handles(Tensor.__deepcopy__)
 def _deepcopy(self: QuantizedTensor, memo: dict[int, Any]) -> QuantizedTensor:
     if id(self) not in memo:
-        memo[id(self)] = like(self, copy.deepcopy(self._integers, memo))
+        memo[id(self)] = like(self, copy.deepcopy(integers_of(self), memo))
     return memo[id(self)]  # type: ignore[no-any-return]
 
 
 @handles(Tensor.__reduce_ex__)
 def _reduce_ex(self: QuantizedTensor, protocol: Any) -> tuple[Any, ...]:
-    return QuantizedTensor, (self._integers, self._scale, self._zero_point)
+    return QuantizedTensor, (integers_of(self), self._scale, self._zero_point)
 
 
 # --- weights --------------------------------------------------------------------------------
@@ -445,9 +519,9 @@ class PerChannelQuantizedTensor(Tensor):
 
 
 for _name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cpu", "grad_fn"):
-    setattr(PerChannelQuantizedTensor, _name, property(_of_values(_name)))
+    setattr(PerChannelQuantizedTensor, _name, property(_of_integers(_name)))
 for _name in ("size", "dim", "numel", "nelement", "stride", "is_contiguous", "__len__"):
-    setattr(PerChannelQuantizedTensor, _name, _answer_of_values(_name))
+    setattr(PerChannelQuantizedTensor, _name, _answer_of_integers(_name))
 setattr(PerChannelQuantizedTensor, "is_quantized", property(lambda self: True))  # noqa: B010
 
 # Pickles and users' imports say where the classes are for users.

@@ -8,10 +8,11 @@ each of `NAMES` away and runs a model through prepare, training and convert.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,11 @@ def is_altered() -> Any:
 
 # How `_C` reaches the memory of tensors without the dispatcher. Without it there are no fast calls.
 exchange_api = _find("Tensor.__dlpack_c_exchange_api__", None)
+
+# A context in which functions take tensors of a subclass as ordinary ones.
+ignoring_overrides = _find("_C.DisableTorchFunctionSubclass", None)
+if ignoring_overrides is None:
+    raise ImportError(_unsupported("it has no torch._C.DisableTorchFunctionSubclass"))
 
 below_autograd = _find("_C._AutoDispatchBelowAutograd", torch.no_grad)
 
@@ -265,6 +271,17 @@ tree_leaves = _find("utils._pytree.tree_leaves", _leaves)
 
 # `compiling` waits for the import of this module, which has no public name.
 DYNAMO = "torch._dynamo"
+
+
+def ask_subclasses_in_graphs(functions: Iterable[Callable[..., Any]]) -> None:
+    """Have Dynamo call `__torch_function__` for these functions, as they do outside of graphs.
+
+    Its own list of such functions lacks some. torch._dynamo has to be imported by now.
+    """
+    with contextlib.suppress(AttributeError):
+        torch._dynamo.variables.torch.get_overridable_functions().update(functions)
+
+
 NAMES.append(DYNAMO.removeprefix("torch."))
 if importlib.util.find_spec(DYNAMO) is None:
     raise ImportError(_unsupported(f"it has no {DYNAMO}"))
