@@ -77,11 +77,11 @@ const InstructionSet kBuilt[] = {
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Kernels,
-     {&kMatrixAvx512Vnni, &kDepthwiseScalar, &kElementwiseAvx512, &kPoolingAvx512}},
+     {&kMatrixAvx512Vnni, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512}},
     {"avx512",
      has_avx512,
      &kAvx512Kernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseAvx512, &kPoolingAvx512}},
+     {&kMatrixScalar, &kDepthwiseAvx512, &kElementwiseAvx512, &kPoolingAvx512}},
 #if defined(FASTQUANT_AVX_VNNI)
     {"avx_vnni",
      has_avx_vnni,

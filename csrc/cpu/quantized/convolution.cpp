@@ -6,6 +6,7 @@
 
 #include "../../memory.h"
 #include "../arrays.h"
+#include "depthwise.h"
 #include "kernels.h"
 #include "matrix_kernels.h"
 #include "packing.h"
@@ -363,6 +364,7 @@ void quantized_conv(const QuantizedValues& x, const ConvShape& given, const uint
   if (s.positions() == 0 || s.out_channels == 0) return;
   const int64_t shape[] = {s.out_channels, s.in_channels / s.groups, s.kernel[0], s.kernel[1], s.kernel[2]};
   const PackedLayout layout(shape, 5, s.groups, false);
+  if (layout.depthwise()) return depthwise_conv(x, given, packed, scales, format);
   // Kernels take values from 0 to 255: those of int8 are moved there, with their zero point.
   const uint8_t* data = x.data;
   std::unique_ptr<uint8_t[]> moved;

@@ -1,7 +1,8 @@
 #include "kernels/depthwise-inl.h"
+#include "taps_scalar.h"
 
 namespace fastquant {
 
-extern const DepthwiseKernels kDepthwiseScalar = depthwise_table();
+extern const DepthwiseKernels kDepthwiseScalar = depthwise_table<ScalarTaps>();
 
 }  // namespace fastquant

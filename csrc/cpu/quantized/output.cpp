@@ -30,7 +30,8 @@ Requantization::Requantization(int64_t groups, int64_t channels, int64_t group_s
   const bool floating = format.type == OutputType::f32 || format.type == OutputType::bf16;
   const double unit = floating ? 1.0 : format.scale, scale = x_scale / unit, inverse = 1.0 / unit;
   const uint32_t zero_point = static_cast<uint32_t>(x_zero_point);
-  for (int64_t i = 0; i < count; ++i) {
+  if (weight_sums == nullptr) std::fill_n(offset, count, 0);
+  for (int64_t i = 0; weight_sums != nullptr && i < count; ++i) {
     uint32_t sum;
     std::memcpy(&sum, static_cast<const char*>(weight_sums) + i * sizeof sum, sizeof sum);
     offset[i] = static_cast<int32_t>(-(zero_point * sum));

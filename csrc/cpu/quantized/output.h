@@ -56,8 +56,8 @@ struct LayerScales {
 // are entries for all group_stride channels.
 class Requantization {
  public:
-  // weight_sums: int32, the sum of each channel's weights, at the same places, at any address. x_zero_point:
-  // what the kernel's values of x have as their zero point.
+  // weight_sums: int32, the sum of each channel's weights, at the same places, at any address; null if the
+  // offsets are not needed. x_zero_point: what the kernel's values of x have as their zero point.
   Requantization(int64_t groups, int64_t channels, int64_t group_stride, const void* weight_sums,
                  double x_scale, int64_t x_zero_point, const LayerScales& scales, const OutputFormat& format);
 

@@ -30,6 +30,15 @@ void for_weights_of_channel(const PackedLayout& layout, int64_t group, int64_t c
   }
 }
 
+// The same for all depthwise weights.
+template <class F>
+void for_depthwise_weights(const PackedLayout& layout, const F& f) {
+  const int64_t channels = layout.groups * layout.out_channels, width = rounded_up(channels, kLaneChannels);
+  for (int64_t tap = 0; tap < layout.taps; ++tap) {
+    for (int64_t c = 0; c < channels; ++c) f(tap * width + c, c * layout.taps + tap);
+  }
+}
+
 template <class F>
 void for_channels(const PackedLayout& layout, const F& f) {
   const int64_t channels = layout.groups * layout.out_channels;
@@ -53,6 +62,11 @@ PackedLayout::PackedLayout(const int64_t* shape, int64_t dims, int64_t group_cou
 
 void pack_weight(const int8_t* weight, const PackedLayout& layout, uint8_t* packed) {
   std::memset(packed, 0, layout.bytes());
+  if (layout.depthwise()) {
+    for_depthwise_weights(layout,
+                          [&](int64_t to, int64_t from) { packed[to] = static_cast<uint8_t>(weight[from]); });
+    return;
+  }
   int32_t* const sums = reinterpret_cast<int32_t*>(packed + layout.sums_at());
   for_channels(layout, [&](int64_t group, int64_t channel) {
     int32_t sum = 0;
@@ -65,6 +79,11 @@ void pack_weight(const int8_t* weight, const PackedLayout& layout, uint8_t* pack
 }
 
 void unpack_weight(const uint8_t* packed, const PackedLayout& layout, int8_t* weight) {
+  if (layout.depthwise()) {
+    for_depthwise_weights(layout,
+                          [&](int64_t from, int64_t to) { weight[to] = static_cast<int8_t>(packed[from]); });
+    return;
+  }
   for_channels(layout, [&](int64_t group, int64_t channel) {
     for_weights_of_channel(layout, group, channel,
                            [&](int64_t from, int64_t to) { weight[to] = static_cast<int8_t>(packed[from]); });

@@ -6,6 +6,9 @@
 // lies next to each other in a channels-last x: the kernel's last dimension and the input channels; in a
 // transposed convolution, where kernels walk over single taps, the input channels alone.
 //
+// Depthwise weights, whose groups have one input channel, are packed tap by tap instead: an array [taps][output
+// channels of all groups, rounded up to 16], filled up with zeros, and no sums.
+//
 // The channels of a group are cut into blocks of 64; the last block is filled up with zeros to a multiple of 16
 // channels. A block of n channels is an array [steps][n][4]. The blocks of a group follow each other, as do the
 // groups. After all of them come the sums of each channel's weights, int32 [groups][channels rounded up to 16],
@@ -31,12 +34,14 @@ struct PackedLayout {
   int64_t row_taps;      // of which this many are in a row
   bool transposed;
 
+  bool depthwise() const { return groups > 1 && in_channels == 1; }
   int64_t row_steps() const { return rounded_up(row_taps * in_channels, kStep) / kStep; }
   int64_t steps() const { return taps / row_taps * row_steps(); }
   int64_t padded_channels() const { return rounded_up(out_channels, kLaneChannels); }
   int64_t group_bytes() const { return steps() * kStep * padded_channels(); }
   int64_t sums_at() const { return groups * group_bytes(); }
   int64_t bytes() const {
+    if (depthwise()) return taps * rounded_up(groups * out_channels, kLaneChannels);
     return sums_at() + groups * padded_channels() * static_cast<int64_t>(sizeof(int32_t));
   }
 

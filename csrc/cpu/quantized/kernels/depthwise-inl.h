@@ -1,13 +1,400 @@
-// The bodies of the depthwise kernels. Everything here is in an anonymous namespace, and std:: is not used: see
-// ../../kernels-inl.h.
+// Depthwise convolution, over vectors of bytes (../taps_*.h). Everything here is in an anonymous namespace, and
+// std:: is not used: see ../../kernels-inl.h.
+//
+// A vector consists of lanes of 16 bytes, and a block of channels of G groups of lanes: with one group, the
+// lanes hold successive channels; with more, each group holds the same channels of another stretch of the row,
+// so that layers of few channels, and the channels left over by whole vectors, fill vectors, too.
 #pragma once
 
+#include <cstring>
+
+#include "../../vec_scalar.h"
 #include "../depthwise_kernels.h"
+#include "unrolled-inl.h"
 
 namespace fastquant {
 namespace {
 
-constexpr DepthwiseKernels depthwise_table() { return {}; }
+// For how many tiles of outputs input columns are interleaved at a time.
+constexpr int64_t kTilesHeld = 4;
+
+template <class V>
+struct Depthwise {
+  using Bytes = typename V::Bytes;
+  using Column = typename V::Column;  // one vector of channels, four taps for each
+  using Sums = typename V::Sums;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kVectors = 4;        // of sums, for a vector of bytes
+  static constexpr int kSums = kLanes * 4;  // elements of such a vector
+  static constexpr int kMaxWidth = kLanes * 16;
+  static constexpr int kTile = V::kTile;  // outputs that are computed at once
+
+  // What `prepare` writes: in the order of the lanes of each vector, for each of the kVectors.
+  struct Parameters {
+    int32_t start[kVectors][kSums];  // minus the zero point's share of the sums
+    float factor[kVectors][kSums];
+    float bias[kVectors][kSums];
+  };
+
+  static int64_t quads(const DepthwiseGeometry& g) { return (g.rows + 3) / 4; }
+  static int64_t weights_size(const DepthwiseGeometry& g) {
+    return quads(g) * kVectors * g.columns * static_cast<int64_t>(sizeof(Column));
+  }
+  static int64_t prepared_size(const DepthwiseGeometry& g) {
+    return (static_cast<int64_t>(sizeof(Parameters)) + weights_size(g) + 63) / 64 * 64;
+  }
+  static int64_t span(const DepthwiseGeometry& g) {  // input columns that a tile reads
+    return (kTile - 1) * g.stride + (g.columns - 1) * g.dilation + 1;
+  }
+  static int64_t held(const DepthwiseGeometry& g) { return span(g) + (kTilesHeld - 1) * kTile * g.stride; }
+  static int64_t scratch_size(const DepthwiseGeometry& g) {
+    return (held(g) * quads(g) * kVectors * static_cast<int64_t>(sizeof(Column)) + 63) / 64 * 64;
+  }
+
+  static const Column* weights(const void* prepared) {
+    return reinterpret_cast<const Column*>(static_cast<const char*>(prepared) + sizeof(Parameters));
+  }
+
+  static uint8_t flip(const DepthwiseGeometry& g) {
+    return static_cast<uint8_t>(g.input_flip ^ (V::kSigned ? 0x80 : 0));
+  }
+
+  // --- preparation of a block
+
+  static void prepare(const DepthwiseGeometry& g, const DepthwiseBlock& block, void* prepared) {
+    const int groups = kMaxWidth / block.width;
+    if (groups == 1) return prepare_groups<1>(g, block, prepared);
+    if constexpr (kLanes >= 2) {
+      if (groups == 2) return prepare_groups<2>(g, block, prepared);
+    }
+    if constexpr (kLanes >= 4) {
+      if (groups == 4) return prepare_groups<4>(g, block, prepared);
+    }
+  }
+
+  template <int G>
+  static void prepare_groups(const DepthwiseGeometry& g, const DepthwiseBlock& block, void* prepared) {
+    const auto p = static_cast<Parameters*>(prepared);
+    Column* const columns = const_cast<Column*>(weights(prepared));
+    const int zero_point = g.input_zero_point - (V::kSigned ? 128 : 0);
+    Bytes constant[4];
+    Column zero_points[kVectors];
+    for (Bytes& c : constant) c = V::set1(static_cast<uint8_t>(zero_point));
+    V::interleave(constant, zero_points);
+    Sums share[kVectors];
+    for (Sums& s : share) s = V::zero();
+    for (int64_t q = 0; q < quads(g); ++q) {
+      for (int64_t k = 0; k < g.columns; ++k) {
+        Bytes row[4];
+        for (int64_t i = 0; i < 4; ++i) {
+          const int64_t r = q * 4 + i;
+          row[i] = r < g.rows ? V::template load<G>(
+                                    reinterpret_cast<const uint8_t*>(g.taps[k * g.rows + r]) + block.first, 0)
+                              : V::set1(0);
+        }
+        Column w[kVectors];
+        V::interleave_weights(row, w);
+        for (int j = 0; j < kVectors; ++j) {
+          columns[(q * kVectors + j) * g.columns + k] = w[j];
+          share[j] = V::dot(share[j], zero_points[j], w[j]);
+        }
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) {
+      V::store_sums(p->start[j], V::negative(share[j]));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t channel = block.first + lane % (kLanes / G) * 16 + j * 4;
+        std::memcpy(p->factor[j] + lane * 4, g.stage.factor + channel, 16);
+        std::memcpy(p->bias[j] + lane * 4, g.stage.bias + channel, 16);
+      }
+    }
+  }
+
+  // --- interleaving of input columns
+
+  // Interleaves the columns [from, to) of up to four lines into `out`, whose columns are `out_step` apart.
+  // Group i takes the columns that lie i * apart further.
+  template <int G, int Lines>
+  static void interleave_lines(const DepthwiseGeometry& g, const DepthwiseBlock& block,
+                               const DepthwiseLine* lines, int64_t apart, int64_t from, int64_t to, Column* out,
+                               int64_t out_step) {
+    const Bytes flipped = V::set1(flip(g));
+    const uint8_t* data[4];
+    int64_t step[4];
+    int64_t begin = from, end = to;
+    for (int r = 0; r < Lines; ++r) {
+      data[r] = lines[r].data + block.first;
+      step[r] = lines[r].step;
+      if (begin < lines[r].begin) begin = lines[r].begin;
+      if (end > lines[r].end - (G - 1) * apart) end = lines[r].end - (G - 1) * apart;
+    }
+    if (block.channels < 16) end = begin;
+    const auto put = [&](Bytes* row) FASTQUANT_INLINE_LAMBDA {
+      for (int r = 0; r < Lines; ++r) row[r] = V::exclusive_or(row[r], flipped);
+      for (int r = Lines; r < 4; ++r) row[r] = row[Lines - 1];
+      V::interleave(row, out);
+      out += out_step;
+    };
+    // Where a line has no such column, or fewer than 16 channels must be read.
+    const auto careful = [&](int64_t i) {
+      Bytes row[4];
+      for (int r = 0; r < Lines; ++r) {
+        const uint8_t* source[G];
+        for (int k = 0; k < G; ++k) {
+          const int64_t column = i + k * apart;
+          const bool inside = lines[r].begin <= column && column < lines[r].end;
+          source[k] = inside ? data[r] + column * step[r] : g.padding + block.first;
+        }
+        row[r] = load_groups<G>(block, source);
+      }
+      put(row);
+    };
+    int64_t i = from;
+    for (; i < to && i < begin; ++i) careful(i);
+    for (; i < end; ++i) {
+      Bytes row[4];
+      for (int r = 0; r < Lines; ++r) row[r] = V::template load<G>(data[r] + i * step[r], apart * step[r]);
+      put(row);
+    }
+    for (; i < to; ++i) careful(i);
+  }
+
+  template <int G>
+  static Bytes load_groups(const DepthwiseBlock& block, const uint8_t* const* source) {
+    if constexpr (G == kLanes) {
+      if (block.channels < 16) {
+        uint8_t copies[G][16] = {};
+        const uint8_t* pointers[G];
+        for (int k = 0; k < G; ++k) {
+          std::memcpy(copies[k], source[k], static_cast<size_t>(block.channels));
+          pointers[k] = copies[k];
+        }
+        return V::template load<G>(pointers);
+      }
+    }
+    return V::template load<G>(source);
+  }
+
+  template <int G>
+  static void interleave_columns(const DepthwiseGeometry& g, const DepthwiseBlock& block,
+                                 const DepthwiseLine* lines, int64_t apart, int64_t from, int64_t to,
+                                 Column* out) {
+    const int64_t all = quads(g), step = all * kVectors;
+    for (int64_t q = 0; q < all; ++q, lines += 4, out += kVectors) {
+      switch (g.rows - q * 4) {
+        case 1:
+          interleave_lines<G, 1>(g, block, lines, apart, from, to, out, step);
+          break;
+        case 2:
+          interleave_lines<G, 2>(g, block, lines, apart, from, to, out, step);
+          break;
+        case 3:
+          interleave_lines<G, 3>(g, block, lines, apart, from, to, out, step);
+          break;
+        default:
+          interleave_lines<G, 4>(g, block, lines, apart, from, to, out, step);
+      }
+    }
+  }
+
+  // --- tiles of outputs
+
+  // The sums of vector j of kTile outputs. Where K is not 0, it is the number of columns of the grid of taps, Q
+  // that of its quads of rows, and S the stride.
+  template <int K, int Q, int S>
+  static FASTQUANT_INLINE void sum(const DepthwiseGeometry& g, const void* prepared, const Column* columns,
+                                   int j, Sums* sums) {
+    const auto p = static_cast<const Parameters*>(prepared);
+    const Sums start = V::load_sums(p->start[j]);
+    unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA { sums[x] = start; });
+    if constexpr (K > 0) {
+      unrolled<Q>([&](auto q) FASTQUANT_INLINE_LAMBDA {
+        const Column* const source = columns + q * kVectors + j;
+        const Column* const w = weights(prepared) + (q * kVectors + j) * K;
+        Column taps[K];
+        unrolled<K>([&](auto k) FASTQUANT_INLINE_LAMBDA { taps[k] = w[k]; });
+        unrolled<(kTile - 1) * S + K>([&](auto i) FASTQUANT_INLINE_LAMBDA {
+          const Column column = source[i * (Q * kVectors)];
+          unrolled<K>([&](auto k) FASTQUANT_INLINE_LAMBDA {
+            constexpr int kFrom = decltype(i)() - decltype(k)();
+            if constexpr (kFrom >= 0 && kFrom % S == 0 && kFrom / S < kTile)
+              sums[kFrom / S] = V::dot(sums[kFrom / S], column, taps[k]);
+          });
+        });
+      });
+    } else {
+      const int64_t all = quads(g), step = all * kVectors;
+      for (int64_t q = 0; q < all; ++q) {
+        const Column* const w = weights(prepared) + (q * kVectors + j) * g.columns;
+        for (int64_t k = 0; k < g.columns; ++k) {
+          const Column* const source = columns + q * kVectors + j + k * g.dilation * step;
+          unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA {
+            sums[x] = V::dot(sums[x], source[x * g.stride * step], w[k]);
+          });
+        }
+      }
+    }
+  }
+
+  // Where a tile of outputs goes. Group k computes the outputs [k * each, (k + 1) * each) of the row.
+  struct Target {
+    uint8_t* data;  // of output `first` of the row, at the block's first channel
+    int64_t first;
+    int64_t each;
+    int64_t outputs;  // in the row
+
+    // The groups that have an output x of the tile.
+    template <int G>
+    int groups(int64_t x) const {
+      const int64_t left = outputs - first - x;
+      if (x >= each - first || left <= 0) return 0;
+      return left > (G - 1) * each ? G : static_cast<int>((left + each - 1) / each);
+    }
+  };
+
+  // Computes kTile outputs and stores those that the row has.
+  template <int G, int K, int Q, int S>
+  static void tile(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
+                   const Column* columns, const Target& target) {
+    const auto p = static_cast<const Parameters*>(prepared);
+    const auto high = V::set1_float(g.stage.high);
+    const auto half = [&](int j, typename V::Words* words) FASTQUANT_INLINE_LAMBDA {
+      Sums a[kTile], b[kTile];
+      sum<K, Q, S>(g, prepared, columns, j, a);
+      round<kTile>(p, j, high, a);
+      sum<K, Q, S>(g, prepared, columns, j + 1, b);
+      round<kTile>(p, j + 1, high, b);
+      unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA { words[x] = V::words(a[x], b[x]); });
+    };
+    typename V::Words words[2][kTile];
+    half(0, words[0]);
+    half(2, words[1]);
+    const auto zero_point = V::set1_word(g.stage.zero_point);
+    const Bytes low = V::set1(static_cast<uint8_t>(static_cast<int32_t>(g.stage.low) + g.stage.zero_point));
+    const Bytes flipped = V::set1(g.stage.flip);
+    unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA {
+      const int valid = target.template groups<G>(x);
+      if (valid == 0) return;
+      const Bytes bytes =
+          V::max(V::bytes(V::add(words[0][x], zero_point), V::add(words[1][x], zero_point)), low);
+      store<G>(block, V::exclusive_or(bytes, flipped), target.data + x * g.output_step,
+               target.each * g.output_step, valid);
+    });
+  }
+
+  template <int N>
+  static FASTQUANT_INLINE void round(const Parameters* p, int j, typename V::Floats high, Sums* sums) {
+    const auto factor = V::load_floats(p->factor[j]), bias = V::load_floats(p->bias[j]);
+    unrolled<N>([&](auto x) FASTQUANT_INLINE_LAMBDA {
+      const auto y = V::add_floats(V::multiply(V::to_floats(sums[x]), factor), bias);
+      sums[x] = V::round(V::min_floats(y, high));
+    });
+  }
+
+  // Stores the first `valid` groups.
+  template <int G>
+  static FASTQUANT_INLINE void store(const DepthwiseBlock& block, Bytes bytes, uint8_t* out, int64_t apart,
+                                     int valid) {
+    if (valid == G && block.channels == block.width) return V::template store<G>(out, apart, bytes);
+    alignas(64) uint8_t copy[kMaxWidth];
+    V::template store<1>(copy, 0, bytes);
+    for (int k = 0; k < valid; ++k)
+      std::memcpy(out + k * apart, copy + k * block.width, static_cast<size_t>(block.channels));
+  }
+
+  // As `tile`, with outputs in floating point.
+  template <int G>
+  static void float_tile(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
+                         const Column* columns, const Target& target) {
+    const auto p = static_cast<const Parameters*>(prepared);
+    for (int j = 0; j < kVectors; ++j) {
+      Sums sums[kTile];
+      sum<0, 0, 0>(g, prepared, columns, j, sums);
+      int32_t values[kTile][kSums];
+      unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA { V::store_sums(values[x], sums[x]); });
+      for (int64_t x = 0; x < kTile; ++x) {
+        const int valid = target.template groups<G>(x);
+        for (int i = 0; i < kSums; ++i) {
+          const int lane = i / 4, group = lane / (kLanes / G);
+          const int channel = lane % (kLanes / G) * 16 + j * 4 + i % 4;
+          if (channel >= block.channels || group >= valid) continue;
+          float y = static_cast<float>(values[x][i]) * p->factor[j][i] + p->bias[j][i];
+          y = y < g.stage.low ? g.stage.low : y;
+          y = y > g.stage.high ? g.stage.high : y;
+          const int64_t at = (x + group * target.each) * g.output_step + channel;
+          if (g.stage.type == OutputType::f32) {
+            reinterpret_cast<float*>(target.data)[at] = y;
+          } else {
+            from_compute(reinterpret_cast<BFloat16*>(target.data) + at, y);
+          }
+        }
+      }
+    }
+  }
+
+  // --- rows of outputs
+
+  template <int G, int K, int Q, int S>
+  static void run_rows(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
+                       const DepthwiseLine* lines, void* const* outputs, int64_t count, void* scratch) {
+    const auto columns = static_cast<Column*>(scratch);
+    const int64_t each = (g.outputs + G - 1) / G;
+    const int64_t column_size = quads(g) * kVectors, capacity = held(g);
+    const int64_t element = bytes_of(g.stage.type);
+    for (int64_t row = 0; row < count; ++row, lines += g.rows) {
+      const auto out = static_cast<uint8_t*>(outputs[row]) + block.first * element;
+      int64_t base = 0, have = 0;  // the columns [base, have) are held
+      for (int64_t x = 0; x < each; x += kTile) {
+        const int64_t first = x * g.stride, need = first + span(g);
+        if (need > have) {
+          const int64_t kept = have > first ? have - first : 0;
+          std::memmove(columns, columns + (first - base) * column_size,
+                       static_cast<size_t>(kept * column_size) * sizeof(Column));
+          base = first;
+          const int64_t from = first + kept, all = (each - 1) / kTile * kTile * g.stride + span(g);
+          have = base + capacity < all ? base + capacity : all;
+          interleave_columns<G>(g, block, lines, each * g.stride, from, have, columns + kept * column_size);
+        }
+        const Column* const source = columns + (first - base) * column_size;
+        const Target target = {out + x * g.output_step * element, x, each, g.outputs};
+        if (element == 1) {
+          tile<G, K, Q, S>(g, block, prepared, source, target);
+        } else {
+          float_tile<G>(g, block, prepared, source, target);
+        }
+      }
+    }
+  }
+
+  template <int G>
+  static void run_groups(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
+                         const DepthwiseLine* lines, void* const* outputs, int64_t count, void* scratch) {
+    auto rows = run_rows<G, 0, 0, 0>;
+    if (g.dilation == 1 && g.stride <= 2) {
+      if (g.columns == 3 && quads(g) == 1) rows = g.stride == 1 ? run_rows<G, 3, 1, 1> : run_rows<G, 3, 1, 2>;
+      if (g.columns == 5 && quads(g) == 2) rows = g.stride == 1 ? run_rows<G, 5, 2, 1> : run_rows<G, 5, 2, 2>;
+    }
+    rows(g, block, prepared, lines, outputs, count, scratch);
+  }
+
+  static void run(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
+                  const DepthwiseLine* lines, void* const* outputs, int64_t count, void* scratch) {
+    const int groups = kMaxWidth / block.width;
+    if (groups == 1) return run_groups<1>(g, block, prepared, lines, outputs, count, scratch);
+    if constexpr (kLanes >= 2) {
+      if (groups == 2) return run_groups<2>(g, block, prepared, lines, outputs, count, scratch);
+    }
+    if constexpr (kLanes >= 4) {
+      if (groups == 4) return run_groups<4>(g, block, prepared, lines, outputs, count, scratch);
+    }
+  }
+};
+
+template <class V>
+constexpr DepthwiseKernels depthwise_table() {
+  using D = Depthwise<V>;
+  return {D::kMaxWidth, D::prepared_size, D::prepare, D::scratch_size, D::run};
+}
 
 }  // namespace
 }  // namespace fastquant

@@ -111,9 +111,17 @@ def _weight_sizes(shape: Sequence[int], groups: int, transposed: bool) -> tuple[
     return outputs, inputs, taps // row_taps, row_taps
 
 
+def _is_depthwise(inputs: int, groups: int) -> bool:
+    return groups > 1 and inputs == 1
+
+
 def pack_weight(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     _check(weight.dtype == torch.int8, f"weight must be int8, got {weight.dtype}")
     outputs, inputs, rows, row_taps = _weight_sizes(weight.shape, groups, transposed)
+    if _is_depthwise(inputs, groups):
+        channels = groups * outputs
+        w = F.pad(weight.reshape(channels, -1).t(), (0, _rounded_up(channels, _LANES) - channels))
+        return w.reshape(-1).view(torch.uint8)
     if transposed:
         w = weight.reshape(groups, inputs, outputs, rows, row_taps).permute(0, 2, 3, 4, 1)
     else:
@@ -137,11 +145,19 @@ def unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed:
     row = _rounded_up(values, _STEP)
     steps = rows * row // _STEP
     size = groups * padded * steps * _STEP
-    expected = size + 4 * groups * padded
+    depthwise = _is_depthwise(inputs, groups)
+    if depthwise:
+        channels = groups * outputs
+        expected = rows * row_taps * _rounded_up(channels, _LANES)
+    else:
+        expected = size + 4 * groups * padded
     _check(
         packed.numel() == expected,
         f"packed_weight has {packed.numel()} bytes, needs {expected}",
     )
+    if depthwise:
+        w = packed.view(torch.int8).reshape(rows * row_taps, -1)[:, :channels]
+        return w.t().reshape(list(shape)).contiguous()
     data = packed[:size].view(torch.int8).reshape(groups, -1)
     widths = [min(_BLOCK, padded - first) for first in range(0, padded, _BLOCK)]
     blocks = torch.split(data, [steps * width * _STEP for width in widths], 1)
