@@ -25,6 +25,11 @@ from .functional_modules import QFunctional
 from .linear import Linear
 from .normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm
 from .stubs import DeQuantize, Quantize
+from .torch_ao_state import (
+    load_torch_ao_state_dict,
+    read_torch_ao_state_dict,
+    to_torch_ao_state_dict,
+)
 
 __all__ = [
     "ELU",
@@ -56,6 +61,9 @@ __all__ = [
     "ReLU6",
     "Sigmoid",
     "Softmax",
+    "load_torch_ao_state_dict",
+    "read_torch_ao_state_dict",
+    "to_torch_ao_state_dict",
 ]
 
 # Modules of float models, which stay torch.ao's: prepare and convert know them by their class.

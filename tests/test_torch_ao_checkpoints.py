@@ -1,0 +1,228 @@
+"""State dicts of torch.ao's quantized models: read, loaded into native models, and written."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.nn.quantized as nnq_torch
+from torch import Tensor, nn
+
+import fastquant as fq
+import fastquant.nn.quantized as nnq
+from fastquant.bench.models import torchvision_model
+from oracle import quiet
+
+QCONFIG = fq.get_default_qconfig("x86")
+
+
+class Net(nn.Module):
+    """A model with every module of torch.ao's that has a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = fq.QuantStub(), fq.DeQuantStub()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2)
+        self.up.qconfig = fq.default_qconfig
+        self.bn, self.norm = nn.BatchNorm2d(8), nn.GroupNorm(2, 8)
+        self.functional = nnq_torch.FloatFunctional()
+        self.elu, self.swish, self.leaky = nn.ELU(), nn.Hardswish(), nn.LeakyReLU(0.1)
+        self.linear = nn.Linear(8, 5, bias=False)
+        self.linear.qconfig = fq.default_qconfig
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.bn(self.up(self.conv(self.quant(x)))))
+        x = self.functional.add(self.elu(x), self.leaky(self.swish(x)))
+        return self.dequant(self.last(self.linear(x.mean((2, 3)))))
+
+
+def prepared(seed: int) -> Any:
+    torch.manual_seed(seed)
+    model: Any = Net().eval()
+    model.qconfig = QCONFIG
+    model = fq.prepare(model)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(4, 3, 6, 6) * (1 + seed))
+    return model
+
+
+def pair(seed: int) -> tuple[Any, Any]:
+    """torch.ao's model and the native one of the same float model."""
+    with quiet():
+        model = prepared(seed)
+        return fq.convert(model), fq.convert(model, backend="native")
+
+
+def saved(value: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("through", ["a file", "memory"])
+def test_a_checkpoint_of_torch_aos_loads_into_a_model_of_other_weights(through: str) -> None:
+    with quiet():
+        theirs, same = pair(0)
+        _, other = pair(1)
+        # Nothing of theirs is in torch.ao's state dict.
+        other.elu.scale, other.elu.zero_point = same.elu.scale, same.elu.zero_point
+        state = theirs.state_dict()
+        result = nnq.load_torch_ao_state_dict(other, saved(state) if through == "a file" else state)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    x = torch.randn(4, 3, 6, 6)
+    assert torch.equal(other(x), same(x))
+    assert len(other(x).unique()) > 8
+
+
+@torch.no_grad()
+def test_torch_ao_loads_what_is_written() -> None:
+    with quiet():
+        theirs, ours = pair(0)
+        other, _ = pair(1)
+        other.elu.scale, other.elu.zero_point = theirs.elu.scale, theirs.elu.zero_point
+        state = nnq.to_torch_ao_state_dict(ours)
+        assert state.keys() == theirs.state_dict().keys()
+        other.load_state_dict(torch.load(saved(state), weights_only=True), strict=True)
+        x = torch.randn(4, 3, 6, 6)
+        assert torch.equal(other(x), theirs(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_checkpoints_of_torchvisions_models(name: str) -> None:
+    with quiet():
+        try:
+            model: Any = torchvision_model(name).eval()
+        except ImportError as error:
+            pytest.skip(str(error))
+        model.fuse_model(is_qat=False)
+        model.qconfig = QCONFIG
+        x = torch.randn(2, 3, 64, 64)
+        fresh = fq.prepare(model)
+        model = copy.deepcopy(fresh)
+        model(x)
+        state = saved(fq.convert(model).state_dict())
+        ours = fq.convert(model, backend="native")
+        other = fq.convert(fresh, backend="native")
+        nnq.load_torch_ao_state_dict(other, state)
+    assert torch.equal(other(x), ours(x))
+
+
+def test_reading_gives_quantized_tensors_of_this_package() -> None:
+    with quiet():
+        theirs, _ = pair(0)
+        state = nnq.read_torch_ao_state_dict(saved(theirs.state_dict()))
+        assert state.keys() == theirs.state_dict().keys()
+        weight = theirs.conv.weight()
+        assert torch.equal(state["conv.weight"].int_repr(), weight.int_repr())
+        assert torch.equal(state["conv.weight"].dequantize(), weight.dequantize())
+        assert torch.equal(state["bn.running_var"], theirs.bn.running_var)
+        assert state["linear._packed_params.dtype"] == "qint8"
+        assert state["linear._packed_params._packed_params"][1] is None
+        # Views, too, and tensors that share their memory.
+        x = torch.arange(12.0).reshape(3, 4)
+        read = nnq.read_torch_ao_state_dict(saved({"a": x.t(), "b": x[1:, 2], "c": x[:0]}))
+        assert torch.equal(read["a"], x.t())
+        assert torch.equal(read["b"], x[1:, 2])
+        assert read["c"].shape == (0, 4)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("pwned",)
+
+
+class Rebuilds:
+    def __reduce__(self) -> Any:
+        return getattr, ("a", "title")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda: {"a": Runs()}, r"posix\.mkdir"),
+        (lambda: {"a": Rebuilds()}, "getattr"),
+        (lambda: {"a": torch.nn.Linear(2, 2)}, r"NEWOBJ.* save model\.state_dict"),
+        (lambda: torch.zeros(3), "must hold a state dict, and holds a Tensor"),
+        (lambda: {"a": torch.zeros(3, dtype=torch.complex64)}, "ComplexFloatStorage"),
+    ],
+)
+def test_files_that_hold_anything_else_are_refused(
+    value: Callable[[], Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fq.QuantizationError, match=message):
+        nnq.read_torch_ao_state_dict(saved(value()))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_pickles_that_torch_save_does_not_write_are_refused() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": {1, 2}}, protocol=4))
+    file.seek(0)
+    with pytest.raises(fq.QuantizationError, match="FRAME"):
+        nnq.read_torch_ao_state_dict(file)
+
+
+def test_a_tensor_outside_its_storage_is_refused() -> None:
+    with zipfile.ZipFile(saved({"a": torch.zeros(300)})) as archive:
+        data = {name: archive.read(name) for name in archive.namelist()}
+    data["archive/data.pkl"] = data["archive/data.pkl"].replace(b"M,\x01", b"M,\x02")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in data.items():
+            archive.writestr(name, content)
+    file.seek(0)
+    with pytest.raises(fq.QuantizationError, match="cannot read the file"):
+        nnq.read_torch_ao_state_dict(file)
+
+
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(fq.QuantizationError, match=r"old\.pth.* is no file of torch.save's"):
+        nnq.read_torch_ao_state_dict(path)
+    with pytest.raises(FileNotFoundError):
+        nnq.read_torch_ao_state_dict(tmp_path / "absent.pth")
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    with quiet():
+        theirs, ours = pair(0)
+        state = theirs.state_dict()
+
+        def loading(**changes: Any) -> None:
+            changed = {key.replace("__", "."): value for key, value in changes.items()}
+            nnq.load_torch_ao_state_dict(copy.deepcopy(ours), {**state, **changed})
+
+        shifted = torch.quantize_per_tensor(torch.zeros(8, 3, 3, 3), 0.1, 5, torch.qint8)
+        with pytest.raises(fq.QuantizationError, match=r"conv: the zero points .* must be 0"):
+            loading(conv__weight=shifted)
+        small = torch.quantize_per_tensor(torch.zeros(8, 3, 3, 2), 0.1, 0, torch.qint8)
+        with pytest.raises(fq.QuantizationError, match=r"conv: .*shape \[8, 3, 3, 3\]"):
+            loading(conv__weight=small)
+        with pytest.raises(fq.QuantizationError, match=r"linear.weight must be qint8, got"):
+            loading(**{"linear._packed_params.dtype": torch.float16})
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            loading(more=torch.zeros(1))
+        del state["conv.scale"]
+        with pytest.raises(RuntimeError, match=r"Missing key.*conv\.scale"):
+            loading()
