@@ -86,18 +86,15 @@ const InstructionSet kBuilt[] = {
     {"avx_vnni",
      has_avx_vnni,
      &kAvx2Kernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseAvx2, &kPoolingAvx2}},
 #endif
-    {"avx2",
-     has_avx2,
-     &kAvx2Kernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+    {"avx2", has_avx2, &kAvx2Kernels, {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseAvx2, &kPoolingAvx2}},
 #elif defined(FASTQUANT_NEON)
     {"neon_dot",
      has_neon_dot,
      &kNeonKernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
-    {"neon", always, &kNeonKernels, {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseNeon, &kPoolingNeon}},
+    {"neon", always, &kNeonKernels, {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseNeon, &kPoolingNeon}},
 #endif
     {"scalar",
      always,

@@ -37,6 +37,7 @@
 // Look-up
 //   Table                  a table of 256 bytes, in registers where that pays
 //   look_up(table, x)      table[x]
+//   kLooksUpFast           whether that takes less time than requantizing x
 #pragma once
 
 #include <cstdint>
@@ -70,6 +71,7 @@ constexpr bool has_bytes_interface() {
   [[maybe_unused]] constexpr void (*kTranspose)(const uint8_t*, int64_t, uint8_t*, int64_t) = B::transpose;
   [[maybe_unused]] constexpr void (*kInterleave3)(const uint8_t*, int64_t, uint8_t*) = B::interleave3;
   [[maybe_unused]] constexpr Reg (*kLookUp)(const typename B::Table&, Reg) = B::look_up;
+  [[maybe_unused]] constexpr bool kLooksUpFast = B::kLooksUpFast;
   return B::N == B::kParts * B::Floats::N;
 }
 

@@ -81,6 +81,7 @@ struct Avx512Bytes {
 
   // Without AVX512_VBMI, only words can be looked up in two registers: the word that holds entry x is at x / 2,
   // and the lowest bit of x says which half of it is wanted.
+  static constexpr bool kLooksUpFast = true;
   struct Table {
     explicit Table(const uint8_t* entries) {
       for (int k = 0; k < 4; ++k) rows[k] = _mm512_loadu_si512(entries + 64 * k);

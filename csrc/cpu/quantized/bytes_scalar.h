@@ -52,6 +52,7 @@ struct ScalarBytes {
     }
   }
 
+  static constexpr bool kLooksUpFast = true;
   struct Table {
     explicit Table(const uint8_t* entries) : data(entries) {}
     const uint8_t* data;

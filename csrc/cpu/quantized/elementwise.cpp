@@ -163,8 +163,9 @@ bool requantize(int dims, const int64_t* sizes, const Bytes& x, const Operand& o
 }
 
 void look_up(const uint8_t* x, int64_t n, const uint8_t* entries, uint8_t* out) {
-  for_flat(n, kGrainOfMoving,
-           [&](int64_t begin, int64_t count) { table().look_up(x + begin, out + begin, count, entries); });
+  for_flat(n, kGrainOfMoving, [&](int64_t begin, int64_t count) {
+    table().look_up({x + begin, count}, {out + begin, count}, 1, count, entries);
+  });
 }
 
 void look_up(const uint8_t* x, int64_t n, const float* entries, float* out) {

@@ -56,12 +56,15 @@ struct ElementwiseKernels {
                      const Operand& operand, const Output& output);
   // out[r][c] = x[c][r]
   void (*transpose)(Rows<const uint8_t> x, Rows<uint8_t> out, int64_t rows, int64_t columns);
-  // out[i] = table[x[i]], of tables with 256 entries.
-  void (*look_up)(const uint8_t* x, uint8_t* out, int64_t n, const uint8_t* table);
+  // out[r][c] = table[x[r][c]], of tables with 256 entries.
+  void (*look_up)(Rows<const uint8_t> x, Rows<uint8_t> out, int64_t rows, int64_t columns,
+                  const uint8_t* table);
   void (*look_up_floats)(const uint8_t* x, float* out, int64_t n, const float* table);
 };
 
 extern const ElementwiseKernels kElementwiseScalar;
+extern const ElementwiseKernels kElementwiseAvx2;
 extern const ElementwiseKernels kElementwiseAvx512;
+extern const ElementwiseKernels kElementwiseNeon;
 
 }  // namespace fastquant

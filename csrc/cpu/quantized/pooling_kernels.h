@@ -35,6 +35,8 @@ struct PoolingKernels {
 constexpr int64_t kMostOfWindow = int64_t{1} << 23;
 
 extern const PoolingKernels kPoolingScalar;
+extern const PoolingKernels kPoolingAvx2;
 extern const PoolingKernels kPoolingAvx512;
+extern const PoolingKernels kPoolingNeon;
 
 }  // namespace fastquant

@@ -228,28 +228,42 @@ void binary(Rows<const uint8_t> a, Rows<const uint8_t> b, bool one_b, Rows<uint8
   }
 }
 
+// out = f(x), for vectors of each row.
+template <class B, class F>
+void map_rows(Rows<const uint8_t> x, Rows<uint8_t> out, int64_t rows, int64_t columns, const F& f) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* const from = x.data + r * x.stride;
+    uint8_t* const at = out.data + r * out.stride;
+    for_vectors<B>(columns,
+                   [&](int64_t i, const auto& load, const auto& store) { store(at + i, f(load(from + i))); });
+  }
+}
+
+template <class B>
+void look_up(Rows<const uint8_t> x, Rows<uint8_t> out, int64_t rows, int64_t columns, const uint8_t* table) {
+  const typename B::Table entries(table);
+  map_rows<B>(x, out, rows, columns, [&](typename B::Reg v) { return B::look_up(entries, v); });
+}
+
 template <class B>
 void requantize(Rows<const uint8_t> x, Rows<uint8_t> out, int64_t rows, int64_t columns, const Operand& operand,
                 const Output& output) {
   const OperandOf<B> of(operand);
   const OutputOf<B> to(output);
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* const from = x.data + r * x.stride;
-    uint8_t* const at = out.data + r * out.stride;
-    for_vectors<B>(columns, [&](int64_t i, const auto& load, const auto& store) {
-      typename B::Floats::Reg y[B::kParts];
-      of.steps(load(from + i), y);
-      store(at + i, to.value(y));
-    });
+  const auto requantized = [&](typename B::Reg v) {
+    typename B::Floats::Reg y[B::kParts];
+    of.steps(v, y);
+    return to.value(y);
+  };
+  constexpr int64_t kEnoughForTable = 2048;
+  if (B::kLooksUpFast && rows * columns >= kEnoughForTable) {
+    uint8_t table[256];
+    for (int i = 0; i < 256; ++i) table[i] = static_cast<uint8_t>(i);
+    for (int i = 0; i < 256; i += B::N) B::store(table + i, requantized(B::load(table + i)));
+    look_up<B>(x, out, rows, columns, table);
+  } else {
+    map_rows<B>(x, out, rows, columns, requantized);
   }
-}
-
-template <class B>
-void look_up(const uint8_t* x, uint8_t* out, int64_t n, const uint8_t* table) {
-  const typename B::Table entries(table);
-  for_vectors<B>(n, [&](int64_t i, const auto& load, const auto& store) {
-    store(out + i, B::look_up(entries, load(x + i)));
-  });
 }
 
 template <class B>

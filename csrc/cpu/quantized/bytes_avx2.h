@@ -1,0 +1,111 @@
+// Vectors of bytes of AVX2, with the interface of bytes.h.
+#pragma once
+
+#include "../vec_avx2.h"
+#include "transpose_x86.h"
+
+namespace fastquant {
+namespace {
+
+struct Avx2Bytes {
+  static constexpr int N = 32;
+  static constexpr int kParts = 4, kHalves = 2;
+  using Reg = __m256i;
+  using Floats = Avx2<float>;
+  using Words = __m256i;
+  using Ints = __m256i;
+
+  static Reg set1(uint8_t b) { return _mm256_set1_epi8(static_cast<char>(b)); }
+  static Reg load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(uint8_t* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static Reg load_some(const uint8_t* p, int64_t n) {
+    uint8_t whole[N] = {};
+    __builtin_memcpy(whole, p, n);
+    return load(whole);
+  }
+  static void store_some(uint8_t* p, Reg x, int64_t n) {
+    uint8_t whole[N];
+    store(whole, x);
+    __builtin_memcpy(p, whole, n);
+  }
+  static Reg flip(Reg a, Reg b) { return _mm256_xor_si256(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_epu8(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_epu8(a, b); }
+
+  // Both directions as in bytes_avx512.h.
+  static __m256 center_of(int zero_point) { return _mm256_set1_ps(0x1p23f + static_cast<float>(zero_point)); }
+  static Words words1(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+  static void widen(Reg x, __m256 center, __m256* y) {
+    const __m256i upper = _mm256_set1_epi16(0x4b00);
+    Words w[2];
+    to_words(x, w);
+    for (int k = 0; k < 2; ++k) {
+      y[2 * k] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi16(w[k], upper)), center);
+      y[2 * k + 1] = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi16(w[k], upper)), center);
+    }
+  }
+  static Reg narrow(const __m256* y, Words zero_point) {
+    // Below -2^31, the conversion gives the least integer, which is right; above 2^31 it would, too.
+    const __m256 most = _mm256_set1_ps(0x1p20f);
+    __m256i q[4];
+    for (int k = 0; k < 4; ++k) q[k] = _mm256_cvtps_epi32(_mm256_min_ps(y[k], most));
+    const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), zero_point);
+    const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), zero_point);
+    return _mm256_packus_epi16(low, high);
+  }
+  static void add_bytes(Reg x, Words* words) {
+    Words w[2];
+    to_words(x, w);
+    words[0] = _mm256_add_epi16(words[0], w[0]);
+    words[1] = _mm256_add_epi16(words[1], w[1]);
+  }
+  static void add_words(const Words* words, Ints* ints) {
+    const __m256i zero = _mm256_setzero_si256();
+    for (int k = 0; k < 2; ++k) {
+      ints[2 * k] = _mm256_add_epi32(ints[2 * k], _mm256_unpacklo_epi16(words[k], zero));
+      ints[2 * k + 1] = _mm256_add_epi32(ints[2 * k + 1], _mm256_unpackhi_epi16(words[k], zero));
+    }
+  }
+  static __m256 to_float(Ints x) { return _mm256_cvtepi32_ps(x); }
+  static Ints ints1(int32_t x) { return _mm256_set1_epi32(x); }
+  static Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+
+  static void load_centered(const uint8_t* p, Reg f, __m256 center, __m256* y) {
+    const __m256 zero_point = _mm256_sub_ps(center, _mm256_set1_ps(0x1p23f));
+    for (int k = 0; k < 4; ++k) {
+      const __m128i part = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * k));
+      const __m128i flipped = _mm_xor_si128(part, _mm256_castsi256_si128(f));
+      y[k] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(flipped)), zero_point);
+    }
+  }
+  static Reg narrow_in_order(const __m256* y, Words zero_point) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_epi32(narrow(y, zero_point), order);
+  }
+  static void store_ints(int32_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) { transpose16(p, s, out, t); }
+  static void interleave3(const uint8_t* p, int64_t s, uint8_t* out) { interleave3x16(p, s, out); }
+
+  // A table of 256 bytes does not fit in registers.
+  static constexpr bool kLooksUpFast = false;
+  struct Table {
+    explicit Table(const uint8_t* entries) : data(entries) {}
+    const uint8_t* data;
+  };
+  static Reg look_up(const Table& table, Reg x) {
+    uint8_t bytes[N];
+    store(bytes, x);
+    for (uint8_t& b : bytes) b = table.data[b];
+    return load(bytes);
+  }
+
+ private:
+  static void to_words(Reg x, Words* w) {
+    const __m256i zero = _mm256_setzero_si256();
+    w[0] = _mm256_unpacklo_epi8(x, zero);
+    w[1] = _mm256_unpackhi_epi8(x, zero);
+  }
+};
+
+}  // namespace
+}  // namespace fastquant
