@@ -173,7 +173,7 @@ class Convolution {
         const int64_t reach = sign > 0 ? (s_.kernel[d] - 1) * s_.dilation[d] : 0;
         return std::min(std::max<int64_t>(at * s_.stride[d] - s_.padding[d] + reach, 0), s_.in[d] - 1);
       };
-      if (s_.in[0] == 1) return n * s_.in[1] + of(1, y);
+      if (s_.out[0] == 1) return (n * s_.in[0] + of(0, 0)) * s_.in[1] + of(1, y);
       return (n * s_.in[0] + of(0, z)) * s_.in[1] + (sign > 0 ? s_.in[1] - 1 : 0);
     };
     *first = bound(begin, -1);
