@@ -238,6 +238,65 @@ def test_torchvision_models() -> None:
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 
 
+class WithAffineWeights(nn.Module):
+    """A layer that has no native form between two that have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = fastquant.QuantStub(), fastquant.DeQuantStub()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+        self.embedding = nn.Embedding(4, 8)
+
+    def forward(self, indices: Tensor, values: Tensor) -> Tensor:
+        hidden = self.quant(self.embedding(indices) + values)
+        result: Tensor = self.dequant(self.last(self.first(hidden)))
+        return result
+
+
+@pytest.mark.parametrize("qconfig", ["x86", "native"])
+def test_run_int8(qconfig: str, threads: None) -> None:
+    model = bench.small_cnn().train()
+    before = state(model)
+    x = torch.randn(2, 3, 16, 16)
+    torch.set_num_threads(2)
+    report = bench.run_int8(model, x, qconfig=qconfig, rounds=3, threads=1)
+    assert torch.get_num_threads() == 2
+    assert model.training
+    assert state(model).keys() == before.keys()
+    assert list(report.seconds) == ["float", "fastquant", "torch.ao"]
+    assert all(len(values) == 3 and min(values) > 0 for values in report.seconds.values())
+    names = {"quant", "features.0.0", "features.1.0", "features.2.0", "classifier"}
+    assert {layer.name for layer in report.layers} == names
+    assert report.torch_ao_error is None
+    assert report.floating == {}
+    assert all(25 < value < 80 for value in report.signal_to_noise.values())
+    speed = report.speed("fastquant", "float").median
+    assert f"{speed:.2f}x float" in report.table()
+    assert json.loads(json.dumps(report.as_dict()))["mode"] == "int8"
+
+
+def test_run_int8_names_layers_that_stay_floating() -> None:
+    inputs = {"indices": torch.tensor([0, 3]), "values": torch.randn(2, 8)}
+    report = bench.run_int8(WithAffineWeights(), inputs, rounds=1, progress=False)
+    assert list(report.floating) == ["embedding"]
+    assert "embedding stays floating" in report.table()
+    assert report.torch_ao_error is not None
+    assert "torch.ao cannot do this" in report.table()
+    assert list(report.seconds) == ["float", "fastquant"]
+
+
+def test_run_int8_refuses_in_words() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="qconfig must be one of"):
+        bench.run_int8(bench.small_cnn(), x, qconfig="cuda")
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        bench.run_int8(bench.small_cnn(), x, rounds=0)
+    with pytest.raises(bench.BenchError, match="does not run on the input"):
+        bench.run_int8(bench.small_cnn(), torch.randn(2, 4, 16, 16), progress=False)
+    with pytest.raises(bench.BenchError, match="nothing in the model is quantized"):
+        bench.run_int8(nn.Sequential(nn.ReLU()), x, progress=False)
+
+
 # -------------------------------------------------------------------------------- command line
 
 

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from .errors import BenchError
-from .measure import MODES, QCONFIGS, run
+from .int8 import INT8_QCONFIGS, Int8Report, run_int8
+from .measure import MODES, run
 from .models import BUILT_IN, load_inputs, load_model, parse_input
 from .report import Report
 
@@ -37,8 +38,8 @@ _at_least_one.__name__ = "number, at least 1,"  # argparse's messages name the t
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m fastquant.bench",
-        description="Time a model in float, prepared by fastquant, and prepared by torch.ao, "
-        "and check that both observe the same ranges.",
+        description="Time a model in float, and prepared or converted by fastquant and by "
+        "torch.ao, and check that both observe the same ranges.",
         epilog="Exit status: 0; 1 where the ranges differ; 2 where the model cannot be measured.",
     )
     parser.add_argument(
@@ -65,11 +66,17 @@ def _parser() -> _Parser:
     )
     parser.add_argument(
         "--mode",
-        choices=MODES,
+        choices=(*MODES, "int8"),
         default="calibrate",
-        help="calibrate: a forward in eval mode; qat: a training step. Default: calibrate",
+        help="calibrate: a forward in eval mode; qat: a training step; int8: a forward of the "
+        "model that convert makes, natively and of torch.ao's modules. Default: calibrate",
     )
-    parser.add_argument("--qconfig", choices=QCONFIGS, default="x86", help="default: x86")
+    parser.add_argument(
+        "--qconfig",
+        choices=INT8_QCONFIGS,
+        default="x86",
+        help="default: x86; native needs --mode int8",
+    )
     parser.add_argument("--threads", type=_at_least_one, help="default: torch's own number")
     parser.add_argument("--rounds", type=_at_least_one, default=10, help="default: 10")
     parser.add_argument("--top", type=_at_least_one, default=10, help="layers shown; default: 10")
@@ -96,17 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        model = load_model(options.model)
-        report = run(
-            model,
-            _inputs_of(options),
-            name=options.model,
-            mode=options.mode,
-            qconfig=options.qconfig,
-            threads=options.threads,
-            rounds=options.rounds,
-            progress=not options.quiet,
-        )
+        report = _measured(options)
         if options.json is not None:
             _write_json(report, options.json, argv)
     except BenchError as error:
@@ -114,10 +111,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
     print(report.table(options.top), file=sys.stderr if options.json == "-" else sys.stdout)
-    return 1 if report.same_ranges is False else 0
+    return 1 if isinstance(report, Report) and report.same_ranges is False else 0
 
 
-def _write_json(report: Report, path: str, argv: Sequence[str] | None) -> None:
+def _measured(options: argparse.Namespace) -> Report | Int8Report:
+    model, inputs = load_model(options.model), _inputs_of(options)
+    settings: dict[str, Any] = {
+        "name": options.model,
+        "qconfig": options.qconfig,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "progress": not options.quiet,
+    }
+    if options.mode == "int8":
+        return run_int8(model, inputs, **settings)
+    if options.qconfig == "native":
+        raise BenchError("--qconfig native needs --mode int8: torch.ao has no such config")
+    return run(model, inputs, mode=options.mode, **settings)
+
+
+def _write_json(report: Report | Int8Report, path: str, argv: Sequence[str] | None) -> None:
     words = sys.argv[1:] if argv is None else argv
     result = {
         "command": shlex.join(["python", "-m", "fastquant.bench", *words]),

@@ -1,4 +1,4 @@
-"""What each layer's observers cost inside whole steps."""
+"""What layers, or their observers, cost inside whole steps."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .timing import Summary
 
 
 class _LayerClock:
-    """Adds up the time that each observer of a model takes in one step."""
+    """Adds up the time that each of some modules takes in one step."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._observers = observers_of(model)
-        self.kinds = {name: type(module).__name__ for name, module in self._observers.items()}
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self.kinds = {name: type(module).__name__ for name, module in modules.items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.calls: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """In here, `forward` of every observer is timed, from zero."""
+        """In here, `forward` of every module is timed, from zero."""
         self.calls.clear()
         self.seconds.clear()
-        for name, observer in self._observers.items():
+        for name, module in self._modules.items():
             # An attribute of the instance hides the class's method. Hooks would cost a call more.
-            observer.forward = self._timed(name, observer.forward)
+            module.forward = self._timed(name, module.forward)
         try:
             yield
         finally:
-            for observer in self._observers.values():
-                del observer.forward
+            for module in self._modules.values():
+                del module.forward
 
     def _timed(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def timed(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,16 +54,20 @@ class _LayerClock:
 
 
 def layer_costs(
-    steps: Mapping[str, Step], rounds: int, on_step: Callable[[], object]
+    steps: Mapping[str, Step],
+    rounds: int,
+    on_step: Callable[[], object],
+    modules_of: Callable[[nn.Module], Mapping[str, nn.Module]] = observers_of,
 ) -> list[Layer]:
     """What each layer's observers cost, in `rounds` steps of every model; costliest first.
 
     Args:
-        steps: a prepared model's step by the name of the library that prepared it.
+        steps: a model's step by the name of the library that prepared or converted it.
         rounds: how many steps of each.
         on_step: called after each step, for progress.
+        modules_of: the modules of a model to time, by layer; by default its observers.
     """
-    clocks = {name: _LayerClock(step.model) for name, step in steps.items()}
+    clocks = {name: _LayerClock(modules_of(step.model)) for name, step in steps.items()}
     seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for _ in range(rounds):
         for name, step in steps.items():

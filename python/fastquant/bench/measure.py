@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .errors import BenchError
+from .errors import BenchError, attempt
 from .layers import layer_costs
 from .models import described
 from .observed import TOLERANCE, Ranges, differences, first_ranges
@@ -115,13 +114,13 @@ class _Comparison:
     def __init__(self, model: nn.Module, inputs: Any, mode: str, qconfig: str, bar: Any) -> None:
         self._inputs, self._mode, self._qconfig = inputs, mode, qconfig
         model = copy.deepcopy(model).train(mode == "qat")
-        self._base = _attempt("the model's fuse_model fails", partial(fused, model, mode))
+        self._base = attempt("the model's fuse_model fails", partial(fused, model, mode))
         # A prepared model is compared with the float model that a user would run otherwise: in
         # calibration the fused one; in training, where fused modules exist for QAT only, the model
         # as it was given.
         plain = copy.deepcopy(model if mode == "qat" else self._base)
         self.steps = {FLOAT: Step(plain, inputs, mode)}
-        _attempt("the model does not run on the input", self.steps[FLOAT])
+        attempt("the model does not run on the input", self.steps[FLOAT])
 
         ours, theirs = libraries()
         bar.set_description(f"first step, {OURS}")
@@ -136,25 +135,15 @@ class _Comparison:
 
     def _add(self, library: Library) -> Ranges:
         """Prepare the model, take its first steps; what it observed."""
-        prepared = _attempt(
+        prepared = attempt(
             f"{library.name} cannot prepare the model",
             partial(library.prepared, self._base, self._mode, self._qconfig),
         )
         step = Step(prepared, self._inputs, self._mode)
-        ranges: Ranges = _attempt(
+        ranges: Ranges = attempt(
             f"the model prepared by {library.name} does not run", partial(first_ranges, step)
         )
         if not ranges:
             raise BenchError("nothing in the model gets an observer: no layer to quantize")
         self.steps[library.name] = step
         return ranges
-
-
-def _attempt(what: str, step: Callable[[], Any]) -> Any:
-    try:
-        torch.manual_seed(0)
-        return step()
-    except BenchError:
-        raise
-    except Exception as error:
-        raise BenchError(what, error) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +24,10 @@ _ALONE = (
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer's observers, or its weight's, cost in one forward.
+    """What one layer, or its observers or its weight's, cost in one forward.
 
-    ``shape`` is that of the first tensor observed; ``seconds`` holds a summary for
-    "fastquant" and, where torch.ao ran, "torch.ao".
+    ``shape`` is that of the first tensor that it, or its observer, gets; ``seconds`` holds a
+    summary for "fastquant" and, where torch.ao ran, "torch.ao".
     """
 
     name: str
@@ -35,6 +35,85 @@ class Layer:
     shape: tuple[int, ...]
     calls: int
     seconds: dict[str, Summary]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; times are seconds."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "calls": self.calls,
+            "seconds": {name: vars(summary) for name, summary in self.seconds.items()},
+        }
+
+
+def caveats(seconds: Mapping[str, list[float]], rounds: int, undisturbed: int) -> list[str]:
+    """Why times may mislead, one sentence each; empty if nothing suggests that they do.
+
+    Args:
+        seconds: one number per round, by what was timed.
+        rounds: how many there were.
+        undisturbed: how many of them had the processors to themselves.
+    """
+    found = []
+    if 2 * undisturbed < rounds:
+        found.append(
+            f"other work took the processors away during {rounds - undisturbed} of "
+            f"{rounds} rounds, so the times are too long; measure on an idle machine"
+        )
+    summaries = {name: Summary.of(times) for name, times in seconds.items()}
+    varying = [n for n, s in summaries.items() if s.high - s.low > _WIDE * s.median]
+    if varying:
+        found.append(
+            f"the times of {', '.join(varying)} vary much from round to round (see their "
+            "quartiles), so the comparison is uncertain; measure more rounds, or on an idle "
+            "machine"
+        )
+    return found
+
+
+def time_line(label: str, summary: Summary) -> str:
+    """A median and its quartiles."""
+    return (
+        f"{label:<26}{readable_time(summary.median):>9}"
+        f"  ({readable_time(summary.low)} to {readable_time(summary.high)})"
+    )
+
+
+def layer_lines(
+    what: str, layers: Sequence[Layer], names: Sequence[str], top: int
+) -> Iterator[str]:
+    """A table of the first `top` layers' times, and of the sum of all.
+
+    Args:
+        what: heading of the layers.
+        layers: costliest first.
+        names: what was timed; where there are two, their ratio is shown, too.
+        top: how many layers.
+    """
+    rows = [*layers[:top], _total(layers, names)]
+    width = max(len(layer.name) for layer in rows)
+    yield (
+        f"{what:<{width + 24}}"
+        + "".join(f"{name:>11}" for name in names)
+        + ("    ratio" if len(names) > 1 else "")
+    )
+    for layer in rows:
+        sizes = "x".join(map(str, layer.shape))
+        calls = f" ({layer.calls} calls)" if layer.calls > 1 else ""
+        times = [layer.seconds[name].median for name in names]
+        yield (
+            f"{layer.name:<{width}}  {sizes + calls:<22}"
+            + "".join(f"{readable_time(time):>11}" for time in times)
+            + (f"{times[1] / times[0]:8.1f}x" if len(times) > 1 else "")
+        )
+
+
+def _total(layers: Sequence[Layer], names: Sequence[str]) -> Layer:
+    """A row that sums up all layers."""
+    sums = {name: math.fsum(layer.seconds[name].median for layer in layers) for name in names}
+    count = f"all {len(layers)}"
+    return Layer(count, "", (), 1, {name: Summary(s, s, s) for name, s in sums.items()})
 
 
 @dataclass(frozen=True)
@@ -73,21 +152,7 @@ class Report:
 
     def caveats(self) -> list[str]:
         """Why the times may mislead, one sentence each; empty if nothing suggests that they do."""
-        found = []
-        if 2 * self.undisturbed < self.rounds:
-            found.append(
-                f"other work took the processors away during {self.rounds - self.undisturbed} of "
-                f"{self.rounds} rounds, so the times are too long; measure on an idle machine"
-            )
-        summaries = {name: Summary.of(seconds) for name, seconds in self.seconds.items()}
-        varying = [n for n, s in summaries.items() if s.high - s.low > _WIDE * s.median]
-        if varying:
-            found.append(
-                f"the times of {', '.join(varying)} vary much from round to round (see their "
-                "quartiles), so the overheads are uncertain; measure more rounds, or on an idle "
-                "machine"
-            )
-        return found
+        return caveats(self.seconds, self.rounds, self.undisturbed)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; times are seconds."""
@@ -108,16 +173,7 @@ class Report:
             "largest_difference": apart if math.isfinite(apart) else None,
             "differences": self.differences,
             "torch_ao_error": self.torch_ao_error,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "shape": list(layer.shape),
-                    "calls": layer.calls,
-                    "seconds": {name: vars(summary) for name, summary in layer.seconds.items()},
-                }
-                for layer in self.layers
-            ],
+            "layers": [layer.as_dict() for layer in self.layers],
             "machine": self.machine,
         }
 
@@ -131,7 +187,7 @@ class Report:
             "",
             *self._model_lines(),
             "",
-            *self._layer_lines(top),
+            *layer_lines(f"observers in one {self._what}", self.layers, self._prepared, top),
             *([_ALONE] if self.mode == "qat" else []),
             "",
             self._verdict(),
@@ -151,40 +207,10 @@ class Report:
     def _model_lines(self) -> Iterator[str]:
         for name, seconds in self.seconds.items():
             summary = Summary.of(seconds)
-            label = f"{self._what}, {name}"
-            line = f"{label:<26}{readable_time(summary.median):>9}"
-            line += f"  ({readable_time(summary.low)} to {readable_time(summary.high)})"
+            line = time_line(f"{self._what}, {name}", summary)
             if name != FLOAT:
                 line += f"  {self.overhead(name).median:+.0%}"
             yield line
-
-    def _layer_lines(self, top: int) -> Iterator[str]:
-        names = self._prepared
-        rows = [*self.layers[:top], self._total()]
-        width = max(len(layer.name) for layer in rows)
-        yield (
-            f"{'observers in one ' + self._what:<{width + 24}}"
-            + "".join(f"{name:>11}" for name in names)
-            + ("    ratio" if len(names) > 1 else "")
-        )
-        for layer in rows:
-            sizes = "x".join(map(str, layer.shape))
-            calls = f" ({layer.calls} calls)" if layer.calls > 1 else ""
-            times = [layer.seconds[name].median for name in names]
-            yield (
-                f"{layer.name:<{width}}  {sizes + calls:<22}"
-                + "".join(f"{readable_time(time):>11}" for time in times)
-                + (f"{times[1] / times[0]:8.1f}x" if len(times) > 1 else "")
-            )
-
-    def _total(self) -> Layer:
-        """A row that sums up all layers."""
-        sums = {
-            name: math.fsum(layer.seconds[name].median for layer in self.layers)
-            for name in self._prepared
-        }
-        count = f"all {len(self.layers)}"
-        return Layer(count, "", (), 1, {name: Summary(s, s, s) for name, s in sums.items()})
 
     def _verdict(self) -> str:
         if self.torch_ao_error is not None:

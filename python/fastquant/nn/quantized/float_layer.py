@@ -46,8 +46,8 @@ class FloatLayer(nn.Module):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> FloatLayer:
-        """A layer around a module of a class that has no quantized form here."""
-        return cls.of(mod, f"there is no native {type(mod).__name__}")
+        """A layer around an embedding, whose results are floating, as those of torch.ao's are."""
+        return cls(mod, None, f"there is no native {type(mod).__name__}")
 
     @classmethod
     def of(cls, module: nn.Module, reason: str) -> FloatLayer:
