@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastquant import functional as F
-from fastquant._native.reference.ranges import Counts
+from fastquant._core.schemes import RangeMethod, Scheme
+from fastquant._native import ops
+from fastquant._native import reference as reference_ops
+from fastquant._native.reference.ranges import Counts, widths
 
+INF = math.inf
 METHODS = ("minmax", "l2", "mse", "percentile", "entropy")
 SHAPES = ("normal", "laplace", "relu", "uniform", "gumbel", "student", "positive", "negative")
 
@@ -143,3 +149,213 @@ def test_the_error_is_that_of_values_spread_over_their_bins(shape: str) -> None:
         quant_max=255,
     )
     assert math.isclose(float(error), expected, rel_tol=1e-5)
+
+
+# -------------------------------------------------------------------- against plain definitions
+
+
+@st.composite
+def histograms(draw: st.DrawFn, most_bins: int = 300) -> tuple[Tensor, Tensor, Tensor]:
+    bins = draw(st.integers(1, most_bins))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    kind = draw(st.sampled_from(["smooth", "sparse", "spike", "few", "nothing", "fractions"]))
+    smooth = np.exp(-((np.linspace(-3, 3, bins) - rng.normal()) ** 2)) * 1000
+    counts = {
+        "smooth": lambda: rng.poisson(smooth),
+        "sparse": lambda: rng.poisson(50, bins) * (rng.random(bins) < 0.1),
+        "spike": lambda: rng.poisson(smooth) + 100_000 * (np.arange(bins) == bins // 3),
+        "few": lambda: rng.poisson(0.05, bins),
+        "nothing": lambda: np.zeros(bins),
+        "fractions": lambda: smooth * rng.random(bins),
+    }[kind]()
+    middle = draw(st.sampled_from([0.0, 0.3, -0.5, 1.0, -1.0, 5.0, -5.0]))
+    width = draw(st.sampled_from([0.0, 1.0, 1.0, 1.0]))
+    unit = 10.0 ** draw(st.sampled_from([0, 0, 0, -30, 30]))
+    ends = ((middle - width) * unit, (middle + width) * unit)
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    return torch.tensor(counts, dtype=dtype), *(torch.tensor(e, dtype=dtype) for e in ends)
+
+
+grids = st.sampled_from(
+    [
+        (0, 255, Scheme.AFFINE, 0),
+        (0, 127, Scheme.AFFINE, 0),
+        (-128, 127, Scheme.SYMMETRIC, 0),
+        (-127, 127, Scheme.SYMMETRIC, 0),
+        (0, 255, Scheme.SYMMETRIC, 128),
+        (0, 15, Scheme.AFFINE, 0),
+        (-8, 7, Scheme.SYMMETRIC, 0),
+        (0, 3, Scheme.AFFINE, 0),
+        (-2, 1, Scheme.SYMMETRIC, 0),
+        (0, 1, Scheme.AFFINE, 0),
+    ]
+)
+
+
+@given(histograms(), grids, st.sampled_from([50.0, 90.0, 99.9, 100.0]))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("method", list(RangeMethod))
+def test_kernels_as_reference(
+    method: RangeMethod, histogram: Any, grid: tuple[int, ...], percentile: float
+) -> None:
+    args = (*histogram, method, percentile, 16, *grid)
+    found = ops.histogram_range(*args)
+    expected = reference_ops.OPS["histogram_range"](*args)
+    if method == RangeMethod.MSE:  # of equally good ranges, rounding may choose another
+        errors = [error_of_range(histogram, ends, grid) for ends in (found, expected)]
+        assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-12 * float(histogram[2] - histogram[1]) ** 2
+        return
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(histogram[2].abs()))
+
+
+def error_of_range(
+    histogram: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], grid: tuple[int, ...]
+) -> float:
+    eps = torch.zeros(1, dtype=torch.float64)
+    low, high = (end.double() for end in ends)
+    scale, zero_point = ops.choose_qparams(low, high, eps, *grid)
+    error = ops.histogram_error(*histogram, scale, zero_point, *grid[:2])
+    return 0.0 if error.isnan() else float(error)
+
+
+@given(histograms(), grids)
+@settings(max_examples=60, deadline=None)
+def test_errors_as_reference(histogram: Any, grid: tuple[int, ...]) -> None:
+    scale = (histogram[2] - histogram[1]).reshape(1) / 20 + 1e-30
+    zero_point = torch.tensor([(grid[0] + grid[1]) // 2])
+    args = (*histogram, scale, zero_point, *grid[:2])
+    expected = reference_ops.OPS["histogram_error"](*args)
+    torch.testing.assert_close(ops.histogram_error(*args), expected, equal_nan=True)
+
+
+def integrated_error(
+    counts: np.ndarray[Any, Any], edges: np.ndarray[Any, Any], scale: float, below: int, above: int
+) -> float:
+    """The squared error, piece by piece between the edges of bins and the bounds of levels."""
+    bounds = (np.arange(-below, above) + 0.5) * scale
+    cuts = np.unique(np.concatenate([edges, bounds[(bounds > edges[0]) & (bounds < edges[-1])]]))
+    begin, end = cuts[:-1], cuts[1:]
+    middle = (begin + end) / 2
+    level = np.clip(np.round(middle / scale), -below, above) * scale
+    density = counts[np.searchsorted(edges, middle, side="right") - 1] / np.diff(edges)[0]
+    return float((density * ((end - level) ** 3 - (begin - level) ** 3) / 3).sum())
+
+
+@pytest.mark.parametrize("grid", [(0, 15), (0, 3), (-8, 7)])
+@pytest.mark.parametrize("qscheme", [torch.per_tensor_affine, torch.per_tensor_symmetric])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mse_is_the_least_of_all_on_the_grid(
+    shape: str, qscheme: torch.qscheme, grid: tuple[int, int]
+) -> None:
+    histogram, low, high = (t.double() for t in histogram_of(values_of(shape), 40))
+    counts, edges = histogram.numpy(), Counts(histogram, float(low), float(high)).edges.numpy()
+    symmetric = qscheme == torch.per_tensor_symmetric
+    steps = grid[1] - grid[0]
+    zero_point = 0 if grid[0] < 0 else sum(grid) // 2
+    whole = max(-edges[0], edges[-1], 0) * 2 if symmetric else max(edges[-1], 0) - min(edges[0], 0)
+    best = (INF, 0.0, 0)
+    for share in widths():
+        scale = share * whole / steps
+        for below in [zero_point - grid[0]] if symmetric else range(steps + 1):
+            error = integrated_error(counts, edges, scale, below, steps - below)
+            best = min(best, (error, scale, below), key=lambda candidate: candidate[0])
+    _, scale, below = best
+    found = F.histogram_range(
+        histogram,
+        low,
+        high,
+        method="mse",
+        dtype=torch.qint8 if grid[0] < 0 else torch.quint8,
+        qscheme=qscheme,
+        quant_min=grid[0],
+        quant_max=grid[1],
+    )
+    half = scale * steps / 2
+    expected = (-half, half) if symmetric else (-below * scale, (steps - below) * scale)
+    assert [float(end) for end in found] == pytest.approx(expected, rel=1e-12)
+
+
+# ------------------------------------------------------------------------- what all hold to
+
+
+@given(histograms(2048), grids, st.floats(1e-3, 100))
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("method", list(RangeMethod))
+def test_ranges_hold_zero_and_are_neither_nan_nor_empty(
+    method: RangeMethod, histogram: Any, grid: tuple[int, ...], percentile: float
+) -> None:
+    low, high = ops.histogram_range(*histogram, method, percentile, 256, *grid)
+    assert -INF < low <= 0 <= high < INF
+    assert low < high or (histogram[1] == histogram[2] == 0)
+    assert low.dtype == histogram[1].dtype
+    assert low.shape == histogram[1].shape
+    scale, zero_point = ops.choose_qparams(low, high, torch.zeros(1), *grid)
+    assert 0 < scale < INF
+    assert grid[0] <= zero_point <= grid[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "qscheme", [torch.per_channel_affine, torch.per_channel_symmetric], ids=["affine", "symmetric"]
+)
+def test_channels_have_ranges_of_their_own(method: Any, qscheme: torch.qscheme) -> None:
+    rows = [histogram_of(values_of(shape), 512) for shape in SHAPES]
+    settings = {"method": method, "qscheme": qscheme, "dtype": torch.qint8}
+    counts, lows, highs = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    unseen = (torch.zeros(1, 512), torch.tensor([INF]), torch.tensor([-INF]))
+    counts, lows, highs = (
+        torch.cat(pair) for pair in zip((counts, lows, highs), unseen, strict=True)
+    )
+    found = F.histogram_range(counts, lows, highs, **settings)
+    assert found[0][-1] == INF
+    assert found[1][-1] == -INF
+    for i, row in enumerate(rows):
+        low, high = F.histogram_range(*row, **settings)
+        assert found[0][i] == low.clamp(max=0)
+        assert found[1][i] == high.clamp(min=0)
+
+
+def test_mse_is_never_worse_than_the_other_methods() -> None:
+    for shape in SHAPES:
+        histogram = histogram_of(values_of(shape))
+        for grid in ((0, 255, Scheme.AFFINE, 0), (-8, 7, Scheme.SYMMETRIC, 0)):
+            errors = {
+                method: error_of_range(
+                    histogram, ops.histogram_range(*histogram, method, 99.9, 256, *grid), grid
+                )
+                for method in RangeMethod
+            }
+            assert errors[RangeMethod.MSE] <= min(errors.values()) * 1.01, (shape, grid)
+
+
+def test_entropy_ignores_the_zeros_of_relu() -> None:
+    x = values_of("relu")
+    with_zeros, without = histogram_of(x), histogram_of(np.append(x[x > 0], np.float32(0)))
+    reaches = [
+        float(F.histogram_range(*h, method="entropy", quant_min=0, quant_max=127)[1])
+        for h in (with_zeros, without)
+    ]
+    assert reaches[0] == pytest.approx(reaches[1], abs=3 * float(with_zeros[2]) / 2048)
+
+
+@pytest.mark.parametrize("qscheme", [torch.per_tensor_affine, torch.per_tensor_symmetric])
+def test_entropy_of_few_values_clips_nothing(qscheme: torch.qscheme) -> None:
+    x = values_of("laplace", 2000)
+    low, high = F.histogram_range(*histogram_of(x), method="entropy", qscheme=qscheme)
+    assert (float(low), float(high)) == (x.min(), x.max())
+
+
+def test_entropy_of_as_many_levels_as_bins_clips_nothing() -> None:
+    histogram = histogram_of(values_of("laplace"))
+    found = F.histogram_range(
+        *histogram, method="entropy", dtype=torch.int16, qscheme=torch.per_tensor_symmetric
+    )
+    assert found == histogram[1:]
+
+
+def test_sixteen_bits_are_searched() -> None:
+    for qscheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        histogram = histogram_of(values_of("student"))
+        low, high = F.histogram_range(*histogram, method="mse", dtype=torch.int16, qscheme=qscheme)
+        assert histogram[1] * 1.01 <= low < 0 < high <= -histogram[1].minimum(-histogram[2]) * 1.01

@@ -10,6 +10,7 @@
 #include "fake_quantize.h"
 #include "folded_weight.h"
 #include "huge_pages.h"
+#include "ranges.h"
 #include "statistics.h"
 
 namespace fastquant {
@@ -108,6 +109,29 @@ std::tuple<Tensor, Tensor> search_histogram_range_op(const Tensor histogram, con
   search_histogram_range(array(histogram, "histogram"), array(min_val, "min_val"), array(max_val, "max_val"),
                          dst_nbins, array(new_min, "new_min"), array(new_max, "new_max"));
   return {new_min, new_max};
+}
+
+std::tuple<Tensor, Tensor> histogram_range_op(const Tensor histogram, const Tensor min_val,
+                                              const Tensor max_val, int64_t method, double percentile,
+                                              int64_t search_levels, int64_t quant_min, int64_t quant_max,
+                                              int64_t scheme, int64_t symmetric_zero_point) {
+  const RangeSettings settings = {static_cast<RangeMethod>(method),
+                                  percentile,
+                                  search_levels,
+                                  {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point}};
+  Tensor new_min = empty_as(min_val), new_max = empty_as(max_val);
+  histogram_range(array(histogram, "histogram"), array(min_val, "min_val"), array(max_val, "max_val"), settings,
+                  array(new_min, "new_min"), array(new_max, "new_max"));
+  return {new_min, new_max};
+}
+
+Tensor histogram_error_op(const Tensor histogram, const Tensor min_val, const Tensor max_val,
+                          const Tensor scale, const Tensor zero_point, int64_t quant_min, int64_t quant_max) {
+  Tensor error = empty_as(min_val, ScalarType::Double);
+  histogram_error(array(histogram, "histogram"), array(min_val, "min_val"), array(max_val, "max_val"),
+                  array(scale, "scale"), array(zero_point, "zero_point"), quant_min, quant_max,
+                  array(error, "error"));
+  return error;
 }
 
 // ---------------------------------------------------------------------- fake-quantize
@@ -372,6 +396,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
   m.impl("observe_qparams_", TORCH_BOX(&observe_op<&observe_qparams_>));
   m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
+  m.impl("histogram_range", TORCH_BOX(&histogram_range_op));
+  m.impl("histogram_error", TORCH_BOX(&histogram_error_op));
   m.impl("choose_qparams", TORCH_BOX(&choose_qparams_op));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
   m.impl("fake_quantize_with_mask", TORCH_BOX(&fake_quantize_with_mask));

@@ -21,8 +21,4 @@ void choose_qparams(const Array& min_val, const Array& max_val, const Array& eps
 // Calls observe_minmax and then choose_qparams with the updated range.
 void observe_qparams(const Dense& x, const FusedBuffers& buffers, const ObserveSettings& settings);
 
-// Finds the range within [min_val, max_val] that has the smallest quantization error.
-void search_histogram_range(const Array& histogram, const Array& min_val, const Array& max_val, int64_t levels,
-                            const Array& new_min, const Array& new_max);
-
 }  // namespace fastquant

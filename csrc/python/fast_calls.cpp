@@ -5,6 +5,7 @@
 #include "cpu/fake_quantize.h"
 #include "cpu/folded_weight.h"
 #include "cpu/huge_pages.h"
+#include "cpu/ranges.h"
 #include "cpu/statistics.h"
 
 namespace fastquant {

@@ -273,7 +273,8 @@ def without_spike(histogram: Counts) -> Tensor:
     counts, zero = histogram.counts, histogram.bin_of_zero
     if not histogram.low <= 0 <= histogram.high:
         return counts
-    beside = float(torch.cat([counts[max(zero - 1, 0) : zero], counts[zero + 1 : zero + 2]]).max())
+    neighbours = [counts[i] for i in (zero - 1, zero + 1) if 0 <= i < len(counts)]
+    beside = max(map(float, neighbours), default=0.0)
     if counts[zero] < SPIKE * beside:
         return counts
     counts = counts.clone()
