@@ -1,6 +1,5 @@
 // Compares observing and fake-quantizing whole tensors, in parallel, with simple loops. Like kernels_test, it
 // is independent of torch, so that it can run under sanitizers and emulators of other processors.
-#include "cpu/ranges.h"
 #include "cpu/statistics.h"
 
 #include <cmath>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "cpu/fake_quantize.h"
+#include "cpu/ranges.h"
 
 namespace fastquant {
 
