@@ -5,7 +5,8 @@
 Trains a small residual CNN on the handwritten digits that come with scikit-learn (nothing is
 downloaded), then quantizes it four times: statically with histogram and with min/max observers,
 dynamically, and with quantization-aware training. Both libraries run the same code; only the module
-that the names are taken from differs. Every number printed is measured in this run.
+that the names are taken from differs. Last, one calibrated model is converted twice, to fastquant's
+own int8 modules and to torch.ao's. Every number printed is measured in this run.
 """
 
 from __future__ import annotations
@@ -194,6 +195,32 @@ def static(
     return measure(row, digits, {side: q.convert(calibrated[side]) for side, q in SIDES.items()})
 
 
+def native(trained: nn.Module, digits: Digits, settings: Settings) -> Row:
+    """One calibrated model in fastquant's int8 modules and in torch.ao's; inference is timed."""
+    model = fastquant.fuse_modules(load_into(fastquant, trained).eval(), FUSED)
+    fastquant.propagate_qconfig_(
+        model, {"": fastquant.get_default_qconfig(torch.backends.quantized.engine)}
+    )
+    model = fastquant.prepare(model)
+    fastquant.calibrate(model, digits.batches(settings.batch, seed=0), progress=False)
+    models = {
+        "fastquant": fastquant.convert(model, backend="native"),
+        "torch.ao": fastquant.convert(model),
+    }
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    batch = digits.test_x[: settings.batch]
+    with torch.no_grad():
+        for _ in tqdm(range(10 * settings.rounds), "int8 inference", unit="round", leave=False):
+            for side, converted in models.items():
+                start = time.perf_counter()
+                converted(batch)
+                seconds[side].append(time.perf_counter() - start)
+
+    row = Row("native int8", timed="inference")
+    row.milliseconds = {side: 1e3 * median(times) for side, times in seconds.items()}
+    return measure(row, digits, models)
+
+
 def dynamic(trained: nn.Module, digits: Digits) -> Row:
     """Dynamic quantization: weights ahead of time, activations in each call; linear layers only."""
     models = {
@@ -258,6 +285,7 @@ def run(settings: Settings) -> list[Row]:
         *(static(name, qconfig, trained, digits, settings) for name, qconfig in qconfigs.items()),
         dynamic(trained, digits),
         aware(trained, digits, settings),
+        native(trained, digits, settings),
     ]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ import fastquant as fq
 import fastquant.nn.quantized as nnq
 from fastquant.bench.models import torchvision_model
 from oracle import quiet
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 NATIVE = fq.get_default_qconfig("native")
 X86 = fq.get_default_qconfig("x86")
@@ -376,3 +381,40 @@ def test_torchvisions_models_agree_with_torch_ao(name: str) -> None:
     scale = [m for m in ours.modules() if isinstance(m, nnq.Linear)][-1].scale
     assert steps_apart(a, b, scale) <= 2
     assert len(b.unique()) > 30
+
+
+# --- a model that was trained ------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+@torch.no_grad()
+def test_a_trained_network_predicts_as_torch_aos() -> None:
+    spec = importlib.util.spec_from_file_location("demo_for_int8", EXAMPLES / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    digits = demo.load()
+    with torch.enable_grad():
+        trained = demo.train_float(digits, demo.Settings(epochs=6))
+    floating = fq.fuse_modules(demo.load_into(fq, trained).eval(), demo.FUSED)
+
+    def prepared(qconfig: Any) -> Any:
+        model = copy.deepcopy(floating)
+        model.qconfig = qconfig
+        model = fq.prepare(model)
+        fq.calibrate(model, digits.batches(64, seed=0), progress=False)
+        return model
+
+    with quiet():
+        model = prepared(X86)
+        theirs = fq.convert(model)(digits.test_x)
+        converted = fq.convert(model, backend="native")
+        ours = converted(digits.test_x)
+        all_levels = fq.convert(prepared(NATIVE), backend="native")(digits.test_x)
+    expected = floating(digits.test_x)
+    assert (expected.argmax(1) == digits.test_y).float().mean() > 0.9
+    assert torch.equal(ours.argmax(1), theirs.argmax(1))
+    last = [m for m in converted.modules() if isinstance(m, nnq.Linear)][-1]
+    assert steps_apart(ours, theirs, last.scale) <= 2
+    assert (all_levels - expected).square().mean() < (ours - expected).square().mean() / 1.5

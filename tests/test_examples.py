@@ -43,6 +43,7 @@ def test_demo(demo: ModuleType) -> None:
         "static, min/max",
         "dynamic",
         "QAT",
+        "native int8",
     ]
     assert first.accuracy["fastquant"] > 90
     for row in quantized:
@@ -50,7 +51,7 @@ def test_demo(demo: ModuleType) -> None:
         assert ours > first.accuracy["fastquant"] - 2, row.name
         assert abs(ours - theirs) < 1, row.name
         assert row.kilobytes["fastquant"] < 0.6 * first.kilobytes["fastquant"], row.name
-        assert row.kilobytes["fastquant"] == pytest.approx(row.kilobytes["torch.ao"], rel=0.02)
+        assert row.kilobytes["fastquant"] == pytest.approx(row.kilobytes["torch.ao"], rel=0.04)
         assert bool(row.timed) == (row.name != "dynamic")
 
     lines = demo.table(rows).splitlines()
