@@ -12,6 +12,7 @@ from pathlib import Path
 import batch_norm
 import calls
 import compile
+import convolution
 import fake_quant
 import histogram_search
 import memory
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Measure] = {
         memory,
         whole_models,
         compile,
+        convolution,
     )
 }
 

@@ -384,16 +384,19 @@ def test_a_network_trains_alike() -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_networks_of_torchvision_step_alike(name: str) -> None:
+    torch.manual_seed(0)
     model = torchvision_model(name).train()
     model.fuse_model(is_qat=True)
     model.qconfig = fq.get_default_qat_qconfig("x86")
-    fq.prepare_qat(model, inplace=True)
+    # In double, since networks this deep amplify the rounding of float, by which a value here and
+    # there is quantized to the next integer, without bounds.
+    fq.prepare_qat(model, inplace=True).double()
     expected = with_hooks(copy.deepcopy(model))
     torch.manual_seed(0)
     results = []
     for each in (model, expected):
         torch.manual_seed(0)  # of dropout
-        y = each(torch.randn(2, 3, 64, 64))
+        y = each(torch.randn(4, 3, 96, 96, dtype=torch.double))
         y.square().mean().backward()
         results.append(
             (
@@ -402,7 +405,7 @@ def test_networks_of_torchvision_step_alike(name: str) -> None:
             )
         )
     for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).norm() <= 0.2 * theirs.norm()
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
 # ------------------------------------------------------- what users put there goes on being heard

@@ -16,6 +16,7 @@ from .. import _C
 from .._core.arguments import nonfinite_refusal
 from .._torch.private import below_autograd
 from . import gradients, ops
+from .convolution import Gradients
 from .fake_kernels import empty_folded
 from .fast_calls import may_skip_dispatcher
 from .settings import FusedSettings
@@ -154,8 +155,6 @@ def with_gradients(weight: Tensor, bn_weight: Tensor, folded: Folded) -> Tensor:
 
 # --------------------------------------------------------------------------------------- layers
 
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
 
 class Layer(Protocol):
     """What a layer does with its weight."""
@@ -164,33 +163,8 @@ class Layer(Protocol):
 
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
-    ) -> _Gradients:
+    ) -> Gradients:
         """Of x, weight and bias, where needed."""
-
-
-class Convolution(NamedTuple):
-    """A convolution that is not transposed, of inputs with a batch dimension."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def _geometry(self) -> tuple[Any, ...]:
-        output_padding = (0,) * len(self.stride)
-        return self.stride, self.padding, self.dilation, False, output_padding, self.groups
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, weight, bias, *self._geometry())
-
-    def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
-    ) -> _Gradients:
-        sizes = None if bias is None else list(bias.shape)
-        result: _Gradients = torch.ops.aten.convolution_backward.default(
-            grad, x, weight, sizes, *self._geometry(), needed
-        )
-        return result
 
 
 class Linear(NamedTuple):
@@ -201,7 +175,7 @@ class Linear(NamedTuple):
 
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
-    ) -> _Gradients:
+    ) -> Gradients:
         return (
             grad.mm(weight) if needed[0] else None,
             grad.t().mm(x) if needed[1] else None,

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from ..._native.convolution import Convolution
 from ..._native.fast_calls import is_called_alone
 from ..._native.folded_weight import (
-    Convolution,
     Folded,
     Layer,
     Linear,
