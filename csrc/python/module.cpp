@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "python/fast_calls.h"
+#include "python/quantized_calls.h"
 
 namespace {
 
@@ -110,6 +111,45 @@ PyMethodDef methods[] = {
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
               "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "
               "supports the arguments."),
+    {"set_up_quantized_calls", fastquant::set_up_quantized_calls, METH_VARARGS,
+     "set_up_quantized_calls(quantized_type, new_float_tensor)\n\nMust be called, after set_up_fast_calls, "
+     "before "
+     "the functions below. Takes the class of quantized tensors,\nand a function of sizes and strides that "
+     "makes "
+     "a new float32 tensor."},
+    fast_call("quantized_conv", fastquant::quantized_conv_call,
+              "quantized_conv(x, packed_weight, weight_scale, bias, weight_shape, stride, padding, dilation, "
+              "groups, scale, zero_point, low, high) -> Tensor | None\n\nRuns the op of this name on quantized "
+              "tensors, without torch's dispatcher, and returns a quantized tensor.\nReturns None where only "
+              "the op supports the arguments."),
+    fast_call("quantized_linear", fastquant::quantized_linear_call,
+              "quantized_linear(x, packed_weight, weight_scale, bias, out_features, scale, zero_point, low, "
+              "high) -> Tensor | None\n\nThe same."),
+    fast_call("quantized_add", fastquant::quantized_add_call,
+              "quantized_add(a, b, scale, zero_point, low, high) -> Tensor | None\n\nThe same."),
+    fast_call("quantized_mul", fastquant::quantized_mul_call,
+              "quantized_mul(a, b, scale, zero_point, low, high) -> Tensor | None\n\nThe same."),
+    fast_call("quantized_cat", fastquant::quantized_cat_call,
+              "quantized_cat(tensors, dim, scale, zero_point, low, high) -> Tensor | None\n\nThe same."),
+    fast_call("lookup", fastquant::lookup_call,
+              "lookup(x, table, scale, zero_point) -> Tensor | None\n\nThe same."),
+    fast_call("quantized_clamp", fastquant::quantized_clamp_call,
+              "quantized_clamp(x, lowest, highest, in_place) -> Tensor | None\n\nLimits integers to [lowest, "
+              "highest]; "
+              "x keeps its scale and zero point."),
+    fast_call("quantize", fastquant::quantize_call,
+              "quantize(x, scale, zero_point, is_int8) -> Tensor | None\n\nThe same for an ordinary tensor; "
+              "the result of three to five dimensions has its channels last."),
+    fast_call("dequantize", fastquant::dequantize_call,
+              "dequantize(x) -> Tensor | None\n\nThe same; returns an ordinary float32 tensor."),
+    fast_call("quantized_max_pool", fastquant::quantized_max_pool_call,
+              "quantized_max_pool(x, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor | "
+              "None\n\nThe same."),
+    fast_call("quantized_avg_pool", fastquant::quantized_avg_pool_call,
+              "quantized_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, "
+              "divisor_override) -> Tensor | None\n\nThe same."),
+    fast_call("quantized_adaptive_avg_pool", fastquant::quantized_adaptive_avg_pool_call,
+              "quantized_adaptive_avg_pool(x, output_size) -> Tensor | None\n\nThe same."),
     {nullptr, nullptr, 0, nullptr},
 };
 

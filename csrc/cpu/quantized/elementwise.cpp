@@ -78,6 +78,11 @@ Operand operand_of(const Quantization& q, double unit) {
   return {static_cast<float>(ratio), zero_point_of_bytes(q), flip_of(q)};
 }
 
+BinaryOperands operands_of(Binary op, const Quantization& a, const Quantization& b, double unit) {
+  const Quantization product = {a.scale * b.scale, a.zero_point, a.is_signed};
+  return {operand_of(op == Binary::mul ? product : a, unit), operand_of(b, unit)};
+}
+
 void quantize(const void* x, Element type, int64_t n, const Quantization& q, uint8_t* out) {
   const Output output = output_of(q, -INFINITY, INFINITY);
   const float inverse_scale = 1.0f / static_cast<float>(q.scale);

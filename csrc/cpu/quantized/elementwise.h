@@ -38,6 +38,12 @@ struct BytesOut {
 
 enum class Binary { add, mul };
 
+struct BinaryOperands {
+  Operand a, b;
+};
+
+BinaryOperands operands_of(Binary op, const Quantization& a, const Quantization& b, double unit);
+
 // All tensors have the output's sizes, which has no gaps. In its innermost dimension, the strides of a and b
 // must be 1 or 0; returns false, having done nothing, where they are not, or where both are 0.
 bool binary(Binary op, int dims, const int64_t* sizes, const Bytes& a, const Operand& of_a, const Bytes& b,

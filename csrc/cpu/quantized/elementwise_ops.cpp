@@ -167,8 +167,7 @@ Tensor binary_op(const Tensor a, double a_scale, int64_t a_zero_point, const Ten
   const Quantization of_a = quantization(a_scale, a_zero_point, a.scalar_type());
   const Quantization of_b = quantization(b_scale, b_zero_point, b.scalar_type());
   const Output output = output_of(quantization(scale, zero_point, a.scalar_type()), low, high);
-  Operand left = operand_of(of_a, scale), right = operand_of(of_b, scale);
-  if (op == Binary::mul) left = operand_of({a_scale * b_scale, a_zero_point, of_a.is_signed}, scale);
+  const auto [left, right] = operands_of(op, of_a, of_b, scale);
 
   const Shape sizes = broadcast_sizes(a, b);
   const auto is_whole = [&](const Tensor& x) { return sizes == sizes_of(x); };
@@ -177,10 +176,10 @@ Tensor binary_op(const Tensor a, double a_scale, int64_t a_zero_point, const Ten
                         : is_dense(view(*model)) ? strides_of(*model)
                                                  : strides_of(torch::stable::empty_like(*model));
   Tensor y = empty(sizes, strides, a.scalar_type(), a);
-  const auto run = [&](const Tensor& s, const Tensor& t) {
+  const auto run = [&, of_s = left, of_t = right](const Tensor& s, const Tensor& t) {
     const Shape strides_s = broadcast_strides(s, sizes), strides_t = broadcast_strides(t, sizes);
-    return binary(op, static_cast<int>(sizes.size()), sizes.data(), {bytes(s), strides_s.data()}, left,
-                  {bytes(t), strides_t.data()}, right, {bytes(y), strides.data()}, output);
+    return binary(op, static_cast<int>(sizes.size()), sizes.data(), {bytes(s), strides_s.data()}, of_s,
+                  {bytes(t), strides_t.data()}, of_t, {bytes(y), strides.data()}, output);
   };
   if (!run(a, b)) check(run(aligned_with(a, strides), aligned_with(b, strides)), "tensors cannot be aligned");
   return y;

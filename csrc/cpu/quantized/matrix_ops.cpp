@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../../tensors.h"
-#include "convolution.h"
+#include "geometry.h"
 #include "packing.h"
 
 namespace fastquant {
@@ -115,40 +115,19 @@ Tensor quantized_linear_op(const Tensor x, double x_scale, int64_t x_zero_point,
 
 // ------------------------------------------------------------------------ convolution
 
-// Strides of [batch, channels, *spatial] with the channels last.
-void channels_last_strides(int64_t dims, const int64_t* sizes, int64_t* strides) {
-  int64_t stride = 1;
-  const auto next = [&](int64_t d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  };
-  next(1);
-  for (int64_t d = dims - 1; d >= 2; --d) next(d);
-  next(0);
-}
-
 // x itself where its channels are last, else a copy that has them there.
 Tensor with_channels_last(const Tensor& x) {
-  const int64_t dims = x.dim();
-  const auto sizes = x.sizes(), strides = x.strides();
-  int64_t wanted[kMaxDims];
-  channels_last_strides(dims, sizes.data(), wanted);
-  bool same = true;
-  for (int64_t d = 0; d < dims; ++d) same = same && (sizes[d] == 1 || strides[d] == wanted[d]);
-  if (same || x.numel() == 0) return x;
-  Tensor copy = empty_strided(dims, sizes.data(), wanted, x.scalar_type(), x);
+  const auto sizes = x.sizes();
+  if (has_channels_last(x.dim(), sizes.data(), x.strides().data())) return x;
+  int64_t strides[kMaxLayerDims];
+  channels_last_strides(x.dim(), sizes.data(), strides);
+  Tensor copy = empty_strided(x.dim(), sizes.data(), strides, x.scalar_type(), x);
   torch::stable::copy_(copy, x);
   return copy;
 }
 
-// The sizes of [batch, channels, *spatial], spatial ones of a layer of `dims` dimensions as the last of three.
-void place(const std::vector<int64_t>& values, int64_t dims, int64_t otherwise, int64_t* out,
-           const char* name) {
-  check(static_cast<int64_t>(values.size()) == dims, name, " needs ", dims, " values, has ", values.size());
-  for (int d = 0; d < ConvShape::kDims; ++d) {
-    const int64_t at = d - (ConvShape::kDims - dims);
-    out[d] = at < 0 ? otherwise : values[at];
-  }
+SpatialSizes spatial(const std::vector<int64_t>& values) {
+  return {values.data(), static_cast<int64_t>(values.size())};
 }
 
 Tensor quantized_conv_op(const Tensor x, double x_scale, int64_t x_zero_point, const Tensor packed_weight,
@@ -156,35 +135,13 @@ Tensor quantized_conv_op(const Tensor x, double x_scale, int64_t x_zero_point, c
                          std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
                          std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                          double scale, int64_t zero_point, double low, double high, ScalarType dtype) {
-  const int64_t dims = x.dim(), spatial = dims - 2;
-  check(1 <= spatial && spatial <= ConvShape::kDims, "x must have 3 to 5 dimensions, has ", dims);
-  check(static_cast<int64_t>(weight_shape.size()) == dims, "weight_shape needs ", dims, " values, has ",
-        weight_shape.size());
+  const int64_t dims = x.dim();
+  const ConvShape shape = conv_shape(dims, x.sizes().data(),
+                                     {weight_shape.data(), static_cast<int64_t>(weight_shape.size()),
+                                      spatial(stride), spatial(padding), spatial(dilation), groups});
   const PackedLayout layout(weight_shape.data(), dims, groups, false);
-  ConvShape shape;
-  const auto sizes = x.sizes();
-  shape.batch = sizes[0], shape.in_channels = sizes[1];
-  shape.out_channels = weight_shape[0], shape.groups = groups;
-  check(weight_shape[1] * groups == sizes[1], "x has ", sizes[1], " channels, the weight needs ",
-        weight_shape[1] * groups);
-  place({sizes.begin() + 2, sizes.end()}, spatial, 1, shape.in, "x");
-  place({weight_shape.begin() + 2, weight_shape.end()}, spatial, 1, shape.kernel, "weight_shape");
-  place(stride, spatial, 1, shape.stride, "stride");
-  place(padding, spatial, 0, shape.padding, "padding");
-  place(dilation, spatial, 1, shape.dilation, "dilation");
-  int64_t out_sizes[2 + ConvShape::kDims], strides[2 + ConvShape::kDims];
-  out_sizes[0] = shape.batch, out_sizes[1] = shape.out_channels;
-  for (int d = 0; d < ConvShape::kDims; ++d) {
-    check(shape.stride[d] > 0 && shape.dilation[d] > 0 && shape.padding[d] >= 0 && shape.kernel[d] > 0,
-          "stride, dilation and kernel sizes must be positive, padding not negative");
-    const int64_t reach = shape.dilation[d] * (shape.kernel[d] - 1) + 1;
-    const int64_t room = shape.in[d] + 2 * shape.padding[d] - reach;
-    check(room >= 0, "the kernel reaches over ", reach, " positions, x has ",
-          shape.in[d] + 2 * shape.padding[d], " with padding");
-    shape.out[d] = room / shape.stride[d] + 1;
-    const int64_t at = d - (ConvShape::kDims - spatial);
-    if (at >= 0) out_sizes[2 + at] = shape.out[d];
-  }
+  int64_t out_sizes[kMaxLayerDims], strides[kMaxLayerDims];
+  conv_output_sizes(shape, dims, out_sizes);
   channels_last_strides(dims, out_sizes, strides);
   const Tensor input = with_channels_last(x);
   OutputFormat format = format_of(dtype, scale, zero_point, low, high);

@@ -59,6 +59,12 @@ def _set_up_fast_calls() -> bool:
 fast_calls = _set_up_fast_calls()
 
 
+def nothing_intervenes() -> bool:
+    """Whether `_C` may be called, as far as that does not depend on the arguments."""
+    # Dynamo must not see what follows its own question.
+    return not _is_traced_by_dynamo() and fast_calls and not is_intercepted()
+
+
 def may_skip_dispatcher(x: Any, *others: Any) -> bool:
     """Whether `_C` may be called with these values, which nothing may then intercept.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._native import ops
+from . import calls
 from .rearranging import level
 from .tensor import (
     QuantizedTensor,
@@ -22,9 +23,16 @@ from .tensor import (
     integers_of,
     is_quantized,
     like,
-    made,
     not_supported,
 )
+
+
+@handles(Tensor.dequantize, torch.dequantize, plain_first=True)
+def _dequantize(input: Any = None, *, tensors: Any = None) -> Any:
+    if tensors is not None or isinstance(input, (list, tuple)):
+        return tuple(x.dequantize() for x in (input if tensors is None else tensors))
+    return calls.dequantize(input)
+
 
 # --- bounds ---------------------------------------------------------------------------------
 
@@ -32,26 +40,20 @@ from .tensor import (
 def _clamped(
     input: QuantizedTensor, low: float | None, high: float | None, inplace: bool = False
 ) -> QuantizedTensor:
-    values = integers_of(input)
-    lowest = None if low is None else level(input, low)
-    highest = None if high is None else level(input, high)
-    if inplace:
-        values.clamp_(lowest, highest)
-        return input
-    return like(input, values.clamp(lowest, highest))
+    info = torch.iinfo(input.dtype)
+    lowest = info.min if low is None else level(input, low)
+    highest = info.max if high is None else level(input, high)
+    return calls.clamp(input, lowest, highest, inplace)
 
 
 @handles(*functions_named("relu"))
 def _relu(input: QuantizedTensor, inplace: bool = False) -> QuantizedTensor:
-    if inplace:
-        return _relu_(input)
-    return made(integers_of(input).clamp_min(input._zero_point), input._scale, input._zero_point)
+    return calls.clamp(input, input._zero_point, 255, inplace)
 
 
 @handles(*functions_named("relu_"))
 def _relu_(input: QuantizedTensor) -> QuantizedTensor:
-    integers_of(input).clamp_min_(input._zero_point)
-    return input
+    return calls.clamp(input, input._zero_point, 255, True)
 
 
 @handles(F.relu6)
@@ -128,11 +130,10 @@ def mapped(
     zero_point: int | None = None,
 ) -> QuantizedTensor:
     """What a function makes of each element; by default with the scale and zero point of x."""
-    values = integers_of(x)
     scale = x._scale if scale is None else scale
     zero_point = x._zero_point if zero_point is None else zero_point
-    entries = table(function, values.dtype, x._scale, x._zero_point, scale, zero_point)
-    return made(ops.lookup(values, entries.to(values.device)), scale, zero_point)
+    entries = table(function, x.dtype, x._scale, x._zero_point, scale, zero_point)
+    return calls.lookup(x, entries.to(x.device), scale, zero_point)
 
 
 def _with_range(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._native import ops
+from . import calls
 from .tensor import (
     Handler,
     QuantizedTensor,
@@ -23,22 +24,9 @@ from .tensor import (
 
 def _tuple(value: Any, dims: int) -> list[int]:
     """One number for each dimension."""
-    if isinstance(value, (list, tuple)):
-        return list(value) * dims if len(value) == 1 else list(value)
-    return [value] * dims
-
-
-def _pooled(x: QuantizedTensor, dims: int, pool: Any, function: Any) -> QuantizedTensor:
-    """`pool` of the values, with a batch dimension, which x may lack."""
-    values = integers_of(x)
-    if values.dim() == dims + 2:
-        return like(x, pool(values))
-    if values.dim() != dims + 1:
-        raise ValueError(
-            f"{function.__name__} takes tensors of {dims + 1} or {dims + 2} dimensions, got shape "
-            f"{tuple(values.shape)}"
-        )
-    return like(x, pool(values.unsqueeze(0)).squeeze(0))
+    if not isinstance(value, (list, tuple)):
+        return [value] * dims
+    return list(value) * dims if len(value) == 1 else list(value)
 
 
 def _max_pool(dims: int) -> Handler:
@@ -58,16 +46,12 @@ def _max_pool(dims: int) -> Handler:
         size = _tuple(kernel_size, dims)
         steps = _tuple(stride, dims) if stride or stride == 0 else size
         spans = (size, steps, _tuple(padding, dims), _tuple(dilation, dims))
-        return _pooled(
-            input, dims, lambda v: ops.quantized_max_pool(v, *spans, ceil_mode), function
-        )
+        return calls.max_pool(input, *spans, ceil_mode)
 
     return pool
 
 
 def _avg_pool(dims: int) -> Handler:
-    function = getattr(F, f"avg_pool{dims}d")
-
     def pool(
         input: QuantizedTensor,
         kernel_size: Any,
@@ -80,22 +64,18 @@ def _avg_pool(dims: int) -> Handler:
         size = _tuple(kernel_size, dims)
         steps = _tuple(stride, dims) if stride or stride == 0 else size
         rest = (size, steps, _tuple(padding, dims), ceil_mode, count_include_pad, divisor_override)
-        zero_point = input._zero_point
-        return _pooled(
-            input, dims, lambda v: ops.quantized_avg_pool(v, zero_point, *rest), function
-        )
+        return calls.avg_pool(input, *rest)
 
     return pool
 
 
 def _adaptive_avg_pool(dims: int) -> Handler:
-    function = getattr(F, f"adaptive_avg_pool{dims}d")
-
     def pool(input: QuantizedTensor, output_size: Any) -> QuantizedTensor:
         sizes = _tuple(output_size, dims)
-        whole = integers_of(input).shape[-dims:]
-        sizes = [n if size is None else size for size, n in zip(sizes, whole, strict=True)]
-        return _pooled(input, dims, lambda v: ops.quantized_adaptive_avg_pool(v, sizes), function)
+        if None in sizes:
+            whole = input.shape[-dims:]
+            sizes = [n if size is None else size for size, n in zip(sizes, whole, strict=True)]
+        return calls.adaptive_avg_pool(input, sizes)
 
     return pool
 

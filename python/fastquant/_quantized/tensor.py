@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._native import ops
 from .._torch.compiling import when_compiling
 from .._torch.private import ask_subclasses_in_graphs, ignoring_overrides, is_exporting
 
@@ -73,16 +72,6 @@ def not_supported(function: Any, why: str = "") -> NotImplementedError:
     )
 
 
-def handle(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What a function of torch returns for arguments of which one is quantized."""
-    handler = HANDLERS.get(function)
-    if handler is None:
-        raise not_supported(function)
-    if args and type(args[0]) is Tensor and handler not in _TAKES_PLAIN_FIRST:
-        raise not_supported(function, " together with ordinary ones")
-    return handler(*args, **kwargs)
-
-
 class _Integers:
     """The attribute `_integers`, which tensors that are made in a graph have as their own.
 
@@ -123,7 +112,13 @@ class QuantizedTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        return handle(func, args, kwargs or {})
+        """What a function of torch returns for arguments of which one is quantized."""
+        handler = HANDLERS.get(func)
+        if handler is None:
+            raise not_supported(func)
+        if args and type(args[0]) is Tensor and handler not in _TAKES_PLAIN_FIRST:
+            raise not_supported(func, " together with ordinary ones")
+        return handler(*args, **kwargs) if kwargs else handler(*args)
 
 
 class ExportedQuantizedTensor:
@@ -137,11 +132,7 @@ class ExportedQuantizedTensor:
     def __init__(self, values: Tensor, scale: float, zero_point: int) -> None:
         self._integers, self._scale, self._zero_point = values, scale, zero_point
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        return handle(func, args, kwargs or {})
+    __torch_function__ = QuantizedTensor.__torch_function__
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(Tensor, name) and not name.startswith("__"):
@@ -157,16 +148,17 @@ def made(values: Tensor, scale: float, zero_point: int) -> QuantizedTensor:
 
     `values` itself becomes it, so it must be a tensor that nothing else uses.
     """
-    if type(values) is Tensor and not is_dynamo_compiling() and not is_exporting():
-        # To make a second tensor on the same memory takes three times as long as all this.
-        values.__class__ = QuantizedTensor
-        x: Any = values
-    elif is_exporting():
-        return ExportedQuantizedTensor(values, scale, zero_point)  # type: ignore[return-value]
-    else:
+    x: Any
+    if is_exporting():
+        x = ExportedQuantizedTensor(values, scale, zero_point)
+    elif is_dynamo_compiling() or type(values) is not Tensor:
         x = values.as_subclass(QuantizedTensor)
-        x._integers = values
-    x._scale, x._zero_point = scale, zero_point
+        x._integers, x._scale, x._zero_point = values, scale, zero_point
+    else:
+        # To make a second tensor on the same memory takes three times as long as all this.
+        x = values
+        x.__class__ = QuantizedTensor
+        x._scale, x._zero_point = scale, zero_point
     return x  # type: ignore[no-any-return]
 
 
@@ -185,9 +177,8 @@ def like(x: QuantizedTensor, values: Tensor) -> QuantizedTensor:
 
 def parts(x: Any, what: str = "input") -> tuple[Tensor, float, int]:
     """Values, scale and zero point of a quantized tensor; `what` names it in the error."""
-    if not isinstance(x, _CLASSES):
-        raise _not_quantized(x, what)
-    return integers_of(x), x._scale, x._zero_point  # type: ignore[attr-defined]
+    require_quantized(x, what)
+    return integers_of(x), x._scale, x._zero_point
 
 
 def on_integers(function: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,14 +194,17 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, _CLASSES)
 
 
-def _not_quantized(x: Any, what: str) -> TypeError:
+def require_quantized(x: Any, what: str = "input") -> None:
+    """Raise an error that names what is not a quantized tensor."""
+    if isinstance(x, _CLASSES):
+        return
     if isinstance(x, PerChannelQuantizedTensor):
         found = "a tensor with a scale for each channel, which only weights have"
     elif isinstance(x, Tensor):
         found = f"an ordinary tensor of dtype {x.dtype}"
     else:
         found = f"{type(x).__name__}"
-    return TypeError(
+    raise TypeError(
         f"{what} must be a quantized tensor, got {found}; a QuantStub at the start of the "
         "quantized part of the model makes one, as fastquant.quantized_tensor.quantize_per_tensor "
         "does"
@@ -384,19 +378,6 @@ def _qscheme(input: QuantizedTensor) -> torch.qscheme:
 @handles(Tensor.int_repr, torch.int_repr)
 def _int_repr(input: QuantizedTensor) -> Tensor:
     return integers_of(input).clone()
-
-
-def dequantize(x: QuantizedTensor) -> Tensor:
-    """The real numbers, in fp32."""
-    y: Tensor = ops.dequantize(integers_of(x), x._scale, x._zero_point, torch.float32)
-    return y
-
-
-@handles(Tensor.dequantize, torch.dequantize, plain_first=True)
-def _dequantize(input: Any = None, *, tensors: Any = None) -> Any:
-    if tensors is not None or isinstance(input, (list, tuple)):
-        return tuple(x.dequantize() for x in (input if tensors is None else tensors))
-    return dequantize(input)
 
 
 # --- printing, copying, saving --------------------------------------------------------------

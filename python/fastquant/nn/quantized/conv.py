@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantized_conv, quantized_conv_transpose
+from ..._quantized import calls
 from ..._torch.ao import nniqat, nnqat
 from ...quantized_tensor import made, parts
 from .weighted import Weighted
@@ -161,6 +162,25 @@ class _ConvNd(Weighted):
         )
 
     def forward(self, input: Any) -> Any:
+        if self._padded_before is None:
+            buffers = self._buffers
+            output = calls.conv(
+                input,
+                buffers["_packed_weight"],
+                buffers["weight_scale"],
+                buffers["_bias"],
+                self._weight_shape,
+                self.stride,
+                self._padded_by_kernel,
+                self.dilation,
+                self.groups,
+                self.scale,
+                self.zero_point,
+                self._LOW,
+                self._HIGH,
+            )
+            if output is not None:
+                return output
         return made(self._computed(input), self.scale, self.zero_point)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._core.errors import QuantizationError
-from ..._native.ops import lookup, quantized_add, quantized_cat, quantized_mul
+from ..._native.ops import lookup
+from ..._quantized.calls import UNBOUNDED, add, cat, mul
 from ..._torch.ao import nnq
 from ...quantized_tensor import made, parts
 from .observed import output_qparams
@@ -37,39 +37,30 @@ class QFunctional(Scaled):
             "QFunctional has no forward: call one of its operations, such as add or cat"
         )
 
-    def _of_two(self, op: Any, x: Any, y: Any, low: float) -> Any:
-        values = op(*parts(x, "x"), *parts(y, "y"), self.scale, self.zero_point, low, math.inf)
-        return made(values, self.scale, self.zero_point)
-
     def add(self, x: Any, y: Any) -> Any:
         """x + y"""
-        return self._of_two(quantized_add, x, y, -math.inf)
+        return add(x, y, self.scale, self.zero_point, -UNBOUNDED, UNBOUNDED)
 
     def add_relu(self, x: Any, y: Any) -> Any:
         """relu(x + y)"""
-        return self._of_two(quantized_add, x, y, 0.0)
+        return add(x, y, self.scale, self.zero_point, 0.0, UNBOUNDED)
 
     def mul(self, x: Any, y: Any) -> Any:
         """x * y"""
-        return self._of_two(quantized_mul, x, y, -math.inf)
+        return mul(x, y, self.scale, self.zero_point, -UNBOUNDED, UNBOUNDED)
 
     def mul_relu(self, x: Any, y: Any) -> Any:
         """relu(x * y)"""
-        return self._of_two(quantized_mul, x, y, 0.0)
+        return mul(x, y, self.scale, self.zero_point, 0.0, UNBOUNDED)
 
     def _concatenated(self, x: Sequence[Any], dim: int, low: float) -> Any:
         if not x:
             raise QuantizationError("cat needs at least one tensor, got none")
-        split = [parts(tensor, f"x[{i}]") for i, tensor in enumerate(x)]
-        tensors, scales, zero_points = map(list, zip(*split, strict=True))
-        values = quantized_cat(
-            tensors, scales, zero_points, dim, self.scale, self.zero_point, low, math.inf
-        )
-        return made(values, self.scale, self.zero_point)
+        return cat(x, dim, self.scale, self.zero_point, low, UNBOUNDED)
 
     def cat(self, x: Sequence[Any], dim: int = 0) -> Any:
         """torch.cat(x, dim)"""
-        return self._concatenated(x, dim, -math.inf)
+        return self._concatenated(x, dim, -UNBOUNDED)
 
     def cat_relu(self, x: Sequence[Any], dim: int = 0) -> Any:
         """relu(torch.cat(x, dim))"""

@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantized_linear
+from ..._quantized import calls
 from ..._torch.ao import nniqat, nnqat
 from ...quantized_tensor import made, parts
 from .weighted import Weighted
@@ -85,4 +86,18 @@ class Linear(Weighted):
         )
 
     def forward(self, x: Any) -> Any:
+        buffers = self._buffers
+        output = calls.linear(
+            x,
+            buffers["_packed_weight"],
+            buffers["weight_scale"],
+            buffers["_bias"],
+            self.out_features,
+            self.scale,
+            self.zero_point,
+            self._LOW,
+            self._HIGH,
+        )
+        if output is not None:
+            return output
         return made(self._computed(x), self.scale, self.zero_point)

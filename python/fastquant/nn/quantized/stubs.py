@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._core.errors import QuantizationError
-from ..._native.ops import quantize
-from ...quantized_tensor import made
+from ..._quantized.calls import quantize
 from .observed import INTEGERS, qparams_and_dtype
 from .scaled import Scaled, check_qparams
 
@@ -43,8 +42,7 @@ class Quantize(Scaled):
         return f"{super().extra_repr()}, dtype={self.dtype}"
 
     def forward(self, X: Tensor) -> Any:  # noqa: N803 (the name is torch.ao's)
-        values = quantize(X, self.scale, self.zero_point, self.dtype, True)
-        return made(values, self.scale, self.zero_point)
+        return quantize(X, self.scale, self.zero_point, self.dtype)
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Quantize:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..._core.errors import QuantizationError
 from ..._native.ops import pack_weight, unpack_weight
+from ..._quantized.calls import UNBOUNDED
 from ...quantized_tensor import PerChannelQuantizedTensor, QuantizedTensor
 from . import observed
 from .scaled import Scaled
@@ -30,8 +30,8 @@ class Weighted(Scaled):
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = ()
     _TRANSPOSED: ClassVar[bool] = False
     # The least and the greatest output, in real numbers.
-    _LOW: ClassVar[float] = -math.inf
-    _HIGH: ClassVar[float] = math.inf
+    _LOW: ClassVar[float] = -UNBOUNDED
+    _HIGH: ClassVar[float] = UNBOUNDED
 
     groups = 1
     weight_scale: Tensor

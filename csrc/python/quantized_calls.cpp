@@ -1,0 +1,574 @@
+#include "python/quantized_calls.h"
+
+#include <cmath>
+#include <new>
+
+#include "cpu/huge_pages.h"
+#include "cpu/quantized/elementwise.h"
+#include "cpu/quantized/geometry.h"
+#include "cpu/quantized/packing.h"
+#include "cpu/quantized/pooling.h"
+#include "python/arguments.h"
+
+namespace fastquant {
+namespace {
+
+constexpr int64_t kMostDims = 8;
+
+// Set once, by set_up_quantized_calls, and kept for the life of the process.
+PyTypeObject* quantized_type = nullptr;
+PyObject* float_tensor_maker = nullptr;  // f(sizes, strides): a new fp32 tensor
+PyObject *class_name = nullptr, *scale_name = nullptr, *zero_point_name = nullptr;
+
+// ------------------------------------------------------------------------- arguments
+
+bool is_int8(const DLTensor& t) {
+  require(t.bits == 8 && (t.code == kInt || t.code == kUnsigned));
+  return t.code == kInt;
+}
+
+// A quantized tensor that is not empty.
+struct Quantized {
+  DLTensor t;
+  double scale;
+  int64_t zero_point;
+  bool is_signed;
+
+  const uint8_t* data() const { return static_cast<const uint8_t*>(t.data); }
+  Quantization quantization() const { return {scale, zero_point, is_signed}; }
+};
+
+template <class F>
+auto attribute(PyObject* object, PyObject* name, const F& convert) {
+  PyObject* const value = PyObject_GetAttr(object, name);
+  require(value != nullptr);
+  try {
+    const auto converted = convert(value);
+    Py_DECREF(value);
+    return converted;
+  } catch (...) {
+    Py_DECREF(value);
+    throw;
+  }
+}
+
+Quantized quantized(PyObject* object) {
+  require(Py_TYPE(object) == quantized_type);
+  Quantized x;
+  x.t = memory(object);
+  x.is_signed = is_int8(x.t);
+  x.scale = attribute(object, scale_name, [](PyObject* value) { return real(value); });
+  x.zero_point = attribute(object, zero_point_name, [](PyObject* value) { return integer(value); });
+  require(x.t.data != nullptr && numel(x.t) > 0 && x.t.ndim <= kMostDims && x.scale > 0);
+  return x;
+}
+
+struct Integers {
+  int64_t values[kMostDims];
+  int64_t count;
+
+  operator SpatialSizes() const { return {values, count}; }
+  // That of a spatial dimension, where the last of three dimensions have one.
+  int64_t at(int k, int64_t otherwise) const {
+    const int64_t i = k - (kPoolDims - count);
+    return i < 0 ? otherwise : values[i];
+  }
+};
+
+Integers integers(PyObject* object) {
+  const bool is_tuple = PyTuple_Check(object);
+  require(is_tuple || PyList_Check(object));
+  Integers result;
+  result.count = is_tuple ? PyTuple_Size(object) : PyList_Size(object);
+  require(result.count <= kMostDims);
+  for (int64_t i = 0; i < result.count; ++i) {
+    result.values[i] = integer(is_tuple ? PyTuple_GetItem(object, i) : PyList_GetItem(object, i));
+  }
+  return result;
+}
+
+// What a layer's output is to be, as objects, which a quantized tensor has as attributes, and as numbers.
+struct OutputQParams {
+  explicit OutputQParams(Arguments* args) : scale_object(args->next()), zero_point_object(args->next()) {
+    require(PyFloat_Check(scale_object) && PyLong_Check(zero_point_object));
+    scale = real(scale_object);
+    zero_point = integer(zero_point_object);
+    require(scale > 0 && std::isfinite(scale));
+  }
+
+  PyObject *scale_object, *zero_point_object;
+  double scale;
+  int64_t zero_point;
+};
+
+struct Bounds {
+  explicit Bounds(Arguments* args) : low(real(args->next())), high(real(args->next())) {}
+  double low, high;
+};
+
+// --------------------------------------------------------------------------- results
+
+// Memory for a new tensor of bytes.
+class NewBytes {
+ public:
+  NewBytes(int64_t dims, const int64_t* sizes, const int64_t* strides, bool is_signed) {
+    int64_t bytes = 1;
+    for (int64_t d = 0; d < dims; ++d) bytes *= sizes[d];
+    require(bytes > 0 && dims <= kMostDims);
+    block_ = static_cast<Block*>(::operator new(kHeader + static_cast<size_t>(bytes), kAlignment));
+    *block_ = {{exchange->major, exchange->minor, nullptr, free_block, 0, {}}, {}, {}};
+    std::copy_n(sizes, dims, block_->sizes);
+    std::copy_n(strides, dims, block_->strides);
+    block_->managed.tensor = {
+        data(),          kCpu, 0, static_cast<int32_t>(dims), is_signed ? kInt : kUnsigned, 8, 1, block_->sizes,
+        block_->strides, 0};
+    prefer_huge_pages(data(), bytes);
+  }
+  ~NewBytes() {
+    if (block_ != nullptr) free_block(&block_->managed);
+  }
+  NewBytes(const NewBytes&) = delete;
+  NewBytes& operator=(const NewBytes&) = delete;
+
+  uint8_t* data() { return reinterpret_cast<uint8_t*>(block_) + kHeader; }
+
+  // The quantized tensor of these bytes.
+  PyObject* quantized(PyObject* scale, PyObject* zero_point) {
+    void* made = nullptr;
+    const int failed = exchange->managed_tensor_to_py_object_no_sync(&block_->managed, &made);
+    block_ = nullptr;
+    require(failed == 0);
+    PyObject* const result = static_cast<PyObject*>(made);
+    if (PyObject_SetAttr(result, class_name, reinterpret_cast<PyObject*>(quantized_type)) != 0 ||
+        PyObject_SetAttr(result, scale_name, scale) != 0 ||
+        PyObject_SetAttr(result, zero_point_name, zero_point) != 0) {
+      Py_DECREF(result);
+      throw NeedsOp();
+    }
+    return result;
+  }
+  PyObject* quantized(const OutputQParams& q) { return quantized(q.scale_object, q.zero_point_object); }
+  // With the attributes of another one.
+  PyObject* quantized_as(PyObject* x) {
+    PyObject* const scale = PyObject_GetAttr(x, scale_name);
+    PyObject* const zero_point = PyObject_GetAttr(x, zero_point_name);
+    PyObject* const result = scale != nullptr && zero_point != nullptr ? quantized(scale, zero_point) : nullptr;
+    Py_XDECREF(scale);
+    Py_XDECREF(zero_point);
+    require(result != nullptr);
+    return result;
+  }
+
+ private:
+  // In front of the bytes.
+  struct Block {
+    DLManagedTensor managed;
+    int64_t sizes[kMostDims], strides[kMostDims];
+  };
+  static constexpr std::align_val_t kAlignment{64};
+  static constexpr size_t kHeader = (sizeof(Block) + 63) / 64 * 64;
+
+  static void free_block(DLManagedTensor* managed) { ::operator delete(managed, kAlignment); }
+
+  Block* block_;
+};
+
+// ---------------------------------------------------------------------------- layers
+
+// A layer's packed weight, its scales and its bias.
+struct LayerWeights {
+  explicit LayerWeights(Arguments* args) {
+    const DLTensor t = tensor(args->next());
+    require(t.code == kUnsigned && t.bits == 8 && t.ndim == 1 && (t.strides[0] == 1 || t.shape[0] == 1));
+    packed = static_cast<const uint8_t*>(t.data);
+    bytes = t.shape[0];
+    scale = floats(args->next(), &scales);
+    PyObject* const given = args->next();
+    if (given != Py_None) bias = floats(given, &biases);
+  }
+
+  // Those of a weight with this layout.
+  LayerScales checked(const PackedLayout& layout, int64_t channels) const {
+    require(bytes == layout.bytes() && (scales == 1 || scales == channels));
+    require(bias == nullptr || biases == channels);
+    return {scale, scales != 1, bias};
+  }
+
+  static const float* floats(PyObject* object, int64_t* count) {
+    const Array a = buffer(object, "");
+    require(a.type == Element::f32);
+    *count = a.numel;
+    return static_cast<const float*>(a.data);
+  }
+
+  const uint8_t* packed;
+  const float* scale;
+  const float* bias = nullptr;
+  int64_t bytes, scales, biases = 0;
+};
+
+OutputFormat format_of(void* data, bool is_signed, const OutputQParams& q, const Bounds& bounds) {
+  return {data, is_signed ? OutputType::s8 : OutputType::u8, q.scale, q.zero_point, bounds.low, bounds.high};
+}
+
+QuantizedValues values_of(const Quantized& x) { return {x.data(), x.scale, x.zero_point, x.is_signed}; }
+
+bool is_contiguous(const DLTensor& t) {
+  int64_t stride = 1;
+  for (int d = t.ndim - 1; d >= 0; stride *= t.shape[d--]) {
+    if (t.shape[d] != 1 && t.strides[d] != stride) return false;
+  }
+  return true;
+}
+
+Dense dense_bytes(const DLTensor& t) {
+  const View x = {t.data, Element::other, t.ndim, t.shape, t.strides, numel(t)};
+  require(is_dense(x));
+  return dense(x, std::nullopt);
+}
+
+template <Binary op>
+PyObject* binary_call(PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 6, [](Arguments args) {
+    const Quantized a = quantized(args.next()), b = quantized(args.next());
+    const OutputQParams q(&args);
+    const Bounds bounds(&args);
+    require(a.is_signed == b.is_signed && a.t.ndim == b.t.ndim);
+    require(std::equal(a.t.shape, a.t.shape + a.t.ndim, b.t.shape) && has_strides(b.t, a.t.strides));
+    const int64_t n = dense_bytes(a.t).numel(), stride = 1;
+    NewBytes y(a.t.ndim, a.t.shape, a.t.strides, a.is_signed);
+    const auto [of_a, of_b] = operands_of(op, a.quantization(), b.quantization(), q.scale);
+    const Output output = output_of({q.scale, q.zero_point, a.is_signed}, bounds.low, bounds.high);
+    {
+      const WithoutGil released(n);
+      binary(op, 1, &n, {a.data(), &stride}, of_a, {b.data(), &stride}, of_b, {y.data(), &stride}, output);
+    }
+    return y.quantized(q);
+  });
+}
+
+// --------------------------------------------------------------------------- pooling
+
+// [images, channels, *spatial], with the channels last.
+Images images_of(const Quantized& x, int64_t spatial) {
+  const DLTensor& t = x.t;
+  require(t.ndim == spatial + 2 && (t.shape[1] == 1 || t.strides[1] == 1));
+  Images images = {x.data(), t.shape[0], t.shape[1], t.strides[0], {}, x.is_signed};
+  for (int k = 0; k < kPoolDims; ++k) {
+    const int64_t d = t.ndim - kPoolDims + k;
+    images.strides[k] = d >= 2 ? t.strides[d] : 0;
+  }
+  return images;
+}
+
+int64_t pixels_along(const Quantized& x, int k) {
+  const int64_t d = x.t.ndim - kPoolDims + k;
+  return d >= 2 ? x.t.shape[d] : 1;
+}
+
+// Pools the images of x by pool(images, windows, out).
+template <class F>
+PyObject* pooled(PyObject* object, const Quantized& x, const Windows (&windows)[kPoolDims], int64_t spatial,
+                 const F& pool) {
+  const Images images = images_of(x, spatial);
+  int64_t sizes[kMostDims] = {x.t.shape[0], x.t.shape[1]}, strides[kMostDims];
+  for (int64_t d = 2; d < x.t.ndim; ++d) {
+    sizes[d] = static_cast<int64_t>(windows[kPoolDims - x.t.ndim + d].begin.size());
+  }
+  channels_last_strides(x.t.ndim, sizes, strides);
+  NewBytes y(x.t.ndim, sizes, strides, x.is_signed);
+  {
+    const WithoutGil released(numel(x.t));
+    pool(images, windows, y.data());
+  }
+  return y.quantized_as(object);
+}
+
+}  // namespace
+
+PyObject* set_up_quantized_calls(PyObject*, PyObject* args) {
+  PyObject *type, *maker;
+  if (!PyArg_ParseTuple(args, "O!O", &PyType_Type, &type, &maker)) return nullptr;
+  class_name = PyUnicode_InternFromString("__class__");
+  scale_name = PyUnicode_InternFromString("_scale");
+  zero_point_name = PyUnicode_InternFromString("_zero_point");
+  if (class_name == nullptr || scale_name == nullptr || zero_point_name == nullptr) return nullptr;
+  float_tensor_maker = Py_NewRef(maker);
+  quantized_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));
+  Py_RETURN_NONE;
+}
+
+PyObject* quantized_conv_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 13, [](Arguments args) {
+    const Quantized x = quantized(args.next());
+    const LayerWeights weights(&args);
+    const Integers weight_shape = integers(args.next()), stride = integers(args.next());
+    const Integers padding = integers(args.next()), dilation = integers(args.next());
+    const int64_t groups = integer(args.next());
+    const OutputQParams q(&args);
+    const Bounds bounds(&args);
+    const int64_t dims = x.t.ndim;
+    const ConvShape shape = conv_shape(
+        dims, x.t.shape, {weight_shape.values, weight_shape.count, stride, padding, dilation, groups});
+    require(has_channels_last(dims, x.t.shape, x.t.strides));
+    const PackedLayout layout(weight_shape.values, dims, groups, false);
+    const LayerScales scales = weights.checked(layout, shape.out_channels);
+    int64_t sizes[kMaxLayerDims], strides[kMaxLayerDims];
+    conv_output_sizes(shape, dims, sizes);
+    channels_last_strides(dims, sizes, strides);
+    NewBytes y(dims, sizes, strides, x.is_signed);
+    {
+      const WithoutGil released(std::max(shape.positions() * shape.out_channels, weights.bytes));
+      quantized_conv(values_of(x), shape, weights.packed, scales, format_of(y.data(), x.is_signed, q, bounds));
+    }
+    return y.quantized(q);
+  });
+}
+
+PyObject* quantized_linear_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 9, [](Arguments args) {
+    const Quantized x = quantized(args.next());
+    const LayerWeights weights(&args);
+    const int64_t out_features = integer(args.next());
+    const OutputQParams q(&args);
+    const Bounds bounds(&args);
+    require(x.t.ndim >= 1 && is_contiguous(x.t));
+    const int64_t last = x.t.ndim - 1, in_features = x.t.shape[last];
+    const int64_t weight_shape[] = {out_features, in_features};
+    const PackedLayout layout(weight_shape, 2, 1, false);
+    const LayerScales scales = weights.checked(layout, out_features);
+    int64_t sizes[kMostDims], strides[kMostDims], rows = 1;
+    for (int64_t d = last, step = 1; d >= 0; --d) {
+      sizes[d] = d == last ? out_features : x.t.shape[d];
+      strides[d] = step;
+      step *= sizes[d];
+      if (d != last) rows *= sizes[d];
+    }
+    NewBytes y(x.t.ndim, sizes, strides, x.is_signed);
+    {
+      const WithoutGil released(std::max(rows * out_features, weights.bytes));
+      quantized_linear(values_of(x), rows, in_features, out_features, weights.packed, scales,
+                       format_of(y.data(), x.is_signed, q, bounds));
+    }
+    return y.quantized(q);
+  });
+}
+
+PyObject* quantized_add_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return binary_call<Binary::add>(given, count);
+}
+
+PyObject* quantized_mul_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return binary_call<Binary::mul>(given, count);
+}
+
+PyObject* quantized_cat_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 6, [](Arguments args) {
+    PyObject* const tensors = args.next();
+    const bool is_tuple = PyTuple_Check(tensors);
+    require(is_tuple || PyList_Check(tensors));
+    const int64_t n = is_tuple ? PyTuple_Size(tensors) : PyList_Size(tensors);
+    constexpr int64_t kMost = 64;
+    require(1 <= n && n <= kMost);
+    int64_t dim = integer(args.next());
+    const OutputQParams q(&args);
+    const Bounds bounds(&args);
+    Quantized parts[kMost];
+    int64_t sizes[kMostDims], strides[kMostDims];
+    for (int64_t i = 0; i < n; ++i) {
+      parts[i] = quantized(is_tuple ? PyTuple_GetItem(tensors, i) : PyList_GetItem(tensors, i));
+      const DLTensor& t = parts[i].t;
+      if (i == 0) {
+        dim = dim < 0 ? dim + t.ndim : dim;
+        require(0 <= dim && dim < t.ndim && (t.ndim == 4 || t.ndim == 5));
+        std::copy_n(t.shape, t.ndim, sizes);
+        sizes[dim] = 0;
+      }
+      require(t.ndim == parts[0].t.ndim && parts[i].is_signed == parts[0].is_signed);
+      require(has_channels_last(t.ndim, t.shape, t.strides));
+      for (int d = 0; d < t.ndim; ++d) require(d == dim || t.shape[d] == sizes[d]);
+      sizes[dim] += t.shape[dim];
+    }
+    const int dims = parts[0].t.ndim;
+    const bool is_signed = parts[0].is_signed;
+    channels_last_strides(dims, sizes, strides);
+    NewBytes y(dims, sizes, strides, is_signed);
+    const Output output = output_of({q.scale, q.zero_point, is_signed}, bounds.low, bounds.high);
+    bool done = true;
+    {
+      int64_t all = 1;
+      for (int d = 0; d < dims; ++d) all *= sizes[d];
+      const WithoutGil released(all);
+      uint8_t* to = y.data();
+      for (int64_t i = 0; done && i < n; ++i) {
+        const DLTensor& t = parts[i].t;
+        done = requantize(dims, t.shape, {parts[i].data(), t.strides},
+                          operand_of(parts[i].quantization(), q.scale), {to, strides}, output);
+        to += t.shape[dim] * strides[dim];
+      }
+    }
+    require(done);
+    return y.quantized(q);
+  });
+}
+
+PyObject* lookup_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 4, [](Arguments args) {
+    const Quantized x = quantized(args.next());
+    const DLTensor table = tensor(args.next());
+    const OutputQParams q(&args);
+    require(numel(table) == 256 && is_contiguous(table));
+    const int64_t n = dense_bytes(x.t).numel();
+    NewBytes y(x.t.ndim, x.t.shape, x.t.strides, is_int8(table));
+    {
+      const WithoutGil released(n);
+      look_up(x.data(), n, static_cast<const uint8_t*>(table.data), y.data());
+    }
+    return y.quantized(q);
+  });
+}
+
+PyObject* quantized_clamp_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 4, [](Arguments args) {
+    PyObject* const object = args.next();
+    const Quantized x = quantized(object);
+    const int64_t low = integer(args.next()), high = integer(args.next());
+    const bool in_place = boolean(args.next());
+    const int64_t n = dense_bytes(x.t).numel();
+    uint8_t table[256];
+    for (int i = 0; i < 256; ++i) {
+      const int64_t value = x.is_signed && i >= 128 ? i - 256 : i;
+      table[i] = static_cast<uint8_t>(std::min(std::max(value, low), high));
+    }
+    const auto clamp_to = [&](uint8_t* y) {
+      const WithoutGil released(n);
+      look_up(x.data(), n, table, y);
+    };
+    if (in_place) {
+      clamp_to(static_cast<uint8_t*>(x.t.data));
+      return Py_NewRef(object);
+    }
+    NewBytes y(x.t.ndim, x.t.shape, x.t.strides, x.is_signed);
+    clamp_to(y.data());
+    return y.quantized_as(object);
+  });
+}
+
+PyObject* quantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 4, [](Arguments args) {
+    const DLTensor x = tensor(args.next());
+    const OutputQParams q(&args);
+    const bool is_signed = boolean(args.next());
+    const Quantization quantization = {q.scale, q.zero_point, is_signed};
+    const int64_t n = numel(x);
+    require(n > 0 && x.ndim <= kMostDims);
+    const Element type = element(x);
+    if (x.ndim < 3 || x.ndim > kMaxLayerDims || has_channels_last(x.ndim, x.shape, x.strides)) {
+      const Dense values = dense(x, std::nullopt);
+      NewBytes y(x.ndim, x.shape, x.strides, is_signed);
+      {
+        const WithoutGil released(n);
+        quantize(values.data, type, n, quantization, y.data());
+      }
+      return y.quantized(q);
+    }
+    require(is_contiguous(x));
+    int64_t strides[kMostDims];
+    channels_last_strides(x.ndim, x.shape, strides);
+    NewBytes y(x.ndim, x.shape, strides, is_signed);
+    {
+      const WithoutGil released(n);
+      quantize_transposed(x.data, type, x.shape[0], x.shape[1], n / (x.shape[0] * x.shape[1]), quantization,
+                          y.data());
+    }
+    return y.quantized(q);
+  });
+}
+
+PyObject* dequantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 1, [](Arguments args) -> PyObject* {
+    const Quantized x = quantized(args.next());
+    const int64_t n = dense_bytes(x.t).numel();
+    PyObject* const sizes = PyTuple_New(x.t.ndim);
+    PyObject* const strides = PyTuple_New(x.t.ndim);
+    for (int d = 0; sizes != nullptr && strides != nullptr && d < x.t.ndim; ++d) {
+      PyTuple_SetItem(sizes, d, PyLong_FromLongLong(x.t.shape[d]));
+      PyTuple_SetItem(strides, d, PyLong_FromLongLong(x.t.strides[d]));
+    }
+    PyObject* y = sizes != nullptr && strides != nullptr
+                      ? PyObject_CallFunctionObjArgs(float_tensor_maker, sizes, strides, nullptr)
+                      : nullptr;
+    Py_XDECREF(sizes);
+    Py_XDECREF(strides);
+    require(y != nullptr);
+    try {
+      const DLTensor out = tensor(y);
+      require(element(out) == Element::f32 && numel(out) == n);
+      const WithoutGil released(n);
+      dequantize(x.data(), n, x.quantization(), Element::f32, out.data);
+    } catch (...) {
+      Py_DECREF(y);
+      throw;
+    }
+    return y;
+  });
+}
+
+PyObject* quantized_max_pool_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 6, [](Arguments args) {
+    PyObject* const object = args.next();
+    const Quantized x = quantized(object);
+    const Integers kernel = integers(args.next()), stride = integers(args.next());
+    const Integers padding = integers(args.next()), dilation = integers(args.next());
+    const bool ceil_mode = boolean(args.next());
+    require(1 <= kernel.count && kernel.count <= kPoolDims && stride.count == kernel.count &&
+            padding.count == kernel.count && dilation.count == kernel.count);
+    Windows windows[kPoolDims];
+    for (int k = 0; k < kPoolDims; ++k) {
+      windows[k] = sliding_windows(pixels_along(x, k), kernel.at(k, 1), stride.at(k, 1), padding.at(k, 0),
+                                   dilation.at(k, 1), ceil_mode, false);
+    }
+    return pooled(object, x, windows, kernel.count,
+                  [](const Images& images, const auto& w, uint8_t* out) { max_pool(images, w, out); });
+  });
+}
+
+PyObject* quantized_avg_pool_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 7, [](Arguments args) {
+    PyObject* const object = args.next();
+    const Quantized x = quantized(object);
+    const Integers kernel = integers(args.next()), stride = integers(args.next());
+    const Integers padding = integers(args.next());
+    const bool ceil_mode = boolean(args.next()), count_include_pad = boolean(args.next());
+    const std::optional<int64_t> divisor = optional_integer(args.next());
+    require(1 <= kernel.count && kernel.count <= kPoolDims && stride.count == kernel.count &&
+            padding.count == kernel.count && divisor.value_or(1) != 0);
+    Windows windows[kPoolDims];
+    for (int k = 0; k < kPoolDims; ++k) {
+      windows[k] = sliding_windows(pixels_along(x, k), kernel.at(k, 1), stride.at(k, 1), padding.at(k, 0), 1,
+                                   ceil_mode, count_include_pad);
+    }
+    return pooled(object, x, windows, kernel.count, [&](const Images& images, const auto& w, uint8_t* out) {
+      average_pool(images, x.zero_point, w, divisor, out);
+    });
+  });
+}
+
+PyObject* quantized_adaptive_avg_pool_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 2, [](Arguments args) {
+    PyObject* const object = args.next();
+    const Quantized x = quantized(object);
+    const Integers outputs = integers(args.next());
+    require(1 <= outputs.count && outputs.count <= kPoolDims);
+    Windows windows[kPoolDims];
+    for (int k = 0; k < kPoolDims; ++k) {
+      require(outputs.at(k, 1) > 0);
+      windows[k] = adaptive_windows(pixels_along(x, k), outputs.at(k, 1));
+    }
+    return pooled(object, x, windows, outputs.count, [&](const Images& images, const auto& w, uint8_t* out) {
+      average_pool(images, x.is_signed ? -128 : 0, w, std::nullopt, out);
+    });
+  });
+}
+
+}  // namespace fastquant

@@ -1,0 +1,163 @@
+"""Ops of layers on quantized tensors, called by the cheapest way: from tensors to a tensor.
+
+Where nothing has to see a call, `_C` computes the result without torch's dispatcher, and makes its
+tensor in a third of the time that torch takes. Otherwise, or where the arguments are unusual, the
+op is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .._native import ops
+from .._native.fast_calls import fast_calls, nothing_intervenes
+from .tensor import QuantizedTensor, integers_of, like, made, parts
+
+# No bound of an output. Not infinity, which AOTInductor cannot store.
+UNBOUNDED = torch.finfo(torch.float32).max
+
+
+def _new_float_tensor(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    return torch.empty_strided(sizes, strides, dtype=torch.float32, device="cpu")
+
+
+if fast_calls:
+    _C.set_up_quantized_calls(QuantizedTensor, _new_float_tensor)
+
+
+def conv(input: Any, *args: Any) -> Any:
+    """The op `quantized_conv` without its arguments of x and dtype; None where only that will do.
+
+    Args: packed_weight, weight_scale, bias, weight_shape, stride, padding, dilation, groups, scale,
+        zero_point, low, high.
+    """
+    return _C.quantized_conv(input, *args) if nothing_intervenes() else None
+
+
+def linear(input: Any, *args: Any) -> Any:
+    """The op `quantized_linear` without its arguments of x and dtype; None as above.
+
+    Args: packed_weight, weight_scale, bias, out_features, scale, zero_point, low, high.
+    """
+    return _C.quantized_linear(input, *args) if nothing_intervenes() else None
+
+
+def add(x: Any, y: Any, scale: float, zero_point: int, low: float, high: float) -> QuantizedTensor:
+    """clamp(x + y, low, high)"""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantized_add(x, y, scale, zero_point, low, high)
+        if result is not None:
+            return result
+    values = ops.quantized_add(*parts(x, "x"), *parts(y, "y"), scale, zero_point, low, high)
+    return made(values, scale, zero_point)
+
+
+def mul(x: Any, y: Any, scale: float, zero_point: int, low: float, high: float) -> QuantizedTensor:
+    """clamp(x * y, low, high)"""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantized_mul(x, y, scale, zero_point, low, high)
+        if result is not None:
+            return result
+    values = ops.quantized_mul(*parts(x, "x"), *parts(y, "y"), scale, zero_point, low, high)
+    return made(values, scale, zero_point)
+
+
+def cat(
+    tensors: Sequence[Any], dim: int, scale: float, zero_point: int, low: float, high: float
+) -> QuantizedTensor:
+    """clamp(torch.cat(tensors, dim), low, high)"""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantized_cat(
+            tensors, dim, scale, zero_point, low, high
+        )
+        if result is not None:
+            return result
+    given = [parts(x, f"tensors[{i}]") for i, x in enumerate(tensors)]
+    values, scales, zero_points = (list(each) for each in zip(*given, strict=True))
+    joined = ops.quantized_cat(values, scales, zero_points, dim, scale, zero_point, low, high)
+    return made(joined, scale, zero_point)
+
+
+def lookup(input: Any, table: Tensor, scale: float, zero_point: int) -> QuantizedTensor:
+    """What a table has for each element: integers with this scale and zero point."""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.lookup(input, table, scale, zero_point)
+        if result is not None:
+            return result
+    return made(ops.lookup(parts(input)[0], table), scale, zero_point)
+
+
+def clamp(input: Any, lowest: int, highest: int, inplace: bool) -> QuantizedTensor:
+    """The integers limited to [lowest, highest], with the scale and zero point of the input."""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantized_clamp(input, lowest, highest, inplace)
+        if result is not None:
+            return result
+    values = integers_of(input)
+    highest = min(highest, torch.iinfo(values.dtype).max)
+    if inplace:
+        values.clamp_(lowest, highest)
+        return input  # type: ignore[no-any-return]
+    return like(input, values.clamp(lowest, highest))
+
+
+def quantize(input: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> QuantizedTensor:
+    """input as integers; with its channels last, if it has three to five dimensions."""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantize(input, scale, zero_point, dtype == torch.int8)
+        if result is not None:
+            return result
+    return made(ops.quantize(input, scale, zero_point, dtype, True), scale, zero_point)
+
+
+def dequantize(input: Any) -> Tensor:
+    """The real numbers, in fp32."""
+    if nothing_intervenes():
+        real: Tensor | None = _C.dequantize(input)
+        if real is not None:
+            return real
+    return ops.dequantize(*parts(input), torch.float32)  # type: ignore[no-any-return]
+
+
+def _pooled(op: Any, input: Any, sizes: Sequence[int], *args: Any) -> QuantizedTensor:
+    """What an op of pooling makes of the input, which may lack the dimension of the batch."""
+    values = integers_of(input)
+    dims = len(sizes)
+    if values.dim() not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"pooling along {dims} dimensions takes a tensor with {dims + 1} or {dims + 2}, got "
+            f"one of shape {list(values.shape)}"
+        )
+    return like(input, op(values, *args))
+
+
+def max_pool(input: Any, *args: Any) -> QuantizedTensor:
+    """The op `quantized_max_pool`."""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantized_max_pool(input, *args)
+        if result is not None:
+            return result
+    return _pooled(ops.quantized_max_pool, input, args[0], *args)
+
+
+def avg_pool(input: Any, *args: Any) -> QuantizedTensor:
+    """The op `quantized_avg_pool`, whose zero point is that of the input."""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantized_avg_pool(input, *args)
+        if result is not None:
+            return result
+    return _pooled(ops.quantized_avg_pool, input, args[0], input._zero_point, *args)
+
+
+def adaptive_avg_pool(input: Any, output_size: Sequence[int]) -> QuantizedTensor:
+    """The op `quantized_adaptive_avg_pool`."""
+    if nothing_intervenes():
+        result: QuantizedTensor | None = _C.quantized_adaptive_avg_pool(input, output_size)
+        if result is not None:
+            return result
+    return _pooled(ops.quantized_adaptive_avg_pool, input, output_size, output_size)
