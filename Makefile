@@ -31,11 +31,12 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test native-test cuda-emulation lint format audit bench bench-table limits wheel \
+.PHONY: help demo report test native-test cuda-emulation lint format audit bench bench-table limits wheel \
 	cuda-compile cuda-objects cuda-check clean
 
 help:
 	@echo "make demo         a small CNN on real data, quantized by fastquant and by torch.ao"
+	@echo "make report       what quantization did to that CNN, layer by layer, as an HTML page"
 	@echo "make test         the whole test suite"
 	@echo "make native-test  tests of the kernels alone, without torch and Python"
 	@echo "make lint         check formatting, lint and types; make format fixes the formatting"
@@ -48,6 +49,9 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
+
+report: $(VENV)/.installed
+	$(BIN)/python examples/report.py build/report.html
 
 # Two test processes with one thread each: with more, threads would wait for each other. Tests of
 # multithreading set their own number.

@@ -35,6 +35,20 @@ def demo() -> ModuleType:
 
 @needs_sklearn
 @pytest.mark.filterwarnings("ignore")  # torch.ao's own
+def test_report(demo: ModuleType) -> None:
+    spec = importlib.util.spec_from_file_location("report", EXAMPLES / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)  # its `import demo` finds the fixture's
+    analysis = report.run(demo.Settings(epochs=3))
+    assert [layer.name for layer in analysis][:2] == ["quant", "stem.0"]
+    assert analysis.quantized_metric > analysis.float_metric - 3 > 60
+    assert analysis.sqnr > 15
+
+
+@needs_sklearn
+@pytest.mark.filterwarnings("ignore")  # torch.ao's own
 def test_demo(demo: ModuleType) -> None:
     rows = demo.run(demo.Settings(epochs=6, qat_epochs=1, rounds=1))
     first, *quantized = rows

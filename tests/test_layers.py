@@ -10,7 +10,8 @@ import fastquant
 PACKAGE = Path(fastquant.__file__).parent
 
 # A module imports only from rows above its own, and a folder also from itself. Names with a leading
-# underscore, `nn` and `bench` are folders (but for `_version` and `_C`); the others are modules.
+# underscore, `nn`, `bench` and `analysis` are folders (but for `_version` and `_C`); the others are
+# modules.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "_C"),
     ("_core",),
@@ -31,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("patching",),
     ("__init__",),
     ("bench",),
+    ("analysis",),
 )
 # torch.ao has these names in these two modules, each of which needs the other's.
 CIRCLE = {"qconfig", "qconfig_mapping"}

@@ -78,7 +78,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = {
         str(path.relative_to(package))
         for path in (package / "fastquant").rglob("*")
-        if path.suffix in {".py", ".pyi", ".typed"}
+        if path.suffix in {".py", ".pyi", ".typed", ".css", ".js"}
     }
     extras = [name for name in names if name not in sources]
     assert sources <= set(names)

@@ -14,10 +14,11 @@ from operator import length_hint
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from ._conversion.checks import listed, nonfinite_counts
+from ._core.batches import batch_size, checked_data, run_batch, to_device
 from .observer import _is_activation_post_process
 from .utils import _assert_and_get_unique_device
 
@@ -80,9 +81,9 @@ def calibrate(
             f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
         )
     device = _device_of_prepared(model)
-    source = _checked_data(data)
+    source = checked_data(data)
 
-    run = forward or _run_batch
+    run = forward or run_batch
     known = length_hint(data, -1)
     lengths = [n for n in (batches, known) if n is not None and n >= 0]
     modes = [(module, module.training) for module in model.modules()]
@@ -104,9 +105,9 @@ def calibrate(
         ):
             for batch in islice(source, batches):
                 with _interrupt_held_back():
-                    run(model, _to_device(batch, device))
+                    run(model, to_device(batch, device))
                     done += 1
-                    samples += _batch_size(batch)
+                    samples += batch_size(batch)
                     bar.update()
     finally:
         for module, training in modes:
@@ -116,21 +117,6 @@ def calibrate(
     # Reading the counts waits for the device, so the time below includes all of its work.
     _warn_of_nonfinite(before, nonfinite_counts(model))
     return Calibration(done, samples, time.perf_counter() - start)
-
-
-def _checked_data(data: object) -> Iterator[Any]:
-    if isinstance(data, Tensor | Mapping | str | bytes):
-        raise TypeError(
-            f"data must be an iterable of batches, got one {type(data).__name__}; "
-            "for a single batch pass a list: [batch]"
-        )
-    try:
-        return iter(data)  # type: ignore[call-overload,no-any-return]
-    except TypeError:
-        raise TypeError(
-            f"data must be an iterable of batches (a DataLoader, a list of tensors, …), "
-            f"got {type(data).__name__}"
-        ) from None
 
 
 def _device_of_prepared(model: object) -> torch.device | None:
@@ -146,50 +132,6 @@ def _device_of_prepared(model: object) -> torch.device | None:
     if device is not None and device.type == "meta":
         raise ValueError("model is on the meta device, where tensors have no values to observe")
     return device
-
-
-def _to_device(batch: Any, device: torch.device | None) -> Any:
-    """``batch`` with its tensors on ``device``; containers are rebuilt, the rest is left as is."""
-    if device is None:
-        return batch
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if callable(getattr(batch, "to", None)):  # PackedSequence, BatchEncoding, …
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        items = [_to_device(item, device) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
-
-
-def _run_batch(model: nn.Module, batch: Any) -> None:
-    is_sequence = isinstance(batch, tuple | list)
-    if is_sequence and not batch:
-        raise ValueError("data holds an empty tuple or list: the first element is the input")
-    x = batch[0] if is_sequence else batch
-    if isinstance(x, Mapping):
-        model(**x)
-    elif isinstance(x, Tensor) or is_sequence:
-        model(x)
-    else:
-        raise TypeError(
-            "a batch must be a tensor, a tuple or list that begins with the input, or a mapping "
-            f"of keyword arguments, got {type(batch).__name__}; for anything else pass "
-            "forward=lambda model, batch: ..."
-        )
-
-
-def _batch_size(batch: Any) -> int:
-    """The first dimension of the first tensor in ``batch``; 1 where there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, tuple | list) and batch:
-        return _batch_size(batch[0])
-    return 1
 
 
 @contextmanager

@@ -1,0 +1,296 @@
+"""One walk over the data that measures every layer: in float, alone, and with all quantized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .._core.batches import batch_size
+from .._torch.ao import nnq
+from .clippings import clippings
+from .errors import AnalysisError
+from .grids import Grid
+from .reading import core
+from .result import OutputReport, WeightReport
+from .simulation import FLOAT, QUANTIZED, Call, Simulation, Site
+from .sums import ErrorSums, OutputError, Values, as_float, require_same_shape
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, _NormBase, nn.GroupNorm)
+# The page draws this many bars.
+_BARS = 128
+# Errors take two more forwards than values, and differ less from batch to batch: they are measured
+# on one batch of so many, beginning with the first.
+_ERRORS_EVERY = 3
+
+
+@dataclass
+class _Measured:
+    """What was measured of a site's outputs."""
+
+    values: Values
+    calls: int = 0
+    alone: ErrorSums = field(default_factory=ErrorSums)
+    accumulated: ErrorSums = field(default_factory=ErrorSums)
+    # Float outputs of the present batch, to compare the quantized ones with.
+    outputs: list[Tensor] = field(default_factory=list)
+    # Whether something changes the outputs in place after the layer has returned them.
+    changed_later: bool = True
+
+
+class Measuring:
+    """Measures of a model and its layers.
+
+    Args:
+        simulation: of the float model.
+        converted: the model whose outputs are compared with the float one's; None simulates it.
+        run: runs a model on a batch.
+
+    Attributes:
+        error: of the model's output.
+        batches: how many were run.
+        samples: sum of the batches' first dimensions.
+    """
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        converted: nn.Module | None,
+        run: Callable[[nn.Module, Any], Any],
+    ) -> None:
+        self._simulation = simulation
+        self._converted = converted
+        self._run = run
+        self.error = OutputError()
+        self.batches = self.samples = 0
+        self._with_errors = True
+        self._layers = {
+            name: _Measured(Values(site.way.output, channel_axis(site)))
+            for name, site in simulation.sites.items()
+        }
+
+    def walk(self, batches: Iterable[Any]) -> None:
+        """Run all batches, in float and quantized.
+
+        Raises:
+            AnalysisError: there is no batch, or a layer was never called.
+        """
+        for batch in batches:
+            self._measure(batch)
+            self.batches += 1
+            self.samples += batch_size(batch)
+        if self.batches == 0:
+            raise AnalysisError("data is empty: there was no batch to analyse the model with")
+        unreached = [name for name, measured in self._layers.items() if not measured.calls]
+        for name in list(unreached):
+            # Models may have one in each block and use it in some.
+            if isinstance(self._simulation.sites[name].module, nnq.FloatFunctional):
+                del self._simulation.sites[name]
+                unreached.remove(name)
+        if unreached:
+            raise AnalysisError(
+                f"data never reached these layers: {', '.join(unreached)}. Use data that does, or "
+                "prepare the model with their qconfig set to None"
+            )
+
+    def _measure(self, batch: Any) -> None:
+        self._simulation.set(FLOAT)
+        self._with_errors = self.batches % _ERRORS_EVERY == 0
+        with self._simulation.listening(self._in_float):
+            reference = self._run(self._simulation.model, batch)
+        if not self._with_errors:
+            return
+        for measured in self._layers.values():
+            # The first batch is kept in copies, by which it is seen who may do without.
+            if self.batches == 0:
+                originals, measured.outputs = measured.outputs[::2], measured.outputs[1::2]
+                measured.changed_later = any(
+                    original._version or not torch.equal(original, copied)
+                    for original, copied in zip(originals, measured.outputs, strict=True)
+                )
+        if self._converted is not None:
+            output = self._run_converted(self._converted, batch)
+        else:
+            self._simulation.set(QUANTIZED)
+            with self._simulation.listening(self._quantized):
+                output = self._run(self._simulation.model, batch)
+        self.error.add(reference, output)
+        for measured in self._layers.values():
+            measured.outputs.clear()
+        self._simulation.set(FLOAT)
+
+    def _in_float(self, site: Site, call: Call | None, output: Any) -> None:
+        measured = self._layers[site.name]
+        measured.calls += 1
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        measured.values.add(output)
+        if not self._with_errors:
+            return
+        alone = site.alone(call, output)
+        require_same_shape(f"the output of {site.name}", output, alone)
+        measured.alone.add(output, alone)
+        if self.batches == 0:
+            measured.outputs += [output, output.clone()]
+        else:
+            measured.outputs.append(output.clone() if measured.changed_later else output)
+
+    def _quantized(self, site: Site, call: Call | None, output: Any) -> None:
+        self._compare(site.name, output)
+
+    def _compare(self, name: str, output: Any) -> None:
+        measured = self._layers[name]
+        output = as_float(output)
+        if measured.outputs and isinstance(output, Tensor) and output.is_floating_point():
+            reference = measured.outputs.pop(0)
+            require_same_shape(f"the output of {name}", reference, output)
+            measured.accumulated.add(reference, output)
+
+    def _run_converted(self, model: nn.Module, batch: Any) -> Any:
+        modules = dict(model.named_modules())
+        handles = []
+        for name in self._layers:
+            module = modules[name]
+            # A QFunctional is not called itself; what it calls on its results is.
+            inner = getattr(module, "activation_post_process", None)
+            listened = inner if isinstance(inner, nn.Module) else module
+
+            def compare(module: Any, args: Any, output: Any, name: str = name) -> None:
+                self._compare(name, output)
+
+            handles.append(listened.register_forward_hook(compare))
+        try:
+            return self._run(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def calls(self, name: str) -> int:
+        """How often a layer is called for a batch."""
+        return round(self._layers[name].calls / self.batches)
+
+    def output(self, name: str) -> OutputReport | None:
+        """What was measured of a layer's output."""
+        measured = self._layers[name]
+        values, grid = measured.values, measured.values.grid
+        if values.histogram is None or values.channels is None:
+            return None
+        ends: tuple[float | None, float | None] = (None, None)
+        if grid is not None:
+            low, high = grid.ends()
+            ends = (low.min().item(), high.max().item())
+        return OutputReport(
+            shape=values.shape,
+            bits=None if grid is None else grid.bits,
+            scale=None if grid is None else float(grid.scale.flatten()[0]),
+            zero_point=None if grid is None else float(grid.zero_point.flatten()[0]),
+            low=values.low(),
+            high=values.high(),
+            clip_low=ends[0],
+            clip_high=ends[1],
+            clipped_share=values.clipped / values.elements,
+            levels_used=values.levels_used(),
+            channels=values.channels.min_val.numel(),
+            dead_channels=values.dead_channels(),
+            lost_channels=values.lost_channels(),
+            nonfinite=values.nonfinite(),
+            sqnr=measured.alone.sqnr,
+            cosine=measured.alone.cosine,
+            accumulated_sqnr=measured.accumulated.sqnr,
+            accumulated_cosine=measured.accumulated.cosine,
+            histogram=bars(values.histogram.histogram),
+            clippings=clippings(values.histogram, grid),
+        )
+
+    def bytes_of_output(self, name: str) -> tuple[int, int]:
+        """Bytes of a layer's output for a batch, in float and quantized."""
+        values = self._layers[name].values
+        elements = math.prod(values.shape) if values.shape else 0
+        bits = 32 if values.grid is None else max(8, values.grid.bits)
+        return elements * 4, elements * bits // 8
+
+
+def channel_axis(site: Site) -> int:
+    """Which axis of a layer's output is its channels."""
+    module = core(site.module)
+    if isinstance(module, _CHANNELS_FIRST):
+        return 1
+    return -1 if isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding) else 1
+
+
+def bars(histogram: Tensor) -> tuple[float, ...]:
+    """A histogram in few enough bins to be drawn."""
+    return tuple(histogram.double().reshape(_BARS, -1).sum(1).tolist())
+
+
+def weight_report(site: Site) -> WeightReport | None:
+    """What became of a layer's weight."""
+    weight, quantized = site.float_weight, site.way.weight
+    if weight is None or quantized is None:
+        return None
+    grid = site.way.weight_grid
+    axis = 0
+    if isinstance(core(site.module), nn.modules.conv._ConvTransposeNd):
+        axis = 1
+    sums = ErrorSums()
+    sums.add(weight, quantized)
+    values = Values(grid, axis)
+    values.add(weight)
+    assert values.channels is not None
+    low, high = values.channels.min_val, values.channels.max_val
+    used = None
+    if grid is not None:
+        integers = grid.integers(quantized).nan_to_num_(nan=grid.quant_min) - grid.quant_min
+        counts = torch.bincount(integers.flatten().int(), minlength=grid.levels)
+        used = float((counts > 0).float().mean())
+    return WeightReport(
+        shape=tuple(weight.shape),
+        bits=None if grid is None else grid.bits,
+        ch_axis=None if grid is None else grid.ch_axis,
+        scale=_extent(grid, "scale"),
+        zero_point=_extent(grid, "zero_point"),
+        low=values.low(),
+        high=values.high(),
+        channel_low=tuple(low.tolist()),
+        channel_high=tuple(high.tolist()),
+        clipped_share=values.clipped / weight.numel() if weight.numel() else 0.0,
+        levels_used=used,
+        dead_channels=values.dead_channels() if weight[0].numel() > 1 else 0,
+        nonfinite=values.nonfinite(),
+        sqnr=sums.sqnr,
+        cosine=sums.cosine,
+    )
+
+
+def _extent(grid: Grid | None, name: str) -> tuple[float, float] | None:
+    if grid is None:
+        return None
+    values: Tensor = getattr(grid, name)
+    return float(values.min()), float(values.max())
+
+
+def bytes_of_weight(site: Site) -> tuple[int, int]:
+    """Bytes of a layer's weight, in float and quantized, scales included."""
+    weight, grid = site.float_weight, site.way.weight_grid
+    if weight is None:
+        return 0, 0
+    size = weight.numel() * weight.element_size()
+    if grid is None:
+        return size, weight.numel() * 2
+    return size, weight.numel() * max(grid.bits, 4) // 8 + grid.scale.numel() * 4
+
+
+def first(batches: Sequence[Any] | Iterable[Any]) -> Any:
+    """The first batch.
+
+    Raises:
+        AnalysisError: there is none.
+    """
+    for batch in batches:
+        return batch
+    raise AnalysisError("data is empty: there was no batch to analyse the model with")
