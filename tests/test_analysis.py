@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastquant as fq
+from analysis_cases import QCONFIG, data, float_net, of, prepared_of, with_bits
 from fastquant.analysis import Analysis, AnalysisError, analyze
 from oracle import quiet
 from zoo import QAT_QCONFIGS, STATIC_CASES, STATIC_QCONFIGS, Case, Residual, Stubbed
@@ -25,57 +26,6 @@ TENSOR_CASES = [name for name, case in STATIC_CASES.items()]
 
 def batches(case: Case) -> list[Tensor]:
     return [case.inputs(seed)[0] for seed in range(3)]
-
-
-def of(float_model: nn.Module, quantized: nn.Module, data: Any, **options: Any) -> Analysis:
-    with quiet():
-        return analyze(float_model, quantized, data, progress=False, **options)
-
-
-class Net(nn.Module):
-    """Three convolutions and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.quant = fq.QuantStub()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-        self.relu2 = nn.ReLU()
-        self.conv3 = nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, 5)
-        self.dequant = fq.DeQuantStub()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu1(self.conv1(self.quant(x)))
-        x = self.conv3(self.relu2(self.conv2(x)))
-        return self.dequant(self.fc(x.mean((2, 3))))
-
-
-QCONFIG = fq.QConfig(fq.HistogramObserver, fq.default_per_channel_weight_observer)
-
-
-def data(count: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(count)]
-
-
-def float_net() -> nn.Module:
-    torch.manual_seed(3)
-    return Net().eval()
-
-
-def prepared_of(
-    model: nn.Module, configure: Callable[[Any], object] = lambda model: None
-) -> nn.Module:
-    """A calibrated copy; `configure` may set configs of layers first."""
-    model = copy.deepcopy(model)
-    model.qconfig = QCONFIG
-    configure(model)
-    with quiet():
-        prepared = fq.prepare(model)
-        fq.calibrate(prepared, data(), progress=False)
-    return prepared
 
 
 # --- of every kind of model -------------------------------------------------------------------
@@ -305,18 +255,6 @@ def test_a_module_called_twice_counts_both_calls() -> None:
 
 
 # --- sensitivity ------------------------------------------------------------------------------
-
-
-def with_bits(bits: int) -> fq.QConfig:
-    """Weights and activations of so many bits."""
-    half = 2 ** (bits - 1)
-    return fq.QConfig(
-        fq.MinMaxObserver.with_args(quant_min=0, quant_max=2 * half - 1),
-        fq.MinMaxObserver.with_args(
-            quant_min=-half, quant_max=half - 1, dtype=torch.qint8,
-            qscheme=torch.per_tensor_symmetric,
-        ),
-    )  # fmt: skip
 
 
 def test_sensitivity_of_one_layer_is_that_of_the_model_with_it_alone_quantized() -> None:

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed", "fuse_modules", "nn"),
     ("quantization_mappings",),
     ("_conversion",),
-    ("quantize", "calibrate"),
+    ("quantize", "calibrate", "set_qconfig"),
     ("patching",),
     ("__init__",),
     ("bench",),

@@ -44,6 +44,7 @@ from .quantization_mappings import *
 from .quantize import *
 from .quantize import __all__ as _quantize_names
 from .quantize import default_eval_fn
+from .set_qconfig import set_qconfig
 from .stubs import *
 from .utils import QuantizationError
 
@@ -62,6 +63,7 @@ __all__ = [
     "functional",
     "merge",
     "patch_torch_ao",
+    "set_qconfig",
     *fake_quantize.__all__,
     *_fuse_modules_names,
     *fuser_method_mappings.__all__,
