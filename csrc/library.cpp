@@ -133,4 +133,18 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor");
   m.def("quantized_adaptive_avg_pool(Tensor x, int[] output_size) -> Tensor");
   m.def("quantized_mean(Tensor x, int[] dim, bool keepdim) -> Tensor");
+  m.def(
+      "quantized_interpolate(Tensor x, int[] output_size, float[] ratios, int mode, bool align_corners) "
+      "-> Tensor");
+  m.def(
+      "quantized_batch_norm(Tensor x, float x_scale, int x_zero_point, Tensor? weight, Tensor? bias, "
+      "Tensor running_mean, Tensor running_var, float eps, float scale, int zero_point, float low, "
+      "float high) -> Tensor");
+  m.def(
+      "quantized_group_norm(Tensor x, float x_scale, int x_zero_point, int groups, Tensor? weight, "
+      "Tensor? bias, float eps, float scale, int zero_point) -> Tensor");
+  m.def(
+      "quantized_layer_norm(Tensor x, float x_scale, int x_zero_point, int[] normalized_shape, "
+      "Tensor? weight, Tensor? bias, float eps, float scale, int zero_point) -> Tensor");
+  m.def("quantized_softmax(Tensor x, float x_scale, int dim, float scale, int zero_point) -> Tensor");
 }

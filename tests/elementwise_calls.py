@@ -211,8 +211,76 @@ def mean(draw: st.DrawFn) -> Call:
     return "quantized_mean", (x, dim, draw(st.booleans()))
 
 
+def ratio_of(size: int, outputs: int, align_corners: bool, scale: float | None) -> float:
+    """How many pixels of the input one of the output stands for."""
+    if align_corners:
+        return (size - 1) / (outputs - 1) if outputs > 1 else 0.0
+    return size / outputs if scale is None else 1 / scale
+
+
+@st.composite
+def interpolate(draw: st.DrawFn) -> Call:
+    dims = draw(st.integers(1, 3))
+    x = draw(pooled(dims)).values
+    align_corners, scaled = draw(st.booleans()), draw(st.booleans())
+    outputs, ratios = [], []
+    for size in x.shape[-dims:]:
+        scale = draw(st.sampled_from([0.4, 1.0, 1.7, 2.0])) if scaled else None
+        outputs.append(draw(st.integers(1, 9)) if scale is None else max(int(size * scale), 1))
+        ratios.append(ratio_of(size, outputs[-1], align_corners, scale))
+    mode = draw(st.integers(0, 2))
+    return "quantized_interpolate", (x, outputs, ratios, mode, align_corners)
+
+
+def _parameters(draw: st.DrawFn, shape: Sequence[int]) -> list[Tensor | None]:
+    """A weight and a bias, or neither."""
+    if draw(st.booleans()):
+        return [None, None]
+    seed, dtype = draw(seeds), draw(st.sampled_from([torch.float32, torch.float64]))
+    return [random_values(shape, dtype, seed + k) for k in range(2)]
+
+
+epsilons = st.sampled_from([1e-5, 1e-3])
+
+
+@st.composite
+def norm_of_channels(draw: st.DrawFn) -> Call:
+    dtype = draw(dtypes)
+    channels = draw(st.sampled_from([1, 2, 6, 16, 33, 64, 70]))
+    more = draw(st.lists(st.integers(0, 9), max_size=3))
+    x = draw(quantized(dtype, st.just((draw(st.integers(0, 3)), channels, *more))))
+    affine = _parameters(draw, (channels,))
+    output = (draw(scales), draw(zero_points(dtype)))
+    if draw(st.booleans()):
+        mean = random_values((channels,), torch.float32, draw(seeds))
+        var = random_values((channels,), torch.float32, draw(seeds), "positive")
+        settings = (*affine, mean, var, draw(epsilons), *output, *draw(bounds))
+        return "quantized_batch_norm", (*x, *settings)
+    groups = draw(st.sampled_from([n for n in range(1, channels + 1) if channels % n == 0]))
+    return "quantized_group_norm", (*x, groups, *affine, draw(epsilons), *output)
+
+
+@st.composite
+def layer_norm(draw: st.DrawFn) -> Call:
+    dtype = draw(dtypes)
+    x = draw(quantized(dtype, any_sizes.filter(len)))
+    shape = list(x.values.shape[-draw(st.integers(1, x.values.dim())) :])
+    affine = _parameters(draw, shape)
+    output = (draw(scales), draw(zero_points(dtype)))
+    return "quantized_layer_norm", (*x, shape, *affine, draw(epsilons), *output)
+
+
+@st.composite
+def softmax(draw: st.DrawFn) -> Call:
+    dtype = draw(dtypes)
+    x = draw(quantized(dtype, any_sizes.filter(len)))
+    dim = draw(st.integers(-x.values.dim(), x.values.dim() - 1))
+    return "quantized_softmax", (x.values, x.scale, dim, 1 / 256, torch.iinfo(dtype).min)
+
+
 elementwise = st.one_of(quantize(), dequantize(), of_two(), cat(), lookup())
-pooling = st.one_of(sliding(), adaptive(), mean())
+pooling = st.one_of(sliding(), adaptive(), mean(), interpolate())
+norms = st.one_of(norm_of_channels(), layer_norm(), softmax())
 
 
 def samples(channels: int = 20) -> Iterator[Call]:
@@ -235,3 +303,11 @@ def samples(channels: int = 20) -> Iterator[Call]:
         yield "quantized_avg_pool", (a, middle, [2, 2], [2, 2], [0, 0], True, False, None)
         yield "quantized_adaptive_avg_pool", (a, [1, 1])
         yield "quantized_mean", (a, [2, 3], True)
+        yield "quantized_interpolate", (a, [11, 9], [7 / 11, 5 / 9], 0, False)
+        yield "quantized_interpolate", (a, [11, 9], [6 / 10, 4 / 8], 2, True)
+        w, v = (random_values((channels,), torch.float32, seed, "positive") for seed in (1, 2))
+        output = (0.04, middle)
+        yield "quantized_batch_norm", (a, 0.03, 5, w, None, v, v, 1e-5, *output, *bounds)
+        yield "quantized_group_norm", (a, 0.03, 5, channels, w, v, 1e-5, *output)
+        yield "quantized_layer_norm", (a, 0.03, 5, [7, 5], None, None, 1e-5, *output)
+        yield "quantized_softmax", (a, 0.03, 1, 1 / 256, info.min)

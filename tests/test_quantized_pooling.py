@@ -1,6 +1,8 @@
-"""Pooling and means of quantized tensors."""
+"""Pooling, means and other sizes of quantized tensors."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -52,6 +54,39 @@ def test_averages_as_torch(dtype: torch.dtype) -> None:
         assert difference(ours, F.adaptive_avg_pool2d(theirs, size)) <= 1
     ours = ops.quantized_mean(x.values, [2, 3], False)
     assert difference(ours, theirs.mean([2, 3])) <= 1
+
+
+MODES = {"nearest": 0, "nearest-exact": 1, "bilinear": 2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_other_sizes_as_torch_interpolates_real_values(dtype: torch.dtype, mode: str) -> None:
+    x = images(dtype)
+    real = x.values.to(torch.float64)
+    corners = {"bilinear": [True, False]}.get(mode, [False])
+    for size, align_corners in itertools.product(([28, 26], [5, 7], [14, 13], [1, 1]), corners):
+        ratios = [
+            elementwise_calls.ratio_of(n, outputs, align_corners, None)
+            for n, outputs in zip((14, 13), size, strict=True)
+        ]
+        y = ops.quantized_interpolate(x.values, size, ratios, MODES[mode], align_corners)
+        settings = {"align_corners": align_corners} if mode == "bilinear" else {}
+        expected = F.interpolate(real, size, mode=mode, **settings)
+        assert (y.to(torch.float64) - expected).abs().max().item() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.7, 1.1, 2.3, 3.0])
+def test_nearest_takes_the_pixels_that_torch_takes(scale: float) -> None:
+    for size in range(1, 60):
+        x = torch.arange(size, dtype=torch.uint8).reshape(1, 1, size)
+        if int(size * scale) > 0:
+            expected = F.interpolate(x, scale_factor=scale, mode="nearest")
+            outputs = expected.shape[-1]
+            y = ops.quantized_interpolate(x, [outputs], [1 / scale], 0, False)
+            assert torch.equal(y, expected)
+            y = ops.quantized_interpolate(x, [outputs], [size / outputs], 0, False)
+            assert torch.equal(y, F.interpolate(x, size=outputs, mode="nearest"))
 
 
 @given(elementwise_calls.mean())

@@ -17,6 +17,7 @@
 #include "quantized/elementwise_kernels.h"
 #include "quantized/kernels.h"
 #include "quantized/matrix_kernels.h"
+#include "quantized/norm_kernels.h"
 #include "quantized/pooling_kernels.h"
 
 namespace fastquant {
@@ -77,29 +78,35 @@ const InstructionSet kBuilt[] = {
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Kernels,
-     {&kMatrixAvx512Vnni, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512}},
+     {&kMatrixAvx512Vnni, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512}},
     {"avx512",
      has_avx512,
      &kAvx512Kernels,
-     {&kMatrixScalar, &kDepthwiseAvx512, &kElementwiseAvx512, &kPoolingAvx512}},
+     {&kMatrixScalar, &kDepthwiseAvx512, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512}},
 #if defined(FASTQUANT_AVX_VNNI)
     {"avx_vnni",
      has_avx_vnni,
      &kAvx2Kernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseAvx2, &kPoolingAvx2}},
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2}},
 #endif
-    {"avx2", has_avx2, &kAvx2Kernels, {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseAvx2, &kPoolingAvx2}},
+    {"avx2",
+     has_avx2,
+     &kAvx2Kernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2}},
 #elif defined(FASTQUANT_NEON)
     {"neon_dot",
      has_neon_dot,
      &kNeonKernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseNeon, &kPoolingNeon}},
-    {"neon", always, &kNeonKernels, {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseNeon, &kPoolingNeon}},
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseNeon, &kPoolingNeon, &kNormNeon}},
+    {"neon",
+     always,
+     &kNeonKernels,
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseNeon, &kPoolingNeon, &kNormNeon}},
 #endif
     {"scalar",
      always,
      &kScalarKernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar}},
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar, &kNormScalar}},
 };
 constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(kBuilt[0]);
 

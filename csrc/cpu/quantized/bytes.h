@@ -24,13 +24,14 @@
 //                          limited to 0 and 255. Any y; NaN gives 255
 //   add_bytes(x, words)    adds x to the unsigned words
 //   add_words(words, ints) adds unsigned words to the ints
+//   squares(x, words)      the squares, as unsigned words
 //   to_float(ints)         of one vector
 //   ints1(i), sub(a, b)    vectors of ints
 //
 // Elements in the order of memory
 //   load_centered(p, f, center, y)   widen(flip(load(p), f), center, y)
 //   narrow_in_order(y, zero_point)
-//   store_ints(p, ints)    of one vector; in no order
+//   store_ints(p, ints)    of one vector; element i of vector k belongs to byte index_of(k, i)
 //   transpose(p, s, out, t)   of 16 rows of 16 bytes: out[c * t + r] = p[r * s + c]
 //   interleave3(p, s, out)    of 3 rows of 16 bytes: out[3 * c + r] = p[r * s + c]
 //
@@ -61,13 +62,14 @@ constexpr bool has_bytes_interface() {
   [[maybe_unused]] constexpr Words (*kWords1)(int) = B::words1;
   [[maybe_unused]] constexpr void (*kWiden)(Reg, Float, Float*) = B::widen;
   [[maybe_unused]] constexpr Reg (*kNarrow[])(const Float*, Words) = {B::narrow, B::narrow_in_order};
-  [[maybe_unused]] constexpr void (*kAddBytes)(Reg, Words*) = B::add_bytes;
+  [[maybe_unused]] constexpr void (*kToWords[])(Reg, Words*) = {B::add_bytes, B::squares};
   [[maybe_unused]] constexpr void (*kAddWords)(const Words*, Ints*) = B::add_words;
   [[maybe_unused]] constexpr Float (*kToFloat)(Ints) = B::to_float;
   [[maybe_unused]] constexpr Ints (*kInts1)(int32_t) = B::ints1;
   [[maybe_unused]] constexpr Ints (*kSub)(Ints, Ints) = B::sub;
   [[maybe_unused]] constexpr void (*kLoadCentered)(const uint8_t*, Reg, Float, Float*) = B::load_centered;
   [[maybe_unused]] constexpr void (*kStoreInts)(int32_t*, Ints) = B::store_ints;
+  [[maybe_unused]] constexpr int (*kIndexOf)(int, int) = B::index_of;
   [[maybe_unused]] constexpr void (*kTranspose)(const uint8_t*, int64_t, uint8_t*, int64_t) = B::transpose;
   [[maybe_unused]] constexpr void (*kInterleave3)(const uint8_t*, int64_t, uint8_t*) = B::interleave3;
   [[maybe_unused]] constexpr Reg (*kLookUp)(const typename B::Table&, Reg) = B::look_up;

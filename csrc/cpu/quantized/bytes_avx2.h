@@ -59,6 +59,10 @@ struct Avx2Bytes {
     words[0] = _mm256_add_epi16(words[0], w[0]);
     words[1] = _mm256_add_epi16(words[1], w[1]);
   }
+  static void squares(Reg x, Words* words) {
+    to_words(x, words);
+    for (int k = 0; k < 2; ++k) words[k] = _mm256_mullo_epi16(words[k], words[k]);
+  }
   static void add_words(const Words* words, Ints* ints) {
     const __m256i zero = _mm256_setzero_si256();
     for (int k = 0; k < 2; ++k) {
@@ -83,6 +87,7 @@ struct Avx2Bytes {
     return _mm256_permutevar8x32_epi32(narrow(y, zero_point), order);
   }
   static void store_ints(int32_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static constexpr int index_of(int part, int i) { return 16 * (i / 4) + 4 * part + i % 4; }
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) { transpose16(p, s, out, t); }
   static void interleave3(const uint8_t* p, int64_t s, uint8_t* out) { interleave3x16(p, s, out); }
 

@@ -52,6 +52,10 @@ struct Avx512Bytes {
     words[0] = _mm512_add_epi16(words[0], w[0]);
     words[1] = _mm512_add_epi16(words[1], w[1]);
   }
+  static void squares(Reg x, Words* words) {
+    to_words(x, words);
+    for (int k = 0; k < 2; ++k) words[k] = _mm512_mullo_epi16(words[k], words[k]);
+  }
   static void add_words(const Words* words, Ints* ints) {
     const __m512i zero = _mm512_setzero_si512();
     for (int k = 0; k < 2; ++k) {
@@ -76,6 +80,7 @@ struct Avx512Bytes {
     return _mm512_permutexvar_epi32(order, narrow(y, zero_point));
   }
   static void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
+  static constexpr int index_of(int part, int i) { return 16 * (i / 4) + 4 * part + i % 4; }
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) { transpose16(p, s, out, t); }
   static void interleave3(const uint8_t* p, int64_t s, uint8_t* out) { interleave3x16(p, s, out); }
 

@@ -54,6 +54,10 @@ struct NeonBytes {
     words[0] = vaddw_u8(words[0], vget_low_u8(x));
     words[1] = vaddw_high_u8(words[1], x);
   }
+  static void squares(Reg x, Words* words) {
+    words[0] = vmull_u8(vget_low_u8(x), vget_low_u8(x));
+    words[1] = vmull_high_u8(x, x);
+  }
   static void add_words(const Words* words, Ints* ints) {
     for (int k = 0; k < 2; ++k) {
       ints[2 * k] = sum(ints[2 * k], vget_low_u16(words[k]));
@@ -70,6 +74,7 @@ struct NeonBytes {
   }
   static Reg narrow_in_order(const float32x4_t* y, Words zero_point) { return narrow(y, zero_point); }
   static void store_ints(int32_t* p, Ints x) { vst1q_s32(p, x); }
+  static constexpr int index_of(int part, int i) { return part * Floats::N + i; }
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) {
     Reg a[16], b[16];
     for (int k = 0; k < 16; ++k) a[k] = load(p + k * s);

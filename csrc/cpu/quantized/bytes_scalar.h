@@ -33,6 +33,7 @@ struct ScalarBytes {
     return static_cast<Reg>(q < 0 ? 0 : q > 255 ? 255 : q);
   }
   static void add_bytes(Reg x, Words* words) { *words += x; }
+  static void squares(Reg x, Words* words) { *words = x * x; }
   static void add_words(const Words* words, Ints* ints) { *ints += *words; }
   static float to_float(Ints x) { return static_cast<float>(x); }
   static Ints ints1(int32_t x) { return x; }
@@ -41,6 +42,7 @@ struct ScalarBytes {
   static void load_centered(const uint8_t* p, Reg f, float center, float* y) { widen(flip(*p, f), center, y); }
   static Reg narrow_in_order(const float* y, Words zero_point) { return narrow(y, zero_point); }
   static void store_ints(int32_t* p, Ints x) { *p = x; }
+  static constexpr int index_of(int part, int i) { return part * Floats::N + i; }
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) {
     for (int r = 0; r < 16; ++r) {
       for (int c = 0; c < 16; ++c) out[c * t + r] = p[r * s + c];

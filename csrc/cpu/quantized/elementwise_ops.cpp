@@ -4,8 +4,11 @@
 #include <cmath>
 
 #include "../../tensors.h"
+#include "../arrays.h"
 #include "../huge_pages.h"
 #include "elementwise.h"
+#include "interpolation.h"
+#include "normalization.h"
 #include "pooling.h"
 
 namespace fastquant {
@@ -51,9 +54,12 @@ Shape in_order(size_t dims) {
 Shape contiguous_strides(const Shape& sizes) { return dense_strides(sizes, in_order(sizes.size())); }
 
 Shape channels_last_strides(const Shape& sizes) {
-  Shape order = in_order(sizes.size());
-  std::rotate(order.begin() + 1, order.begin() + 2, order.end());
-  return dense_strides(sizes, order);
+  Shape strides(sizes.size());
+  int64_t stride = sizes[1];
+  strides[1] = 1;
+  for (size_t d = sizes.size(); d-- > 2; stride *= sizes[d]) strides[d] = stride;
+  strides[0] = stride;
+  return strides;
 }
 
 Tensor empty(const Shape& sizes, const Shape& strides, ScalarType type, const Tensor& like) {
@@ -294,28 +300,34 @@ struct PoolInput {
 
 // The result of pooling to these spatial sizes: pool(images, out) writes it channel by channel.
 template <class F>
-Tensor pooled(const PoolInput& input, const Windows (&windows)[kPoolDims], const F& pool) {
-  PoolSizes out = input.sizes;
+Tensor pooled(const PoolInput& input, const int64_t (&spatial)[kPoolDims], const F& pool) {
+  const int64_t channels = input.sizes.channels, pixels = spatial[0] * spatial[1] * spatial[2];
   Shape sizes = sizes_of(input.x);
   for (int k = 0; k < kPoolDims; ++k) {
-    out.spatial[k] = static_cast<int64_t>(windows[k].begin.size());
     const int64_t d = input.x.dim() - kPoolDims + k;
-    if (d > input.batched) sizes[d] = out.spatial[k];
+    if (d > input.batched) sizes[d] = spatial[k];
   }
   const bool channels_last = input.batched && has_channels_last(input.x);
   Tensor y = empty(sizes, channels_last ? channels_last_strides(sizes) : contiguous_strides(sizes),
                    input.x.scalar_type(), input.x);
   if (y.numel() == 0) return y;
   input.with_images([&](const Images& images) {
-    if (channels_last || out.channels == 1 || out.pixels() == 1) {
+    if (channels_last || channels == 1 || pixels == 1) {
       pool(images, bytes(y));
       return;
     }
     Tensor transposed = empty_1d(y.numel(), ScalarType::Byte, y);
     pool(images, bytes(transposed));
-    transpose(bytes(transposed), out.images, out.pixels(), out.channels, bytes(y));
+    transpose(bytes(transposed), input.sizes.images, pixels, channels, bytes(y));
   });
   return y;
+}
+
+template <class F>
+Tensor pooled_by(const PoolInput& input, const Windows (&windows)[kPoolDims], const F& pool) {
+  int64_t spatial[kPoolDims];
+  for (int k = 0; k < kPoolDims; ++k) spatial[k] = static_cast<int64_t>(windows[k].begin.size());
+  return pooled(input, spatial, pool);
 }
 
 // The values of a list of one number for each spatial dimension, or one for all, as the last of kPoolDims.
@@ -339,7 +351,7 @@ Tensor slide(const PoolInput& input, const Sliding& s, const F& pool) {
         of_dim(s.stride, input.dims, k, 1, "stride"), of_dim(s.padding, input.dims, k, 0, "padding"),
         of_dim(s.dilation, input.dims, k, 1, "dilation"), s.ceil_mode, s.count_padding);
   }
-  return pooled(input, windows, [&](const Images& images, uint8_t* out) { pool(images, windows, out); });
+  return pooled_by(input, windows, [&](const Images& images, uint8_t* out) { pool(images, windows, out); });
 }
 
 Tensor max_pool_op(const Tensor x, const Shape kernel_size, const Shape stride, const Shape padding,
@@ -370,7 +382,7 @@ Tensor adaptive_avg_pool_op(const Tensor x, const Shape output_size) {
     windows[k] = adaptive_windows(input.sizes.spatial[k], outputs);
   }
   const int64_t zero_point = is_int8(x.scalar_type()) ? -128 : 0;
-  return pooled(input, windows, [&](const Images& images, uint8_t* out) {
+  return pooled_by(input, windows, [&](const Images& images, uint8_t* out) {
     average_pool(images, zero_point, windows, std::nullopt, out);
   });
 }
@@ -457,6 +469,122 @@ Tensor mean_op(const Tensor x, const Shape dim, bool keepdim) {
   return y;
 }
 
+// ---------------------------------------------------------------------- interpolation
+
+Tensor interpolate_op(const Tensor x, const Shape output_size, const std::vector<double> ratios, int64_t mode,
+                      bool align_corners) {
+  check(0 <= mode && mode <= static_cast<int64_t>(Interpolation::linear), "mode must be 0, 1 or 2, got ", mode);
+  check(ratios.size() == output_size.size(), "ratios must have as many elements as output_size");
+  const PoolInput input(x, output_size.size());
+  Resizing resizing = {static_cast<Interpolation>(mode),
+                       align_corners,
+                       kPoolDims - static_cast<int>(input.dims),
+                       {},
+                       {},
+                       {1, 1, 1}};
+  for (int k = 0; k < kPoolDims; ++k) {
+    resizing.sizes[k] = input.sizes.spatial[k];
+    resizing.outputs[k] = of_dim(output_size, input.dims, k, 1, "output_size");
+    check(resizing.sizes[k] > 0 && resizing.outputs[k] > 0, "sizes must be positive");
+    if (k >= resizing.first) resizing.ratios[k] = ratios[k - resizing.first];
+    check(resizing.ratios[k] >= 0 && resizing.ratios[k] < INFINITY, "ratios must be finite and not negative");
+  }
+  return pooled(input, resizing.outputs,
+                [&](const Images& images, uint8_t* out) { interpolate(images, resizing, out); });
+}
+
+// ------------------------------------------------------------------------------ norms
+
+using OptionalTensor = std::optional<Tensor>;
+
+std::vector<double> values_of(const Tensor& t, int64_t count, const char* name) {
+  const Tensor c = torch::stable::contiguous(t);
+  check(t.is_cpu() && t.numel() == count, name, " must have ", count, " elements, has ", t.numel());
+  return read_values<double>({c.mutable_data_ptr(), element(c.scalar_type()), count, name});
+}
+
+Affine affine_of(const OptionalTensor& weight, const OptionalTensor& bias, int64_t count) {
+  Affine affine;
+  if (weight.has_value()) affine.weight = values_of(*weight, count, "weight");
+  if (bias.has_value()) affine.bias = values_of(*bias, count, "bias");
+  return affine;
+}
+
+// x with its channels last in memory, in a copy if they are not, and a result for it.
+struct ChannelsLast {
+  explicit ChannelsLast(const Tensor& given) : x(given) {
+    check(x.dim() >= 2 && x.dim() <= 5, "x must have 2 to 5 dimensions, got ", x.dim());
+    const Shape sizes = sizes_of(x);
+    const Shape strides = x.dim() == 2 ? contiguous_strides(sizes) : channels_last_strides(sizes);
+    channels = x.size(1);
+    pixels = x.size(0) * channels == 0 ? 0 : x.numel() / (x.size(0) * channels);
+    if (!has_strides(x, strides)) {
+      x = empty(sizes, strides, x.scalar_type(), given);
+      const Tensor t = torch::stable::contiguous(given);
+      transpose(bytes(t), t.size(0), channels, pixels, bytes(x));
+    }
+    y = empty(sizes, strides, x.scalar_type(), given);
+  }
+
+  Tensor x, y;
+  int64_t channels, pixels;
+};
+
+Tensor batch_norm_op(const Tensor x, double x_scale, int64_t x_zero_point, const OptionalTensor weight,
+                     const OptionalTensor bias, const Tensor running_mean, const Tensor running_var, double eps,
+                     double scale, int64_t zero_point, double low, double high) {
+  ChannelsLast t(x);
+  const NormOutput output = {quantization(scale, zero_point, x.scalar_type()), low, high};
+  batch_norm(bytes(t.x), x.size(0) * t.pixels, t.channels, quantization(x_scale, x_zero_point, x.scalar_type()),
+             affine_of(weight, bias, t.channels), values_of(running_mean, t.channels, "running_mean"),
+             values_of(running_var, t.channels, "running_var"), eps, output, bytes(t.y));
+  return t.y;
+}
+
+Tensor group_norm_op(const Tensor x, double x_scale, int64_t x_zero_point, int64_t groups,
+                     const OptionalTensor weight, const OptionalTensor bias, double eps, double scale,
+                     int64_t zero_point) {
+  ChannelsLast t(x);
+  check(groups > 0 && t.channels % groups == 0, "the ", t.channels, " channels of x cannot be divided into ",
+        groups, " groups");
+  const NormOutput output = {quantization(scale, zero_point, x.scalar_type()), -INFINITY, INFINITY};
+  if (x.numel() == 0) return t.y;
+  group_norm(bytes(t.x), x.size(0), t.pixels, t.channels, groups,
+             quantization(x_scale, x_zero_point, x.scalar_type()), affine_of(weight, bias, t.channels), eps,
+             output, bytes(t.y));
+  return t.y;
+}
+
+Tensor layer_norm_op(const Tensor x, double x_scale, int64_t x_zero_point, const Shape normalized_shape,
+                     const OptionalTensor weight, const OptionalTensor bias, double eps, double scale,
+                     int64_t zero_point) {
+  const size_t dims = static_cast<size_t>(x.dim()), more = dims - std::min(dims, normalized_shape.size());
+  const Shape sizes = sizes_of(x);
+  check(!normalized_shape.empty() && normalized_shape.size() <= dims &&
+            std::equal(normalized_shape.begin(), normalized_shape.end(), sizes.begin() + more),
+        "normalized_shape must be the last sizes of x");
+  int64_t n = 1;
+  for (int64_t size : normalized_shape) n *= size;
+  const Tensor t = torch::stable::contiguous(x);
+  Tensor y = empty(sizes, contiguous_strides(sizes), x.scalar_type(), x);
+  const NormOutput output = {quantization(scale, zero_point, x.scalar_type()), -INFINITY, INFINITY};
+  if (x.numel() == 0) return y;
+  layer_norm(bytes(t), x.numel() / n, n, quantization(x_scale, x_zero_point, x.scalar_type()),
+             affine_of(weight, bias, n), eps, output, bytes(y));
+  return y;
+}
+
+Tensor softmax_op(const Tensor x, double x_scale, int64_t dim, double scale, int64_t zero_point) {
+  const Quantization output = quantization(scale, zero_point, x.scalar_type());
+  const Tensor t = densified(x);
+  Tensor y = empty_like(t, t.scalar_type());
+  if (x.numel() == 0) return y;
+  const Dense d = x.dim() == 0 ? Dense{nullptr, Element::other, 1, 1, 1} : dense(view(t), dim);
+  check(x_scale > 0 && x_scale < INFINITY, "x_scale must be positive and finite, got ", x_scale);
+  softmax(bytes(t), d.outer, d.channels, d.inner, x_scale, output.is_signed, output, bytes(y));
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
@@ -470,6 +598,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("quantized_avg_pool", TORCH_BOX(&avg_pool_op));
   m.impl("quantized_adaptive_avg_pool", TORCH_BOX(&adaptive_avg_pool_op));
   m.impl("quantized_mean", TORCH_BOX(&mean_op));
+  m.impl("quantized_interpolate", TORCH_BOX(&interpolate_op));
+  m.impl("quantized_batch_norm", TORCH_BOX(&batch_norm_op));
+  m.impl("quantized_group_norm", TORCH_BOX(&group_norm_op));
+  m.impl("quantized_layer_norm", TORCH_BOX(&layer_norm_op));
+  m.impl("quantized_softmax", TORCH_BOX(&softmax_op));
 }
 
 }  // namespace fastquant

@@ -9,12 +9,14 @@ struct MatrixKernels;       // matrix_kernels.h
 struct DepthwiseKernels;    // depthwise_kernels.h
 struct ElementwiseKernels;  // elementwise_kernels.h
 struct PoolingKernels;      // pooling_kernels.h
+struct NormKernels;         // norm_kernels.h
 
 struct QuantizedKernels {
   const MatrixKernels* matrix;
   const DepthwiseKernels* depthwise;
   const ElementwiseKernels* elementwise;
   const PoolingKernels* pooling;
+  const NormKernels* norm;
 };
 
 // The tables of the instruction set in use; a walk takes its own: `*quantized_kernels().pooling`.

@@ -4,11 +4,9 @@
 #include <optional>
 #include <vector>
 
-#include "../../memory.h"
+#include "images.h"
 
 namespace fastquant {
-
-constexpr int kPoolDims = 3;  // depth, height, width
 
 // Windows along one dimension: of each output, the pixels [begin, end) of the input, every `step`th.
 struct Windows {
@@ -22,14 +20,6 @@ Windows sliding_windows(int64_t size, int64_t kernel, int64_t stride, int64_t pa
                         bool ceil_mode, bool count_padding);
 // Those that divide `size` pixels into `outputs` parts.
 Windows adaptive_windows(int64_t size, int64_t outputs);
-
-// Images whose channels lie next to each other.
-struct Images {
-  const uint8_t* data;
-  int64_t count, channels;
-  int64_t image_stride, strides[kPoolDims];
-  bool is_signed;  // int8
-};
 
 // The output lies in memory as [images, depth, height, width, channels].
 void max_pool(const Images& x, const Windows (&windows)[kPoolDims], uint8_t* out);

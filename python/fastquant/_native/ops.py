@@ -67,6 +67,11 @@ quantized_max_pool = _bind("quantized_max_pool", any_layout=True)
 quantized_avg_pool = _bind("quantized_avg_pool", any_layout=True)
 quantized_adaptive_avg_pool = _bind("quantized_adaptive_avg_pool", any_layout=True)
 quantized_mean = _bind("quantized_mean", any_layout=True)
+quantized_interpolate = _bind("quantized_interpolate", any_layout=True)
+quantized_batch_norm = _bind("quantized_batch_norm", any_layout=True)
+quantized_group_norm = _bind("quantized_group_norm", any_layout=True)
+quantized_layer_norm = _bind("quantized_layer_norm", any_layout=True)
+quantized_softmax = _bind("quantized_softmax", any_layout=True)
 
 # An op that has no autograd of its own leaves gradients on while its kernel runs, so the
 # fallback turns them off itself.

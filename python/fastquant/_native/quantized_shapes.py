@@ -144,6 +144,22 @@ def _mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
     return x.new_empty(y.shape)
 
 
+def _interpolate(x: Tensor, output_size: Sequence[int], *_: Any) -> Tensor:
+    return _adaptive_avg_pool(x, output_size)
+
+
+def _norm_of_channels(x: Tensor, *_: Any) -> Tensor:
+    return _channels_last(torch.empty_like(x))
+
+
+def _layer_norm(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _softmax(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -160,4 +176,9 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "quantized_avg_pool": _avg_pool,
     "quantized_adaptive_avg_pool": _adaptive_avg_pool,
     "quantized_mean": _mean,
+    "quantized_interpolate": _interpolate,
+    "quantized_batch_norm": _norm_of_channels,
+    "quantized_group_norm": _norm_of_channels,
+    "quantized_layer_norm": _layer_norm,
+    "quantized_softmax": _softmax,
 }

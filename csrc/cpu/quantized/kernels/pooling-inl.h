@@ -4,6 +4,7 @@
 
 #include "../bytes_scalar.h"
 #include "../pooling_kernels.h"
+#include "sums-inl.h"
 #include "vectors-inl.h"
 
 namespace fastquant {
@@ -32,42 +33,6 @@ void max_pool(const PoolRow& row) {
   }
 }
 
-// Sums of bytes.
-template <class B>
-class Sums {
- public:
-  Sums() {
-    for (auto& s : sums_) s = B::ints1(0);
-    clear();
-  }
-
-  void add(typename B::Reg x) {
-    B::add_bytes(x, words_);
-    if (++pending_ == kMostPending) flush();
-  }
-
-  const typename B::Ints* sums() {
-    flush();
-    return sums_;
-  }
-
- private:
-  static constexpr int kMostPending = 257;  // times 255 fits in 16 bits
-
-  void clear() {
-    for (auto& w : words_) w = B::words1(0);
-    pending_ = 0;
-  }
-  void flush() {
-    B::add_words(words_, sums_);
-    clear();
-  }
-
-  typename B::Words words_[B::kHalves];
-  typename B::Ints sums_[B::kParts];
-  int pending_;
-};
-
 template <class B>
 void average_pool(const PoolRow& row, int zero_point, int64_t rows_divisor, const int64_t* divisor) {
   using F = typename B::Floats;
@@ -85,6 +50,37 @@ void average_pool(const PoolRow& row, int zero_point, int64_t rows_divisor, cons
       typename F::Reg y[B::kParts];
       for (int k = 0; k < B::kParts; ++k) y[k] = F::div(B::to_float(B::sub(total[k], excess)), by);
       store(row.out + i * row.channels + c, B::flip(B::narrow(y, zero_points), flip));
+    });
+  }
+}
+
+template <class B>
+void interpolate(const InterpolatedRow& row) {
+  using F = typename B::Floats;
+  const auto flip = B::set1(row.flip);
+  // Of int8, the values themselves are mixed, not the bytes.
+  const auto zero = B::center_of(row.flip);
+  const auto shift = B::words1(row.flip);
+  for (int64_t i = 0; i < row.count; ++i) {
+    const int64_t left = row.left[i] * row.pixel_stride, right = row.right[i] * row.pixel_stride;
+    const auto of_left = F::set1(row.left_weights[i]), of_right = F::set1(row.right_weights[i]);
+    for_vectors<B>(row.channels, [&](int64_t c, const auto& load, const auto& store) {
+      const auto mix = [&](int64_t r, typename F::Reg* y) {
+        typename F::Reg a[B::kParts], b[B::kParts];
+        B::widen(B::flip(load(row.rows[r] + left + c), flip), zero, a);
+        B::widen(B::flip(load(row.rows[r] + right + c), flip), zero, b);
+        const auto weight = F::set1(row.row_weights[r]);
+        for (int k = 0; k < B::kParts; ++k) {
+          y[k] = F::mul(F::add(F::mul(a[k], of_left), F::mul(b[k], of_right)), weight);
+        }
+      };
+      typename F::Reg total[B::kParts], more[B::kParts];
+      mix(0, total);
+      for (int64_t r = 1; r < row.row_count; ++r) {
+        mix(r, more);
+        for (int k = 0; k < B::kParts; ++k) total[k] = F::add(total[k], more[k]);
+      }
+      store(row.out + i * row.channels + c, B::flip(B::narrow(total, shift), flip));
     });
   }
 }
@@ -121,7 +117,7 @@ void mean_of_rows(const uint8_t* x, uint8_t* out, int64_t rows, int64_t n, uint8
 template <class B>
 constexpr PoolingKernels pooling_table() {
   static_assert(has_bytes_interface<B>(), "see bytes.h");
-  return {max_pool<B>, average_pool<B>, mean_of_rows<B>};
+  return {max_pool<B>, average_pool<B>, interpolate<B>, mean_of_rows<B>};
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ from .batch_norm import (
 from .clamped_sum import add_observe_fake_quantize
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
 from .quantized import QUANTIZED_OPS
+from .quantized_norms import QUANTIZED_NORMS
 from .ranges import histogram_error, histogram_range
 
 OPS: dict[str, Callable[..., Any]] = {
@@ -61,5 +62,6 @@ OPS: dict[str, Callable[..., Any]] = {
         learnable_fake_quantize,
         learnable_fake_quantize_backward,
         *QUANTIZED_OPS,
+        *QUANTIZED_NORMS,
     )
 }

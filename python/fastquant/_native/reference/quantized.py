@@ -7,6 +7,7 @@ saturate at the limits of their dtype; `low` and `high` bound them in real units
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -407,6 +408,55 @@ def quantized_mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
     return _rounded_mean(y, x.dtype).contiguous()
 
 
+NEAREST, NEAREST_EXACT, LINEAR = range(3)  # modes of quantized_interpolate
+
+
+def _nearest(size: int, outputs: int, ratio: float, mode: int, device: torch.device) -> Tensor:
+    """Which pixel each output takes, found in fp32 as torch does."""
+    places = torch.arange(outputs, dtype=torch.float32, device=device)
+    if mode == NEAREST_EXACT:
+        places = places + 0.5
+    found = places * torch.tensor(ratio, dtype=torch.float32, device=device)
+    return found.to(torch.int64).clamp(max=size - 1)
+
+
+def _linear(
+    size: int, outputs: int, ratio: float, align_corners: bool, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """The two pixels that each output takes, and their weights."""
+    places = torch.arange(outputs, dtype=torch.float64, device=device)
+    at = places * ratio if align_corners else ((places + 0.5) * ratio - 0.5).clamp(min=0.0)
+    left = at.to(torch.int64).clamp(max=size - 1)
+    part = (at - left).clamp(0.0, 1.0)
+    weights = ((1.0 - part).to(torch.float32), part.to(torch.float32))
+    return list(zip((left, (left + 1).clamp(max=size - 1)), weights, strict=True))
+
+
+def quantized_interpolate(
+    x: Tensor, output_size: Sequence[int], ratios: Sequence[float], mode: int, align_corners: bool
+) -> Tensor:
+    dims = len(output_size)
+    axes = range(x.dim() - dims, x.dim())
+    given = list(zip(axes, output_size, ratios, strict=True))
+    if mode != LINEAR:
+        for axis, outputs, ratio in given:
+            x = x.index_select(axis, _nearest(x.shape[axis], outputs, ratio, mode, x.device))
+        return as_pooled(x, x, dims)
+    places = [_linear(x.shape[d], n, ratio, align_corners, x.device) for d, n, ratio in given]
+    values = x.to(torch.float32)
+    total = None
+    for rows in itertools.product(*places[:-1]):
+        row, weight = values, torch.ones((), device=x.device)
+        for axis, (index, of_row) in zip(axes, rows, strict=False):
+            row = row.index_select(axis, index)
+            weight = weight * of_row.reshape([-1] + [1] * (x.dim() - 1 - axis))
+        left, right = (row.index_select(-1, index) * w for index, w in places[-1])
+        mixed = (left + right) * weight
+        total = mixed if total is None else total + mixed
+    assert total is not None
+    return as_pooled(x, total.round(), dims)
+
+
 QUANTIZED_OPS = (
     quantize,
     dequantize,
@@ -423,4 +473,5 @@ QUANTIZED_OPS = (
     quantized_avg_pool,
     quantized_adaptive_avg_pool,
     quantized_mean,
+    quantized_interpolate,
 )
