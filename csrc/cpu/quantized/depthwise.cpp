@@ -19,6 +19,9 @@ namespace {
 // Products that a thread must have to compute for its start to pay off.
 constexpr int64_t kProductsOfThread = 100000;
 
+// From this many bytes on, tensors may not be in the second cache.
+constexpr int64_t kLarge = 1048576;
+
 // What lies behind the channels of arrays, because kernels read whole lanes.
 constexpr int64_t kMargin = 16;
 
@@ -73,7 +76,7 @@ int64_t floor_divided(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b 
 
 // The lines that row (z, y) of image n's outputs reads.
 void set_lines(const ConvShape& s, const Grid& grid, const uint8_t* x, const uint8_t* padding, int64_t row,
-               int64_t channels, DepthwiseLine* line) {
+               int64_t channels, bool large, DepthwiseLine* line) {
   const int64_t y = row % s.out[1], z = row / s.out[1] % s.out[0], n = row / s.out[1] / s.out[0];
   constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 4;
   for (int64_t a = 0; a < s.kernel[0]; ++a) {
@@ -84,13 +87,14 @@ void set_lines(const ConvShape& s, const Grid& grid, const uint8_t* x, const uin
       const uint8_t* const first = x + ((n * s.in[0] + iz) * s.in[1] + iy) * s.in[2] * channels;
       for (int64_t k = 0; k < (grid.turned ? grid.rows : 1); ++k, ++line) {
         if (!inside) {
-          *line = {padding, 0, -kFar, kFar};
+          *line = {padding, 0, -kFar, kFar, 0};
           continue;
         }
         const int64_t from = k * s.dilation[2] - s.padding[2];  // the input column of the line's column 0
         const int64_t step = grid.turned ? s.stride[2] : 1;
         *line = {first + from * channels, step * channels, -floor_divided(from, step),
-                 floor_divided(s.in[2] - 1 - from, step) + 1};
+                 floor_divided(s.in[2] - 1 - from, step) + 1,
+                 large && b + s.stride[1] >= s.kernel[1] ? s.stride[1] * s.in[2] * channels : 0};
       }
     }
   }
@@ -119,6 +123,7 @@ void convolve(const QuantizedValues& x, const ConvShape& s, const uint8_t* packe
     }
   }
   const std::vector<uint8_t> padding(static_cast<size_t>(width), static_cast<uint8_t>(x.zero_point));
+  const bool large = (s.batch * s.in[0] * s.in[1] * s.in[2] + s.positions()) * channels > kLarge;
   DepthwiseGeometry g;
   g.rows = grid.rows;
   g.columns = grid.columns;
@@ -126,6 +131,7 @@ void convolve(const QuantizedValues& x, const ConvShape& s, const uint8_t* packe
   g.dilation = grid.turned ? 1 : s.dilation[2];
   g.outputs = s.out[2];
   g.output_step = channels;
+  g.output_row = large ? s.out[2] * channels * bytes_of(format.type) : 0;
   g.padding = padding.data();
   g.taps = taps.data();
   g.input_flip = x.is_signed ? 0x80 : 0;
@@ -148,7 +154,7 @@ void convolve(const QuantizedValues& x, const ConvShape& s, const uint8_t* packe
     for (int64_t first = begin; first < end; first += chunk) {
       const int64_t count = std::min(chunk, end - first);
       for (int64_t i = 0; i < count; ++i) {
-        set_lines(s, grid, x.data, padding.data(), first + i, channels, lines.data() + i * grid.rows);
+        set_lines(s, grid, x.data, padding.data(), first + i, channels, large, lines.data() + i * grid.rows);
         outputs[i] = static_cast<char*>(format.data) + (first + i) * row_outputs * bytes_of(format.type);
       }
       for (size_t b = 0; b < blocks.size(); ++b) {

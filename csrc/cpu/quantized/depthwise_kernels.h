@@ -19,6 +19,8 @@ struct DepthwiseLine {
   const uint8_t* data;
   int64_t step;
   int64_t begin, end;
+  // Where the row of outputs after this one reads first, from here on: kernels ask for that memory in advance.
+  int64_t ahead;
 };
 
 // What all rows of outputs of one convolution have in common.
@@ -29,6 +31,7 @@ struct DepthwiseGeometry {
   int64_t dilation;     // input columns from one tap to the next
   int64_t outputs;      // in a row
   int64_t output_step;  // elements from one output of a row to the next
+  int64_t output_row;   // bytes from one row to the next, to ask for that memory in advance
   // One input value for each channel, the zero point, and 16 more.
   const uint8_t* padding;
   // The weights of the tap in row r and column k: taps[k * rows + r], one int8 for each channel, with zeros up

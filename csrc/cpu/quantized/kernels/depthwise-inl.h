@@ -120,11 +120,14 @@ struct Depthwise {
                                int64_t out_step) {
     const Bytes flipped = V::set1(flip(g));
     const uint8_t* data[4];
-    int64_t step[4];
+    int64_t step[4], ahead[4];
     int64_t begin = from, end = to;
+    bool any_ahead = false;
     for (int r = 0; r < Lines; ++r) {
       data[r] = lines[r].data + block.first;
       step[r] = lines[r].step;
+      ahead[r] = lines[r].ahead;
+      any_ahead = any_ahead || ahead[r] != 0;
       if (begin < lines[r].begin) begin = lines[r].begin;
       if (end > lines[r].end - (G - 1) * apart) end = lines[r].end - (G - 1) * apart;
     }
@@ -151,10 +154,25 @@ struct Depthwise {
     };
     int64_t i = from;
     for (; i < to && i < begin; ++i) careful(i);
-    for (; i < end; ++i) {
-      Bytes row[4];
-      for (int r = 0; r < Lines; ++r) row[r] = V::template load<G>(data[r] + i * step[r], apart * step[r]);
-      put(row);
+    const auto simple = [&](auto prefetch) FASTQUANT_INLINE_LAMBDA {
+      for (; i < end; ++i) {
+        Bytes row[4];
+        for (int r = 0; r < Lines; ++r) {
+          const uint8_t* const at = data[r] + i * step[r];
+          if constexpr (decltype(prefetch)() != 0) {
+            if (ahead[r] != 0) {
+              for (int k = 0; k < G; ++k) __builtin_prefetch(at + k * apart * step[r] + ahead[r]);
+            }
+          }
+          row[r] = V::template load<G>(at, apart * step[r]);
+        }
+        put(row);
+      }
+    };
+    if (any_ahead) {
+      simple(Index<1>());
+    } else {
+      simple(Index<0>());
     }
     for (; i < to; ++i) careful(i);
   }
@@ -258,6 +276,12 @@ struct Depthwise {
                    const Column* columns, const Target& target) {
     const auto p = static_cast<const Parameters*>(prepared);
     const auto high = V::set1_float(g.stage.high);
+    if (g.output_row != 0) {
+      for (int64_t x = 0; x < kTile; ++x) {
+        for (int k = 0; k < G; ++k)
+          __builtin_prefetch(target.data + (x + k * target.each) * g.output_step + g.output_row, 1);
+      }
+    }
     const auto half = [&](int j, typename V::Words* words) FASTQUANT_INLINE_LAMBDA {
       Sums a[kTile], b[kTile];
       sum<K, Q, S>(g, prepared, columns, j, a);
