@@ -1,4 +1,3 @@
-// Walks over the rows of depthwise convolutions.
 #include "depthwise.h"
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 
 #include "../../memory.h"
 #include "../arrays.h"
+#include "axes.h"
 #include "depthwise_kernels.h"
 #include "kernels.h"
 #include "packing.h"
@@ -21,6 +21,9 @@ constexpr int64_t kProductsOfThread = 100000;
 
 // From this many bytes on, tensors may not be in the second cache.
 constexpr int64_t kLarge = 1048576;
+
+// What a row of outputs reads and writes should stay within.
+constexpr int64_t kFirstCache = 24576;
 
 // What lies behind the channels of arrays, because kernels read whole lanes.
 constexpr int64_t kMargin = 16;
@@ -53,52 +56,121 @@ std::vector<DepthwiseBlock> blocks_of(int64_t channels, int max_width) {
   return blocks;
 }
 
-// How many rows of outputs to compute of one block of channels before the next block: as many as keep what they
-// read in the first cache.
-int64_t rows_at_once(int64_t row_bytes) {
-  return std::max<int64_t>(1, 24576 / std::max<int64_t>(1, row_bytes));
-}
+int64_t floor_divided(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
-// The grid of taps of a kernel (depthwise_kernels.h). A kernel that has one row only is turned: its columns
-// become the rows, each of which reads a line that begins further right.
-struct Grid {
-  bool turned;
-  int64_t rows, columns;
-};
+// One part of a convolution (axes.h) of x with as many channels as the output, as kernels take it.
+class Part {
+ public:
+  Part(const Axes& axes, const QuantizedValues& x, const ConvShape& s, const uint8_t* packed,
+       const uint8_t* padding, const OutputStage& stage)
+      : z_(axes.dims[0]),
+        y_(axes.dims[1]),
+        x_(axes.dims[2]),
+        s_(s),
+        data_(x.data),
+        rows_(axes.positions(s.batch)) {
+    const int64_t channels = s.out_channels, width = rounded_up(channels, kLaneChannels);
+    rows_ /= std::max<int64_t>(x_.count, 1);
+    lines_ = static_cast<int64_t>(z_.taps.size() * y_.taps.size());
+    // A kernel of one row is turned: its columns become the rows of the grid of taps (depthwise_kernels.h),
+    // each of which reads a line that begins further right.
+    turned_ = lines_ == 1;
+    g_.rows = turned_ ? static_cast<int64_t>(x_.taps.size()) : lines_;
+    g_.columns = turned_ ? 1 : static_cast<int64_t>(x_.taps.size());
+    for (int64_t k = 0; k < g_.columns; ++k) {
+      for (int64_t r = 0; r < g_.rows; ++r) {
+        const auto index = [&](const Axis& axis, int64_t i) { return axis.taps[static_cast<size_t>(i)].index; };
+        const int64_t line = turned_ ? 0 : r, y_taps = static_cast<int64_t>(y_.taps.size());
+        const int64_t row = index(z_, line / y_taps) * s.kernel[1] + index(y_, line % y_taps);
+        const int64_t tap = row * s.kernel[2] + index(x_, turned_ ? r : k);
+        taps_.push_back(reinterpret_cast<const int8_t*>(packed) + tap * width);
+      }
+    }
+    // Of tensors that may not be in the second cache, kernels ask for the next row in advance.
+    const int64_t in = s.batch * s.in[0] * s.in[1] * s.in[2], element = bytes_of(stage.type);
+    ahead_ = (in + s.positions() * element) * channels > kLarge;
+    g_.stride = turned_ ? 1 : x_.stride;
+    g_.dilation = turned_ ? 1 : x_.dilation();
+    g_.outputs = x_.count;
+    g_.output_step = x_.step * channels;
+    g_.output_row = ahead_ ? y_.step * s.out[2] * channels * element : 0;
+    g_.padding = padding;
+    g_.taps = taps_.data();
+    g_.input_flip = x.is_signed ? 0x80 : 0;
+    g_.input_zero_point = static_cast<int32_t>(x.zero_point + (x.is_signed ? 128 : 0));
+    g_.stage = stage;
+  }
+  Part(const Part&) = delete;
 
-Grid grid_of(const ConvShape& s) {
-  const int64_t rows = s.kernel[0] * s.kernel[1];
-  if (rows == 1) return {true, s.kernel[2], 1};
-  return {false, rows, s.kernel[2]};
-}
+  int64_t rows() const { return rows_; }
 
-int64_t floor_divided(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
-// The lines that row (z, y) of image n's outputs reads.
-void set_lines(const ConvShape& s, const Grid& grid, const uint8_t* x, const uint8_t* padding, int64_t row,
-               int64_t channels, bool large, DepthwiseLine* line) {
-  const int64_t y = row % s.out[1], z = row / s.out[1] % s.out[0], n = row / s.out[1] / s.out[0];
-  constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 4;
-  for (int64_t a = 0; a < s.kernel[0]; ++a) {
-    for (int64_t b = 0; b < s.kernel[1]; ++b) {
-      const int64_t iz = z * s.stride[0] - s.padding[0] + a * s.dilation[0];
-      const int64_t iy = y * s.stride[1] - s.padding[1] + b * s.dilation[1];
-      const bool inside = iz >= 0 && iz < s.in[0] && iy >= 0 && iy < s.in[1];
-      const uint8_t* const first = x + ((n * s.in[0] + iz) * s.in[1] + iy) * s.in[2] * channels;
-      for (int64_t k = 0; k < (grid.turned ? grid.rows : 1); ++k, ++line) {
-        if (!inside) {
-          *line = {padding, 0, -kFar, kFar, 0};
-          continue;
-        }
-        const int64_t from = k * s.dilation[2] - s.padding[2];  // the input column of the line's column 0
-        const int64_t step = grid.turned ? s.stride[2] : 1;
-        *line = {first + from * channels, step * channels, -floor_divided(from, step),
-                 floor_divided(s.in[2] - 1 - from, step) + 1,
-                 large && b + s.stride[1] >= s.kernel[1] ? s.stride[1] * s.in[2] * channels : 0};
+  // Computes the rows [begin, end) of outputs.
+  void run(int64_t begin, int64_t end, const std::vector<DepthwiseBlock>& blocks) const {
+    if (begin >= end) return;
+    const DepthwiseKernels& kernels = *quantized_kernels().depthwise;
+    const int64_t size = kernels.prepared_size(g_), chunk = std::min(end - begin, rows_at_once());
+    const Scratch prepared(size * static_cast<int64_t>(blocks.size()));
+    const Scratch scratch(kernels.scratch_size(g_));
+    for (size_t b = 0; b < blocks.size(); ++b)
+      kernels.prepare(g_, blocks[b], prepared.get() + static_cast<int64_t>(b) * size);
+    std::vector<DepthwiseLine> lines(static_cast<size_t>(chunk * g_.rows));
+    std::vector<void*> outputs(static_cast<size_t>(chunk));
+    for (int64_t first = begin; first < end; first += chunk) {
+      const int64_t count = std::min(chunk, end - first);
+      for (int64_t i = 0; i < count; ++i)
+        set_row(first + i, lines.data() + i * g_.rows, &outputs[static_cast<size_t>(i)]);
+      for (size_t b = 0; b < blocks.size(); ++b) {
+        kernels.run(g_, blocks[b], prepared.get() + static_cast<int64_t>(b) * size, lines.data(),
+                    outputs.data(), count, scratch.get());
       }
     }
   }
-}
+
+ private:
+  // How many rows of outputs to compute of one block of channels before the next block: as many as keep what
+  // they read in the first cache.
+  int64_t rows_at_once() const {
+    const int64_t values = (y_.stride * s_.in[2] + x_.count) * s_.out_channels;
+    return std::max<int64_t>(1, kFirstCache / std::max<int64_t>(1, values));
+  }
+
+  // The lines that a row of outputs reads, and where it begins.
+  void set_row(int64_t row, DepthwiseLine* line, void** output) const {
+    const int64_t y = row % y_.count, z = row / y_.count % z_.count, n = row / y_.count / z_.count;
+    const int64_t channels = s_.out_channels;
+    constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 4;
+    for (const Axis::Tap& a : z_.taps) {
+      for (const Axis::Tap& b : y_.taps) {
+        const int64_t iz = z * z_.stride + a.offset, iy = y * y_.stride + b.offset;
+        const bool inside = iz >= 0 && iz < z_.in && iy >= 0 && iy < y_.in;
+        const bool last = b.offset + y_.stride > y_.taps.back().offset;
+        const uint8_t* const first = data_ + ((n * z_.in + iz) * y_.in + iy) * x_.in * channels;
+        const int64_t step = turned_ ? x_.stride : 1;
+        for (int64_t k = 0; k < (turned_ ? g_.rows : 1); ++k, ++line) {
+          if (!inside || x_.taps.empty()) {
+            *line = {g_.padding, 0, -kFar, kFar, 0};
+            continue;
+          }
+          const int64_t from = x_.taps[static_cast<size_t>(k)].offset;  // what the line's column 0 reads
+          *line = {first + from * channels, step * channels, -floor_divided(from, step),
+                   floor_divided(x_.in - 1 - from, step) + 1,
+                   ahead_ && last ? y_.stride * x_.in * channels : 0};
+        }
+      }
+    }
+    const int64_t oz = z_.first + z * z_.step, oy = y_.first + y * y_.step;
+    const int64_t position = ((n * s_.out[0] + oz) * s_.out[1] + oy) * s_.out[2] + x_.first;
+    *output = static_cast<char*>(g_.stage.data) + position * channels * bytes_of(g_.stage.type);
+  }
+
+  const Axis &z_, &y_, &x_;
+  const ConvShape& s_;
+  const uint8_t* data_;
+  int64_t rows_, lines_;
+  bool turned_, ahead_;
+  std::vector<const int8_t*> taps_;
+  DepthwiseGeometry g_;
+};
 
 // Each input channel, repeated for each of its output channels.
 std::unique_ptr<uint8_t[]> repeated(const uint8_t* x, int64_t values, int64_t times) {
@@ -107,81 +179,56 @@ std::unique_ptr<uint8_t[]> repeated(const uint8_t* x, int64_t values, int64_t ti
   return copy;
 }
 
-// The convolution of x with as many channels as the output.
-void convolve(const QuantizedValues& x, const ConvShape& s, const uint8_t* packed, const LayerScales& scales,
-              const OutputFormat& format) {
-  const DepthwiseKernels& kernels = *quantized_kernels().depthwise;
+// The parts of a convolution of x with as many channels as the output.
+void convolve(const QuantizedValues& x, const ConvShape& s, const std::vector<Axes>& axes,
+              const uint8_t* packed, const LayerScales& scales, const OutputFormat& format) {
   const int64_t channels = s.out_channels, width = rounded_up(channels, kLaneChannels);
-  const Grid grid = grid_of(s);
   const Requantization requantization(1, channels, width + kMargin, nullptr, x.scale, x.zero_point, scales,
                                       format);
-  std::vector<const int8_t*> taps;
-  for (int64_t k = 0; k < grid.columns; ++k) {
-    for (int64_t r = 0; r < grid.rows; ++r) {
-      const int64_t tap = r * grid.columns + k;
-      taps.push_back(reinterpret_cast<const int8_t*>(packed) + tap * width);
-    }
-  }
   const std::vector<uint8_t> padding(static_cast<size_t>(width), static_cast<uint8_t>(x.zero_point));
-  const bool large = (s.batch * s.in[0] * s.in[1] * s.in[2] + s.positions()) * channels > kLarge;
-  DepthwiseGeometry g;
-  g.rows = grid.rows;
-  g.columns = grid.columns;
-  g.stride = grid.turned ? 1 : s.stride[2];
-  g.dilation = grid.turned ? 1 : s.dilation[2];
-  g.outputs = s.out[2];
-  g.output_step = channels;
-  g.output_row = large ? s.out[2] * channels * bytes_of(format.type) : 0;
-  g.padding = padding.data();
-  g.taps = taps.data();
-  g.input_flip = x.is_signed ? 0x80 : 0;
-  g.input_zero_point = static_cast<int32_t>(x.zero_point + (x.is_signed ? 128 : 0));
-  g.stage = requantization.stage();
-
-  const std::vector<DepthwiseBlock> blocks = blocks_of(channels, kernels.max_width);
-  const int64_t rows = s.batch * s.out[0] * s.out[1], row_outputs = s.out[2] * channels;
-  const int64_t products = rows * row_outputs * grid.rows * grid.columns;
-  const int64_t chunk = rows_at_once(s.stride[1] * s.in[2] * channels + row_outputs);
-  for_pieces(rows, piece_count(products, kProductsOfThread), 1, [&](int64_t, int64_t begin, int64_t end) {
-    if (begin >= end) return;
-    const int64_t prepared_size = kernels.prepared_size(g);
-    const Scratch prepared(prepared_size * static_cast<int64_t>(blocks.size()));
-    const Scratch scratch(kernels.scratch_size(g));
-    for (size_t b = 0; b < blocks.size(); ++b)
-      kernels.prepare(g, blocks[b], prepared.get() + static_cast<int64_t>(b) * prepared_size);
-    std::vector<DepthwiseLine> lines(static_cast<size_t>(chunk * grid.rows));
-    std::vector<void*> outputs(static_cast<size_t>(chunk));
-    for (int64_t first = begin; first < end; first += chunk) {
-      const int64_t count = std::min(chunk, end - first);
-      for (int64_t i = 0; i < count; ++i) {
-        set_lines(s, grid, x.data, padding.data(), first + i, channels, large, lines.data() + i * grid.rows);
-        outputs[i] = static_cast<char*>(format.data) + (first + i) * row_outputs * bytes_of(format.type);
-      }
-      for (size_t b = 0; b < blocks.size(); ++b) {
-        kernels.run(g, blocks[b], prepared.get() + static_cast<int64_t>(b) * prepared_size, lines.data(),
-                    outputs.data(), count, scratch.get());
-      }
-    }
+  std::vector<std::unique_ptr<const Part>> parts;
+  int64_t products = 0;
+  for (const Axes& a : axes) {
+    parts.push_back(std::make_unique<Part>(a, x, s, packed, padding.data(), requantization.stage()));
+    products += a.positions(s.batch) * a.taps() * channels;
+  }
+  const std::vector<DepthwiseBlock> blocks = blocks_of(channels, quantized_kernels().depthwise->max_width);
+  const int64_t pieces = piece_count(products, kProductsOfThread);
+  for_pieces(pieces, pieces, 1, [&](int64_t piece, int64_t, int64_t) {
+    for (const auto& part : parts)
+      part->run(part->rows() * piece / pieces, part->rows() * (piece + 1) / pieces, blocks);
   });
+}
+
+// The same where each channel of x has several of the output.
+void convolve_repeated(const QuantizedValues& x, const ConvShape& s, const std::vector<Axes>& axes,
+                       const uint8_t* packed, const LayerScales& scales, const OutputFormat& format) {
+  if (s.positions() == 0) return;
+  const int64_t times = s.out_channels / s.in_channels;
+  if (times == 1) return convolve(x, s, axes, packed, scales, format);
+  const int64_t values = s.in[0] * s.in[1] * s.in[2] * s.in_channels;
+  ConvShape image = s;
+  image.batch = 1;
+  QuantizedValues from = x;
+  OutputFormat to = format;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    const auto copy = repeated(x.data + n * values, values, times);
+    from.data = copy.get();
+    convolve(from, image, axes, packed, scales, to);
+    to.data = static_cast<char*>(to.data) + image.positions() * s.out_channels * bytes_of(to.type);
+  }
 }
 
 }  // namespace
 
 void depthwise_conv(const QuantizedValues& x, const ConvShape& shape, const uint8_t* packed,
                     const LayerScales& scales, const OutputFormat& format) {
-  const int64_t times = shape.out_channels / shape.in_channels;
-  if (times == 1) return convolve(x, shape, packed, scales, format);
-  const int64_t values = shape.in[0] * shape.in[1] * shape.in[2] * shape.in_channels;
-  ConvShape image = shape;
-  image.batch = 1;
-  QuantizedValues from = x;
-  OutputFormat to = format;
-  for (int64_t n = 0; n < shape.batch; ++n) {
-    const auto copy = repeated(x.data + n * values, values, times);
-    from.data = copy.get();
-    convolve(from, image, packed, scales, to);
-    to.data = static_cast<char*>(to.data) + image.positions() * shape.out_channels * bytes_of(to.type);
-  }
+  convolve_repeated(x, shape, {axes_of(shape)}, packed, scales, format);
+}
+
+void depthwise_conv_transpose(const QuantizedValues& x, const ConvShape& shape, const uint8_t* packed,
+                              const LayerScales& scales, const OutputFormat& format) {
+  convolve_repeated(x, shape, axes_of_transposed(shape), packed, scales, format);
 }
 
 }  // namespace fastquant

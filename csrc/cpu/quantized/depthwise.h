@@ -9,5 +9,7 @@ namespace fastquant {
 // (packing.h).
 void depthwise_conv(const QuantizedValues& x, const ConvShape& shape, const uint8_t* packed,
                     const LayerScales& scales, const OutputFormat& format);
+void depthwise_conv_transpose(const QuantizedValues& x, const ConvShape& shape, const uint8_t* packed,
+                              const LayerScales& scales, const OutputFormat& format);
 
 }  // namespace fastquant

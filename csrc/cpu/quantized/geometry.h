@@ -22,7 +22,8 @@ struct SpatialSizes {
 };
 
 struct ConvArguments {
-  const int64_t* weight_shape;  // [out_channels, in_channels / groups, *kernel]
+  // [out_channels, in_channels / groups, *kernel]; transposed: [in_channels, out_channels / groups, *kernel]
+  const int64_t* weight_shape;
   int64_t weight_dims;
   SpatialSizes stride, padding, dilation;
   int64_t groups;
@@ -30,6 +31,8 @@ struct ConvArguments {
 
 // A convolution of a tensor of these sizes; throws where the arguments do not fit it.
 ConvShape conv_shape(int64_t dims, const int64_t* sizes, const ConvArguments& arguments);
+ConvShape conv_transpose_shape(int64_t dims, const int64_t* sizes, const ConvArguments& arguments,
+                               const SpatialSizes& output_padding);
 
 // The sizes of what a convolution of a tensor of `dims` dimensions returns.
 void conv_output_sizes(const ConvShape& shape, int64_t dims, int64_t* sizes);

@@ -1,11 +1,13 @@
 // Registers the CPU implementations of the ops of linear layers and convolutions on quantized tensors.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../../tensors.h"
 #include "geometry.h"
 #include "packing.h"
+#include "transposed.h"
 
 namespace fastquant {
 namespace {
@@ -130,26 +132,56 @@ SpatialSizes spatial(const std::vector<int64_t>& values) {
   return {values.data(), static_cast<int64_t>(values.size())};
 }
 
+ConvArguments arguments_of(const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
+                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                           int64_t groups) {
+  return {weight_shape.data(), static_cast<int64_t>(weight_shape.size()),
+          spatial(stride),     spatial(padding),
+          spatial(dilation),   groups};
+}
+
+using Conv = void (*)(const QuantizedValues&, const ConvShape&, const uint8_t*, const LayerScales&,
+                      const OutputFormat&);
+
+Tensor convolved(Conv conv, const Tensor& x, double x_scale, int64_t x_zero_point, const ConvShape& shape,
+                 const uint8_t* packed, const LayerScales& scales, OutputFormat format, ScalarType dtype) {
+  int64_t sizes[kMaxLayerDims], strides[kMaxLayerDims];
+  conv_output_sizes(shape, x.dim(), sizes);
+  channels_last_strides(x.dim(), sizes, strides);
+  const Tensor input = with_channels_last(x);
+  Tensor out = empty_strided(x.dim(), sizes, strides, dtype, x);
+  format.data = out.mutable_data_ptr();
+  conv(values_of(input, x_scale, x_zero_point), shape, packed, scales, format);
+  return out;
+}
+
 Tensor quantized_conv_op(const Tensor x, double x_scale, int64_t x_zero_point, const Tensor packed_weight,
                          const Tensor weight_scale, const std::optional<Tensor> bias,
                          std::vector<int64_t> weight_shape, std::vector<int64_t> stride,
                          std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                          double scale, int64_t zero_point, double low, double high, ScalarType dtype) {
-  const int64_t dims = x.dim();
-  const ConvShape shape = conv_shape(dims, x.sizes().data(),
-                                     {weight_shape.data(), static_cast<int64_t>(weight_shape.size()),
-                                      spatial(stride), spatial(padding), spatial(dilation), groups});
-  const PackedLayout layout(weight_shape.data(), dims, groups, false);
-  int64_t out_sizes[kMaxLayerDims], strides[kMaxLayerDims];
-  conv_output_sizes(shape, dims, out_sizes);
-  channels_last_strides(dims, out_sizes, strides);
-  const Tensor input = with_channels_last(x);
-  OutputFormat format = format_of(dtype, scale, zero_point, low, high);
-  Tensor out = empty_strided(dims, out_sizes, strides, dtype, x);
-  format.data = out.mutable_data_ptr();
-  quantized_conv(values_of(input, x_scale, x_zero_point), shape, packed_data(packed_weight, layout),
-                 scales_of(weight_scale, bias, shape.out_channels), format);
-  return out;
+  const ConvShape shape =
+      conv_shape(x.dim(), x.sizes().data(), arguments_of(weight_shape, stride, padding, dilation, groups));
+  const PackedLayout layout(weight_shape.data(), x.dim(), groups, false);
+  return convolved(quantized_conv, x, x_scale, x_zero_point, shape, packed_data(packed_weight, layout),
+                   scales_of(weight_scale, bias, shape.out_channels),
+                   format_of(dtype, scale, zero_point, low, high), dtype);
+}
+
+Tensor quantized_conv_transpose_op(const Tensor x, double x_scale, int64_t x_zero_point,
+                                   const Tensor packed_weight, const Tensor weight_scale,
+                                   const std::optional<Tensor> bias, std::vector<int64_t> weight_shape,
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> output_padding, std::vector<int64_t> dilation,
+                                   int64_t groups, double scale, int64_t zero_point, double low, double high,
+                                   ScalarType dtype) {
+  const ConvShape shape = conv_transpose_shape(x.dim(), x.sizes().data(),
+                                               arguments_of(weight_shape, stride, padding, dilation, groups),
+                                               spatial(output_padding));
+  const PackedLayout layout(weight_shape.data(), x.dim(), groups, true);
+  return convolved(quantized_conv_transpose, x, x_scale, x_zero_point, shape,
+                   packed_data(packed_weight, layout), scales_of(weight_scale, bias, shape.out_channels),
+                   format_of(dtype, scale, zero_point, low, high), dtype);
 }
 
 }  // namespace
@@ -159,6 +191,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("unpack_weight", TORCH_BOX(&unpack_weight_op));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear_op));
   m.impl("quantized_conv", TORCH_BOX(&quantized_conv_op));
+  m.impl("quantized_conv_transpose", TORCH_BOX(&quantized_conv_transpose_op));
 }
 
 }  // namespace fastquant

@@ -8,9 +8,9 @@
 namespace fastquant {
 namespace {
 
-// Calls f(packed index, weight index) for each weight of an output channel.
+// Calls f(packed index, weight index) for each weight of a tap and output channel.
 template <class F>
-void for_weights_of_channel(const PackedLayout& layout, int64_t group, int64_t channel, const F& f) {
+void for_weights_of_tap(const PackedLayout& layout, int64_t group, int64_t channel, int64_t tap, const F& f) {
   const int64_t block = channel / kBlockChannels, width = block_channels(layout.out_channels, block);
   const int64_t row_steps = layout.row_steps();
   const int64_t base = group * layout.group_bytes() + layout.block_at(block) + channel % kBlockChannels * kStep;
@@ -20,13 +20,11 @@ void for_weights_of_channel(const PackedLayout& layout, int64_t group, int64_t c
   const int64_t first = layout.transposed
                             ? (group * layout.in_channels * layout.out_channels + channel) * layout.taps
                             : (group * layout.out_channels + channel) * layout.in_channels * layout.taps;
-  for (int64_t tap = 0; tap < layout.taps; ++tap) {
-    const int64_t row = tap / layout.row_taps;
-    int64_t at = tap % layout.row_taps * layout.in_channels;
-    for (int64_t i = 0; i < layout.in_channels; ++i, ++at) {
-      const int64_t step = row * row_steps + at / kStep;
-      f(base + step * width * kStep + at % kStep, first + i * in_stride + tap);
-    }
+  const int64_t row = tap / layout.row_taps;
+  int64_t at = tap % layout.row_taps * layout.in_channels;
+  for (int64_t i = 0; i < layout.in_channels; ++i, ++at) {
+    const int64_t step = row * row_steps + at / kStep;
+    f(base + step * width * kStep + at % kStep, first + i * in_stride + tap);
   }
 }
 
@@ -69,12 +67,18 @@ void pack_weight(const int8_t* weight, const PackedLayout& layout, uint8_t* pack
   }
   int32_t* const sums = reinterpret_cast<int32_t*>(packed + layout.sums_at());
   for_channels(layout, [&](int64_t group, int64_t channel) {
+    int32_t* to_sum = sums + group * layout.padded_channels() + channel;
     int32_t sum = 0;
-    for_weights_of_channel(layout, group, channel, [&](int64_t to, int64_t from) {
-      packed[to] = static_cast<uint8_t>(weight[from]);
-      sum += weight[from];
-    });
-    std::memcpy(sums + group * layout.padded_channels() + channel, &sum, sizeof sum);
+    for (int64_t tap = 0; tap < layout.taps; ++tap) {
+      for_weights_of_tap(layout, group, channel, tap, [&](int64_t to, int64_t from) {
+        packed[to] = static_cast<uint8_t>(weight[from]);
+        sum += weight[from];
+      });
+      std::memcpy(to_sum, &sum, sizeof sum);
+      if (!layout.transposed) continue;
+      to_sum += layout.groups * layout.padded_channels();
+      sum = 0;
+    }
   });
 }
 
@@ -85,8 +89,10 @@ void unpack_weight(const uint8_t* packed, const PackedLayout& layout, int8_t* we
     return;
   }
   for_channels(layout, [&](int64_t group, int64_t channel) {
-    for_weights_of_channel(layout, group, channel,
-                           [&](int64_t from, int64_t to) { weight[to] = static_cast<int8_t>(packed[from]); });
+    for (int64_t tap = 0; tap < layout.taps; ++tap) {
+      for_weights_of_tap(layout, group, channel, tap,
+                         [&](int64_t from, int64_t to) { weight[to] = static_cast<int8_t>(packed[from]); });
+    }
   });
 }
 

@@ -12,7 +12,8 @@
 // The channels of a group are cut into blocks of 64; the last block is filled up with zeros to a multiple of 16
 // channels. A block of n channels is an array [steps][n][4]. The blocks of a group follow each other, as do the
 // groups. After all of them come the sums of each channel's weights, int32 [groups][channels rounded up to 16],
-// little-endian.
+// little-endian; in a transposed convolution, such sums for each tap, [taps][groups][channels rounded up to
+// 16].
 #pragma once
 
 #include <cstdint>
@@ -42,7 +43,8 @@ struct PackedLayout {
   int64_t sums_at() const { return groups * group_bytes(); }
   int64_t bytes() const {
     if (depthwise()) return taps * rounded_up(groups * out_channels, kLaneChannels);
-    return sums_at() + groups * padded_channels() * static_cast<int64_t>(sizeof(int32_t));
+    const int64_t sums = (transposed ? taps : 1) * groups * padded_channels();
+    return sums_at() + sums * static_cast<int64_t>(sizeof(int32_t));
   }
 
   // The place of the weights of a block, from the group's first on.

@@ -133,7 +133,11 @@ def pack_weight(weight: Tensor, groups: int, transposed: bool) -> Tensor:
         w.reshape(groups, outputs, rows, values),
         (0, _rounded_up(values, _STEP) - values, 0, 0, 0, padded - outputs),
     )
-    sums = w.sum((2, 3), dtype=torch.int32)
+    sums = (
+        w.sum(3, dtype=torch.int32).permute(2, 0, 1)
+        if transposed
+        else w.sum((2, 3), dtype=torch.int32)
+    )
     w = w.reshape(groups, padded, -1, _STEP).transpose(1, 2)
     blocks = [block.reshape(groups, -1) for block in torch.split(w, _BLOCK, 2)]
     data = torch.cat(blocks, 1).reshape(-1).view(torch.uint8)
@@ -151,7 +155,7 @@ def unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed:
         channels = groups * outputs
         expected = rows * row_taps * _rounded_up(channels, _LANES)
     else:
-        expected = size + 4 * groups * padded
+        expected = size + 4 * (rows if transposed else 1) * groups * padded
     _check(
         packed.numel() == expected,
         f"packed_weight has {packed.numel()} bytes, needs {expected}",
