@@ -298,16 +298,16 @@ struct PoolInput {
   PoolSizes sizes;
 };
 
-// The result of pooling to these spatial sizes: pool(images, out) writes it channel by channel.
+// The result of pooling to these spatial sizes, channels last or contiguous: pool(images, out) writes it
+// channel by channel.
 template <class F>
-Tensor pooled(const PoolInput& input, const int64_t (&spatial)[kPoolDims], const F& pool) {
+Tensor pooled(const PoolInput& input, const int64_t (&spatial)[kPoolDims], bool channels_last, const F& pool) {
   const int64_t channels = input.sizes.channels, pixels = spatial[0] * spatial[1] * spatial[2];
   Shape sizes = sizes_of(input.x);
   for (int k = 0; k < kPoolDims; ++k) {
     const int64_t d = input.x.dim() - kPoolDims + k;
     if (d > input.batched) sizes[d] = spatial[k];
   }
-  const bool channels_last = input.batched && has_channels_last(input.x);
   Tensor y = empty(sizes, channels_last ? channels_last_strides(sizes) : contiguous_strides(sizes),
                    input.x.scalar_type(), input.x);
   if (y.numel() == 0) return y;
@@ -327,7 +327,7 @@ template <class F>
 Tensor pooled_by(const PoolInput& input, const Windows (&windows)[kPoolDims], const F& pool) {
   int64_t spatial[kPoolDims];
   for (int k = 0; k < kPoolDims; ++k) spatial[k] = static_cast<int64_t>(windows[k].begin.size());
-  return pooled(input, spatial, pool);
+  return pooled(input, spatial, input.batched, pool);
 }
 
 // The values of a list of one number for each spatial dimension, or one for all, as the last of kPoolDims.
@@ -489,7 +489,7 @@ Tensor interpolate_op(const Tensor x, const Shape output_size, const std::vector
     if (k >= resizing.first) resizing.ratios[k] = ratios[k - resizing.first];
     check(resizing.ratios[k] >= 0 && resizing.ratios[k] < INFINITY, "ratios must be finite and not negative");
   }
-  return pooled(input, resizing.outputs,
+  return pooled(input, resizing.outputs, input.batched && !x.is_contiguous(),
                 [&](const Images& images, uint8_t* out) { interpolate(images, resizing, out); });
 }
 

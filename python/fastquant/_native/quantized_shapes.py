@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference.quantized import _channels_last, as_pooled, pack_weight, result_of_two
+from .reference.quantized import _channels_last, as_pooled, as_resized, pack_weight, result_of_two
 
 
 def _quantize(
@@ -145,7 +145,8 @@ def _mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
 
 
 def _interpolate(x: Tensor, output_size: Sequence[int], *_: Any) -> Tensor:
-    return _adaptive_avg_pool(x, output_size)
+    kept = x.shape[: x.dim() - len(output_size)]
+    return as_resized(x, x.new_empty((*kept, *output_size)), len(output_size))
 
 
 def _norm_of_channels(x: Tensor, *_: Any) -> Tensor:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._native import ops
+from .._native.reference.quantized import LINEAR, NEAREST, NEAREST_EXACT
 from .tensor import QuantizedTensor, handles, integers_of, like
 
 
 def _rounded(real: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.iinfo(dtype)
     return real.round().clamp(info.min, info.max).to(dtype)
+
+
+# How many spatial dimensions a mode is for, 0 for any, and its code.
+_MODES = {
+    "nearest": (0, NEAREST),
+    "nearest-exact": (0, NEAREST_EXACT),
+    "linear": (1, LINEAR),
+    "bilinear": (2, LINEAR),
+    "trilinear": (3, LINEAR),
+}
+
+
+def _ratio(size: int, outputs: int, align_corners: bool, scale: float | None) -> float:
+    """How many pixels of the input one of the output stands for."""
+    if align_corners:
+        return (size - 1) / (outputs - 1) if outputs > 1 else 0.0
+    return size / outputs if scale is None else 1.0 / scale
 
 
 @handles(F.interpolate)
@@ -28,10 +48,20 @@ def _interpolate(
 ) -> QuantizedTensor:
     values = integers_of(input)
     rest = (size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
-    if mode.startswith("nearest") and values.dtype == torch.uint8:
-        return like(input, F.interpolate(values, *rest))
-    # The weights of each element add up to 1, so that a zero point stays what it is.
-    return like(input, _rounded(F.interpolate(values.float(), *rest), values.dtype))
+    dims = values.dim() - 2
+    if antialias or mode not in _MODES or _MODES[mode][0] not in (0, dims):
+        # The weights of each element add up to 1, so that a zero point stays what it is.
+        return like(input, _rounded(F.interpolate(values.float(), *rest), values.dtype))
+    # Torch checks the arguments and finds the size.
+    shape = F.interpolate(values.to("meta", torch.float32), *rest).shape[2:]
+    scales: Sequence[float | None] = [None] * dims
+    if scale_factor is not None and not recompute_scale_factor:
+        scales = [scale_factor] * dims if not hasattr(scale_factor, "__len__") else scale_factor
+    sizes = zip(values.shape[2:], shape, scales, strict=True)
+    ratios = [_ratio(n, outputs, bool(align_corners), scale) for n, outputs, scale in sizes]
+    code = _MODES[mode][1]
+    y = ops.quantized_interpolate(values, list(shape), ratios, code, bool(align_corners))
+    return like(input, y)
 
 
 @handles(F.grid_sample)

@@ -436,6 +436,11 @@ def _linear(
     return list(zip((left, (left + 1).clamp(max=size - 1)), weights, strict=True))
 
 
+def as_resized(x: Tensor, y: Tensor, dims: int) -> Tensor:
+    """y with the dtype of x; contiguous if x is, else as pools return it."""
+    return y.to(x.dtype).contiguous() if x.is_contiguous() else as_pooled(x, y, dims)
+
+
 def quantized_interpolate(
     x: Tensor, output_size: Sequence[int], ratios: Sequence[float], mode: int, align_corners: bool
 ) -> Tensor:
@@ -443,9 +448,10 @@ def quantized_interpolate(
     axes = range(x.dim() - dims, x.dim())
     given = list(zip(axes, output_size, ratios, strict=True))
     if mode != LINEAR:
+        y = x
         for axis, outputs, ratio in given:
-            x = x.index_select(axis, _nearest(x.shape[axis], outputs, ratio, mode, x.device))
-        return as_pooled(x, x, dims)
+            y = y.index_select(axis, _nearest(x.shape[axis], outputs, ratio, mode, x.device))
+        return as_resized(x, y, dims)
     places = [_linear(x.shape[d], n, ratio, align_corners, x.device) for d, n, ratio in given]
     values = x.to(torch.float32)
     total = None
@@ -458,7 +464,7 @@ def quantized_interpolate(
         mixed = (left + right) * weight
         total = mixed if total is None else total + mixed
     assert total is not None
-    return as_pooled(x, total.round(), dims)
+    return as_resized(x, total.round(), dims)
 
 
 QUANTIZED_OPS = (

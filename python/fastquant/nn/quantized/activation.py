@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._native.ops import lookup, quantize
+from ..._native.ops import lookup, quantize, quantized_softmax
 from ..._torch.compiling import constant_in_graphs
 from ...quantized_tensor import made, parts
 from .observed import output_qparams
@@ -267,10 +268,13 @@ class Softmax(Scaled, nn.Softmax):
         return "QuantizedSoftmax"
 
     def forward(self, input: Any) -> Any:
-        values, _, _ = parts(input)
-        y = F.softmax(input.dequantize(), self.dim, _stacklevel=5)
-        values = quantize(y, self.scale, self.zero_point, values.dtype, False)
-        return made(values, self.scale, self.zero_point)
+        values, scale, _ = parts(input)
+        dim = self.dim
+        if dim is None:
+            dim = 0 if values.dim() in (0, 1, 3) else 1
+            warnings.warn(f"Softmax without a dim is deprecated; it took {dim}", stacklevel=2)
+        y = quantized_softmax(values, scale, dim, self.scale, self.zero_point)
+        return made(y, self.scale, self.zero_point)
 
     @classmethod
     def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> Softmax:

@@ -6,9 +6,8 @@ import math
 from typing import Any, ClassVar
 
 from torch import nn
-from torch.nn import functional as F
 
-from ..._native.ops import quantize
+from ..._native import ops
 from ...quantized_tensor import made, parts
 from .observed import NoNativeFormError, layer_of, output_qparams
 from .scaled import Scaled
@@ -40,16 +39,14 @@ class _BatchNorm(Scaled):
             )
 
     def forward(self, input: Any) -> Any:
-        values, _, _ = parts(input)
+        values, scale, zero_point = parts(input)
         self._check_input_dim(values)
         bn: Any = self
-        y = F.batch_norm(
-            *(input.dequantize(), bn.running_mean, bn.running_var, bn.weight, bn.bias),
-            eps=bn.eps,
+        y = ops.quantized_batch_norm(
+            *(values, scale, zero_point, bn.weight, bn.bias, bn.running_mean, bn.running_var),
+            *(bn.eps, self.scale, self.zero_point, self._LOW, math.inf),
         )
-        y = y.clamp(min=self._LOW)
-        values = quantize(y, self.scale, self.zero_point, values.dtype, True)
-        return made(values, self.scale, self.zero_point)
+        return made(y, self.scale, self.zero_point)
 
     def _take(self, mod: Any) -> None:
         for name in ("weight", "bias", "running_mean", "running_var"):

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..._native.ops import quantize
+from ..._native import ops
 from ...quantized_tensor import made, parts
 from .observed import NoNativeFormError, output_qparams
 from .scaled import Scaled
@@ -25,15 +24,12 @@ class _Norm(Scaled):
     def _get_name(self) -> str:
         return f"Quantized{type(self).__name__}"
 
-    def _normalized(self, x: Tensor) -> Tensor:
+    def _normalized(self, values: Tensor, scale: float, zero_point: int) -> Tensor:
+        """The integers of the output, from those of the input and what they stand for."""
         raise NotImplementedError
 
     def forward(self, input: Any) -> Any:
-        dtype = parts(input)[0].dtype
-        y = self._normalized(input.dequantize())
-        return made(
-            quantize(y, self.scale, self.zero_point, dtype, True), self.scale, self.zero_point
-        )
+        return made(self._normalized(*parts(input)), self.scale, self.zero_point)
 
     @classmethod
     def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> Any:
@@ -77,8 +73,11 @@ class LayerNorm(_Norm, nn.LayerNorm):
         self._take(weight, bias)
         self._set_qparams(scale, zero_point)
 
-    def _normalized(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+    def _normalized(self, values: Tensor, scale: float, zero_point: int) -> Tensor:
+        affine = (self.weight, self.bias, self.eps, self.scale, self.zero_point)
+        shape = list(self.normalized_shape)
+        y: Tensor = ops.quantized_layer_norm(values, scale, zero_point, shape, *affine)
+        return y
 
     @classmethod
     def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
@@ -121,8 +120,10 @@ class GroupNorm(_Norm, nn.GroupNorm):
         self._take(weight, bias)
         self._set_qparams(scale, zero_point)
 
-    def _normalized(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+    def _normalized(self, values: Tensor, scale: float, zero_point: int) -> Tensor:
+        affine = (self.weight, self.bias, self.eps, self.scale, self.zero_point)
+        y: Tensor = ops.quantized_group_norm(values, scale, zero_point, self.num_groups, *affine)
+        return y
 
     @classmethod
     def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
@@ -153,9 +154,12 @@ class _InstanceNorm(_Norm):
         self._take(weight, bias)
         self._set_qparams(scale, zero_point)
 
-    def _normalized(self, x: Tensor) -> Tensor:
+    def _normalized(self, values: Tensor, scale: float, zero_point: int) -> Tensor:
         norm: Any = self
-        return F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        affine = (norm.weight, norm.bias, norm.eps, self.scale, self.zero_point)
+        channels = values.shape[1]  # each is a group of its own
+        y: Tensor = ops.quantized_group_norm(values, scale, zero_point, channels, *affine)
+        return y
 
     @classmethod
     def from_reference(cls, mod: Any, scale: float, zero_point: int) -> Any:
