@@ -77,7 +77,7 @@ def foreign(model: nn.Module) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if type(module).__module__.startswith("torch.ao.nn")
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic"))
     ]
 
 
@@ -286,6 +286,46 @@ def test_a_stub_that_cannot_quantize_is_an_error() -> None:
     model(torch.randn(2, 3))
     with pytest.raises(fq.QuantizationError, match=r"convert: cannot convert 0: .*qint32"):
         fq.convert(model, backend="native")
+
+
+# --- layers that are made of others ---------------------------------------------------------------
+
+
+class Sequence(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.quant, self.layer, self.dequant = fq.QuantStub(), layer, fq.DeQuantStub()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quant(x)
+        attends = isinstance(self.layer, nn.MultiheadAttention)
+        return self.dequant(self.layer(x, x, x)[0] if attends else self.layer(x)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(8, 6, 2),
+        nn.LSTM(8, 6, 2, bidirectional=True, batch_first=True),
+        nn.MultiheadAttention(8, 2),
+    ],
+    ids=["lstm", "both ways", "attention"],
+)
+def test_recurrent_layers_and_attention_are_made_of_native_modules(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    with quiet():
+        model = calibrated(Sequence(copy.deepcopy(layer)), X86, (5, 3, 8))
+        x = torch.randn(5, 3, 8)
+        theirs, ours = fq.convert(model), fq.convert(model, backend="native")
+        assert not foreign(ours)
+        expected = theirs(x)
+        step = float(expected.unique().diff().min())
+        assert steps_apart(ours(x), expected, step) <= 2
+        assert len(expected.unique()) > 10
+        # The observed model stays as it was.
+        assert type(model.layer).__module__.startswith("torch.ao.nn.quantizable")
+        assert torch.equal(fq.convert(model, backend="native")(x), ours(x))
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ DEFAULT_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
 
 DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS: Mapping = {
     **_static(native, native_fused),
+    **_same_names(nnquantizable, native, "LSTM MultiheadAttention"),
     **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), native.FloatLayer),
 }
 """Float, fused or QAT module to quantized module of this package."""
@@ -173,6 +174,7 @@ _INCLUDE_QCONFIG_PROPAGATE_LIST: set[Callable[..., Any]] = {nn.Sequential}
 _MADE_WITHOUT_OBSERVER = {
     *(nnq.DeQuantize, nnq.Dropout, nnq.Embedding, nnq.EmbeddingBag),
     *(native.DeQuantize, native.Dropout, native.FloatLayer),
+    *(native.LSTM, native.MultiheadAttention),
 }
 MADE_FROM_OBSERVER = {
     *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values(),

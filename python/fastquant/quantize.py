@@ -506,7 +506,7 @@ def _check_and_convert(
             )
         if mapping is None:
             mapping = get_default_native_quant_module_mappings()
-        # LSTM and MultiheadAttention stay, and what is in them is swapped.
+        # What is in an LSTM or MultiheadAttention is swapped as in any module.
         custom = {} if custom is None else custom
     elif mapping is None:
         mapping = _default_mapping(is_reference)

@@ -24,6 +24,7 @@ from .float_layer import FloatLayer
 from .functional_modules import QFunctional
 from .linear import Linear
 from .normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm
+from .rnn import LSTM, MultiheadAttention
 from .stubs import DeQuantize, Quantize
 from .torch_ao_state import (
     load_torch_ao_state_dict,
@@ -33,6 +34,7 @@ from .torch_ao_state import (
 
 __all__ = [
     "ELU",
+    "LSTM",
     "BatchNorm2d",
     "BatchNorm3d",
     "Conv1d",
@@ -55,6 +57,7 @@ __all__ = [
     "LeakyReLU",
     "Linear",
     "MaxPool2d",
+    "MultiheadAttention",
     "PReLU",
     "QFunctional",
     "Quantize",
