@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "observe_histogram_(Tensor x, Tensor(a!) histogram, Tensor(b!) min_val, Tensor(c!) max_val, "
       "Tensor(d!) nonfinite_count, int upsample_rate, int nonfinite, int times=1) -> ()");
   m.def(
+      "observe_channel_histograms_(Tensor x, Tensor(a!) histogram, Tensor(b!) min_val, Tensor(c!) max_val, "
+      "Tensor(d!) nonfinite_count, int ch_axis, int upsample_rate, int nonfinite) -> ()");
+  m.def(
       "observe_qparams_(Tensor x, Tensor observer_enabled, Tensor(a!) min_val, Tensor(b!) max_val, "
       "Tensor(c!) scale, Tensor(d!) zero_point, Tensor(e!) nonfinite_count, Tensor eps, int? ch_axis, "
       "float? averaging_constant, int quant_min, int quant_max, int scheme, int symmetric_zero_point, "

@@ -247,6 +247,20 @@ def histograms(draw: st.DrawFn) -> list[Call]:
 
 
 @st.composite
+def channel_histograms(draw: st.DrawFn) -> list[Call]:
+    """A stream of tensors for the histograms of their channels."""
+    x, axis, channels = draw(with_axis(inputs.filter(lambda x: x.dim() > 0), True))
+    bins, rate = draw(st.sampled_from([1, 17, 256])), draw(st.sampled_from([3, 16]))
+    dtype = draw(st.sampled_from((torch.float32, torch.float32, torch.float64)))
+    ends = (torch.full((channels,), end, dtype=dtype) for end in (INF, -INF))
+    state = (torch.zeros(channels, bins, dtype=dtype), *ends, torch.zeros(1, dtype=torch.int64))
+    return [
+        ("observe_channel_histograms_", (y, *state, axis, rate, draw(policies)))
+        for y in (x, torch.empty_like(x).copy_(x * 2 - 1))
+    ]
+
+
+@st.composite
 def search_histogram_range(draw: st.DrawFn) -> Call:
     bins = draw(st.sampled_from([1, 5, 16, 100, 2048]))
     generator = torch.Generator().manual_seed(draw(seeds))

@@ -17,6 +17,7 @@ class Model(nn.Module):
         self.minmax = ob.MinMaxObserver()
         self.channels = ob.PerChannelMinMaxObserver(ch_axis=1)
         self.histogram = ob.HistogramObserver(bins=bins)
+        self.channel_histogram = ob.PerChannelHistogramObserver(bins=bins, ch_axis=1)
         self.average = ob.MovingAverageMinMaxObserver(averaging_constant=0.25)
         self.channel_average = ob.MovingAveragePerChannelMinMaxObserver(
             averaging_constant=0.25, ch_axis=1
@@ -31,7 +32,7 @@ class Model(nn.Module):
         return x
 
 
-EXACT = ("minmax", "channels", "histogram", "fake")
+EXACT = ("minmax", "channels", "histogram", "channel_histogram", "fake")
 
 
 def shards(ranks: int, *, alike: bool) -> list[list[Tensor]]:

@@ -61,8 +61,13 @@ def assert_as_cpu(emulation: Emulation, call: Call) -> None:
 
 
 def test_every_op_has_a_cuda_kernel(emulation: Emulation) -> None:
-    # On a GPU, layers on quantized tensors run the reference, and histograms are copied to the CPU.
-    elsewhere = {op.__name__ for op in QUANTIZED_OPS} | {"histogram_range", "histogram_error"}
+    # On a GPU, layers on quantized tensors and histograms of channels run the reference, and ranges
+    # are searched on the CPU.
+    elsewhere = {op.__name__ for op in QUANTIZED_OPS} | {
+        "observe_channel_histograms_",
+        "histogram_range",
+        "histogram_error",
+    }
     for name in reference_ops.OPS.keys() - elsewhere:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has_kernel(f"fastquant_emulated::{name}", "CPU"), name

@@ -42,7 +42,7 @@ RANGE_OBSERVERS = (
     "HistogramObserver",
 )
 MIN_MAX = RANGE_OBSERVERS[:4]
-OWN_KEYWORDS = {"nonfinite", "search_levels"}
+OWN_KEYWORDS = {"nonfinite", "search_levels", "range_method", "percentile"}
 
 
 def is_per_channel(name: str) -> bool:

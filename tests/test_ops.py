@@ -110,6 +110,9 @@ def samples(
         args = (scale, zero_point + 0.4, axis, -128, 127, 0.5)
         yield "learnable_fake_quantize", (x, *args)
         yield "learnable_fake_quantize_backward", (torch.cos(x), x, *args)
+        if axis is not None:
+            state = (torch.zeros(channels, 60), *unobserved(channels), counter())
+            yield "observe_channel_histograms_", (nonfinite, *state, axis, 16, IGNORE)
         if axis is not None and dtype == torch.float32:
             for values in (x, nonfinite):
                 yield "quantize_per_channel", (values, scale, axis, -127, 127)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.ao.quantization import observer as torch_observer
@@ -24,6 +24,7 @@ from op_calls import (
     assert_same,
     averaging,
     called,
+    channel_histograms,
     counter,
     policies,
     unobserved,
@@ -312,6 +313,25 @@ def test_a_histogram_that_counts_often_is_as_many_histograms(
         for _ in range(times):
             ops.observe_histogram_(x, *one_by_one, counter(), 16, IGNORE)
         assert_same(at_once, one_by_one)
+
+
+@given(channel_histograms())
+@settings(max_examples=40)
+def test_histograms_of_channels_as_reference(stream: list[tuple[str, tuple[Any, ...]]]) -> None:
+    ours, reference = (tuple(t.clone() for t in stream[0][1][1:5]) for _ in range(2))
+    for name, (x, *_, axis, rate, policy) in stream:
+        outcomes = []
+        for op, state in ((getattr(ops, name), ours), (reference_ops.OPS[name], reference)):
+            try:
+                op(x, *state, axis, rate, policy)
+                outcomes.append(True)
+            except RuntimeError:
+                outcomes.append(False)
+        assert outcomes[0] == outcomes[1]
+        assert_same(ours[1:], reference[1:])
+        # Masses are added up in fp64, in an order of each one's own.
+        tolerance = torch.finfo(ours[0].dtype).eps
+        torch.testing.assert_close(ours[0], reference[0], rtol=tolerance, atol=1e-9)
 
 
 @pytest.mark.parametrize("bins", [2048, 256, 33])

@@ -260,18 +260,79 @@ void observe_histogram_of(const S* x, const Dense& d, const Array& histogram, co
   if (policy == NonFinite::ignore) add_nonfinite(nonfinite_count, left_out);
 }
 
+// What histograms are kept in. In narrower types, adding 1 to a count soon has no effect: from 256 on in
+// bfloat16.
+void check_buffers(const Array& histogram, const Array& min_val, const Array& max_val, int64_t upsample_rate) {
+  check(histogram.numel > 0 && upsample_rate > 0, "a histogram needs bins");
+  for (const Array* a : {&histogram, &min_val, &max_val}) {
+    check(a->type == Element::f32 || a->type == Element::f64, a->name, " must be float32 or float64");
+  }
+}
+
+// `count` elements of a histogram's buffer, from an index on.
+Array part_of(const Array& a, int64_t begin, int64_t count) {
+  const int64_t size = a.type == Element::f64 ? sizeof(double) : sizeof(float);
+  return {static_cast<char*>(a.data) + begin * size, a.type, count, a.name};
+}
+
+// The elements of one channel, side by side.
+template <class S>
+std::vector<S> elements_of_channel(const S* x, const Dense& d, int64_t channel) {
+  std::vector<S> elements(d.outer * d.inner);
+  for (int64_t o = 0; o < d.outer; ++o) {
+    std::copy_n(x + (o * d.channels + channel) * d.inner, d.inner, elements.data() + o * d.inner);
+  }
+  return elements;
+}
+
+// Throws where the policy refuses any element of x, before any channel has been counted.
+template <class S>
+void require_accepted(const S* x, const Dense& d, NonFinite policy) {
+  if (policy == NonFinite::ignore) return;
+  const Dense whole = {d.data, d.type, 1, 1, d.numel()};
+  int64_t left_out = 0;
+  const auto range = observed_extremes<S, Compute<S>>(x, whole, policy, &left_out);
+  check(!std::isnan(range.low[0]), "x holds NaN, which has no place in a histogram");
+}
+
 }  // namespace
+
+void observe_channel_histograms(const Dense& x, const Array& histogram, const Array& min_val,
+                                const Array& max_val, const Array& nonfinite_count, int64_t upsample_rate,
+                                NonFinite policy) {
+  check_count(min_val, x.channels);
+  check_count(max_val, x.channels);
+  if (x.numel() == 0) return;
+  check_buffers(histogram, min_val, max_val, upsample_rate);
+  check(histogram.numel % x.channels == 0, "histogram must have as many bins for each channel");
+  const int64_t bins = histogram.numel / x.channels;
+  with_stored_type(x.type, [&](auto stored) {
+    using S = decltype(stored);
+    const S* const data = static_cast<const S*>(x.data);
+    require_accepted(data, x, policy);
+    const auto lock = locked(min_val);
+    std::vector<int64_t> left_out(x.channels);
+    for_pieces(x.channels, std::min(x.channels, piece_count(x.numel())), 1,
+               [&](int64_t, int64_t begin, int64_t end) {
+                 for (int64_t c = begin; c < end; ++c) {
+                   const std::vector<S> elements = elements_of_channel(data, x, c);
+                   const Dense channel = {elements.data(), x.type, 1, 1, x.outer * x.inner};
+                   const Array count = {&left_out[c], Element::i64, 1, "nonfinite_count"};
+                   observe_histogram_of(elements.data(), channel, part_of(histogram, c * bins, bins),
+                                        part_of(min_val, c, 1), part_of(max_val, c, 1), count, upsample_rate,
+                                        policy, 1);
+                 }
+               });
+    add_nonfinite(nonfinite_count, std::accumulate(left_out.begin(), left_out.end(), int64_t{0}));
+  });
+}
 
 void observe_histogram(const Dense& x, const Array& histogram, const Array& min_val, const Array& max_val,
                        const Array& nonfinite_count, int64_t upsample_rate, NonFinite policy, int64_t times) {
   check_count(min_val, 1);
   check_count(max_val, 1);
-  check(histogram.numel > 0 && upsample_rate > 0, "a histogram needs bins");
+  check_buffers(histogram, min_val, max_val, upsample_rate);
   check(times > 0, "times must be positive, and is ", times);
-  for (const Array* a : {&histogram, &min_val, &max_val}) {
-    // In narrower types, adding 1 to a count soon has no effect: from 256 on in bfloat16.
-    check(a->type == Element::f32 || a->type == Element::f64, a->name, " must be float32 or float64");
-  }
   with_stored_type(x.type, [&](auto stored) {
     using S = decltype(stored);
     if (x.numel() == 0) return;

@@ -72,6 +72,15 @@ void observe_histogram_(const Tensor x, Tensor histogram, Tensor min_val, Tensor
                     static_cast<NonFinite>(nonfinite), times);
 }
 
+void observe_channel_histograms_(const Tensor x, Tensor histogram, Tensor min_val, Tensor max_val,
+                                 Tensor nonfinite_count, int64_t ch_axis, int64_t upsample_rate,
+                                 int64_t nonfinite) {
+  const Tensor t = densified(x);
+  observe_channel_histograms(dense(view(t), ch_axis), array(histogram, "histogram"), array(min_val, "min_val"),
+                             array(max_val, "max_val"), single(nonfinite_count, "nonfinite_count"),
+                             upsample_rate, static_cast<NonFinite>(nonfinite));
+}
+
 FusedBuffers buffers_of(const FusedArguments& a) {
   return {array(a.min_val, "min_val"),
           array(a.max_val, "max_val"),
@@ -394,6 +403,7 @@ std::tuple<Tensor, Tensor, Tensor> learnable_fake_quantize_backward(const Tensor
 STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
   m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
+  m.impl("observe_channel_histograms_", TORCH_BOX(&observe_channel_histograms_));
   m.impl("observe_qparams_", TORCH_BOX(&observe_op<&observe_qparams_>));
   m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
   m.impl("histogram_range", TORCH_BOX(&histogram_range_op));

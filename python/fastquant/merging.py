@@ -69,7 +69,7 @@ class Statistics:
 
     def description(self) -> dict[str, Any]:
         """What `disagreement` compares; can be sent to other processes."""
-        bins = None if self.histogram is None else self.histogram.numel()
+        bins = None if self.histogram is None else self.histogram.shape[-1]
         return {"number of bins": bins, "moving average": self.averages, **self.traits}
 
 
@@ -211,16 +211,12 @@ class _Place:
             parts += [seen.to(self.dtype), low.where(seen, 0.0), high.where(seen, 0.0)]
         elif s.histogram is not None:
             compute = torch.float64 if s.histogram.dtype == torch.float64 else torch.float32
-            moved = moved_histogram(
-                self.flat(s.histogram),
-                low.reshape(()),
-                high.reshape(()),
-                common[0].reshape(()),
-                common[1].reshape(()),
-                s.upsample_rate,
-                compute,
-            )
-            parts.append(moved.where(low <= high, 0.0))
+            counts = self.flat(s.histogram).reshape(-1, s.histogram.shape[-1])
+            if len(counts) != channels:  # none yet
+                counts = counts.new_zeros(channels, s.histogram.shape[-1])
+            for row, a, b, to_a, to_b in zip(counts, low, high, *common, strict=True):
+                moved = moved_histogram(row, a, b, to_a, to_b, s.upsample_rate, compute)
+                parts.append(moved.where(a <= b, 0.0))
         return parts
 
 
@@ -273,7 +269,9 @@ def merged(
             low = torch.where(number > 0, low_sum / number, low)
             high = torch.where(number > 0, high_sum / number, high)
         elif s.histogram is not None:
-            (histogram,) = rest
+            bins = s.histogram.shape[-1]
+            rows = torch.cat(rest) if rest else low.new_empty(0)
+            histogram = rows.reshape((bins,) if count is None else (count, bins))
         shape = () if count is None else (count,)
         results.append(Merged(low.reshape(shape), high.reshape(shape), histogram, int(nonfinite)))
     return results

@@ -67,6 +67,7 @@ from ._native.routes import (
     histogram_error,
     histogram_qparams,
     histogram_range,
+    observe_channel_histograms_,
     observe_histogram_,
     observe_minmax_,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "ObserverBase",
     "PerAxis",
     "PerBlock",
+    "PerChannelHistogramObserver",
     "PerChannelMinMaxObserver",
     "PerGroup",
     "PerRow",
@@ -524,8 +526,8 @@ class _RangeObserver(UniformQuantizationObserverBase):
             buffer: Tensor = getattr(self, name)
             if not isinstance(value, Tensor):
                 return f"{name} must be a tensor, got {type(value).__name__}"
-            if name != "histogram" and self._per_channel:
-                fits, shape = value.dim() == 1, "[channels]"
+            if self._per_channel:
+                fits, shape = value.dim() == buffer.dim(), "[channels]"
             else:
                 fits = value.shape == buffer.shape or (value.numel() == buffer.numel() == 1)
                 shape = str(list(buffer.shape))
@@ -842,7 +844,153 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
 # Histogram
 
 
-class HistogramObserver(_RangeObserver):
+class _HistogramObserver(_RangeObserver):
+    """Keeps a histogram, per tensor or per channel, and chooses a part of its span as the range.
+
+    Buffer `histogram`: `[bins]`, or `[channels, bins]`, of counts over the span from `min_val` to
+    `max_val`.
+    """
+
+    histogram: Tensor
+    # Observers pickled by earlier versions, and by torch.ao, have none of their own.
+    range_method: RangeMethodName = "l2"
+    percentile: float = 99.99
+
+    def __init__(
+        self,
+        *,
+        bins: int,
+        search_levels: Literal["dtype", "range"],
+        range_method: RangeMethodName,
+        percentile: float,
+        factory_kwargs: dict[str, Any] | None,
+        **kwargs: Any,
+    ) -> None:
+        bins = check_integer("bins", bins, least=1)
+        if search_levels not in ("dtype", "range"):
+            raise QuantizationError(
+                f"search_levels must be 'dtype' or 'range', got {search_levels!r}"
+            )
+        super().__init__(factory_kwargs=factory_kwargs, **kwargs)
+        self.bins = bins
+        shape = (0, bins) if self._per_channel else (bins,)
+        self.register_buffer("histogram", torch.zeros(shape, **_factory(factory_kwargs)))
+        # As torch.ao registers them: the order in which state_dict lists them.
+        for name, _ in UNOBSERVED:
+            self._buffers[name] = self._buffers.pop(name)
+        if search_levels == "range":
+            self.dst_nbins = self.quant_max - self.quant_min + 1
+        elif self.dtype.is_floating_point:
+            raise QuantizationError(
+                f"{type(self).__name__} takes integer dtypes only, got {self.dtype}"
+            )
+        else:
+            self.dst_nbins = 2 ** torch.iinfo(self.dtype).bits
+        # Each bin counts as this many when a histogram is resampled onto a wider span.
+        self.upsample_rate = 16
+        self.set_range_method(range_method, percentile)
+
+    def _measures_anew(self) -> bool:
+        return False
+
+    def set_range_method(
+        self, range_method: RangeMethodName, percentile: float | None = None
+    ) -> None:
+        """Choose the range by this method from now on, also if values were observed before.
+
+        Args:
+            range_method: "minmax", "l2", "mse", "percentile" or "entropy".
+            percentile: how many percent of the values the range of the method of this name holds;
+                None leaves it as it is.
+
+        Raises:
+            QuantizationError: an unknown method, or one that does not go with the quantized
+                range; a percentile that is not more than 0 and at most 100.
+        """
+        check_range_method(range_method)
+        check_searched_grid(range_method, *self._scheme()[:3])
+        if percentile is not None:
+            check_percentile(percentile)
+            self.percentile = percentile
+        self.range_method = range_method
+
+    def calculate_range(
+        self, range_method: RangeMethodName | None = None, percentile: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The range that a method chooses, which holds 0.
+
+        Args:
+            range_method: "minmax", "l2", "mse", "percentile" or "entropy"; None for the
+                observer's own.
+            percentile: of the method of this name; None for the observer's own.
+
+        Returns:
+            Both ends, like `min_val` and `max_val`.
+
+        Raises:
+            QuantizationError: nothing was observed; a method or percentile that is not supported.
+        """
+        method = self.range_method if range_method is None else range_method
+        percentile = self.percentile if percentile is None else percentile
+        code = check_range_method(method)
+        check_percentile(percentile)
+        config = self._scheme()
+        check_searched_grid(method, *config[:3])
+        histogram, min_val, max_val, _ = _histogram_range_and_eps(self)
+        if is_unobserved(min_val, max_val):
+            raise QuantizationError("there is no range: nothing was observed")
+        if method == "l2" and (found := self._found_by_users_search()) is not None:
+            low, high = found
+            return low.clamp(max=0), high.clamp(min=0)
+        settings = (code, float(percentile), self.dst_nbins, *config)
+        return histogram_range(histogram, min_val, max_val, *settings)
+
+    def calculate_error(
+        self, min_val: Tensor | None = None, max_val: Tensor | None = None
+    ) -> Tensor:
+        """The mean squared error of quantizing the observed values to a range.
+
+        The values of a bin are taken as spread evenly over it; the error is that of clipping and
+        that of rounding to the integers from `quant_min` to `quant_max`.
+
+        Args:
+            min_val: where the range begins; None for the range of :meth:`calculate_range`.
+            max_val: where it ends.
+
+        Returns:
+            The error in fp64, like `min_val`; NaN where nothing was observed.
+        """
+        if min_val is None or max_val is None:
+            min_val, max_val = self.calculate_range()
+        config = self._scheme()
+        scale, zero_point = choose_qparams(min_val, max_val, self.eps, *config)
+        ends = (self.min_val, self.max_val)
+        return histogram_error(self.histogram, *ends, scale, zero_point, *config[:2])
+
+    def _found_by_users_search(self) -> tuple[Tensor, Tensor] | None:
+        """What the search for "l2" finds where a user has replaced a part of it."""
+        return None
+
+    def _recipe(self) -> dict[str, Any]:
+        method = {"range_method": self.range_method, "percentile": float(self.percentile)}
+        return super()._recipe() | method
+
+    def reset_min_max_vals(self) -> None:
+        """Forget what was observed."""
+        super().reset_min_max_vals()
+        if self._per_channel:
+            refill(self, "histogram", (0, self.bins), 0.0)
+        self.histogram.zero_()
+
+    def _explained(self, error: Exception, x: Any) -> Exception | None:
+        cause = super()._explained(error, x)
+        if cause is not error:
+            return cause
+        kept = ("histogram", "min_val", "max_val")
+        return width_error({name: getattr(self, name) for name in kept}) or error
+
+
+class HistogramObserver(_HistogramObserver):
     """A histogram of all values seen, for a range that clips outliers where that pays.
 
     The histogram spans the smallest to the largest value; when a tensor goes beyond, the
@@ -873,10 +1021,6 @@ class HistogramObserver(_RangeObserver):
             supported.
     """
 
-    histogram: Tensor
-    # Observers pickled by earlier versions, and by torch.ao, have none of their own.
-    range_method: RangeMethodName = "l2"
-    percentile: float = 99.99
     # How often a tensor counts: twice where torch.ao would call a fused module's observer twice.
     _times: int = 1
 
@@ -898,12 +1042,8 @@ class HistogramObserver(_RangeObserver):
         percentile: float = 99.99,
         **kwargs: Any,
     ) -> None:
-        bins = check_integer("bins", bins, least=1)
-        if search_levels not in ("dtype", "range"):
-            raise QuantizationError(
-                f"search_levels must be 'dtype' or 'range', got {search_levels!r}"
-            )
         super().__init__(
+            bins=bins,
             dtype=dtype,
             qscheme=qscheme,
             reduce_range=reduce_range,
@@ -913,25 +1053,11 @@ class HistogramObserver(_RangeObserver):
             eps=eps,
             is_dynamic=is_dynamic,
             nonfinite=nonfinite,
+            search_levels=search_levels,
+            range_method=range_method,
+            percentile=percentile,
             **kwargs,
         )
-        self.bins = bins
-        self.register_buffer("histogram", torch.zeros(bins, **_factory(factory_kwargs)))
-        # As torch.ao registers them: the order in which state_dict lists them.
-        for name, _ in UNOBSERVED:
-            self._buffers[name] = self._buffers.pop(name)
-        if search_levels == "range":
-            self.dst_nbins = self.quant_max - self.quant_min + 1
-        elif dtype.is_floating_point:
-            raise QuantizationError(f"HistogramObserver takes integer dtypes only, got {dtype}")
-        else:
-            self.dst_nbins = 2 ** torch.iinfo(dtype).bits
-        # Each bin counts as this many when a histogram is resampled onto a wider span.
-        self.upsample_rate = 16
-        self.set_range_method(range_method, percentile)
-
-    def _measures_anew(self) -> bool:
-        return False
 
     def forward(self, x_orig: Tensor) -> Tensor:
         """Count the elements of `x_orig` (floating, any shape and layout); returns it itself.
@@ -1062,87 +1188,12 @@ class HistogramObserver(_RangeObserver):
         settings = (eps, self.dst_nbins, *self._scheme())
         return histogram_qparams(histogram, min_val, max_val, *settings)
 
-    def set_range_method(
-        self, range_method: RangeMethodName, percentile: float | None = None
-    ) -> None:
-        """Choose the range by this method from now on, also if values were observed before.
-
-        Args:
-            range_method: "minmax", "l2", "mse", "percentile" or "entropy".
-            percentile: how many percent of the values the range of the method of this name holds;
-                None leaves it as it is.
-
-        Raises:
-            QuantizationError: an unknown method, or one that does not go with the quantized
-                range; a percentile that is not more than 0 and at most 100.
-        """
-        check_range_method(range_method)
-        check_searched_grid(range_method, *self._scheme()[:3])
-        if percentile is not None:
-            check_percentile(percentile)
-            self.percentile = percentile
-        self.range_method = range_method
-
-    def calculate_range(
-        self, range_method: RangeMethodName | None = None, percentile: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The range that a method chooses, which holds 0.
-
-        Args:
-            range_method: "minmax", "l2", "mse", "percentile" or "entropy"; None for the
-                observer's own.
-            percentile: of the method of this name; None for the observer's own.
-
-        Returns:
-            Both ends, like `min_val` and `max_val`.
-
-        Raises:
-            QuantizationError: nothing was observed; a method or percentile that is not supported.
-        """
-        method = self.range_method if range_method is None else range_method
-        percentile = self.percentile if percentile is None else percentile
-        code = check_range_method(method)
-        check_percentile(percentile)
-        config = self._scheme()
-        check_searched_grid(method, *config[:3])
-        histogram, min_val, max_val, _ = _histogram_range_and_eps(self)
-        if is_unobserved(min_val, max_val):
-            raise QuantizationError("there is no range: nothing was observed")
-        if method == "l2" and _steps_of_qparams.is_replaced(self):
-            low, high = self._non_linear_param_search()
-            return low.clamp(max=0), high.clamp(min=0)
-        settings = (code, float(percentile), self.dst_nbins, *config)
-        return histogram_range(histogram, min_val, max_val, *settings)
-
-    def calculate_error(
-        self, min_val: Tensor | None = None, max_val: Tensor | None = None
-    ) -> Tensor:
-        """The mean squared error of quantizing the observed values to a range.
-
-        The values of a bin are taken as spread evenly over it; the error is that of clipping and
-        that of rounding to the integers from `quant_min` to `quant_max`.
-
-        Args:
-            min_val: where the range begins; None for the range of :meth:`calculate_range`.
-            max_val: where it ends.
-
-        Returns:
-            The error in fp64, like `min_val`; NaN where nothing was observed.
-        """
-        if min_val is None or max_val is None:
-            min_val, max_val = self.calculate_range()
-        config = self._scheme()
-        scale, zero_point = choose_qparams(min_val, max_val, self.eps, *config)
-        ends = (self.min_val, self.max_val)
-        return histogram_error(self.histogram, *ends, scale, zero_point, *config[:2])
-
-    def _recipe(self) -> dict[str, Any]:
-        method = {"range_method": self.range_method, "percentile": float(self.percentile)}
-        return super()._recipe() | method
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         save_replaced(self, ("min_val", "max_val"), destination, prefix)
+
+    def _found_by_users_search(self) -> tuple[Tensor, Tensor] | None:
+        return self._non_linear_param_search() if _steps_of_qparams.is_replaced(self) else None
 
     def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
         """The clipping range (min, max) of least expected quantization error."""
@@ -1180,17 +1231,150 @@ class HistogramObserver(_RangeObserver):
         self.max_val.fill_(high)
         self.histogram.copy_(counts)
 
-    def reset_min_max_vals(self) -> None:
-        """Forget what was observed."""
-        super().reset_min_max_vals()
-        self.histogram.zero_()
 
-    def _explained(self, error: Exception, x: Any) -> Exception | None:
-        cause = super()._explained(error, x)
-        if cause is not error:
-            return cause
-        kept = ("histogram", "min_val", "max_val")
-        return width_error({name: getattr(self, name) for name in kept}) or error
+class PerChannelHistogramObserver(_HistogramObserver):
+    """A histogram of each channel, for ranges that clip outliers channel by channel.
+
+    As :class:`HistogramObserver`, which has the same methods of choosing a range; torch.ao has no
+    such observer.
+
+    Args:
+        ch_axis: axis of the channels; negative counts from the end.
+
+    The other arguments are those of :class:`HistogramObserver`. Buffers: `histogram`
+    (`[channels, bins]`), `min_val` and `max_val` (`[channels]`), with 0 channels before the first
+    tensor.
+
+    Raises:
+        NotImplementedError: a per-tensor qscheme, or `is_dynamic`.
+        QuantizationError: a dtype, quantized range, policy, method or percentile that is not
+            supported.
+    """
+
+    _per_channel = True
+
+    def __init__(
+        self,
+        ch_axis: int = 0,
+        bins: int = 2048,
+        dtype: torch.dtype = torch.quint8,
+        qscheme: torch.qscheme = torch.per_channel_affine,
+        reduce_range: bool = False,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        factory_kwargs: dict[str, Any] | None = None,
+        eps: float = _EPS,
+        is_dynamic: bool = False,
+        *,
+        nonfinite: NonFinitePolicy = "ignore",
+        search_levels: Literal["dtype", "range"] = "dtype",
+        range_method: RangeMethodName = "l2",
+        percentile: float = 99.99,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            bins=bins,
+            dtype=dtype,
+            qscheme=qscheme,
+            reduce_range=reduce_range,
+            quant_min=quant_min,
+            quant_max=quant_max,
+            factory_kwargs=factory_kwargs,
+            eps=eps,
+            is_dynamic=is_dynamic,
+            nonfinite=nonfinite,
+            search_levels=search_levels,
+            range_method=range_method,
+            percentile=percentile,
+            **kwargs,
+        )
+        self.ch_axis = check_integer("ch_axis", ch_axis)
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Count the elements of `x_orig` (floating, any shape and layout); returns it itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor or not floating.
+            ValueError: no such channel axis, another number of channels or another device than
+                before, or a non-finite element under `nonfinite="raise"`. The histograms keep
+                what they had.
+        """
+        error = input_error(x_orig)
+        if error is not None:
+            raise naming_its_layer(self, error)
+        if x_orig.numel() == 0:
+            return x_orig
+        try:
+            if self.max_val.numel() == 0:
+                self._observe_first(x_orig)
+            else:
+                self._observe(x_orig)
+        except (RuntimeError, TypeError, ValueError) as refusal:
+            cause = self._explained(refusal, x_orig)
+            raise naming_its_layer(self, cause or refusal) from None
+        return x_orig
+
+    def _observe(self, x: Tensor) -> None:
+        buffers = _histogram_and_range(self)
+        policy = NONFINITE_CODES[self.nonfinite]
+        observe_channel_histograms_(x, *buffers, self.ch_axis, self.upsample_rate, policy)
+
+    def _observe_first(self, x: Tensor) -> None:
+        """The same for the first tensor, whose channels give the histograms their number."""
+        error = channel_error(x, self.ch_axis, {})
+        if error is not None:
+            raise error
+        if is_dynamo_compiling():
+            self._set_channels(x.shape[self.ch_axis])
+            self._observe(x)
+            return
+        with RESIZING:
+            first = self.max_val.numel() == 0  # and no other thread's tensor came before
+            if first:
+                self._set_channels(x.shape[self.ch_axis])
+            try:
+                self._observe(x)
+            except Exception:
+                if first:
+                    self._set_channels(0)
+                raise
+
+    def _set_channels(self, channels: int) -> None:
+        """Give the histograms room for so many channels, with nothing observed as yet."""
+        refill(self, "histogram", (channels, self.bins), 0.0)
+        # max_val last: once it has elements, the others have, too.
+        for name, unobserved in UNOBSERVED:
+            refill(self, name, (channels,), unobserved)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each channel's range; see :meth:`_calculate_qparams`."""
+        if is_unobserved(self.min_val, self.max_val):
+            return self._calculate_qparams(self.min_val, self.max_val)
+        return self._calculate_qparams(*self.calculate_range())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = prefix + "histogram"
+        if self._has_only_room() and key in destination:
+            destination[key] = destination[key].new_empty(0, self.bins)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        histogram = state_dict.get(prefix + "histogram")
+        if isinstance(histogram, Tensor) and histogram.shape == (0, self.bins):
+            # Nothing was observed: the histograms keep their number.
+            state_dict[prefix + "histogram"] = histogram.new_zeros(self.histogram.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _state_error(self, statistics: Mapping[str, Any]) -> str | None:
+        histogram, low = (statistics.get(name) for name in ("histogram", "min_val"))
+        if isinstance(histogram, Tensor) and isinstance(low, Tensor):
+            needed = (low.numel(), self.bins)
+            if histogram.shape != needed:
+                return (
+                    f"size mismatch for histogram: got shape {list(histogram.shape)}, needs "
+                    f"{list(needed)}"
+                )
+        return super()._state_error(statistics)
 
 
 # What torch.ao's methods call on the observer, and users therefore replace.

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ._core.arguments import check_percentile, check_range_method
+from ._core.schemes import RangeMethodName
 from .fake_quantize import (
     FakeQuantize,
     FakeQuantizeBase,
@@ -280,21 +282,38 @@ def _backend(name: str) -> _Backend:
     return _BACKENDS[name]
 
 
-def get_default_qconfig(backend: str = "x86", version: int = 0) -> QConfig:
+def get_default_qconfig(
+    backend: str = "x86",
+    version: int = 0,
+    *,
+    range_method: RangeMethodName | None = None,
+    percentile: float | None = None,
+) -> QConfig:
     """The static config for a backend: histograms of activations, min/max of weights.
 
     Args:
         backend: `x86`, `fbgemm`, `qnnpack` or `onednn`; `native` for this package's own kernels.
         version: 0.
+        range_method: how ranges of activations are chosen, see
+            :func:`fastquant.functional.histogram_range`; :func:`fastquant.set_range_method`
+            changes it in a prepared model. None: "l2", as in torch.ao.
+        percentile: of the method of this name.
 
     Raises:
-        QuantizationError: unknown backend or version.
+        QuantizationError: unknown backend, version or method; a percentile that is none.
     """
     needs = _backend(backend)
     if version != 0:
         raise QuantizationError(f"version {version!r} is not supported; accepted: 0")
+    chosen: dict[str, Any] = {}
+    if range_method is not None:
+        check_range_method(range_method)
+        chosen["range_method"] = range_method
+    if percentile is not None:
+        check_percentile(percentile)
+        chosen["percentile"] = percentile
     return QConfig(
-        HistogramObserver.with_args(reduce_range=bool(needs.reduce_range)),
+        HistogramObserver.with_args(reduce_range=bool(needs.reduce_range), **chosen),
         default_per_channel_weight_observer
         if needs.per_channel_weights
         else default_weight_observer,

@@ -32,6 +32,7 @@ from .gradients import (
     with_straight_through_sum,
     with_straight_through_sum_plain,
 )
+from .ops import observe_channel_histograms_ as observe_channel_histograms_
 from .settings import FusedSettings
 
 _empty_like = torch.empty_like

@@ -19,6 +19,7 @@ from .basics import (
     fused_observe_fake_quantize_with_mask,
     learnable_fake_quantize,
     learnable_fake_quantize_backward,
+    observe_channel_histograms_,
     observe_histogram_,
     observe_minmax_,
     observe_qparams_,
@@ -41,6 +42,7 @@ OPS: dict[str, Callable[..., Any]] = {
     for op in (
         observe_minmax_,
         observe_histogram_,
+        observe_channel_histograms_,
         observe_qparams_,
         search_histogram_range,
         histogram_range,

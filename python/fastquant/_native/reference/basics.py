@@ -324,6 +324,27 @@ def observe_histogram_(
         nonfinite_count.add_(skipped)
 
 
+def observe_channel_histograms_(
+    x: Tensor,
+    histogram: Tensor,
+    min_val: Tensor,
+    max_val: Tensor,
+    nonfinite_count: Tensor,
+    ch_axis: int,
+    upsample_rate: int,
+    nonfinite: int,
+) -> None:
+    _check_input(x, ch_axis, min_val=min_val, max_val=max_val)
+    if nonfinite == NonFinite.RAISE:
+        _check_finite((~x.isfinite()).any())
+    elif nonfinite == NonFinite.PROPAGATE:
+        _check_finite(x.isnan().any())
+    rows = histogram.view(min_val.numel(), -1)
+    for i, values in enumerate(x.unbind(ch_axis)):
+        state = (rows[i], min_val[i], max_val[i], nonfinite_count)
+        observe_histogram_(values, *state, upsample_rate, nonfinite)
+
+
 def squared_norm(begin: Tensor, end: Tensor, density: Tensor) -> Tensor:
     """The integral of x² from begin to end, (end³ - begin³) / 3, times the density there."""
     return density * ((end * end * end - begin * begin * begin) / 3)
