@@ -6,7 +6,6 @@ zero point of torch's quantized tensors. The others keep those of their input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from .._native import ops
 from . import calls
 from .rearranging import level
+from .tables import applied
 from .tensor import (
     QuantizedTensor,
     functions_named,
@@ -102,45 +102,16 @@ _FROM_0_TO_1 = (1 / 256, 0)
 _FROM_MINUS_1_TO_1 = (1 / 128, 128)
 
 
-def table(
-    function: Callable[[Tensor], Tensor],
-    dtype: torch.dtype,
-    scale: float,
-    zero_point: int,
-    out_scale: float,
-    out_zero_point: int,
-) -> Tensor:
-    """The op `lookup`'s table of a function: what it makes of each of the 256 values.
-
-    Args:
-        function: takes the 256 real numbers that the values stand for, in fp32.
-        dtype, scale, zero_point: of the input; the results have the same dtype.
-        out_scale, out_zero_point: of the results.
-    """
-    values = torch.arange(256, dtype=torch.uint8).view(dtype)
-    real = function(ops.dequantize(values, scale, zero_point, torch.float32))
-    quantized: Tensor = ops.quantize(real, out_scale, out_zero_point, dtype, False)
-    return quantized
-
-
-def mapped(
-    x: QuantizedTensor,
-    function: Callable[[Tensor], Tensor],
-    scale: float | None = None,
-    zero_point: int | None = None,
-) -> QuantizedTensor:
-    """What a function makes of each element; by default with the scale and zero point of x."""
-    scale = x._scale if scale is None else scale
-    zero_point = x._zero_point if zero_point is None else zero_point
-    entries = table(function, x.dtype, x._scale, x._zero_point, scale, zero_point)
-    return calls.lookup(x, entries.to(x.device), scale, zero_point)
-
-
-def _with_range(
-    x: QuantizedTensor, function: Callable[[Tensor], Tensor], qparams: tuple[float, int]
-) -> QuantizedTensor:
+def _with_range(function: str, x: QuantizedTensor, qparams: tuple[float, int]) -> QuantizedTensor:
     scale, zero_point = qparams
-    return mapped(x, function, scale, zero_point - 128 * (x.dtype == torch.int8))
+    return applied(function, x, scale, zero_point - 128 if x.dtype == torch.int8 else zero_point)
+
+
+def _with_own_scale(
+    function: str, x: QuantizedTensor, *constants: Any, inplace: bool = False
+) -> QuantizedTensor:
+    y = applied(function, x, x._scale, x._zero_point, *constants)
+    return _assigned(x, y) if inplace else y
 
 
 def _assigned(x: QuantizedTensor, y: QuantizedTensor) -> QuantizedTensor:
@@ -152,17 +123,17 @@ def _assigned(x: QuantizedTensor, y: QuantizedTensor) -> QuantizedTensor:
 
 @handles(*functions_named("sigmoid"), torch.special.expit)
 def _sigmoid(input: QuantizedTensor) -> QuantizedTensor:
-    return _with_range(input, torch.sigmoid, _FROM_0_TO_1)
+    return _with_range("sigmoid", input, _FROM_0_TO_1)
 
 
 @handles(*functions_named("tanh"))
 def _tanh(input: QuantizedTensor) -> QuantizedTensor:
-    return _with_range(input, torch.tanh, _FROM_MINUS_1_TO_1)
+    return _with_range("tanh", input, _FROM_MINUS_1_TO_1)
 
 
 @handles(F.hardsigmoid)
 def _hardsigmoid(input: QuantizedTensor, inplace: bool = False) -> QuantizedTensor:
-    y = _with_range(input, F.hardsigmoid, _FROM_0_TO_1)
+    y = _with_range("hardsigmoid", input, _FROM_0_TO_1)
     return _assigned(input, y) if inplace else y
 
 
@@ -170,8 +141,7 @@ def _hardsigmoid(input: QuantizedTensor, inplace: bool = False) -> QuantizedTens
 def _leaky_relu(
     input: QuantizedTensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> QuantizedTensor:
-    y = mapped(input, lambda real: F.leaky_relu(real, negative_slope))
-    return _assigned(input, y) if inplace else y
+    return _with_own_scale("leaky_relu", input, negative_slope, inplace=inplace)
 
 
 @handles(F.leaky_relu_)
@@ -181,15 +151,14 @@ def _leaky_relu_(input: QuantizedTensor, negative_slope: float = 0.01) -> Quanti
 
 @handles(F.gelu)
 def _gelu(input: QuantizedTensor, *, approximate: str = "none") -> QuantizedTensor:
-    return mapped(input, lambda real: F.gelu(real, approximate=approximate))
+    return _with_own_scale("gelu", input, approximate)
 
 
 @handles(F.threshold, torch.threshold)
 def _threshold(
     input: QuantizedTensor, threshold: float, value: float, inplace: bool = False
 ) -> QuantizedTensor:
-    y = mapped(input, lambda real: F.threshold(real, threshold, value))
-    return _assigned(input, y) if inplace else y
+    return _with_own_scale("threshold", input, threshold, value, inplace=inplace)
 
 
 @handles(*functions_named("prelu"))
@@ -198,7 +167,7 @@ def _prelu(input: QuantizedTensor, weight: Any) -> QuantizedTensor:
     if not is_quantized(input):
         raise not_supported(F.prelu, " as weights of ordinary ones")
     if weight.numel() == 1:
-        return mapped(input, lambda real: F.prelu(real, weight))
+        return _with_own_scale("leaky_relu", input, float(weight))
     y = F.prelu(input.dequantize(), weight)
     values = ops.quantize(y, input._scale, input._zero_point, input.dtype, False)
     return like(input, values)

@@ -3,59 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..._native.ops import lookup, quantize, quantized_softmax
-from ..._torch.compiling import constant_in_graphs
+from ..._native.ops import quantize, quantized_softmax
+from ..._quantized.tables import applied
+from ..._quantized.tensor import require_quantized
 from ...quantized_tensor import made, parts
 from .observed import output_qparams
 from .scaled import Scaled
-
-_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
-    "elu": F.elu,
-    "hardswish": F.hardswish,
-    "leaky_relu": F.leaky_relu,
-    "prelu": F.leaky_relu,
-    "sigmoid": torch.sigmoid,
-}
-
-
-@constant_in_graphs
-@lru_cache(maxsize=1024)
-def _table(
-    function: str,
-    constants: tuple[float, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    x_scale: float,
-    x_zero_point: int,
-    scale: float,
-    zero_point: int,
-) -> Tensor:
-    """The output's integer for each of the input's 256, computed in fp64 and rounded once."""
-    integers = torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float64)
-    y = _FUNCTIONS[function]((integers - x_zero_point) * x_scale, *constants)
-    limits = torch.iinfo(dtype)
-    levels = (y / scale).round() + zero_point
-    return levels.clamp(limits.min, limits.max).to(dtype).to(device)
 
 
 class _Elementwise(Scaled):
     """A function of one value: a table of its 256 results, made once for each input's scale."""
 
     def _applied(self, function: str, input: Any, *constants: float) -> Any:
-        values, x_scale, x_zero_point = parts(input)
-        table = _table(
-            *(function, constants, values.dtype, values.device),
-            *(x_scale, x_zero_point, self.scale, self.zero_point),
-        )
-        return made(lookup(values, table), self.scale, self.zero_point)
+        require_quantized(input)
+        return applied(function, input, self.scale, self.zero_point, *constants)
 
     @classmethod
     def _arguments(cls, mod: Any) -> tuple[Any, ...]:
@@ -227,7 +194,7 @@ class PReLU(_Elementwise):
 
     def forward(self, input: Any) -> Any:
         if self.num_parameters == 1 and not torch.compiler.is_compiling():
-            return self._applied("prelu", input, float(self.weight))
+            return self._applied("leaky_relu", input, float(self.weight))
         y = F.prelu(input.dequantize(), self.weight)
         values = quantize(y, self.scale, self.zero_point, parts(input)[0].dtype, True)
         return made(values, self.scale, self.zero_point)

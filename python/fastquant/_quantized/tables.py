@@ -1,0 +1,63 @@
+"""Functions of one element, as tables of what they make of the 256 integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._torch.compiling import constant_in_graphs
+from .._torch.private import dispatch_modes
+from . import calls
+from .tensor import QuantizedTensor, is_dynamo_compiling
+
+# By name, because names are what a graph's guards compare.
+_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "elu": F.elu,
+    "gelu": lambda x, approximate: F.gelu(x, approximate=approximate),
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "threshold": F.threshold,
+}
+
+
+def _table(
+    function: str,
+    constants: tuple[Any, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    x_scale: float,
+    x_zero_point: int,
+    scale: float,
+    zero_point: int,
+) -> Tensor:
+    """The output's integer for each of the input's 256, computed in fp64 and rounded once."""
+    integers = torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float64)
+    y = _FUNCTIONS[function]((integers - x_zero_point) * x_scale, *constants)
+    limits = torch.iinfo(dtype)
+    levels = (y / scale).round() + zero_point
+    return levels.clamp(limits.min, limits.max).to(dtype).to(device)
+
+
+_kept_table = constant_in_graphs(lru_cache(maxsize=1024)(_table))
+
+
+def applied(
+    function: str, input: Any, scale: float, zero_point: int, *constants: Any
+) -> QuantizedTensor:
+    """A function of each element, as integers with this scale and zero point.
+
+    The table is made once for each input's scale and zero point.
+    """
+    # What is made while a mode is active, such as export's, may be no real tensor.
+    make = _kept_table if is_dynamo_compiling() or not dispatch_modes() else _table
+    qparams = (input._scale, input._zero_point, scale, zero_point)
+    table = make(function, constants, input.dtype, input.device, *qparams)
+    return calls.lookup(input, table, scale, zero_point)
