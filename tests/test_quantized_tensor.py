@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastquant.quantized_tensor import (
+    PerChannelQuantizedTensor,
     QuantizedTensor,
     is_quantized,
+    parts,
+    quantize_per_channel,
     quantize_per_tensor,
 )
 
@@ -267,3 +273,255 @@ def test_functions_do_what_they_do_with_torchs_tensors(
         return
     tolerance = 0 if name in EXACT else 1
     assert_same(function(ours), expected, tolerance, layout=name not in POOLING)
+
+
+# --- what torch.ao refuses, or has no function for ----------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.pad(x, (1, 1, 2, 1), mode="replicate"),
+        lambda x: F.pad(x, (1, 1, 2, 1), mode="circular"),
+        lambda x: x.roll(1, 0),
+        lambda x: x.gather(1, torch.zeros(2, 1, 6, 6, dtype=torch.int64)),
+        lambda x: x.take(torch.tensor([1, 2])),
+        lambda x: x.masked_select(x > 0.55),
+        torch.zeros_like,
+        lambda x: x.amax(1),
+        lambda x: x.argmax(1),
+        lambda x: F.interpolate(x[:, 0], scale_factor=2),
+    ],
+)
+def test_more_functions_do_what_they_do_with_the_real_numbers(
+    function: Function, dtype: torch.dtype
+) -> None:
+    ours, theirs = pair(2, 8, 6, 6, dtype=dtype)
+    found, expected = function(ours), function(theirs.dequantize())
+    if is_quantized(found):
+        assert (found.q_scale(), found.q_zero_point()) == (ours.q_scale(), ours.q_zero_point())
+        found = found.dequantize()
+    assert torch.equal(found, expected)
+
+
+def test_view_takes_any_layout() -> None:
+    """Layers give channels_last, which forwards that view their outputs need not know."""
+    x = pair(2, 8, 6, 6)[0]
+    y = x.contiguous(memory_format=torch.channels_last)
+    assert y.view(2, -1).equal(x.view(2, -1))
+
+
+@pytest.mark.parametrize("name", sorted({*BOUNDS, "leaky_relu_inplace"}))
+def test_inplace_functions_change_their_input_and_return_it(name: str) -> None:
+    x, _ = pair(2, 8, 6, 6)
+    before, y = x.clone(), (BOUNDS | ROUNDED)[name](x)
+    if "inplace" in name or name.endswith("_") or name.startswith("nn.ReLU"):
+        assert y is x
+        assert not x.equal(before)
+    else:
+        assert x.equal(before)
+
+
+def test_views_share_memory_with_what_they_are_views_of() -> None:
+    x, _ = pair(2, 8, 6, 6)
+    x[:, 1:3].relu_()
+    assert (x[:, 1:3].dequantize() >= 0).all()
+    assert (x.dequantize() < 0).any()
+    x.flatten()[0] = 7.0
+    assert x[0, 0, 0, 0].item() == pytest.approx(7.0)
+
+
+def test_cat_requantizes_to_the_first_tensor() -> None:
+    a, their_a = pair(2, 3, 4, 4)
+    b, their_b = pair(2, 5, 4, 4, scale=0.23, zero_point=77)
+    for dim in (1, -3):
+        found, expected = torch.cat([a, b], dim), torch.cat([their_a, their_b], dim)
+        assert_same(found, expected, tolerance=1)
+    with pytest.raises(TypeError, match=r"tensors\[1\] must be a quantized tensor.*float32"):
+        torch.cat([a, b.dequantize()], 1)
+    with pytest.raises(TypeError, match=r"one dtype, got torch.int8 and torch.uint8"):
+        torch.cat([a, pair(2, 3, 4, 4, dtype=torch.int8)[0]], 1)
+
+
+def test_values_are_written_in_the_scale_of_the_tensor() -> None:
+    ours, theirs = pair(2, 3, 4, 4)
+    others = pair(2, 3, 4, 4, scale=0.3, zero_point=1)
+    for x, other in ((ours, others[0]), (theirs, others[1])):
+        x[0, 0] = other.dequantize()[0, 0]
+        x[1, 1] = 2.03
+        x[:, 2] = x[:, 1]
+    assert_same(ours, theirs)
+    copied, expected = ours.clone().copy_(others[0]), theirs.clone().copy_(others[1])
+    assert_same(copied, expected)
+    real = torch.randn(2, 3, 4, 4)
+    assert_same(ours.copy_(real), theirs.copy_(real))
+    ours[0] = others[0][0]
+    assert torch.allclose(ours[0].dequantize(), others[0][0].dequantize(), atol=1e-6)
+    with pytest.raises(NotImplementedError, match=r"Tensor.copy_ .*dequantize"):
+        real.copy_(ours)
+    with pytest.raises(NotImplementedError, match=r"__setitem__ .*dequantize"):
+        real[0] = ours[0]
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "remedy"),
+    [
+        (lambda x: x + x, "Tensor.add", "FloatFunctional, whose add()"),
+        (lambda x: 1 - x, "Tensor.__rsub__", "FloatFunctional, whose add()"),
+        (lambda x: x.add_(x), "Tensor.add_", "FloatFunctional"),
+        (lambda x: torch.mul(x, x), "torch.mul", "FloatFunctional, whose mul()"),
+        (lambda x: x @ x, "Tensor.matmul", "FloatFunctional, whose matmul()"),
+        (lambda x: x.exp(), "Tensor.exp", "dequantize()"),
+        (lambda x: x.sum(), "Tensor.sum", "dequantize()"),
+        (lambda x: x.float(), "Tensor.float", "dequantize()"),
+        (lambda x: x.to(torch.float32), "Tensor.to", "dequantize()"),
+        (lambda x: x.view(torch.int8), "Tensor.view", "int_repr()"),
+        (lambda x: x.numpy(), "Tensor.numpy", "int_repr()"),
+        (lambda x: x.tolist(), "Tensor.tolist", "int_repr()"),
+        (lambda x: F.softmax(x, 1), "torch.nn.functional.softmax", "dequantize()"),
+        (F.hardswish, "torch.nn.functional.hardswish", "dequantize()"),
+        (lambda x: F.linear(x, torch.zeros(2, 6)), "linear", "dequantize()"),
+        (F.dropout, "torch.nn.functional.dropout", "model.eval()"),
+        (lambda x: torch.zeros(6) + x, "Tensor.add", "dequantize()"),
+        (lambda x: torch.zeros(6)[x], "Tensor.__getitem__", "dequantize()"),
+        (torch.ops.aten.relu, "torch.ops.aten.relu", "dequantize()"),
+        (
+            lambda x: F.max_pool2d(x, 2, return_indices=True),
+            "max_pool2d_with_indices",
+            "dequantize()",
+        ),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(function: Function, name: str, remedy: str) -> None:
+    with pytest.raises(NotImplementedError) as error:
+        function(pair(2, 8, 6, 6)[0])
+    assert name in str(error.value)
+    assert remedy in str(error.value)
+
+
+def test_arguments_are_checked() -> None:
+    real, integers = torch.randn(3), torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="scale must be positive and finite, got 0"):
+        quantize_per_tensor(real, 0.0, 3)
+    with pytest.raises(ValueError, match="scale must be positive and finite, got inf"):
+        QuantizedTensor(integers, float("inf"), 3)
+    with pytest.raises(ValueError, match="zero_point must be an integer from 0 to 255"):
+        quantize_per_tensor(real, 0.1, -1)
+    with pytest.raises(ValueError, match="zero_point must be an integer from -128 to 127"):
+        quantize_per_tensor(real, 0.1, 128, torch.int8)
+    with pytest.raises(TypeError, match=r"dtype must be .* got torch.float32"):
+        quantize_per_tensor(real, 0.1, 3, torch.float32)
+    with pytest.raises(TypeError, match=r"floating-point tensor, got one of torch.uint8"):
+        quantize_per_tensor(integers, 0.1, 3)
+    with pytest.raises(TypeError, match=r"values must be .* got one of torch.float32"):
+        QuantizedTensor(real, 0.1, 3)
+    with pytest.raises(TypeError, match=r"here must be a quantized tensor.* QuantStub"):
+        parts(real, "here")
+    with pytest.raises(TypeError, match="scale for each channel, which only weights have"):
+        parts(quantize_per_channel(torch.randn(2, 3), torch.ones(2), torch.zeros(2), 0))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        pair(2)[0].requires_grad_()
+
+
+def test_torchs_quantized_dtypes_name_the_integers() -> None:
+    x = quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8)
+    assert x.dtype == torch.int8
+    assert x.to(torch.qint8) is x
+
+
+# --- copies, files, printing --------------------------------------------------------------------
+
+
+def saved_and_loaded(x: Any, **kwargs: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),
+        lambda x: saved_and_loaded(x, weights_only=True),
+        lambda x: saved_and_loaded(x, weights_only=False),
+        lambda x: saved_and_loaded({"x": [x]})["x"][0],
+    ],
+)
+def test_copies_and_files_keep_everything(duplicate: Function) -> None:
+    x = pair(2, 3)[0]
+    y = duplicate(x)
+    assert type(y) is QuantizedTensor
+    assert y.equal(x)
+    weight = quantize_per_channel(
+        torch.randn(2, 3), torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.int64), 0
+    )
+    again = duplicate(weight)
+    assert type(again) is PerChannelQuantizedTensor
+    assert (again == weight).all()
+    assert torch.equal(again.q_per_channel_scales(), weight.q_per_channel_scales())
+
+
+def test_copies_have_memory_of_their_own() -> None:
+    x = pair(2, 3)[0]
+    before = x.clone()
+    y = copy.deepcopy(x)
+    y.fill_(3.0)
+    assert x.equal(before)
+    integers = x.int_repr()
+    integers.zero_()
+    assert x.equal(before)
+
+
+def test_a_buffer_may_be_a_quantized_tensor() -> None:
+    module, other = nn.Module(), nn.Module()
+    module.register_buffer("x", pair(2, 3)[0])
+    other.register_buffer("x", pair(2, 3, scale=0.7)[0])
+    module.to("cpu").half()
+    other.load_state_dict(module.state_dict())
+    assert other.x.equal(module.x)
+
+
+def test_printing_shows_real_numbers_and_how_they_are_kept() -> None:
+    x = QuantizedTensor(torch.tensor([[3, 13], [5, 255]], dtype=torch.uint8), 0.5, 3)
+    text = repr(x)
+    for part in ("[  0.,   5.]", "126.", "size=(2, 2)", "torch.uint8", "scale=0.5", "zero_point=3"):
+        assert part in text
+    assert str(x) == text
+    assert f"{x}" == text
+    assert f"{x[0, 1]:.2f}" == "5.00"
+    weight = quantize_per_channel(torch.ones(2, 1), torch.tensor([0.1, 0.5]), torch.zeros(2), 0)
+    assert "axis=0" in repr(weight)
+
+
+def test_weights_with_scales_of_channels_are_as_torchs() -> None:
+    real = torch.randn(4, 3, 2)
+    for axis in (0, 1, -1):
+        count = real.shape[axis]
+        scales = torch.rand(count, dtype=torch.float64) + 0.01
+        zero_points = torch.randint(-3, 3, (count,))
+        ours = quantize_per_channel(real, scales, zero_points, axis)
+        theirs = torch.quantize_per_channel(real, scales, zero_points, axis % 3, torch.qint8)
+        assert torch.equal(ours.int_repr(), theirs.int_repr())
+        assert torch.allclose(ours.dequantize(), theirs.dequantize())
+        assert ours.q_per_channel_axis() == theirs.q_per_channel_axis()
+        assert ours.qscheme() == theirs.qscheme()
+        assert ours.shape == theirs.shape
+        assert ours.is_quantized
+        with pytest.raises(NotImplementedError, match="scale for each channel"):
+            ours + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizing_is_torchs(dtype: torch.dtype) -> None:
+    real = torch.cat([torch.randn(1000) * 10, torch.tensor([0.0, 1e30, -1e30, 0.25, 0.35])])
+    for scale, zero_point in ((0.1, 3), (0.3, 100), (1e-3, 0)):
+        ours = quantize_per_tensor(real, scale, zero_point, dtype)
+        theirs = torch.quantize_per_tensor(real, scale, zero_point, DTYPES[dtype])
+        assert_same(ours, theirs)

@@ -40,8 +40,8 @@ def _name_of(function: Any) -> str:
     if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     module = getattr(function, "__module__", None) or ""
-    if "::" in name:  # an operator
-        return f"torch.ops.{name.replace('::', '.')}"
+    if type(function).__name__.startswith("OpOverload"):
+        return f"torch.ops.{function}"
     if module in ("torch", "torch.functional"):
         return f"torch.{name}"
     if module and getattr(F, name, None) is function:
