@@ -191,7 +191,7 @@ def test_what_is_not_supported_is_left_to_the_op(call: Callable[[Any], Any]) -> 
 def test_what_must_see_an_op_sees_it() -> None:
     x, seen = tensor(1, 16, 4, 4), []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
