@@ -5,7 +5,9 @@ print(analysis)
 """
 
 from .analyzing import analyze
+from .equalization import equalize
 from .errors import AnalysisError
+from .repairs import Repair, correct_bias, reestimate_batch_norm
 from .result import Analysis, Clipping, LayerReport, OutputReport, Sensitivity, WeightReport
 from .search import Assignment, search
 
@@ -16,8 +18,12 @@ __all__ = [
     "Clipping",
     "LayerReport",
     "OutputReport",
+    "Repair",
     "Sensitivity",
     "WeightReport",
     "analyze",
+    "correct_bias",
+    "equalize",
+    "reestimate_batch_norm",
     "search",
 ]

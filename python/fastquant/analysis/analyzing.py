@@ -77,9 +77,10 @@ class Subject:
             raise TypeError(
                 f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
             )
-        layers = read(quantized)
         with ao.quiet():
+            # What is read shares its memory with the copy, not with the user's model.
             quantized = copy.deepcopy(quantized).eval()
+        layers = read(quantized)
         walked = _Batches(data, batches, _assert_and_get_unique_device(float_model))
         run = forward or run_batch
         batch = first(walked)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Quantized:
         bias: its bias, which may differ from the float layer's.
         output: what its output is rounded to; None where it is not.
         dynamic: whether each input is rounded to its own range.
+        state: parameters and buffers of a layer whose weight stays floating, by name; a batch
+            norm's, for example, may differ from the float model's.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Quantized:
     bias: Tensor | None = None
     output: Grid | None = None
     dynamic: bool = False
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_something(self) -> bool:
@@ -78,6 +82,13 @@ def read(model: nn.Module) -> dict[str, Quantized]:
     return layers
 
 
+def _with_state(layer: Quantized, module: nn.Module) -> Quantized:
+    if layer.weight is not None:
+        return layer
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return replace(layer, state={name: tensor.detach() for name, tensor in tensors})
+
+
 # --- prepared ---------------------------------------------------------------------------------
 
 
@@ -103,7 +114,7 @@ def _read_prepared(model: nn.Module) -> dict[str, Quantized]:
             output=None if observer is None else grid_of(observer),
         )
         if layer.is_something:
-            layers[name] = layer
+            layers[name] = _with_state(layer, module)
     if unseen:
         raise AnalysisError(
             f"the observers of these layers have seen no data: {listed(unseen)}. Calibrate the "
@@ -151,7 +162,7 @@ def _read_converted(model: nn.Module) -> dict[str, Quantized]:
             continue
         layer = _converted_layer(module)
         if layer is not None and layer.is_something:
-            layers[name] = layer
+            layers[name] = _with_state(layer, module)
             inside.append(f"{name}.")
     return layers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -47,18 +48,22 @@ class Site:
         self.state = FLOAT
         self._simulation = simulation
         self._core = core(module)
-        self.float_weight: Tensor | None = None
-        self.float_bias: Tensor | None = None
+        # What differs between the ways: the module's own tensors, and their values in float.
+        self._tensors: dict[str, Tensor] = {}
+        self._float: dict[str, Tensor] = {}
         if way.weight is not None:
-            self.float_weight = self._core.weight.detach()
-            # Parameters of its own: layers may share theirs, and change state one by one.
-            self._core.weight = nn.Parameter(self.float_weight, requires_grad=False)
-            if getattr(self._core, "bias", None) is None and way.bias is not None:
-                # A batch norm that was folded leaves a bias where there was none.
-                self._core.bias = nn.Parameter(torch.zeros_like(way.bias), requires_grad=False)
+            self._own("weight", self._core.weight)
             if getattr(self._core, "bias", None) is not None:
-                self.float_bias = self._core.bias.detach()
-                self._core.bias = nn.Parameter(self.float_bias, requires_grad=False)
+                self._own("bias", self._core.bias)
+            elif way.bias is not None:
+                # A batch norm that was folded leaves a bias where there was none.
+                self._own("bias", torch.zeros_like(way.bias))
+        else:
+            tensors = dict((*module.named_parameters(), *module.named_buffers()))
+            for name, tensor in way.state.items():
+                if name in tensors and tensors[name].shape == tensor.shape:
+                    self._tensors[name] = tensors[name]
+                    self._float[name] = tensors[name].detach()
         self.add_way(way)
         if isinstance(module, nnq.FloatFunctional):
             module.activation_post_process = _OutputOf(self)  # type: ignore[assignment]
@@ -66,10 +71,21 @@ class Site:
             self.module.register_forward_pre_hook(self._before, with_kwargs=True)
             self.module.register_forward_hook(self._hook, with_kwargs=True)
 
+    def _own(self, name: str, value: Tensor) -> None:
+        """Give the module its own parameter: layers may share theirs, and change one by one."""
+        self._float[name] = value.detach()
+        self._tensors[name] = nn.Parameter(value.detach(), requires_grad=False)
+        setattr(self._core, name, self._tensors[name])
+
+    @property
+    def float_weight(self) -> Tensor | None:
+        """The float model's weight; None for layers without a quantized one."""
+        return self._float["weight"] if self.ways[0].weight is not None else None
+
     def add_way(self, way: Quantized) -> None:
         """One more way to quantize the layer; checks that it has the layer's shape."""
         if way.weight is not None:
-            theirs = None if self.float_weight is None else list(self.float_weight.shape)
+            theirs = list(self._float["weight"].shape) if "weight" in self._float else None
             if theirs != list(way.weight.shape):
                 raise AnalysisError(
                     f"the weight of {self.name} has the shape {list(way.weight.shape)} in the "
@@ -84,16 +100,27 @@ class Site:
 
     def set(self, state: int) -> None:
         """Compute in float, or in one of the ways."""
-        if state == self.state:
-            return
-        self.state = state
-        way = self.ways[state - 1] if state else None
-        if self.float_weight is not None:
-            weight = self.float_weight if way is None or way.weight is None else way.weight
-            self._core.weight.data = weight
-        if self.float_bias is not None:
-            bias = self.float_bias if way is None or way.bias is None else way.bias
-            self._core.bias.data = bias
+        if state != self.state:
+            self.state = state
+            self._apply()
+
+    def _apply(self) -> None:
+        values: Mapping[str, Tensor | None] = {}
+        if self.state:
+            way = self.ways[self.state - 1]
+            values = {**way.state, "weight": way.weight, "bias": way.bias}
+            if way.weight is None:
+                values = way.state
+        for name, tensor in self._tensors.items():
+            value = values.get(name)
+            tensor.data = self._float[name] if value is None else value
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Have another bias in the quantized layer."""
+        if "bias" not in self._tensors:
+            self._own("bias", torch.zeros_like(bias))
+        self.ways[0] = replace(self.ways[0], bias=bias)
+        self._apply()
 
     def round_output(self, x: Any) -> Any:
         """An output as the present state leaves it."""
