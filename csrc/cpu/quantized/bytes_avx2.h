@@ -74,13 +74,10 @@ struct Avx2Bytes {
   static Ints ints1(int32_t x) { return _mm256_set1_epi32(x); }
   static Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
 
+  // As in bytes_avx512.h, but the matrix of dwords is one of 2 x 4.
   static void load_centered(const uint8_t* p, Reg f, __m256 center, __m256* y) {
-    const __m256 zero_point = _mm256_sub_ps(center, _mm256_set1_ps(0x1p23f));
-    for (int k = 0; k < 4; ++k) {
-      const __m128i part = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * k));
-      const __m128i flipped = _mm_xor_si128(part, _mm256_castsi256_si128(f));
-      y[k] = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(flipped)), zero_point);
-    }
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    widen(_mm256_permutevar8x32_epi32(flip(load(p), f), order), center, y);
   }
   static Reg narrow_in_order(const __m256* y, Words zero_point) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -91,17 +88,26 @@ struct Avx2Bytes {
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) { transpose16(p, s, out, t); }
   static void interleave3(const uint8_t* p, int64_t s, uint8_t* out) { interleave3x16(p, s, out); }
 
-  // A table of 256 bytes does not fit in registers.
+  // Each of 16 rows of the table is looked up by the lower half of x; then the bits of its upper half choose
+  // among them, two rows at a time.
   static constexpr bool kLooksUpFast = false;
   struct Table {
-    explicit Table(const uint8_t* entries) : data(entries) {}
-    const uint8_t* data;
+    explicit Table(const uint8_t* entries) {
+      for (int k = 0; k < 16; ++k) rows[k] = _mm256_broadcastsi128_si256(load16(entries + 16 * k));
+    }
+    __m256i rows[16];
   };
   static Reg look_up(const Table& table, Reg x) {
-    uint8_t bytes[N];
-    store(bytes, x);
-    for (uint8_t& b : bytes) b = table.data[b];
-    return load(bytes);
+    const __m256i lower = _mm256_and_si256(x, _mm256_set1_epi8(15));
+    __m256i found[16];
+    for (int k = 0; k < 16; ++k) found[k] = _mm256_shuffle_epi8(table.rows[k], lower);
+    // Blending looks at the highest bit of each byte.
+    const __m256i bits[] = {_mm256_slli_epi16(x, 3), _mm256_slli_epi16(x, 2), _mm256_slli_epi16(x, 1), x};
+    for (int round = 0, count = 8; round < 4; ++round, count /= 2) {
+      for (int k = 0; k < count; ++k)
+        found[k] = _mm256_blendv_epi8(found[2 * k], found[2 * k + 1], bits[round]);
+    }
+    return found[0];
   }
 
  private:

@@ -67,18 +67,12 @@ struct Avx512Bytes {
   static Ints ints1(int32_t x) { return _mm512_set1_epi32(x); }
   static Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 
+  // The order that widen() and narrow() give elements is that of memory with each group of 16 dwords transposed
+  // as a matrix of 4 x 4.
   static void load_centered(const uint8_t* p, Reg f, __m512 center, __m512* y) {
-    const __m512 zero_point = _mm512_sub_ps(center, _mm512_set1_ps(0x1p23f));
-    for (int k = 0; k < 4; ++k) {
-      const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * k));
-      const __m128i flipped = _mm_xor_si128(part, _mm512_castsi512_si128(f));
-      y[k] = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(flipped)), zero_point);
-    }
+    widen(transposed(flip(load(p), f)), center, y);
   }
-  static Reg narrow_in_order(const __m512* y, Words zero_point) {
-    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    return _mm512_permutexvar_epi32(order, narrow(y, zero_point));
-  }
+  static Reg narrow_in_order(const __m512* y, Words zero_point) { return transposed(narrow(y, zero_point)); }
   static void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
   static constexpr int index_of(int part, int i) { return 16 * (i / 4) + 4 * part + i % 4; }
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) { transpose16(p, s, out, t); }
@@ -100,6 +94,10 @@ struct Avx512Bytes {
   }
 
  private:
+  static Reg transposed(Reg x) {
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return _mm512_permutexvar_epi32(order, x);
+  }
   static __mmask64 first(int64_t n) { return (__mmask64{1} << n) - 1; }
   static void to_words(Reg x, Words* w) {
     const __m512i zero = _mm512_setzero_si512();
