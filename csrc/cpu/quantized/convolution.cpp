@@ -316,6 +316,7 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
   const auto margins = copies ? Convolution::Margins() : conv.margins(begin, end);
   const std::unique_ptr<const uint8_t*[]> pointers(new const uint8_t*[conv.segments() * at_once]);
   const std::unique_ptr<uint8_t[]> copied(copies ? new uint8_t[at_once * bytes] : nullptr);
+  const std::unique_ptr<char[]> scratch(new char[kernels.scratch_size(layout.steps())]);
   for (int64_t from = begin; from < end; from += at_once) {
     const int64_t to = std::min(from + at_once, end);
     if (!copies) conv.find(from, to, margins, pointers.get());
@@ -330,7 +331,7 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
       const auto* const data = reinterpret_cast<const int8_t*>(packed + group * layout.group_bytes());
       const MatrixWeights weights = {data, layout.out_channels, layout.steps(), nullptr};
       kernels.multiply(rows, weights, std::max<int64_t>(first - group * blocks, 0),
-                       std::min(last - group * blocks, blocks), requantization.at(group, from));
+                       std::min(last - group * blocks, blocks), requantization.at(group, from), scratch.get());
     }
   }
 }

@@ -69,8 +69,20 @@ struct Avx512Lanes {
   }
 
   static constexpr int64_t kValueOffset = 0;
+  static __m512i four(const void* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  }
+
   static constexpr int kMostVectors = 4;
   static constexpr int kSums = 16;
+  // Where values and weights take one register each.
+  template <int kVectors>
+  static constexpr int kMostRowsOfSingles = kVectors == 4   ? 6
+                                            : kVectors == 3 ? 8
+                                            : kVectors == 2 ? 12
+                                                            : 16;
 
  private:
   static __m512i words(Ints a, Ints b, const Limits& limits) {
@@ -78,21 +90,59 @@ struct Avx512Lanes {
   }
 };
 
+// Bytes as words, of which two are multiplied and added at once: the first and third of four, the second and
+// fourth.
+struct Avx512Dot : Avx512Lanes {
+  template <int kVectors>
+  static constexpr int kMostRows = kVectors == 4 ? 5 : 8;
+  struct Values {
+    __m512i even, odd;
+  };
+  using Weights = Values;
+  static Values values(const uint8_t* p) { return values(four(p)); }
+  static Values values(__m512i bytes) {
+    return {_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(bytes, 8)};
+  }
+  static Weights weights(const int8_t* p) {
+    const __m512i bytes = _mm512_loadu_si512(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)};
+  }
+  static Ints dot(Ints sums, const Values& x, const Weights& w) {
+    const __m512i even = _mm512_madd_epi16(x.even, w.even), odd = _mm512_madd_epi16(x.odd, w.odd);
+    return _mm512_add_epi32(_mm512_add_epi32(sums, even), odd);
+  }
+
+  // The same words in memory.
+  struct Wide : Avx512Lanes {
+    template <int kVectors>
+    static constexpr int kMostRows = kMostRowsOfSingles<kVectors>;
+    using Values = __m512i;
+    using Weights = __m512i;
+    static Values values(const uint8_t* p) { return four(p); }
+    static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+    static Ints dot(Ints sums, Values x, Weights w) { return _mm512_add_epi32(sums, _mm512_madd_epi16(x, w)); }
+  };
+  // Of 4 N bytes.
+  static void widen_values(const uint8_t* p, uint8_t* even, uint8_t* odd) {
+    store_both(values(_mm512_loadu_si512(p)), even, odd);
+  }
+  static void widen_weights(const int8_t* p, uint8_t* even, uint8_t* odd) { store_both(weights(p), even, odd); }
+
+ private:
+  static void store_both(const Values& x, uint8_t* even, uint8_t* odd) {
+    _mm512_storeu_si512(even, x.even);
+    _mm512_storeu_si512(odd, x.odd);
+  }
+};
+
 #if defined(__AVX512VNNI__)
 
 struct Avx512VnniDot : Avx512Lanes {
   template <int kVectors>
-  static constexpr int kMostRows = kVectors == 4   ? 6
-                                   : kVectors == 3 ? 8
-                                   : kVectors == 2 ? 12
-                                                   : 16;
+  static constexpr int kMostRows = kMostRowsOfSingles<kVectors>;
   using Values = __m512i;
   using Weights = __m512i;
-  static Values values(const uint8_t* p) {
-    int32_t four;
-    std::memcpy(&four, p, sizeof four);
-    return _mm512_set1_epi32(four);
-  }
+  static Values values(const uint8_t* p) { return four(p); }
   static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
   static Ints dot(Ints sums, Values x, Weights w) { return _mm512_dpbusd_epi32(sums, x, w); }
 };

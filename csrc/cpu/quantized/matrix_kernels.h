@@ -32,9 +32,12 @@ struct MatrixKernels {
   // of values that have been made smaller so.
   int64_t value_offset;
 
+  // Bytes of memory that `multiply` needs for rows and weights of so many steps.
+  int64_t (*scratch_size)(int64_t steps);
+
   // The outputs of all rows, for the channels of the blocks [begin, end).
   void (*multiply)(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
-                   const OutputStage& out);
+                   const OutputStage& out, void* scratch);
 };
 
 extern const MatrixKernels kMatrixScalar;

@@ -91,6 +91,8 @@ class Part {
     const std::unique_ptr<const uint8_t*[]> pointers(new const uint8_t*[taps * at_once]);
     const std::unique_ptr<int64_t[]> places(new int64_t[at_once]);
     const std::unique_ptr<char[]> outputs(new char[at_once * row]);
+    const MatrixKernels& kernels = *quantized_kernels().matrix;
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_size(taps * layout_.row_steps())]);
     const int64_t blocks = (layout_.out_channels + kBlockChannels - 1) / kBlockChannels;
     for (int64_t from = begin; from < end; from += at_once) {
       const int64_t count = std::min(at_once, end - from);
@@ -102,7 +104,7 @@ class Part {
         const MatrixWeights weights = {data, layout_.out_channels, layout_.steps(), first_steps_.data()};
         OutputStage stage = requantization_.at(group, 0);
         stage.data = outputs.get() + (static_cast<char*>(stage.data) - static_cast<char*>(output_));
-        quantized_kernels().matrix->multiply(rows, weights, 0, blocks, stage);
+        kernels.multiply(rows, weights, 0, blocks, stage, scratch.get());
       }
       for (int64_t i = 0; i < count; ++i)
         std::memcpy(static_cast<char*>(output_) + places[i] * row, outputs.get() + i * row, row);

@@ -11,6 +11,12 @@
 //   values(p)                   four values, for every channel
 //   weights(p)                  four weights of each of N channels
 //   dot(sums, values, weights)  adds the products
+//
+// Where products need bytes as 16-bit words, D may also have
+//   Wide                        the same for what these have written: words, two for every byte of four
+//   widen_values, widen_weights(p, even, odd)   4 N bytes as the words of the first and third of each four, and
+//   of
+//                               the others; 4 N bytes each
 #pragma once
 
 #include "../matrix_kernels.h"
@@ -116,26 +122,120 @@ void multiply_at_most(int64_t vectors, const MatrixRows& a, const int8_t* weight
   multiply_channels<D, kVectors>(a, weights, width, first_steps, out, channel, count);
 }
 
-template <class D>
-void multiply(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, int64_t end,
-              const OutputStage& out) {
+// Calls f(channel, count, weights, width) for each part of the blocks that is as wide as the widest tile.
+template <class D, class F>
+FASTQUANT_INLINE void for_tiles_of_channels(const MatrixWeights& weights, int64_t begin, int64_t end,
+                                            const F& f) {
+  constexpr int64_t kMost = D::kMostVectors * D::N;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlockChannels, width = block_channels(weights.channels, block) * kStep;
     const int64_t channels =
         weights.channels - first < kBlockChannels ? weights.channels - first : kBlockChannels;
     const int8_t* const data = weights.data + first * weights.steps * kStep;
-    constexpr int64_t kMost = D::kMostVectors * D::N;
     for (int64_t c = 0; c < channels; c += kMost) {
-      const int64_t count = channels - c < kMost ? channels - c : kMost;
-      multiply_at_most<D>((count + D::N - 1) / D::N, a, data + c * kStep, width, weights.first_steps, out,
-                          first + c, count);
+      f(first + c, channels - c < kMost ? channels - c : kMost, data + c * kStep, width);
     }
   }
 }
 
 template <class D>
+void multiply(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
+              const OutputStage& out, void*) {
+  for_tiles_of_channels<D>(weights, begin, end,
+                           [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
+                             multiply_at_most<D>((count + D::N - 1) / D::N, rows, data, width,
+                                                 weights.first_steps, out, channel, count);
+                           });
+}
+
+static inline int64_t no_scratch(int64_t) { return 0; }
+
+// ------------------------------------------------------------------------------------------ words
+//
+// Making words of bytes takes as long as multiplying them. For more than a few rows, the words are written to
+// memory first: those of some rows, and those of the weights of one tile of channels, so that both are used
+// many times. Of each row, and of the weights, the words of even bytes come first.
+
+// For fewer rows than this, words are made where they are used.
+constexpr int64_t kFewRows = 8;
+
+// Words of rows that should stay in the L2 cache, and how many rows there are of them.
+constexpr int64_t kBytesOfWords = 131072;
+constexpr int64_t kUnitOfWideRows = 24;
+
+static inline int64_t wide_rows(int64_t steps) {
+  const int64_t rows =
+      kBytesOfWords / (2 * kStep * (steps > 0 ? steps : 1)) / kUnitOfWideRows * kUnitOfWideRows;
+  return rows < kUnitOfWideRows ? kUnitOfWideRows : rows;
+}
+
+template <class D>
+int64_t widened_scratch(int64_t steps) {
+  const int64_t row = 2 * kStep * steps + static_cast<int64_t>(sizeof(void*));
+  return wide_rows(steps) * row + 2 * kStep * steps * D::Wide::kMostVectors * D::N;
+}
+
+// The words of one row of the steps [first, …) of a segment.
+template <class D>
+void widen_segment(const uint8_t* p, int64_t steps, uint8_t* even, uint8_t* odd) {
+  int64_t k = 0;
+  for (; k + D::N <= steps; k += D::N) D::widen_values(p + k * kStep, even + k * kStep, odd + k * kStep);
+  for (; k < steps; ++k) {
+    uint32_t four;
+    __builtin_memcpy(&four, p + k * kStep, sizeof four);
+    const uint32_t first = four & 0x00ff00ff, second = four >> 8 & 0x00ff00ff;
+    __builtin_memcpy(even + k * kStep, &first, sizeof first);
+    __builtin_memcpy(odd + k * kStep, &second, sizeof second);
+  }
+}
+
+template <class D>
+void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, int64_t end,
+                      const OutputStage& out, void* scratch) {
+  if (a.rows < kFewRows) return multiply<D>(a, weights, begin, end, out, scratch);
+  const int64_t steps = a.segments * a.steps, bytes = kStep * steps, at_once = wide_rows(steps);
+  const uint8_t** const pointers = static_cast<const uint8_t**>(scratch);
+  uint8_t* const wide = reinterpret_cast<uint8_t*>(pointers + at_once);
+  uint8_t* const wide_weights = wide + at_once * 2 * bytes;
+  for (int64_t r = 0; r < at_once; ++r) pointers[r] = wide + r * 2 * bytes;
+  for (int64_t first = 0; first < a.rows; first += at_once) {
+    const int64_t rows = a.rows - first < at_once ? a.rows - first : at_once;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t s = 0; s < a.segments; ++s) {
+        uint8_t* const to = wide + r * 2 * bytes + s * a.steps * kStep;
+        widen_segment<D>(a.pointers[s * a.stride + first + r] + a.offset, a.steps, to, to + bytes);
+      }
+    }
+    const MatrixRows these = {pointers, 0, at_once, rows, 1, 2 * steps};
+    OutputStage stage = out;
+    stage.data = static_cast<char*>(out.data) + first * out.stride * bytes_of(out.type);
+    for_tiles_of_channels<typename D::Wide>(
+        weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
+          const int64_t vectors = (count + D::N - 1) / D::N, wide_width = vectors * D::N * kStep;
+          uint8_t *even = wide_weights, *odd = wide_weights + steps * wide_width;
+          for (int64_t s = 0; s < a.segments; ++s) {
+            const int64_t from = weights.first_steps != nullptr ? weights.first_steps[s] : s * a.steps;
+            for (int64_t k = from; k < from + a.steps; ++k, even += wide_width, odd += wide_width) {
+              for (int64_t v = 0; v < vectors; ++v) {
+                const int64_t at = v * D::N * kStep;
+                D::widen_weights(data + k * width + at, even + at, odd + at);
+              }
+            }
+          }
+          multiply_at_most<typename D::Wide>(vectors, these, reinterpret_cast<const int8_t*>(wide_weights),
+                                             wide_width, nullptr, stage, channel, count);
+        });
+  }
+}
+
+template <class D>
 constexpr MatrixKernels matrix_table() {
-  return {D::kValueOffset, multiply<D>};
+  return {D::kValueOffset, no_scratch, multiply<D>};
+}
+
+template <class D>
+constexpr MatrixKernels widening_matrix_table() {
+  return {D::kValueOffset, widened_scratch<D>, multiply_widened<D>};
 }
 
 }  // namespace
