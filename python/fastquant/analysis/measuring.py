@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from .simulation import FLOAT, QUANTIZED, Call, Simulation, Site
 from .sums import ErrorSums, OutputError, Values, as_float, require_same_shape
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, _NormBase, nn.GroupNorm)
+# The operations of a FloatFunctional whose results are observed.
+_OBSERVED = ("add", "mul", "cat", "add_relu", "matmul")
 # The page draws this many bars.
 _BARS = 128
 # Errors take two more forwards than values, and differ less from batch to batch: they are measured
@@ -153,22 +157,15 @@ class Measuring:
 
     def _run_converted(self, model: nn.Module, batch: Any) -> Any:
         modules = dict(model.named_modules())
-        handles = []
-        for name in self._layers:
-            module = modules[name]
-            # A QFunctional is not called itself; what it calls on its results is.
-            inner = getattr(module, "activation_post_process", None)
-            listened = inner if isinstance(inner, nn.Module) else module
-
-            def compare(module: Any, args: Any, output: Any, name: str = name) -> None:
-                self._compare(name, output)
-
-            handles.append(listened.register_forward_hook(compare))
-        try:
+        with ExitStack() as stack:
+            for name in self._layers:
+                module, note = modules[name], partial(self._compare, name)
+                if isinstance(self._simulation.sites[name].module, nnq.FloatFunctional):
+                    stack.enter_context(_results_told(module, note))
+                else:
+                    hook = _output_told(note)
+                    stack.callback(module.register_forward_hook(hook).remove)
             return self._run(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def calls(self, name: str) -> int:
         """How often a layer is called for a batch."""
@@ -213,6 +210,37 @@ class Measuring:
         elements = math.prod(values.shape) if values.shape else 0
         bits = 32 if values.grid is None else max(8, values.grid.bits)
         return elements * 4, elements * bits // 8
+
+
+def _output_told(note: Callable[[Any], None]) -> Callable[..., None]:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        note(output)
+
+    return hook
+
+
+@contextmanager
+def _results_told(functional: Any, note: Callable[[Any], None]) -> Iterator[None]:
+    """In here, `note` gets what the operations of a QFunctional return, which is not called."""
+
+    def told(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            note(result)
+            return result
+
+        return call
+
+    methods = [name for name in _OBSERVED if callable(getattr(functional, name, None))]
+    before = {name: vars(functional)[name] for name in methods if name in vars(functional)}
+    for name in methods:
+        vars(functional)[name] = told(getattr(functional, name))
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(functional)[name]
+        vars(functional).update(before)
 
 
 def channel_axis(site: Site) -> int:

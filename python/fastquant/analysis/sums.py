@@ -73,6 +73,8 @@ def _products(a: Tensor, b: Tensor) -> list[float]:
 
 def decibels(noise_ratio: float) -> float:
     """A signal-to-noise ratio in dB, from noise over signal."""
+    if math.isnan(noise_ratio):
+        return math.nan
     if noise_ratio == 0:
         return math.inf
     return -10 * math.log10(noise_ratio) if noise_ratio < math.inf else -math.inf
