@@ -27,6 +27,9 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "int search_levels, int quant_min, int quant_max, int scheme, int symmetric_zero_point) "
       "-> (Tensor, Tensor)");
   m.def(
+      "least_error_range(Tensor x, int? ch_axis, int quant_min, int quant_max, int scheme, "
+      "int symmetric_zero_point) -> (Tensor, Tensor)");
+  m.def(
       "histogram_error(Tensor histogram, Tensor min_val, Tensor max_val, Tensor scale, Tensor zero_point, "
       "int quant_min, int quant_max) -> Tensor");
   m.def(

@@ -112,6 +112,7 @@ def samples(
         yield "learnable_fake_quantize_backward", (torch.cos(x), x, *args)
         if axis is not None:
             state = (torch.zeros(channels, 60), *unobserved(channels), counter())
+            yield "least_error_range", (nonfinite, axis, -8, 7, SYMMETRIC, 0)
             yield "observe_channel_histograms_", (nonfinite, *state, axis, 16, IGNORE)
         if axis is not None and dtype == torch.float32:
             for values in (x, nonfinite):
@@ -196,12 +197,15 @@ class NeverWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+SEARCHES = ("search_histogram_range", "histogram_range", "least_error_range", "histogram_error")
+
+
 def test_the_fallback_never_waits_for_the_device() -> None:
     for name, args in samples():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(
             f"fastquant::{name}", "CompositeExplicitAutograd"
         )
-        if name not in ("search_histogram_range", "histogram_range", "histogram_error"):
+        if name not in SEARCHES:
             with NeverWaits():
                 _, _, raised = called(reference_ops.OPS[name], args)
             assert not raised

@@ -276,6 +276,67 @@ def test_mse_is_the_least_of_all_on_the_grid(
     assert [float(end) for end in found] == pytest.approx(expected, rel=1e-12)
 
 
+# ------------------------------------------------------------------------- values themselves
+
+
+def error_of_values(x: np.ndarray[Any, Any], scale: float, below: int, above: int) -> float:
+    return float(np.square(x - quantized(x, scale, below, above)).sum())
+
+
+@pytest.mark.parametrize("grid", [(0, 15), (0, 3), (-8, 7), (-127, 127)])
+@pytest.mark.parametrize("scheme", [Scheme.AFFINE, Scheme.SYMMETRIC])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mse_of_values_is_the_least_of_all_on_the_grid(
+    shape: str, scheme: Scheme, grid: tuple[int, int]
+) -> None:
+    x = values_of(shape, 150).astype(np.float64)
+    x[0] = 0
+    symmetric, steps = scheme == Scheme.SYMMETRIC, grid[1] - grid[0]
+    whole = 2 * np.abs(x).max() if symmetric else max(x.max(), 0) - min(x.min(), 0)
+    best = (INF, 0.0, 0)
+    for share in widths():
+        scale = share * whole / steps
+        for below in [-grid[0]] if symmetric else range(0, steps + 1, 1 if steps < 20 else 5):
+            error = error_of_values(x, scale, below, steps - below)
+            best = min(best, (error, scale, below), key=lambda candidate: candidate[0])
+    low, high = ops.least_error_range(torch.tensor(x), None, *grid, scheme, 0)
+    scale = float(high - low) / steps
+    below = -grid[0] if symmetric else round(-float(low) / scale)
+    found = error_of_values(x, scale, below, steps - below)
+    assert found <= best[0] * (1 + 1e-9)
+    if symmetric or steps < 20:
+        assert scale == pytest.approx(best[1], rel=1e-12)
+        assert below == best[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+@pytest.mark.parametrize("scheme", [Scheme.AFFINE, Scheme.SYMMETRIC])
+def test_kernel_of_values_as_reference(
+    dtype: torch.dtype, axis: int | None, scheme: Scheme
+) -> None:
+    x = torch.tensor(values_of("student", 4 * 5 * 30)).reshape(4, 5, 30).to(dtype)
+    x[0] = x[0].abs()
+    x[1] = -x[1].abs()
+    x[2, 2] = 0
+    x[3, :, 7] = INF
+    for args in ((x, axis, -8, 7, scheme, 0), (x.mT, axis, 0, 3, scheme, 1)):
+        found = ops.least_error_range(*args)
+        expected = reference_ops.OPS["least_error_range"](*args)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_values_that_are_not_there_have_no_range() -> None:
+    x = torch.tensor([[INF, math.nan], [0.0, 0.0], [2.0, 2.0], [1e38, -3e38]])
+    low, high = ops.least_error_range(x, 0, -8, 7, Scheme.AFFINE, 0)
+    assert low.tolist()[:3] == [INF, 0, 0]
+    assert high.tolist()[:3] == [-INF, 0, 2]
+    assert -INF < low[3] < high[3] < INF
+    low, high = ops.least_error_range(x[:, :0], 0, -8, 7, Scheme.AFFINE, 0)
+    assert low.tolist() == [INF] * 4
+
+
 # ------------------------------------------------------------------------- what all hold to
 
 

@@ -255,6 +255,101 @@ def test_weights_may_be_observed_by_histograms_of_their_channels() -> None:
     assert bool((converted[1].weight().q_per_channel_scales() < extremes / 2).all())
 
 
+# --------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_lose_less_by_mse(bits: int, per_channel: bool, symmetric: bool) -> None:
+    weight = outliers(8, 3, 5, 5) * torch.logspace(-2, 2, 8)[:, None, None, None]
+    kind = "per_channel" if per_channel else "per_tensor"
+    config = {
+        "dtype": torch.qint8,
+        "qscheme": getattr(torch, f"{kind}_{'symmetric' if symmetric else 'affine'}"),
+        "quant_min": -(2 ** (bits - 1)),
+        "quant_max": 2 ** (bits - 1) - 1,
+    }
+    axis = {"ch_axis": 0} if per_channel else {}
+    errors = []
+    for name in ("MinMax", "MSE"):
+        observer = getattr(fastquant, ("PerChannel" if per_channel else "") + f"{name}Observer")(
+            **axis, **config
+        )
+        assert observer(weight) is weight
+        scale, zero_point = observer.calculate_qparams()
+        y = F.fake_quantize(
+            weight,
+            scale,
+            zero_point,
+            **axis,
+            quant_min=config["quant_min"],
+            quant_max=config["quant_max"],
+        )
+        lost = (weight - y).square().sum((1, 2, 3)) if per_channel else (weight - y).square().sum()
+        errors.append(lost)
+    # Scales are rounded to fp32.
+    assert bool((errors[1] <= errors[0] * 1.0001).all())
+    assert errors[1].sum() < errors[0].sum() or bits == 8
+
+
+def test_the_mse_of_several_tensors_holds_all_their_ranges() -> None:
+    together, apart = fastquant.MSEObserver(), [fastquant.MSEObserver() for _ in range(2)]
+    for seed, observer in enumerate(apart):
+        x = outliers(500, seed=seed)
+        x[3] = float("nan")
+        together(x)
+        observer(x)
+    assert together.min_val == min(o.min_val for o in apart)
+    assert together.max_val == max(o.max_val for o in apart)
+    assert int(together.nonfinite_count) == 2
+    together(torch.full((3,), float("inf")))
+    assert int(together.nonfinite_count) == 5
+    with pytest.raises(ValueError, match="non-finite"):
+        fastquant.MSEObserver(nonfinite="raise")(torch.tensor([1.0, float("nan")]))
+    channels = fastquant.PerChannelMSEObserver()
+    channels(torch.randn(3, 4))
+    with pytest.raises(ValueError, match="one element for each of the 4 channels"):
+        channels(torch.randn(4, 4))
+
+
+def test_a_config_takes_mse_for_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(fastquant.QuantStub(), nn.Linear(50, 20), fastquant.DeQuantStub()).eval()
+    with torch.no_grad():
+        layer[1].weight.copy_(outliers(20, 50) ** 3)
+    losses = []
+    for method in ("minmax", "mse"):
+        layer.qconfig = fastquant.get_default_qconfig(weight_range_method=method)
+        prepared = fastquant.prepare(layer)
+        prepared(torch.randn(200, 50))
+        weight = fastquant.convert(prepared)[1].weight().dequantize()
+        losses.append(float((weight - layer[1].weight.detach()).square().mean()))
+    assert losses[1] < losses[0]
+    with pytest.raises(QuantizationError, match="weight_range_method"):
+        fastquant.get_default_qconfig(weight_range_method="l2")  # type: ignore[arg-type]
+
+
+def test_fake_quantizers_observe_by_mse() -> None:
+    weight = outliers(4, 100)
+    fake_quantize = fastquant.FakeQuantize(
+        fastquant.PerChannelMSEObserver,
+        quant_min=-8,
+        quant_max=7,
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+    y = fake_quantize(weight)
+    observer = fastquant.PerChannelMSEObserver(
+        quant_min=-8, quant_max=7, dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+    )
+    observer(weight)
+    scale, zero_point = observer.calculate_qparams()
+    assert_same(fake_quantize.scale, scale)
+    assert_same(y, F.fake_quantize(weight, scale, zero_point, ch_axis=0, quant_min=-8, quant_max=7))
+
+
 # ---------------------------------------------------------------------------------------- models
 
 

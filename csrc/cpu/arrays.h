@@ -103,6 +103,16 @@ void for_segments(const Dense& d, int64_t begin, int64_t end, const F& f) {
   }
 }
 
+// The elements of one channel, side by side.
+template <class S>
+std::vector<S> elements_of_channel(const S* x, const Dense& d, int64_t channel) {
+  std::vector<S> elements(d.outer * d.inner);
+  for (int64_t o = 0; o < d.outer; ++o) {
+    std::copy_n(x + (o * d.channels + channel) * d.inner, d.inner, elements.data() + o * d.inner);
+  }
+  return elements;
+}
+
 // ---------------------------------------------------------------------------- threads
 
 // These two functions are defined by the program that links this code: ops.cpp uses torch's thread pool, tests

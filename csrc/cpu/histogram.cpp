@@ -275,16 +275,6 @@ Array part_of(const Array& a, int64_t begin, int64_t count) {
   return {static_cast<char*>(a.data) + begin * size, a.type, count, a.name};
 }
 
-// The elements of one channel, side by side.
-template <class S>
-std::vector<S> elements_of_channel(const S* x, const Dense& d, int64_t channel) {
-  std::vector<S> elements(d.outer * d.inner);
-  for (int64_t o = 0; o < d.outer; ++o) {
-    std::copy_n(x + (o * d.channels + channel) * d.inner, d.inner, elements.data() + o * d.inner);
-  }
-  return elements;
-}
-
 // Throws where the policy refuses any element of x, before any channel has been counted.
 template <class S>
 void require_accepted(const S* x, const Dense& d, NonFinite policy) {

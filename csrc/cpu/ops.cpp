@@ -134,6 +134,22 @@ std::tuple<Tensor, Tensor> histogram_range_op(const Tensor histogram, const Tens
   return {new_min, new_max};
 }
 
+// The dtype of arithmetic on x.
+ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor> least_error_range_op(const Tensor x, std::optional<int64_t> ch_axis,
+                                                int64_t quant_min, int64_t quant_max, int64_t scheme,
+                                                int64_t symmetric_zero_point) {
+  const Tensor t = densified(x);
+  const Dense channels = dense(view(t), ch_axis);
+  Tensor new_min = empty_1d(channels.channels, compute_type(t), t), new_max = empty_as(new_min);
+  least_error_range(channels, {quant_min, quant_max, static_cast<Scheme>(scheme), symmetric_zero_point},
+                    array(new_min, "new_min"), array(new_max, "new_max"));
+  return {new_min, new_max};
+}
+
 Tensor histogram_error_op(const Tensor histogram, const Tensor min_val, const Tensor max_val,
                           const Tensor scale, const Tensor zero_point, int64_t quant_min, int64_t quant_max) {
   Tensor error = empty_as(min_val, ScalarType::Double);
@@ -265,11 +281,6 @@ Dense channels_of(const Tensor& weight) {
 // A tensor that lies in memory as a weight does.
 Array aligned_with_weight(const Tensor& t, const char* name) {
   return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), name};
-}
-
-// The dtype of arithmetic on x.
-ScalarType compute_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 std::tuple<Tensor, Tensor> observe_folded_weight_(const FusedArguments& a, const Tensor& bn_weight,
@@ -407,6 +418,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("observe_qparams_", TORCH_BOX(&observe_op<&observe_qparams_>));
   m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
   m.impl("histogram_range", TORCH_BOX(&histogram_range_op));
+  m.impl("least_error_range", TORCH_BOX(&least_error_range_op));
   m.impl("histogram_error", TORCH_BOX(&histogram_error_op));
   m.impl("choose_qparams", TORCH_BOX(&choose_qparams_op));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));

@@ -323,6 +323,73 @@ HistogramRange range_of_least_divergence(const Histogram& h, const QParamsConfig
   return found;
 }
 
+// ------------------------------------------------------------------------- values themselves
+
+// One side of 0 of some values.
+class SideOfValues {
+ public:
+  // The distances from 0, ascending.
+  explicit SideOfValues(std::vector<double> sorted) : values_(std::move(sorted)), tails_(values_.size()) {
+    const size_t n = values_.size();
+    Tail tail = {0, 0, 0};
+    for (size_t i = n; i-- > 0;) {
+      if (i + 1 < n) tail = extended({tail.mass + 1, tail.first, tail.second}, values_[i + 1] - values_[i]);
+      tails_[i] = tail;
+    }
+    if (n == 0 || !(values_.back() > 0)) return;
+    // Where to look for a value: the first in each of so many equal parts.
+    per_unit_ = static_cast<double>(n) / values_.back();
+    if (!is_finite(per_unit_)) per_unit_ = 0;
+    first_.resize(n + 2, n);
+    for (size_t i = n; i-- > 0;) first_[part_of(values_[i])] = i;
+    for (size_t part = n + 1; part-- > 0;) first_[part] = std::min(first_[part], first_[part + 1]);
+  }
+
+  // The tail at a distance from 0.
+  Tail beyond(double distance) const {
+    if (first_.empty() || !(distance < values_.back())) return {0, 0, 0};
+    const size_t part = part_of(distance);
+    const auto begin = values_.begin() + static_cast<int64_t>(first_[part]);
+    const auto end = values_.begin() + static_cast<int64_t>(first_[part + 1]);
+    const auto next = std::upper_bound(begin, end, distance);
+    Tail tail = tails_[next - values_.begin()];
+    ++tail.mass;
+    return extended(tail, *next - distance);
+  }
+
+ private:
+  size_t part_of(double distance) const { return static_cast<size_t>(distance * per_unit_); }
+
+  std::vector<double> values_;
+  std::vector<Tail> tails_;    // beyond each value, that value left out
+  std::vector<size_t> first_;  // of each part
+  double per_unit_ = 0;
+};
+
+template <class S>
+HistogramRange range_of_values(std::vector<S> elements, const QParamsConfig& grid) {
+  std::vector<Compute<S>> values;
+  values.reserve(elements.size());
+  for (const S& element : elements) {
+    const auto value = to_compute(element);
+    if (std::isfinite(value)) values.push_back(value);
+  }
+  if (values.empty()) return {infinity<double>(), -infinity<double>()};
+  std::sort(values.begin(), values.end());
+  const auto zero = std::lower_bound(values.begin(), values.end(), Compute<S>{0});
+  std::vector<double> below(std::make_reverse_iterator(zero), values.rend());
+  for (double& value : below) value = -value;
+  const Range<double> whole = {std::min<double>(values.front(), 0), std::max<double>(values.back(), 0)};
+  if (whole.low == whole.high) return whole;
+  const double unit = std::max(-whole.low, whole.high);
+  std::vector<double> above(zero, values.end());
+  for (auto* side : {&below, &above}) {
+    for (double& value : *side) value /= unit;
+  }
+  return range_of_least_error(SideOfValues(std::move(below)), SideOfValues(std::move(above)), whole, unit,
+                              grid);
+}
+
 // -------------------------------------------------------------------------------- all of them
 
 HistogramRange chosen_range(const Histogram& h, const RangeSettings& settings) {
@@ -414,6 +481,23 @@ void histogram_range(const Array& histogram, const Array& min_val, const Array& 
     const HistogramRange found = of_channel(row_of(histogram, c, bins), {lows[c], highs[c]}, settings);
     lows[c] = found.low;
     highs[c] = found.high;
+  });
+  write_values(new_min, lows);
+  write_values(new_max, highs);
+}
+
+void least_error_range(const Dense& x, const QParamsConfig& grid, const Array& new_min, const Array& new_max) {
+  check_count(new_min, x.channels);
+  check_count(new_max, x.channels);
+  check(grid.quant_min < grid.quant_max, "quant_min must be less than quant_max");
+  std::vector<double> lows(x.channels), highs(x.channels);
+  with_stored_type(x.type, [&](auto stored) {
+    using S = decltype(stored);
+    for_channels(x.channels, x.outer * x.inner, [&](int64_t c) {
+      const auto found = range_of_values(elements_of_channel(static_cast<const S*>(x.data), x, c), grid);
+      lows[c] = found.low;
+      highs[c] = found.high;
+    });
   });
   write_values(new_min, lows);
   write_values(new_max, highs);

@@ -24,6 +24,10 @@ void search_histogram_range(const Array& histogram, const Array& min_val, const 
 void histogram_range(const Array& histogram, const Array& min_val, const Array& max_val,
                      const RangeSettings& settings, const Array& new_min, const Array& new_max);
 
+// The range of each channel of x whose quantization has the least squared error, of all on the grid of the
+// method mse; inf and -inf for a channel without finite elements.
+void least_error_range(const Dense& x, const QParamsConfig& grid, const Array& new_min, const Array& new_max);
+
 // The mean squared error of quantizing the values of each channel, in fp64.
 void histogram_error(const Array& histogram, const Array& min_val, const Array& max_val, const Array& scale,
                      const Array& zero_point, int64_t quant_min, int64_t quant_max, const Array& error);

@@ -67,6 +67,7 @@ from ._native.routes import (
     histogram_error,
     histogram_qparams,
     histogram_range,
+    least_error_range,
     observe_channel_histograms_,
     observe_histogram_,
     observe_minmax_,
@@ -103,6 +104,7 @@ __all__ = [
     "FixedQParamsObserver",
     "Granularity",
     "HistogramObserver",
+    "MSEObserver",
     "MappingType",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -112,6 +114,7 @@ __all__ = [
     "PerAxis",
     "PerBlock",
     "PerChannelHistogramObserver",
+    "PerChannelMSEObserver",
     "PerChannelMinMaxObserver",
     "PerGroup",
     "PerRow",
@@ -838,6 +841,64 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
     def forward(self, x_orig: Tensor) -> Tensor:
         """Move the averages; see :meth:`_observe`."""
         return self._observe(x_orig, self.ch_axis, self.averaging_constant)
+
+
+# --------------------------------------------------------------------------------------------
+# Least squared error
+
+
+class _LeastErrorRange(_MinMax):
+    """Takes from each tensor, not its extremes, but the range it is quantized to with least error.
+
+    The search is for one tensor, and so for weights: of activations, which come batch by batch, a
+    histogram keeps what it needs.
+    """
+
+    def _observe_least_error(self, x: Tensor, ch_axis: int | None) -> Tensor:
+        """Extend the range to hold that of `x`; returns `x` itself."""
+        error = input_error(x)
+        if error is None and isinstance(x, Tensor) and x.numel() == 0:
+            return x
+        own = {} if self.max_val.numel() == 0 else {n: getattr(self, n) for n, _ in UNOBSERVED}
+        error = error or channel_error(x, ch_axis, own)
+        if error is None and self.nonfinite == "raise":
+            error = nonfinite_error(x, self.nonfinite)
+        if error is not None:
+            raise naming_its_layer(self, error)
+        config = self._scheme()
+        check_searched_grid("mse", *config[:3])
+        if self.nonfinite == "propagate" and not bool(x.isfinite().all()):
+            return self._observe(x, ch_axis, None)
+        low, high = least_error_range(x, ch_axis, *config)
+        left_out = self.nonfinite_count + (~x.isfinite()).sum()
+        self._observe(torch.stack([low, high], 1), None if ch_axis is None else 0, None)
+        self.nonfinite_count.copy_(left_out)
+        return x
+
+
+class MSEObserver(_LeastErrorRange, MinMaxObserver):
+    """The range to which a weight is quantized with the least squared error.
+
+    A grid of scales is tried, and every zero point if affine; each error is that of the weight's
+    own values. The range of several tensors holds those of all of them. The arguments, buffers and
+    errors are those of :class:`MinMaxObserver`; torch.ao has no such observer.
+    """
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Update the range; see :meth:`_observe_least_error`."""
+        return self._observe_least_error(x_orig, None)
+
+
+class PerChannelMSEObserver(_LeastErrorRange, PerChannelMinMaxObserver):
+    """The same for each channel of a weight by itself.
+
+    The arguments, buffers and errors are those of :class:`PerChannelMinMaxObserver`, but for float
+    qparams, which it refuses when it observes; torch.ao has no such observer.
+    """
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        """Update the range; see :meth:`_observe_least_error`."""
+        return self._observe_least_error(x_orig, self.ch_axis)
 
 
 # --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,7 +32,9 @@ from .observer import (
     HistogramObserver,
     MinMaxObserver,
     MovingAverageMinMaxObserver,
+    MSEObserver,
     NoopObserver,
+    PerChannelMSEObserver,
     PlaceholderObserver,
     ReuseInputObserver,
     default_debug_observer,
@@ -274,6 +276,16 @@ _QAT_VERSIONS: dict[int, tuple[type[FakeQuantize], Factory, Factory]] = {
 }
 
 
+# By how their range is chosen: per tensor, per channel.
+_WEIGHT_OBSERVERS: dict[str, tuple[Factory, Factory]] = {
+    "minmax": (default_weight_observer, default_per_channel_weight_observer),
+    "mse": (
+        MSEObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric),
+        PerChannelMSEObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric),
+    ),
+}
+
+
 def _backend(name: str) -> _Backend:
     if name not in _BACKENDS:
         raise QuantizationError(
@@ -288,6 +300,7 @@ def get_default_qconfig(
     *,
     range_method: RangeMethodName | None = None,
     percentile: float | None = None,
+    weight_range_method: Literal["minmax", "mse"] = "minmax",
 ) -> QConfig:
     """The static config for a backend: histograms of activations, min/max of weights.
 
@@ -298,6 +311,8 @@ def get_default_qconfig(
             :func:`fastquant.functional.histogram_range`; :func:`fastquant.set_range_method`
             changes it in a prepared model. None: "l2", as in torch.ao.
         percentile: of the method of this name.
+        weight_range_method: "minmax", or "mse" for the ranges of least squared error, see
+            :class:`fastquant.MSEObserver`.
 
     Raises:
         QuantizationError: unknown backend, version or method; a percentile that is none.
@@ -312,11 +327,13 @@ def get_default_qconfig(
     if percentile is not None:
         check_percentile(percentile)
         chosen["percentile"] = percentile
+    if weight_range_method not in _WEIGHT_OBSERVERS:
+        raise QuantizationError(
+            f"weight_range_method must be 'minmax' or 'mse', got {weight_range_method!r}"
+        )
     return QConfig(
         HistogramObserver.with_args(reduce_range=bool(needs.reduce_range), **chosen),
-        default_per_channel_weight_observer
-        if needs.per_channel_weights
-        else default_weight_observer,
+        _WEIGHT_OBSERVERS[weight_range_method][needs.per_channel_weights],
     )
 
 

@@ -60,6 +60,12 @@ def _empty_chosen_range(
     return torch.empty_like(min_val), torch.empty_like(max_val)
 
 
+def _empty_range_of_values(x: Tensor, ch_axis: int | None, *_: Any) -> tuple[Tensor, Tensor]:
+    channels = 1 if ch_axis is None else x.shape[ch_axis]
+    ends = x.new_empty((2, channels), dtype=_compute_dtype(x))
+    return ends[0].clone(), ends[1].clone()
+
+
 def _empty_error(histogram: Tensor, min_val: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(min_val, dtype=torch.float64)
 
@@ -119,6 +125,7 @@ _FAKE_KERNELS: dict[str, Op] = {
     "observe_qparams_": _changes_in_place,
     "search_histogram_range": _empty_range,
     "histogram_range": _empty_chosen_range,
+    "least_error_range": _empty_range_of_values,
     "histogram_error": _empty_error,
     "choose_qparams": _empty_qparams,
     "fake_quantize": _empty_like_first,

@@ -36,6 +36,7 @@ observe_channel_histograms_ = _bind("observe_channel_histograms_", any_layout=Tr
 observe_qparams_ = _bind("observe_qparams_", any_layout=True)
 search_histogram_range = _bind("search_histogram_range")
 histogram_range = _bind("histogram_range")
+least_error_range = _bind("least_error_range", any_layout=True)
 histogram_error = _bind("histogram_error")
 choose_qparams = _bind("choose_qparams")
 fake_quantize = _bind("fake_quantize", any_layout=True)

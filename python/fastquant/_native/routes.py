@@ -118,6 +118,12 @@ def histogram_range(
     return low.to(device), high.to(device)
 
 
+def least_error_range(x: Tensor, *settings: int | None) -> tuple[Tensor, Tensor]:
+    """The op, for a tensor on any device: the search is for a CPU."""
+    low, high = ops.least_error_range(x.detach().cpu(), *settings)
+    return low.to(x.device), high.to(x.device)
+
+
 def histogram_error(
     histogram: Tensor,
     min_val: Tensor,

@@ -35,7 +35,7 @@ from .clamped_sum import add_observe_fake_quantize
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
 from .quantized import QUANTIZED_OPS
 from .quantized_norms import QUANTIZED_NORMS
-from .ranges import histogram_error, histogram_range
+from .ranges import histogram_error, histogram_range, least_error_range
 
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
@@ -46,6 +46,7 @@ OPS: dict[str, Callable[..., Any]] = {
         observe_qparams_,
         search_histogram_range,
         histogram_range,
+        least_error_range,
         histogram_error,
         choose_qparams,
         fake_quantize,

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..._core.ranges import Range
 from ..._core.schemes import RangeMethod, Scheme
-from .basics import search_histogram_range
+from .basics import _compute_dtype, search_histogram_range
 
 # The widths that the search for the least squared error tries, as shares of the whole range:
 # k / 2048, of which neighbours differ by 1 in k or by 1/128, whichever is more.
 WIDEST = 2048
+_UNOBSERVED = (math.inf, -math.inf)
 # How many values a quantized level must have on average for their divergence to mean anything.
 VALUES_PER_LEVEL = 10
 # The bin that holds 0 is a spike if it counts so many times what its neighbours do.
@@ -154,12 +155,29 @@ def widths() -> Iterator[float]:
 
 
 def _least_squared_error(histogram: Counts, grid: Grid, percentile: float) -> Ends:
-    """The scale and zero point of least squared error, of all on a grid.
+    """The range of the scale and zero point of least squared error, of all on a grid."""
+
+    def errors(scale: float, below: Tensor) -> Tensor:
+        return mean_squared_errors(histogram, scale, below, grid.steps)
+
+    return _best_of_grid(errors, histogram.low, histogram.high, grid)
+
+
+def _best_of_grid(
+    errors: Callable[[float, Tensor], Tensor], low: float, high: float, grid: Grid
+) -> Ends:
+    """The range whose quantization has the least error.
 
     The scales are those of the whole range (made to hold 0) times `widths()`; the zero points are
     all of an affine scheme's, or the one of a symmetric scheme. Of equal errors, the first.
+
+    Args:
+        errors: the error of a scale, for each of some numbers of levels below 0.
+        low: the smallest value.
+        high: the largest value.
+        grid: the integers.
     """
-    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    low, high = min(low, 0.0), max(high, 0.0)
     symmetric = grid.scheme == Scheme.SYMMETRIC
     if symmetric:
         whole = max(-low, high) / (grid.steps / 2)
@@ -174,14 +192,41 @@ def _least_squared_error(histogram: Counts, grid: Grid, percentile: float) -> En
         scale = share * whole
         # Few at a time: each has an error for every bin.
         for some in torch.split(candidates, 256):
-            errors = mean_squared_errors(histogram, scale, some, grid.steps)
-            error = float(errors.min())
+            of_some = errors(scale, some)
+            error = float(of_some.min())
             if error < best:
-                below = int(some[errors.argmin()])
+                below = int(some[of_some.argmin()])
                 half, above = scale * (grid.steps / 2), grid.steps - below
                 best = error
                 ends = (-half, half) if symmetric else (-below * scale, above * scale)
     return ends
+
+
+def least_error_range(
+    x: Tensor,
+    ch_axis: int | None,
+    quant_min: int,
+    quant_max: int,
+    scheme: int,
+    symmetric_zero_point: int,
+) -> tuple[Tensor, Tensor]:
+    grid = Grid(quant_min, quant_max, scheme, symmetric_zero_point)
+    rows = x.detach().reshape(1, -1) if ch_axis is None else x.detach().movedim(ch_axis, 0)
+    lows, highs = (x.new_full((len(rows),), end, dtype=_compute_dtype(x)) for end in _UNOBSERVED)
+    for i, row in enumerate(rows):
+        values = row[row.isfinite()].to("cpu", torch.float64)
+        if not values.numel():
+            continue
+        low, high = float(values.min()), float(values.max())
+
+        def errors(scale: float, below: Tensor, values: Tensor = values) -> Tensor:
+            below = below[:, None]
+            levels = torch.round(values / scale).clamp(-below, grid.steps - below)
+            return (values - levels * scale).square().sum(1)
+
+        # There is nothing to choose where all is 0.
+        lows[i], highs[i] = _best_of_grid(errors, low, high, grid) if low or high else (0.0, 0.0)
+    return lows, highs
 
 
 def _below(histogram: Counts, x: float) -> float:
