@@ -488,12 +488,13 @@ def test_a_state_dict_that_does_not_fit_is_refused() -> None:
     assert loading(strict=False, bias=None).missing_keys == ["bias"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    "convert", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16)]
+    "make", [a_conv, lambda: randomized(nnq.BatchNorm2d(8)), lambda: nnq.PReLU(0.1, 30, 8)]
 )
-def test_a_change_of_dtype_changes_no_result(convert: Callable[[Any], Any]) -> None:
-    layer = a_conv()
-    assert same_output(convert(copy.deepcopy(layer)), layer)
+def test_a_change_of_dtype_changes_no_result(make: Callable[[], Any], dtype: torch.dtype) -> None:
+    layer = make()
+    assert same_output(copy.deepcopy(layer).to(dtype), layer)
 
 
 def test_a_module_of_the_constructor_has_a_weight_of_zeros() -> None:

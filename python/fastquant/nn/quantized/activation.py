@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..._native.ops import quantize, quantized_softmax
+from ..._quantized.calls import clamp
 from ..._quantized.tables import applied
 from ..._quantized.tensor import require_quantized
 from ...quantized_tensor import made, parts
@@ -54,11 +55,9 @@ class ReLU6(nn.ReLU):
         super().__init__(inplace)
 
     def forward(self, input: Any) -> Any:
-        values, scale, zero_point = parts(input)
-        limits = torch.iinfo(values.dtype)
-        six = min(round(6.0 / scale) + zero_point, limits.max)
-        bound = values.clamp_ if self.inplace else values.clamp
-        return made(bound(zero_point, six), scale, zero_point)
+        require_quantized(input)
+        zero_point = input._zero_point
+        return clamp(input, zero_point, round(6.0 / input._scale) + zero_point, self.inplace)
 
     def _get_name(self) -> str:
         return "QuantizedReLU6"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import nn
 
 from ..._native import ops
+from ..._quantized.calls import UNBOUNDED
 from ...quantized_tensor import made, parts
 from .observed import NoNativeFormError, layer_of, output_qparams
 from .scaled import Scaled
@@ -15,7 +15,7 @@ from .scaled import Scaled
 
 class _BatchNorm(Scaled):
     _DIMS: ClassVar[int]
-    _LOW: ClassVar[float] = -math.inf
+    _LOW: ClassVar[float] = -UNBOUNDED
 
     def __init__(
         self,
@@ -26,6 +26,7 @@ class _BatchNorm(Scaled):
         dtype: Any = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, True, True, device=device, dtype=dtype)
+        self.requires_grad_(False)
         self._set_qparams(1.0, 0)
 
     def _get_name(self) -> str:
@@ -44,7 +45,7 @@ class _BatchNorm(Scaled):
         bn: Any = self
         y = ops.quantized_batch_norm(
             *(values, scale, zero_point, bn.weight, bn.bias, bn.running_mean, bn.running_var),
-            *(bn.eps, self.scale, self.zero_point, self._LOW, math.inf),
+            *(bn.eps, self.scale, self.zero_point, self._LOW, UNBOUNDED),
         )
         return made(y, self.scale, self.zero_point)
 

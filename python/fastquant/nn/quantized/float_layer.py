@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,10 @@ class FloatLayer(nn.Module):
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """`function` of what is in tuples, lists and dicts, in the same structure."""
     if isinstance(value, dict):
-        return type(value)((key, _mapped(function, item)) for key, item in value.items())
+        mapped = copy.copy(value)
+        for key, item in value.items():
+            mapped[key] = _mapped(function, item)
+        return mapped
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_mapped(function, item) for item in value))
     if isinstance(value, (tuple, list)):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._core.errors import QuantizationError
 
@@ -65,6 +65,19 @@ class Scaled(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves tensors, and leaves their dtype: what belongs to int8 values is not rounded."""
+        before = {
+            name: tensor.detach()
+            for name, tensor in (*self._parameters.items(), *self._buffers.items())
+            if tensor is not None
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            if tensor is not None and tensor.dtype != before[name].dtype:
+                tensor.data = before[name].to(tensor.device)
+        return self
 
     def extra_repr(self) -> str:
         own = f"scale={self.scale}, zero_point={self.zero_point}"

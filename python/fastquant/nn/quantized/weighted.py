@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -174,16 +174,6 @@ class Weighted(Scaled):
         weight = state.pop("_weight")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pack(weight, self.weight_scale, self._bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves tensors, and leaves their dtype: the scales of int8 values are not rounded."""
-        before = {name: self._buffers[name] for name in ("weight_scale", "_bias")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     # --- made of other modules ---------------------------------------------------------------
 
