@@ -40,11 +40,15 @@ from .tensor import (
 
 
 def _moving(function: Callable[..., Any]) -> Handler:
-    is_python = isinstance(function, FunctionType)
+    is_python, name = isinstance(function, FunctionType), function.__name__
+    is_method = function is getattr(Tensor, name, None)
 
     def move(input: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling() or is_python or type(input) is not QuantizedTensor:
-            moved = function(integers_of(input), *args, **kwargs)
+            integers = integers_of(input)
+            # torch.compile does not trace methods of Tensor that are called as functions.
+            call = getattr(integers, name) if is_method else functools.partial(function, integers)
+            moved = call(*args, **kwargs)
             return made(moved, input._scale, input._zero_point)
         with ignoring_overrides():  # a sixth of the time that integers_of(input) takes
             moved = function(input, *args, **kwargs)
@@ -127,12 +131,12 @@ for _way, _names in _WAYS:
                 handles(_function)(_way(_function))
 
 
-def _moving_property(name: str) -> Handler:
-    return lambda self: like(self, getattr(integers_of(self), name))
-
-
-for _name in ("T", "mT", "H", "mH", "data"):
-    add_property(_name, _moving_property(_name))
+# By methods, because torch.compile cannot make another class of an attribute of a graph's input.
+for _name in ("mT", "mH"):
+    add_property(_name, lambda self: self.transpose(-2, -1))
+for _name in ("T", "H"):
+    add_property(_name, lambda self: self.permute(*reversed(range(self.dim()))))
+add_property("data", lambda self: self.detach())
 
 
 def _check_same_dtype(input: QuantizedTensor, dtype: Any, function: Any) -> None:
@@ -227,10 +231,6 @@ def _stack(tensors: Sequence[Any], dim: int = 0) -> QuantizedTensor:
     return _cat([x.unsqueeze(dim) for x in tensors], dim)
 
 
-def _at_least(function: Callable[..., Any], x: QuantizedTensor) -> Any:
-    return function(x)
-
-
 @handles(torch.hstack)
 def _hstack(tensors: Sequence[Any]) -> QuantizedTensor:
     tensors = [x.reshape(1) if x.dim() == 0 else x for x in tensors]
@@ -239,12 +239,13 @@ def _hstack(tensors: Sequence[Any]) -> QuantizedTensor:
 
 @handles(torch.vstack, torch.row_stack)
 def _vstack(tensors: Sequence[Any]) -> QuantizedTensor:
-    return _cat([_at_least(torch.atleast_2d, x) for x in tensors], 0)
+    return _cat([x if x.dim() > 1 else x.reshape(1, -1) for x in tensors], 0)
 
 
 @handles(torch.dstack)
 def _dstack(tensors: Sequence[Any]) -> QuantizedTensor:
-    return _cat([_at_least(torch.atleast_3d, x) for x in tensors], 2)
+    tensors = [x if x.dim() > 1 else x.reshape(1, -1) for x in tensors]
+    return _cat([x if x.dim() > 2 else x.unsqueeze(-1) for x in tensors], 2)
 
 
 def _several_shapes(function: Callable[..., Any]) -> Handler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,24 @@ def _ratio(size: int, outputs: int, align_corners: bool, scale: float | None) ->
     return size / outputs if scale is None else 1.0 / scale
 
 
+def _output_size(
+    given: Sequence[int], size: Any, scale_factor: Any
+) -> tuple[list[int], Sequence[float | None]]:
+    """The sizes of the output, and the scales to them where those are what the call gives."""
+    if (size is None) == (scale_factor is None):
+        raise ValueError("F.interpolate takes either size or scale_factor")
+    value = scale_factor if size is None else size
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(given)
+    if len(values) != len(given):
+        raise ValueError(
+            f"F.interpolate takes one number or {len(given)} for an input of {len(given)} spatial "
+            f"dimensions, got {value}"
+        )
+    if size is not None:
+        return values, [None] * len(given)
+    return [math.floor(n * scale) for n, scale in zip(given, values, strict=True)], values
+
+
 @handles(F.interpolate)
 def _interpolate(
     input: QuantizedTensor,
@@ -52,11 +71,9 @@ def _interpolate(
     if antialias or mode not in _MODES or _MODES[mode][0] not in (0, dims):
         # The weights of each element add up to 1, so that a zero point stays what it is.
         return like(input, _rounded(F.interpolate(values.float(), *rest), values.dtype))
-    # Torch checks the arguments and finds the size.
-    shape = F.interpolate(values.to("meta", torch.float32), *rest).shape[2:]
-    scales: Sequence[float | None] = [None] * dims
-    if scale_factor is not None and not recompute_scale_factor:
-        scales = [scale_factor] * dims if not hasattr(scale_factor, "__len__") else scale_factor
+    shape, scales = _output_size(values.shape[2:], size, scale_factor)
+    if recompute_scale_factor:
+        scales = [None] * dims
     sizes = zip(values.shape[2:], shape, scales, strict=True)
     ratios = [_ratio(n, outputs, bool(align_corners), scale) for n, outputs, scale in sizes]
     code = _MODES[mode][1]
