@@ -88,6 +88,27 @@ def test_every_instruction_set_gives_the_same_bytes(
             assert_same_bytes(made_by(case), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "layout"), WALKS)
+def test_the_gradient_may_take_the_place_of_the_incoming_one(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, any_isa: list[str]
+) -> None:
+    for case in batch_norm_calls.cases_of_geometry(shape, layout, dtype):
+        if case.nonfinite == RAISE:
+            continue
+        norm, quantizer = ops.observe_batch_norm_(*case.observing())
+        grad, *others = case.backward(norm, quantizer)
+        grad = torch.empty_like(case.x).copy_(grad)
+        of_channels = [torch.empty_like(case.weight) for _ in range(2)]
+        for isa in any_isa:
+            _C.set_isa(isa)
+            expected = ops.batch_norm_fake_quantize_backward(grad, *others)
+            place = grad.clone()
+            results = (place, *of_channels)
+            assert _C.batch_norm_fake_quantize_backward(place, *others, *results)
+            assert_same_bytes([place], [expected[0]])
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("shape", "layout"),

@@ -19,25 +19,32 @@ constexpr int kChains = static_cast<int>(128 / sizeof(T));
 
 // ------------------------------------------------------------------------------- rows
 
+template <int N, class S>
+void copy_elements(const S* from, S* to) {
+  for (int i = 0; i < N; ++i) to[i] = from[i];
+}
+
 // Calls each(a, b, out) for vectors of n elements, and wide(i) for pairs of them from element i on, as long as
 // there are any. The last vector may overlap the one before, and fewer elements than one vector are worked on
-// in a copy.
+// in a copy. `out` may be `a`.
 template <class V, class S, class Wide, class Each>
 void for_run(const S* a, const S* b, S* out, int64_t n, const Wide& wide, const Each& each) {
   constexpr int N = V::N;
+  S copies[2][N] = {};
   if (n < N) {
-    S copies[2][N] = {}, result[N];
+    S result[N];
     for (int64_t i = 0; i < n; ++i) copies[0][i] = a[i], copies[1][i] = b[i];
     each(copies[0], copies[1], result);
     for (int64_t i = 0; i < n; ++i) out[i] = result[i];
     return;
   }
+  const int64_t last = n - N;
+  const bool overlaps = n % N != 0;
+  if (overlaps) copy_elements<N>(a + last, copies[0]), copy_elements<N>(b + last, copies[1]);
   int64_t i = 0;
   for (; i + 2 * N <= n; i += 2 * N) wide(i);
-  for (; i < n; i += N) {
-    const int64_t at = smaller(i, n - N);
-    each(a + at, b + at, out + at);
-  }
+  if (i + N <= n) each(a + i, b + i, out + i);
+  if (overlaps) each(copies[0], copies[1], out + last);
 }
 
 // Copies the rows of a chunk one after the other, in the type of the arithmetic.
@@ -568,14 +575,18 @@ void gradient_of_vectors(const ColumnVectors<V>& vectors, const S* grad, const S
                          const NormColumns<T>& norm, const Range<T>& range) {
   const int64_t columns = vectors.columns;
   const auto gradients = gradients_of<V>(range);
+  // The last vector of a row is read first where it overlaps the one before: grad_x may be grad.
+  S last[V::N] = {};
+  const bool overlaps = columns % V::N != 0;
   for (int64_t r = 0; r < rows; ++r, grad += columns, x += columns, grad_x += columns) {
-    vectors.each([&](int64_t, int64_t c) {
+    if (overlaps) copy_elements<V::N>(grad + columns - V::N, last);
+    vectors.each([&](int64_t slot, int64_t c) {
       fetch_ahead<V::N>(grad + c);
       fetch_ahead<V::N>(x + c);
       fetch_ahead<V::N>(grad_x + c);
       const auto n = normalizer_at<V>(norm, c);
       const auto centred = n.centred(V::load(x + c));
-      auto of_x = gradients.passed(V::load(grad + c), n.normalized(centred));
+      auto of_x = gradients.passed(V::load(slot == c ? grad + c : last), n.normalized(centred));
       if constexpr (kTraining) {
         of_x = gradient_of_x<V>(of_x, centred, n.gain, V::load(norm.offset + c), V::load(norm.slope + c));
       } else {

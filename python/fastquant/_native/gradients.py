@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _C
 from . import ops
 from .fast_calls import is_grad_enabled, may_skip_dispatcher
+from .ownership import is_sole_owner, learn_counts
 from .reference import batch_norm
 
 _empty_like = torch.empty_like
@@ -60,21 +61,24 @@ def _save_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
     ctx.stride = y.stride()
 
 
-def _straight_through(ctx: Any, grad: Tensor) -> Tensor:
-    """The straight-through estimate, https://arxiv.org/abs/1308.3432."""
+def _straight_through(ctx: Any, grad: Tensor, reuse: bool = False) -> Tensor:
+    """The straight-through estimate, https://arxiv.org/abs/1308.3432.
+
+    With `reuse`, grad may become the result.
+    """
     (mask,) = ctx.saved_tensors
     if grad.requires_grad and is_grad_enabled():
         result: Tensor = _differentiable_mask(grad, mask, ctx.stride)
         return result
-    return _masked(grad, mask, ctx.stride)
+    return _masked(grad, mask, ctx.stride, reuse)
 
 
-def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...]) -> Tensor:
+def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...], reuse: bool = False) -> Tensor:
     # The mask has its bits in the order of the output's memory.
     if grad.stride() != stride:
         grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
     if may_skip_dispatcher(grad):
-        gradient = _empty_like(grad)
+        gradient = grad if reuse else _empty_like(grad)
         if _C.fake_quantize_backward(grad, mask, gradient):
             return gradient
     result: Tensor = ops.fake_quantize_backward(grad, mask)
@@ -115,11 +119,13 @@ class _StraightThroughSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
         _save_mask(ctx, (a, b, made), made)
+        learn_counts()
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradient = _straight_through(ctx, grad)
+        reuse = is_sole_owner(grad)
+        gradient = _straight_through(ctx, grad, reuse)
         return gradient, gradient, None
 
 
@@ -148,7 +154,10 @@ def _save_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = bias.dtype
 
 
-def _gradients_of_x_weight_bias(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_of_x_weight_bias(
+    ctx: Any, grad: Tensor, reuse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With `reuse`, grad may become the gradient of x."""
     x, weight, norm, quantizer = ctx.saved_tensors
     if is_grad_enabled() and any(t.requires_grad for t in (grad, x, weight)):
         training, *clamping = ctx.settings
@@ -159,7 +168,8 @@ def _gradients_of_x_weight_bias(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor,
         args = (grad, x, norm, quantizer, *ctx.settings)
         if may_skip_dispatcher(grad, x):
             of_bias = weight.new_empty(weight.size(), dtype=ctx.bias_dtype)
-            made = (_empty_like(x), _empty_like(weight), of_bias)
+            of_x = grad if reuse and grad.stride() == x.stride() else _empty_like(x)
+            made = (of_x, _empty_like(weight), of_bias)
             if _C.batch_norm_fake_quantize_backward(*args, *made):
                 return made
         made = ops.batch_norm_fake_quantize_backward(*args)
@@ -175,11 +185,13 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, y: tuple[Tensor], inputs: tuple[Any, ...]
     ) -> Tensor:
         _save_batch_norm(ctx, (x, weight, bias, *inputs), y[0])
+        learn_counts()
         return y[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients_of_x_weight_bias(ctx, grad), None, None
+        reuse = is_sole_owner(grad)
+        return *_gradients_of_x_weight_bias(ctx, grad, reuse), None, None
 
 
 with_batch_norm_gradients: _Attach = _BatchNorm.apply

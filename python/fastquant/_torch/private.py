@@ -131,6 +131,24 @@ ignoring_overrides = _find("_C.DisableTorchFunctionSubclass", None)
 if ignoring_overrides is None:
     raise ImportError(_unsupported("it has no torch._C.DisableTorchFunctionSubclass"))
 
+# How many owners a tensor and its memory have, and whether the memory is shared until somebody
+# writes to it.
+tensor_use_count: Any = _find("Tensor._use_count", None)
+is_copied_on_write: Any = _find("_C._is_cow_tensor", None)
+_storage_use_count: Any = _find("_C._storage_Use_Count", None)
+counts_owners = None not in (
+    tensor_use_count,
+    is_copied_on_write,
+    _storage_use_count,
+    _find("UntypedStorage._cdata", None),
+)
+
+
+def storage_use_count(storage: torch.UntypedStorage) -> int:
+    """How many owners a storage has; only where `counts_owners`."""
+    return _storage_use_count(storage._cdata)  # type: ignore[no-any-return]
+
+
 below_autograd = _find("_C._AutoDispatchBelowAutograd", torch.no_grad)
 
 

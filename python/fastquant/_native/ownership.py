@@ -1,0 +1,94 @@
+"""Whether a backward function holds its incoming gradient alone, so that it may be overwritten.
+
+A gradient is memory as large as the activation. Where nobody else can see it again, the gradient
+that is computed from it can be written in its place, which saves an allocation of that size and its
+page faults. torch's AccumulateGrad decides in the same way whether it may keep a gradient: by
+reference counts. Here all of them must be as they are for a gradient that was just made:
+
+- those of the tensor, where hooks on nodes, captured gradients and other branches of the graph
+  show, and of its Python object, where hooks on tensors show, and whatever Python code keeps;
+- those of its storage and of the storage's Python object, where views, detached tensors and
+  exported arrays show.
+
+Memory that torch has not allocated, or shares until somebody writes, may have other owners.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch.private import (
+    counts_owners,
+    is_copied_on_write,
+    storage_use_count,
+    tensor_use_count,
+)
+from .fast_calls import is_compiling, is_grad_enabled
+
+__all__ = ["is_sole_owner", "learn_counts"]
+
+_Counts = tuple[int, int, int, int]
+
+
+def _counts(grad: Tensor) -> _Counts:
+    """References, each with those of this module's functions."""
+    storage = grad.untyped_storage()
+    of_tensor = sys.getrefcount(grad), tensor_use_count(grad)
+    return *of_tensor, sys.getrefcount(storage), storage_use_count(storage)
+
+
+class _Probe(torch.autograd.Function):
+    """Counts what a gradient has that nobody else holds, in the way of `is_sole_owner`."""
+
+    found: _Counts
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _count(grad)
+        return grad
+
+
+def _count(grad: Tensor) -> None:
+    _Probe.found = _counts(grad)
+
+
+@functools.cache
+def learn_counts() -> _Counts | None:
+    """The counts of a gradient that a backward function alone holds; None where they are unknown.
+
+    They depend on the releases of Python and torch. To be called in a forward pass: it runs a
+    backward pass of its own, once.
+    """
+    if not counts_owners:
+        return None
+    with torch.enable_grad():
+        x = torch.ones(2, requires_grad=True)
+        y: Tensor = _Probe.apply(x)  # type: ignore[no-untyped-call]
+        # The product makes a new gradient.
+        torch.autograd.grad((y * torch.ones(2)).sum(), x)
+    return _Probe.found
+
+
+def is_sole_owner(grad: Tensor) -> bool:
+    """Whether the caller, a backward function with `grad` as its argument, alone can see it."""
+    return (
+        counts_owners
+        and not is_compiling()
+        and type(grad) is Tensor
+        and not is_grad_enabled()
+        and not grad.requires_grad
+        and _counts(grad) == learn_counts()
+        and weakref.getweakrefcount(grad) == 0
+        and grad.untyped_storage().resizable()
+        and not is_copied_on_write(grad)
+    )

@@ -1,0 +1,184 @@
+"""A backward function overwrites its incoming gradient only where nobody else can see it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastquant as fq
+from fastquant._native.ownership import is_sole_owner, learn_counts
+
+
+class Overwriting(torch.autograd.Function):
+    """Returns its input. Its backward function spoils the gradient where it is the only owner."""
+
+    spoiled: list[bool]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        learn_counts()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        alone = is_sole_owner(grad)
+        Overwriting.spoiled.append(alone)
+        result = grad.clone()
+        if alone:
+            grad.fill_(torch.nan)
+        return result
+
+
+@pytest.fixture(autouse=True)
+def none_spoiled() -> None:
+    Overwriting.spoiled = []
+
+
+def applied() -> tuple[Tensor, Tensor]:
+    x = torch.ones(4, requires_grad=True)
+    return x, Overwriting.apply(x)
+
+
+def hooked(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    y = Overwriting.apply(x)
+    y.register_hook(hook)
+    (y * 2).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: y * torch.full((4,), 2.0),
+        lambda y: (y + 1).relu() * 2,
+        lambda y: y * 1 + y.relu(),
+    ],
+)
+def test_new_gradients_are_overwritten(function: Callable[[Tensor], Tensor]) -> None:
+    x, y = applied()
+    (function(y) * 1).sum().backward()
+    assert Overwriting.spoiled == [True]
+    assert torch.equal(x.grad, torch.full((4,), 2.0))
+
+
+KEPT: dict[str, Callable[[Tensor], Any]] = {
+    "the gradient": lambda g: g,
+    "a detached tensor": lambda g: g.detach(),
+    "a view": lambda g: g[1:],
+    "its storage": lambda g: g.untyped_storage(),
+    "an array": lambda g: g.numpy(),
+    "a weak reference": weakref.ref,
+    "a lazy clone": torch._lazy_clone,
+    "an exported capsule": lambda g: g.__dlpack__(),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_what_a_hook_keeps_stays(what: str) -> None:
+    kept = []
+    hooked(torch.ones(4, requires_grad=True), lambda g: kept.append(KEPT[what](g)))
+    assert Overwriting.spoiled == [False]
+
+
+def test_a_hook_that_keeps_nothing_does_not_matter() -> None:
+    hooked(torch.ones(4, requires_grad=True), lambda g: None)
+    hooked(torch.ones(4, requires_grad=True), lambda g: g * 2)
+    assert Overwriting.spoiled == [True, True]
+
+
+def test_memory_of_others_stays() -> None:
+    array = np.full(4, 3, dtype=np.float32)
+    hooked(torch.ones(4, requires_grad=True), lambda g: torch.from_numpy(array))
+    assert (array == 3).all()
+
+
+def test_gradients_that_users_give_stay() -> None:
+    _, y = applied()
+    grad = torch.full((4,), 3.0)
+    y.backward(grad)
+    assert torch.equal(grad, torch.full((4,), 3.0))
+    x, y = applied()
+    torch.autograd.grad(y, x, grad)
+    assert torch.equal(grad, torch.full((4,), 3.0))
+
+
+def test_retained_and_captured_gradients_stay() -> None:
+    _, y = applied()
+    y.retain_grad()
+    (y * 2).sum().backward()
+    assert torch.equal(y.grad, torch.full((4,), 2.0))
+    x, y = applied()
+    gradients = torch.autograd.grad((y * 2).sum(), [x, y])
+    assert all(torch.equal(g, torch.full((4,), 2.0)) for g in gradients)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_prehook"])
+def test_what_hooks_on_nodes_see_stays(register: str) -> None:
+    _, y = applied()
+    seen: list[Tensor] = []
+    getattr(y.grad_fn, register)(lambda *gradients: seen.append(gradients[-1][0]))
+    (y * 2).sum().backward()
+    assert torch.equal(seen[0], torch.full((4,), 2.0))
+
+
+def test_a_gradient_of_two_branches_stays() -> None:
+    x, y = applied()
+    other = torch.ones(4, requires_grad=True)
+    ((y + other) * 2).sum().backward()
+    assert torch.equal(other.grad, torch.full((4,), 2.0))
+    assert torch.equal(x.grad, torch.full((4,), 2.0))
+
+
+def test_gradients_of_gradients_are_not_overwritten() -> None:
+    x, y = applied()
+    torch.autograd.grad((y * 2).sum(), x, create_graph=True)
+    assert Overwriting.spoiled == [False]
+
+
+OBSERVING = (torch.tensor(0.0), torch.tensor(1.0), torch.ones(1), torch.zeros(1, dtype=torch.int))
+
+
+def batch_norm(x: Tensor) -> Tensor:
+    parameters = torch.linspace(0.5, 1, 4).requires_grad_(), torch.linspace(0, 1, 4)
+    statistics = torch.zeros(4), torch.ones(4)
+    return fq.functional.batch_norm_observe_fake_quantize(
+        x, *parameters, *statistics, *(t.clone() for t in OBSERVING), low=0.0
+    )
+
+
+def residual_sum(x: Tensor) -> Tensor:
+    observing = (t.clone() for t in OBSERVING)
+    return fq.functional.add_observe_fake_quantize(x, torch.ones_like(x), *observing, low=0.0)
+
+
+@pytest.mark.parametrize("op", [batch_norm, residual_sum])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_ops_write_their_gradient_where_the_incoming_one_was(
+    op: Callable[[Tensor], Tensor], layout: torch.memory_format
+) -> None:
+    x = torch.randn(8, 4, 9, 9).contiguous(memory_format=layout)
+    factor = torch.cos(x)
+    gradients, addresses, kept = [], [], []
+
+    def address(grad: Tensor) -> None:
+        addresses.append(grad.data_ptr())
+
+    for keep in (False, True):
+        leaf = x.clone().requires_grad_()
+        z = leaf * 1
+        z.register_hook(address)
+        y = op(z)
+        y.register_hook(address)
+        if keep:
+            y.register_hook(kept.append)
+        (y * factor).sum().backward()
+        gradients.append(leaf.grad)
+    assert addresses[0] == addresses[1]
+    assert addresses[2] != addresses[3]
+    assert torch.equal(kept[0], factor)
+    assert torch.equal(*gradients)
