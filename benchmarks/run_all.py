@@ -18,6 +18,7 @@ import histogram_search
 import int8_models
 import memory
 import observers
+import ranges
 import roofline
 import threads
 import whole_models
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Measure] = {
         fake_quant,
         batch_norm,
         histogram_search,
+        ranges,
         roofline,
         threads,
         calls,
