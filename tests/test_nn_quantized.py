@@ -330,7 +330,16 @@ def same_output(a: Any, b: Any) -> bool:
     return torch.equal(a(x), b(x))
 
 
-@pytest.mark.parametrize("qconfig", [NATIVE, PER_TENSOR], ids=["per channel", "per tensor"])
+@pytest.mark.parametrize(
+    "qconfig",
+    [
+        NATIVE,
+        PER_TENSOR,
+        fq.default_symmetric_qnnpack_qconfig,
+        fq.default_per_channel_symmetric_qnnpack_qconfig,
+    ],
+    ids=["per channel", "per tensor", "per tensor without -128", "per channel without -128"],
+)
 def test_weight_and_bias_are_what_torch_ao_makes_of_them(qconfig: Any) -> None:
     torch.manual_seed(1)
     with quiet():

@@ -33,6 +33,9 @@ class FloatLayer(nn.Module):
         self.quantize = quantize
         self.reason = reason
 
+    def extra_repr(self) -> str:
+        return self.reason
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _mapped(_dequantized, (args, kwargs))
         outputs = self.module(*args, **kwargs)
