@@ -1,7 +1,10 @@
 """What quantization did to a model: which layer is to blame, and what helps.
 
-analysis = fastquant.analysis.analyze(float_model, prepared, data)
-print(analysis)
+    analysis = fastquant.analysis.analyze(float_model, prepared, data)
+    print(analysis)
+    analysis.to_html("report.html")
+
+`python -m fastquant.analysis module:build --data module:loader` does the same from a shell.
 """
 
 from .analyzing import analyze

@@ -28,8 +28,8 @@ _CHANNELS_FIRST = (nn.modules.conv._ConvNd, _NormBase, nn.GroupNorm)
 _OBSERVED = ("add", "mul", "cat", "add_relu", "matmul")
 # The page draws this many bars.
 _BARS = 128
-# Errors take two more forwards than values, and differ less from batch to batch: they are measured
-# on one batch of so many, beginning with the first.
+# Errors take two more forwards than values, and differ less from batch to batch: they, and the
+# integers used, are measured on one batch of so many, beginning with the first.
 _ERRORS_EVERY = 3
 
 
@@ -133,7 +133,7 @@ class Measuring:
         measured.calls += 1
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
-        measured.values.add(output)
+        measured.values.add(output, integers=self._with_errors)
         if not self._with_errors:
             return
         alone = site.alone(call, output)
@@ -190,7 +190,7 @@ class Measuring:
             high=values.high(),
             clip_low=ends[0],
             clip_high=ends[1],
-            clipped_share=values.clipped / values.elements,
+            clipped_share=values.clipped_share(),
             levels_used=values.levels_used(),
             channels=values.channels.min_val.numel(),
             dead_channels=values.dead_channels(),
@@ -286,7 +286,7 @@ def weight_report(site: Site) -> WeightReport | None:
         high=values.high(),
         channel_low=tuple(low.tolist()),
         channel_high=tuple(high.tolist()),
-        clipped_share=values.clipped / weight.numel() if weight.numel() else 0.0,
+        clipped_share=values.clipped_share(),
         levels_used=used,
         dead_channels=values.dead_channels() if weight[0].numel() > 1 else 0,
         nonfinite=values.nonfinite(),

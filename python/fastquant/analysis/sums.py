@@ -144,14 +144,19 @@ class Values:
     def __init__(self, grid: Grid | None, ch_axis: int) -> None:
         self.grid = grid
         self.ch_axis = ch_axis
-        self.elements = self.clipped = 0
+        self._elements = self._clipped = 0
         self._levels: Tensor | None = None
         self.shape: tuple[int, ...] = ()
         self.histogram: F.HistogramState | None = None
         self.channels: F.MinMaxState | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Count a tensor."""
+    def add(self, x: Tensor, integers: bool = True) -> None:
+        """Count a tensor.
+
+        Args:
+            x: its values.
+            integers: whether to count what the grid makes of it, too.
+        """
         if x.numel() == 0:
             return
         x = x.detach().float()
@@ -162,7 +167,6 @@ class Values:
             self.shape = tuple(x.shape)
             self.channels = F.minmax_state(channels, device=x.device)
             self.histogram = F.histogram_state(HISTOGRAM_BINS, device=x.device)
-        self.elements += x.numel()
         if channels == self.channels.min_val.numel():
             F.observe_minmax_(x, *self.channels, ch_axis=axis % x.dim())
         else:  # such as the last axis of attention, as long as the input
@@ -172,12 +176,14 @@ class Values:
             self.channels.max_val.clamp_(min=everything.max_val)
             self.channels.nonfinite_count.add_(everything.nonfinite_count)
         F.observe_histogram_(x, *self.histogram)
-        if self.grid is not None and self.grid.ch_axis is None:
-            self._add_integers(x, self.grid)
-        elif self.grid is not None:
-            integers = self.grid.integers(x)
-            outside = (integers < self.grid.quant_min) | (integers > self.grid.quant_max)
-            self.clipped += int((outside & integers.isfinite()).sum())
+        if integers and self.grid is not None:
+            self._elements += x.numel()
+            if self.grid.ch_axis is None:
+                self._add_integers(x, self.grid)
+            else:
+                q = self.grid.integers(x)
+                outside = (q < self.grid.quant_min) | (q > self.grid.quant_max)
+                self._clipped += int((outside & q.isfinite()).sum())
 
     def _add_integers(self, x: Tensor, grid: Grid) -> None:
         """Count how often each integer occurs: in a histogram with a bin for each of them."""
@@ -191,10 +197,14 @@ class Values:
             changed = inside != x
             if self.nonfinite():
                 changed &= x.isfinite()
-            self.clipped += int(changed.sum())
+            self._clipped += int(changed.sum())
             x = inside
         ends = torch.tensor([low, high], dtype=torch.float32, device=x.device)
         F.observe_histogram_(x, self._levels, ends[0], ends[1])
+
+    def clipped_share(self) -> float:
+        """The share of elements more than half a step beyond the grid's ends."""
+        return self._clipped / self._elements if self._elements else 0.0
 
     def levels_used(self) -> float | None:
         """The share of the grid's integers that occur; None where they are not counted."""
