@@ -113,12 +113,9 @@ struct Avx2Dot : Avx2Lanes {
 
   // The same words in memory.
   struct Wide : Avx2Lanes {
-    static constexpr int kMostVectors = 4;
+    static constexpr int kMostVectors = 2;
     template <int kVectors>
-    static constexpr int kMostRows = kVectors == 4   ? 3
-                                     : kVectors == 3 ? 4
-                                     : kVectors == 2 ? 6
-                                                     : 8;
+    static constexpr int kMostRows = kVectors == 2 ? 6 : 8;
     using Values = __m256i;
     using Weights = __m256i;
     static Values values(const uint8_t* p) { return four(p); }

@@ -172,7 +172,7 @@ def unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed:
     w = w.transpose(1, 2).reshape(groups, padded, rows, row)[:, :outputs, :, :values]
     w = w.reshape(groups, outputs, rows, row_taps, inputs)
     w = w.permute(0, 4, 1, 2, 3) if transposed else w.permute(0, 1, 4, 2, 3)
-    return w.reshape(list(shape)).contiguous()
+    return w.reshape(list(shape)).clone(memory_format=torch.contiguous_format)
 
 
 def _output(
