@@ -1,7 +1,7 @@
 """What a call of a small int8 module costs, and what functions of torch cost on a quantized tensor.
 
 Compares fastquant's native modules and quantized tensors with torch.ao's, in microseconds, on one
-thread: each figure is the median of interleaved rounds.
+thread: each figure is the least of many short interleaved rounds, since other work only adds.
 
     python benchmarks/int8_calls.py
 """
@@ -9,7 +9,6 @@ thread: each figure is the median of interleaved rounds.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -28,7 +27,7 @@ SCALE, ZERO_POINT = 0.1, 3
 
 
 def microseconds(calls: dict[str, Callable[[], Any]], rounds: int, count: int) -> dict[str, float]:
-    """The median time of each call."""
+    """The least time of each call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -36,7 +35,7 @@ def microseconds(calls: dict[str, Callable[[], Any]], rounds: int, count: int) -
             for _ in range(count):
                 call()
             times[name].append((time.perf_counter() - begin) / count * 1e6)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: min(each) for name, each in times.items()}
 
 
 def weight(*shape: int) -> torch.Tensor:
@@ -92,8 +91,8 @@ def modules() -> dict[str, tuple[Callable[[Any, Any], Any], ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--calls", type=int, default=500, help="calls in a round")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--calls", type=int, default=100, help="calls in a round")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
