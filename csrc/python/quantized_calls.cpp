@@ -114,7 +114,7 @@ class NewBytes {
   NewBytes(int64_t dims, const int64_t* sizes, const int64_t* strides, bool is_signed) {
     int64_t bytes = 1;
     for (int64_t d = 0; d < dims; ++d) bytes *= sizes[d];
-    require(bytes > 0 && dims <= kMostDims);
+    require(quantized_type != nullptr && bytes > 0 && dims <= kMostDims);
     block_ = static_cast<Block*>(::operator new(kHeader + static_cast<size_t>(bytes), kAlignment));
     *block_ = {{exchange->major, exchange->minor, nullptr, free_block, 0, {}}, {}, {}};
     std::copy_n(sizes, dims, block_->sizes);

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _C
 from .._native import ops
 from .._native.fast_calls import fast_calls, nothing_intervenes
-from .tensor import QuantizedTensor, integers_of, like, made, parts
+from .tensor import CHANGES_CLASS, QuantizedTensor, integers_of, like, made, parts
 
 # No bound of an output. Not infinity, which AOTInductor cannot store.
 UNBOUNDED = torch.finfo(torch.float32).max
@@ -26,7 +26,7 @@ def _new_float_tensor(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tenso
     return torch.empty_strided(sizes, strides, dtype=torch.float32, device="cpu")
 
 
-if fast_calls:
+if fast_calls and CHANGES_CLASS:
     _C.set_up_quantized_calls(QuantizedTensor, _new_float_tensor)
 
 

@@ -18,6 +18,7 @@ from .._native import ops
 from .._torch.private import ignoring_overrides
 from . import calls
 from .tensor import (
+    CHANGES_CLASS,
     HANDLERS,
     Handler,
     QuantizedTensor,
@@ -40,11 +41,13 @@ from .tensor import (
 
 
 def _moving(function: Callable[..., Any]) -> Handler:
-    is_python, name = isinstance(function, FunctionType), function.__name__
+    # Functions in Python may call methods of the class that they get.
+    on_ordinary = isinstance(function, FunctionType) or not CHANGES_CLASS
+    name = function.__name__
     is_method = function is getattr(Tensor, name, None)
 
     def move(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or is_python or type(input) is not QuantizedTensor:
+        if is_dynamo_compiling() or on_ordinary or type(input) is not QuantizedTensor:
             integers = integers_of(input)
             # torch.compile does not trace methods of Tensor that are called as functions.
             call = getattr(integers, name) if is_method else functools.partial(function, integers)

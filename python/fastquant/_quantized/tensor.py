@@ -143,6 +143,18 @@ class ExportedQuantizedTensor:
 _CLASSES: tuple[type, ...] = (QuantizedTensor, ExportedQuantizedTensor)
 
 
+def _changes_class() -> bool:
+    """Whether an ordinary tensor can be made a quantized one by setting its class."""
+    try:
+        torch.empty(0, dtype=torch.uint8).__class__ = QuantizedTensor
+    except TypeError:
+        return False
+    return True
+
+
+CHANGES_CLASS = _changes_class()
+
+
 def made(values: Tensor, scale: float, zero_point: int) -> QuantizedTensor:
     """A quantized tensor of these values, which nothing checks.
 
@@ -151,7 +163,7 @@ def made(values: Tensor, scale: float, zero_point: int) -> QuantizedTensor:
     x: Any
     if is_exporting():
         x = ExportedQuantizedTensor(values, scale, zero_point)
-    elif is_dynamo_compiling() or type(values) is not Tensor:
+    elif is_dynamo_compiling() or type(values) is not Tensor or not CHANGES_CLASS:
         x = values.as_subclass(QuantizedTensor)
         x._integers, x._scale, x._zero_point = values, scale, zero_point
     else:
