@@ -15,6 +15,7 @@ import compile
 import convolution
 import fake_quant
 import histogram_search
+import int8_elementwise
 import int8_models
 import memory
 import observers
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Measure] = {
         whole_models,
         compile,
         convolution,
+        int8_elementwise,
         int8_models,
     )
 }

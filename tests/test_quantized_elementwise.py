@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import pytest
@@ -99,6 +100,12 @@ def test_quantize_is_within_half_a_step(seed: int, dtype: torch.dtype, scale: fl
     assert steps_off(values, x.to(torch.float64), scale, 7) <= HALF
 
 
+on_x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="torch rounds otherwise on Arm"
+)
+
+
+@on_x86
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [0.03, 1.0, 1e-4, 70.0, 1e-30])
 def test_quantize_and_dequantize_as_torch(
@@ -114,6 +121,25 @@ def test_quantize_and_dequantize_as_torch(
             assert torch.equal(ours, theirs.int_repr())
             real = ops.dequantize(ours, scale, zero_point, torch.float32)
             assert torch.equal(real, theirs.dequantize())
+
+
+@on_x86
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_rounds_as_torch_next_to_ties(dtype: torch.dtype, every_isa: list[str]) -> None:
+    info = torch.iinfo(dtype)
+    for seed, scale in enumerate((0.0123, 0.3, 0.77)):
+        generator = torch.Generator().manual_seed(seed)
+        steps = torch.randint(-300, 300, (4096,), generator=generator) + 0.5
+        x = (steps * scale).to(torch.float32)
+        nudge = torch.randint(-2, 3, x.shape, dtype=torch.int32, generator=generator)
+        x = (x.view(torch.int32) + nudge).view(torch.float32)
+        for zero_point in (info.min, info.max - 54):
+            theirs = torch.quantize_per_tensor(x, scale, zero_point, TORCHS[dtype])
+            for isa in every_isa:
+                _C.set_isa(isa)
+                ours = ops.quantize(x, scale, zero_point, dtype, False)
+                assert torch.equal(ours, theirs.int_repr())
+            assert torch.equal(OPS["quantize"](x, scale, zero_point, dtype, False), ours)
 
 
 def operands(dtype: torch.dtype) -> tuple[Quantized, Quantized]:

@@ -51,31 +51,22 @@ void for_pixels(int64_t images, int64_t channels, int64_t pixels, const F& f) {
   });
 }
 
-int zero_point_of_bytes(const Quantization& q) {
-  const int64_t least = q.is_signed ? -128 : 0;
-  check(q.zero_point >= least && q.zero_point <= least + 255, "zero_point ", q.zero_point,
-        " is not a value of the dtype");
-  return static_cast<int>(q.zero_point - least);
-}
-
-uint8_t flip_of(const Quantization& q) { return q.is_signed ? 0x80 : 0; }
-
 }  // namespace
 
 Output output_of(const Quantization& q, double low, double high) {
-  const int zero_point = zero_point_of_bytes(q);
+  const int zero_point = zero_point_of_bytes(q.zero_point, q.is_signed);
   const auto level = [&](double bound) {
     const double steps = std::nearbyint(bound / q.scale) + zero_point;
     return static_cast<uint8_t>(std::min(std::max(steps, 0.0), 255.0));
   };
-  return {zero_point, level(low), level(high), flip_of(q)};
+  return {zero_point, level(low), level(high), flip_of(q.is_signed)};
 }
 
 Operand operand_of(const Quantization& q, double unit) {
   // Where a scale is so much larger than the output's, every element but those of 0 is beyond the output's
   // range, and so is it with a finite ratio.
   const double ratio = std::min(q.scale / unit, 0x1p100);
-  return {static_cast<float>(ratio), zero_point_of_bytes(q), flip_of(q)};
+  return {static_cast<float>(ratio), zero_point_of_bytes(q.zero_point, q.is_signed), flip_of(q.is_signed)};
 }
 
 BinaryOperands operands_of(Binary op, const Quantization& a, const Quantization& b, double unit) {

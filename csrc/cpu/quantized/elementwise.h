@@ -3,15 +3,9 @@
 
 #include "../../memory.h"
 #include "elementwise_kernels.h"
+#include "quantization.h"
 
 namespace fastquant {
-
-// How the bytes of a tensor are to be read: real = (q - zero_point) * scale.
-struct Quantization {
-  double scale;
-  int64_t zero_point;
-  bool is_signed;  // int8
-};
 
 // The output of an operation, bounded by low and high in real units; infinite bounds are none.
 Output output_of(const Quantization& q, double low, double high);

@@ -5,6 +5,7 @@
 #include "../arrays.h"
 #include "kernels.h"
 #include "pooling_kernels.h"
+#include "quantization.h"
 
 namespace fastquant {
 namespace {
@@ -73,8 +74,7 @@ void interpolate(const Images& x, const Resizing& resizing, uint8_t* out) {
       if (linear) {
         quantized_kernels().pooling->interpolate({lines, weights, count, width.left.data(), width.right.data(),
                                                   width.left_weights.data(), width.right_weights.data(),
-                                                  x.strides[2], x.channels, to, wide,
-                                                  static_cast<uint8_t>(x.is_signed ? 0x80 : 0)});
+                                                  x.strides[2], x.channels, to, wide, flip_of(x.is_signed)});
       } else {
         for (int64_t i = 0; i < wide; ++i) {
           std::memcpy(to + i * x.channels, lines[0] + width.left[i] * x.strides[2],

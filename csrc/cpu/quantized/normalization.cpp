@@ -43,8 +43,6 @@ struct Channels {
   std::vector<float> gain, bias;
 };
 
-int flip_of(const Quantization& q) { return q.is_signed ? 0x80 : 0; }
-
 void normalize_pixels(const uint8_t* x, uint8_t* out, int64_t rows, int64_t columns, const Quantization& of_x,
                       const Channels& channels, const NormOutput& output) {
   const Operand operand = operand_of(of_x, 1.0);
@@ -73,8 +71,8 @@ void group_norm(const uint8_t* x, int64_t images, int64_t pixels, int64_t channe
                 const Quantization& of_x, const Affine& affine, double eps, const NormOutput& output,
                 uint8_t* out) {
   const int64_t each = channels / groups, size = pixels * channels;
-  const double zero_point = static_cast<double>(of_x.zero_point) + (of_x.is_signed ? 128 : 0);
-  const uint8_t flip = static_cast<uint8_t>(flip_of(of_x));
+  const double zero_point = zero_point_of_bytes(of_x.zero_point, of_x.is_signed);
+  const uint8_t flip = flip_of(of_x.is_signed);
   const auto of_image = [&](int64_t image) {
     const uint8_t* const from = x + image * size;
     const int64_t pieces = std::min(piece_count(size), pixels);
@@ -114,7 +112,7 @@ void group_norm(const uint8_t* x, int64_t images, int64_t pixels, int64_t channe
 void layer_norm(const uint8_t* x, int64_t rows, int64_t n, const Quantization& of_x, const Affine& affine,
                 double eps, const NormOutput& output, uint8_t* out) {
   const double unit = output.quantization.scale;
-  const double zero_point = static_cast<double>(of_x.zero_point) + (of_x.is_signed ? 128 : 0);
+  const double zero_point = zero_point_of_bytes(of_x.zero_point, of_x.is_signed);
   const Operand operand = operand_of(of_x, 1.0);
   const Output to = output_of(output.quantization, output.low, output.high);
   Channels arrays(n);
@@ -126,7 +124,7 @@ void layer_norm(const uint8_t* x, int64_t rows, int64_t n, const Quantization& o
     for (int64_t r = begin; r < end; ++r) {
       const uint8_t* const from = x + r * n;
       int64_t sum, squares;
-      table().moments(from, n, static_cast<uint8_t>(flip_of(of_x)), &sum, &squares);
+      table().moments(from, n, flip_of(of_x.is_signed), &sum, &squares);
       const Statistics s = statistics_of(n, sum, squares, of_x.scale, eps);
       table().normalize({from, n}, {out + r * n, n}, 1, n, operand, static_cast<float>(s.mean - zero_point),
                         static_cast<float>(s.inverse_deviation * of_x.scale / unit), arrays.gain.data(),
@@ -144,7 +142,7 @@ void softmax(const uint8_t* x, int64_t outer, int64_t n, int64_t inner, double x
     exponentials[d] = static_cast<int64_t>(std::nearbyint(std::exp(-static_cast<double>(d) * x_scale) * kOne));
   }
   const Output to = output_of(output, -INFINITY, INFINITY);
-  const uint8_t flip = is_signed ? 0x80 : 0;
+  const uint8_t flip = flip_of(is_signed);
   const int64_t lines = outer * inner;
   for_pieces(lines, std::min(piece_count(4 * lines * n), lines), 1, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {

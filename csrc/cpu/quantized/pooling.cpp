@@ -3,6 +3,7 @@
 #include "../arrays.h"
 #include "kernels.h"
 #include "pooling_kernels.h"
+#include "quantization.h"
 
 namespace fastquant {
 namespace {
@@ -45,16 +46,9 @@ void for_rows(const Images& x, const Windows (&windows)[kPoolDims], uint8_t* out
           rows[count++] = image + z * x.strides[0] + y * x.strides[1];
         }
       }
-      const PoolRow row = {rows.data(),
-                           count,
-                           width.begin.data(),
-                           width.end.data(),
-                           width.step,
-                           x.strides[2],
-                           x.channels,
-                           out + at * bytes,
-                           wide,
-                           static_cast<uint8_t>(x.is_signed ? 0x80 : 0)};
+      const PoolRow row = {
+          rows.data(),      count, width.begin.data(),  width.end.data(), width.step, x.strides[2], x.channels,
+          out + at * bytes, wide,  flip_of(x.is_signed)};
       f(row, depth.divisor[d] * height.divisor[h]);
     }
   });
@@ -105,18 +99,16 @@ void average_pool(const Images& x, int64_t zero_point, const Windows (&windows)[
   const Windows& width = windows[kPoolDims - 1];
   const std::vector<int64_t> ones(divisor.has_value() ? width.divisor.size() : 0, 1);
   const int64_t* const divisors = divisor.has_value() ? ones.data() : width.divisor.data();
-  const int zero_point_of_bytes = static_cast<int>(zero_point + (x.is_signed ? 128 : 0));
-  check(zero_point_of_bytes >= 0 && zero_point_of_bytes <= 255, "zero_point ", zero_point,
-        " is not a value of the dtype");
+  const int of_bytes = zero_point_of_bytes(zero_point, x.is_signed);
   for_rows(x, windows, out, [&](const PoolRow& row, int64_t of_rows) {
-    table().average(row, zero_point_of_bytes, divisor.value_or(of_rows), divisors);
+    table().average(row, of_bytes, divisor.value_or(of_rows), divisors);
   });
 }
 
 void mean_of_rows(const uint8_t* x, int64_t rows, int64_t n, bool is_signed, uint8_t* out) {
   const int64_t pieces = std::min(piece_count(rows * n, 4 * kGrain), rows);
   for_pieces(rows, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {
-    table().mean_of_rows(x + begin * n, out + begin, end - begin, n, is_signed ? 0x80 : 0);
+    table().mean_of_rows(x + begin * n, out + begin, end - begin, n, flip_of(is_signed));
   });
 }
 
