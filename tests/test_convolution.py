@@ -84,6 +84,17 @@ def test_small_images(shape: Any, images: int, onednn: bool) -> None:
         check_against_torch(convolution, x, weight, bias, [True, True, True])
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_kernel_that_does_not_fit_is_torchs_error(size: int) -> None:
+    convolution, weight = Convolution((1, 1), (0, 0), (1, 1), 8), torch.randn(8, 1, 4, 4)
+    x = torch.randn(2, 8, size, 4)
+    with pytest.raises(RuntimeError) as expected:
+        F.conv2d(x, weight, None, *convolution)
+    with torch.no_grad(), pytest.raises(RuntimeError) as error:
+        convolution(x, weight, None)
+    assert str(error.value) == str(expected.value)
+
+
 @torch.no_grad()
 def test_large_batches_are_computed_in_parts() -> None:
     convolution, weight, _ = layer(*LARGE[0], bias=False)

@@ -36,6 +36,8 @@ _HAS_ONEDNN: bool = (
 # output takes few multiplications. Where it takes many, they hide what memory costs.
 _LARGE_BATCH, _PART_OF_A_THREAD, _FEW_MULTIPLICATIONS = 20 << 20, 2 << 20, 64
 
+_WHOLE = slice(None)
+
 
 class Convolution(NamedTuple):
     """A convolution that is not transposed, of inputs with a batch dimension."""
@@ -50,12 +52,12 @@ class Convolution(NamedTuple):
         geometry = self._geometry(x, weight)
         for part in self._parts(x, weight):
             of_part = torch.convolution(x[part], weight, bias, *geometry)
-            if len(of_part) == len(x):
+            if part == _WHOLE:
                 return of_part
             if y is None:
                 size, stride = of_part.size(), of_part.stride()
                 y = of_part.new_empty_strided(
-                    (len(x), *size[1:]), (math.prod(size[1:]), *stride[1:])
+                    (x.shape[0], *size[1:]), (math.prod(size[1:]), *stride[1:])
                 )
             y[part] = of_part
         assert y is not None
@@ -73,7 +75,7 @@ class Convolution(NamedTuple):
             of_part, *of_its_parameters = torch.ops.aten.convolution_backward.default(
                 grad[part], x[part], weight, sizes, *geometry, needed
             )
-            if len(x[part]) == len(x):
+            if part == _WHOLE:
                 return of_part, *of_its_parameters
             if needed[0]:
                 of_x = torch.empty_like(x) if of_x is None else of_x
@@ -98,7 +100,7 @@ class Convolution(NamedTuple):
             weight.shape[2:] == (1, 1)
             and self.stride == (1, 1)
             and self.groups == 1
-            and len(x) < _ONEDNNS_BATCH
+            and x.shape[0] < _ONEDNNS_BATCH
             and torch.get_num_threads() == 1
         )
 
@@ -106,7 +108,7 @@ class Convolution(NamedTuple):
         return (
             _is_measured(x)
             and self._is_by_matrix_products(x, weight)
-            and len(x) > 1
+            and x.shape[0] > 1
             and x.shape[2] * x.shape[3] <= _SMALL_IMAGE
             and _HAS_ONEDNN
             and bool(torch.backends.mkldnn.enabled)
@@ -114,15 +116,14 @@ class Convolution(NamedTuple):
 
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
         """The parts of a batch to compute one after the other; the whole where that is faster."""
-        images, whole = len(x), [slice(None)]
-        if not _is_measured(x):
+        images, whole = x.shape[0], [_WHOLE]
+        if math.prod(weight.shape[1:]) > _FEW_MULTIPLICATIONS or not _is_measured(x):
             return whole
         per_image = x.nbytes // images + x.element_size() * self._outputs_per_image(x, weight)
         at_once = max(torch.get_num_threads() * _PART_OF_A_THREAD // per_image, 1)
         if (
             images * per_image < _LARGE_BATCH
             or at_once >= images
-            or weight[0].numel() > _FEW_MULTIPLICATIONS
             or self._is_by_matrix_products(x, weight)
         ):
             return whole
@@ -130,7 +131,7 @@ class Convolution(NamedTuple):
 
     def _outputs_per_image(self, x: Tensor, weight: Tensor) -> int:
         sizes = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            max((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 0)
             for size, kernel, stride, padding, dilation in zip(
                 x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
             )
