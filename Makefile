@@ -38,7 +38,8 @@ help:
 	@echo "make demo         a small CNN on real data, quantized by fastquant and by torch.ao"
 	@echo "make report       what quantization did to that CNN, layer by layer, as an HTML page"
 	@echo "make test         the whole test suite"
-	@echo "make native-test  tests of the kernels alone, without torch and Python"
+	@echo "make native-test  tests of the kernels alone, without torch and Python;"
+	@echo "                  make native-test-arm runs them for 64-bit ARM, emulated"
 	@echo "make lint         check formatting, lint and types; make format fixes the formatting"
 	@echo "make cuda-check   test, sanitize and measure the CUDA kernels, on a machine with a GPU"
 	@echo "make audit        check the ABI and the symbols of what was built"
@@ -62,8 +63,22 @@ native-test: $(VENV)/.installed
 	cmake -B $(NATIVE_BUILD) $(CMAKE_OPTIONS) \
 		-DFASTQUANT_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 		$(if $(SANITIZE),-DCMAKE_CXX_FLAGS="-fsanitize=$(SANITIZE) -fno-sanitize-recover=all")
-	cmake --build $(NATIVE_BUILD) --target kernels_test statistics_test
+	cmake --build $(NATIVE_BUILD) --target native_tests
 	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
+
+# The same for 64-bit ARM, emulated, where a compiler and an emulator for it are installed; on Debian or Ubuntu:
+# apt install g++-aarch64-linux-gnu qemu-user. Builds nothing for Python: any headers of Python will do.
+native-test-arm: $(VENV)/.installed
+	@if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; \
+	then echo "native-test-arm: skipped, no aarch64-linux-gnu-g++ or no qemu-aarch64"; \
+	else cmake -B build/native-arm $(CMAKE_OPTIONS) \
+		-DFASTQUANT_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu" \
+		-DPython_INCLUDE_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" && \
+		cmake --build build/native-arm --target native_tests && \
+		ctest --test-dir build/native-arm --output-on-failure; fi
 
 # The CUDA kernels, emulated on the CPU. `make test` runs them, too; this target adds sanitizers, or,
 # with FASTQUANT_EMULATION_RACES=1 in the environment, a search for data races. AddressSanitizer must

@@ -22,6 +22,7 @@ struct Avx512Taps {
   };
 #endif
   using Sums = __m512i;
+  using Ints = __m512i;
   using Words = __m512i;
   using Floats = __m512;
 
@@ -88,10 +89,10 @@ struct Avx512Taps {
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats add_floats(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats min_floats(Floats a, Floats b) { return _mm512_min_ps(a, b); }
-  static Sums round(Floats x) { return _mm512_cvtps_epi32(x); }
+  static Ints round(Floats x) { return _mm512_cvtps_epi32(x); }
 
   static Words set1_word(int32_t x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
-  static Words words(Sums a, Sums b) { return _mm512_packs_epi32(a, b); }
+  static Words words(Ints a, Ints b) { return _mm512_packs_epi32(a, b); }
   static Words add(Words a, Words b) { return _mm512_adds_epi16(a, b); }
   static Bytes bytes(Words a, Words b) { return _mm512_packus_epi16(a, b); }
 

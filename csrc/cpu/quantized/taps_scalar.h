@@ -22,6 +22,7 @@ struct ScalarTaps {
   struct Sums {
     int32_t at[4];
   };
+  using Ints = Sums;
   struct Words {
     int32_t at[8];
   };
@@ -104,7 +105,7 @@ struct ScalarTaps {
     return a;
   }
   // What is below the words' range may become any number below it.
-  static Sums round(Floats x) {
+  static Ints round(Floats x) {
     Sums y;
     for (int i = 0; i < 4; ++i) {
       const float bounded = x.at[i] > -40000.0f ? x.at[i] : -40000.0f;
@@ -114,7 +115,7 @@ struct ScalarTaps {
   }
 
   static Words set1_word(int32_t x) { return {{x, x, x, x, x, x, x, x}}; }
-  static Words words(Sums a, Sums b) {
+  static Words words(Ints a, Ints b) {
     Words y;
     std::memcpy(y.at, a.at, 16);
     std::memcpy(y.at + 4, b.at, 16);

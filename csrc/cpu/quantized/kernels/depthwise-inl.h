@@ -23,6 +23,7 @@ struct Depthwise {
   using Bytes = typename V::Bytes;
   using Column = typename V::Column;  // one vector of channels, four taps for each
   using Sums = typename V::Sums;
+  using Ints = typename V::Ints;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kVectors = 4;        // of sums, for a vector of bytes
   static constexpr int kSums = kLanes * 4;  // elements of such a vector
@@ -283,11 +284,12 @@ struct Depthwise {
       }
     }
     const auto half = [&](int j, typename V::Words* words) FASTQUANT_INLINE_LAMBDA {
-      Sums a[kTile], b[kTile];
-      sum<K, Q, S>(g, prepared, columns, j, a);
-      round<kTile>(p, j, high, a);
-      sum<K, Q, S>(g, prepared, columns, j + 1, b);
-      round<kTile>(p, j + 1, high, b);
+      Sums sums[kTile];
+      Ints a[kTile], b[kTile];
+      sum<K, Q, S>(g, prepared, columns, j, sums);
+      round(p, j, high, sums, a);
+      sum<K, Q, S>(g, prepared, columns, j + 1, sums);
+      round(p, j + 1, high, sums, b);
       unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA { words[x] = V::words(a[x], b[x]); });
     };
     typename V::Words words[2][kTile];
@@ -306,12 +308,12 @@ struct Depthwise {
     });
   }
 
-  template <int N>
-  static FASTQUANT_INLINE void round(const Parameters* p, int j, typename V::Floats high, Sums* sums) {
+  static FASTQUANT_INLINE void round(const Parameters* p, int j, typename V::Floats high, const Sums* sums,
+                                     Ints* rounded) {
     const auto factor = V::load_floats(p->factor[j]), bias = V::load_floats(p->bias[j]);
-    unrolled<N>([&](auto x) FASTQUANT_INLINE_LAMBDA {
+    unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA {
       const auto y = V::add_floats(V::multiply(V::to_floats(sums[x]), factor), bias);
-      sums[x] = V::round(V::min_floats(y, high));
+      rounded[x] = V::round(V::min_floats(y, high));
     });
   }
 
