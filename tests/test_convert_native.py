@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastquant as fq
 import fastquant.nn.quantized as nnq
+from fastquant import _C
 from fastquant.bench.models import torchvision_model
 from oracle import quiet
 
@@ -90,6 +91,19 @@ def test_a_model_computes_as_torch_aos_within_two_steps() -> None:
         assert not foreign(ours)
         assert steps_apart(ours(x), theirs(x), ours.classifier.scale) <= 2
         assert len(ours(x).unique()) > 10
+
+
+@torch.no_grad()
+def test_a_model_computes_the_same_bits_on_every_instruction_set(every_isa: list[str]) -> None:
+    model, x = fq.convert(net(), backend="native"), torch.randn(4, 3, 12, 12)
+    results = {}
+    for isa in every_isa:
+        _C.set_isa(isa)
+        results[isa] = model(x)
+        # A weight that was packed for one is read by all.
+        assert torch.equal(fq.convert(net(), backend="native")(x), results[isa])
+    assert len(results) > 1
+    assert all(torch.equal(y, results["scalar"]) for y in results.values())
 
 
 def test_the_default_is_torch_ao() -> None:
