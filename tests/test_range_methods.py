@@ -161,6 +161,95 @@ def test_what_does_not_fit_is_named(call: Any, message: str) -> None:
         call()
 
 
+HISTOGRAM = (torch.ones(8), torch.tensor(-1.0), torch.tensor(1.0))
+QPARAMS = (torch.tensor([0.1]), torch.tensor([3]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: F.histogram_range(*HISTOGRAM, method="kl"), ValueError, "range_method must be"),
+        (lambda: F.histogram_range(*HISTOGRAM, percentile=0), ValueError, "percentile must be"),
+        (lambda: F.histogram_range(*HISTOGRAM, levels=1), ValueError, "levels must be at least 2"),
+        (
+            lambda: F.histogram_range(*HISTOGRAM, method="mse", dtype=torch.qint32),
+            ValueError,
+            "'mse' takes at most 65536",
+        ),
+        (
+            lambda: F.histogram_range(
+                *HISTOGRAM, method="mse", qscheme=torch.per_channel_affine_float_qparams
+            ),
+            ValueError,
+            "affine and symmetric qschemes",
+        ),
+        (lambda: F.histogram_range([1.0], *HISTOGRAM[1:]), TypeError, "histogram must be a tensor"),
+        (
+            lambda: F.histogram_range(HISTOGRAM[0].int(), *HISTOGRAM[1:]),
+            TypeError,
+            "histogram must have a floating dtype",
+        ),
+        (
+            lambda: F.histogram_range(torch.ones(2, 2, 2), *HISTOGRAM[1:]),
+            ValueError,
+            r"\[channels, bins\], got shape \[2, 2, 2\]",
+        ),
+        (
+            lambda: F.histogram_range(torch.ones(2, 8), *HISTOGRAM[1:], method="mse"),
+            ValueError,
+            "min_val must have 2 elements",
+        ),
+        (
+            lambda: F.histogram_error(*HISTOGRAM, *QPARAMS, quant_min=5, quant_max=5),
+            ValueError,
+            "quant_min must be less than quant_max",
+        ),
+        (
+            lambda: F.histogram_error(
+                *HISTOGRAM, -QPARAMS[0], QPARAMS[1], quant_min=0, quant_max=5
+            ),
+            ValueError,
+            "scale must be positive",
+        ),
+        (
+            lambda: F.histogram_error(*HISTOGRAM, *QPARAMS, quant_min=0, quant_max=2),
+            ValueError,
+            "zero_point must lie between",
+        ),
+        (
+            lambda: F.histogram_error(
+                *HISTOGRAM, torch.ones(2), torch.zeros(2).int(), quant_min=0, quant_max=5
+            ),
+            ValueError,
+            "scale must have one element",
+        ),
+    ],
+)
+def test_functions_name_what_does_not_fit(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_histogram_of_nothing_has_no_error_and_no_range() -> None:
+    nothing = (torch.zeros(8), torch.tensor(float("inf")), torch.tensor(-float("inf")))
+    assert F.histogram_error(*nothing, *QPARAMS, quant_min=0, quant_max=5).isnan()
+    for method in OTHERS:
+        low, high = F.histogram_range(*nothing, method=method)
+        assert (float(low), float(high)) == (float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("cls", [HistogramObserver, PerChannelHistogramObserver])
+def test_observers_of_other_methods_compile(cls: Any) -> None:
+    eager, compiled = cls(bins=32, range_method="mse"), cls(bins=32, range_method="mse")
+    step = torch.compile(compiled, backend="eager")
+    for seed in range(3):
+        x = outliers(4, 30, seed=seed)
+        eager(x)
+        step(x)
+    assert_same(dict(compiled.state_dict()), dict(eager.state_dict()))
+    assert_same(compiled.calculate_qparams(), eager.calculate_qparams())
+
+
 def test_a_percentile_that_is_no_number_is_named() -> None:
     with pytest.raises(TypeError, match="percentile must be a number, got 'p99'"):
         HistogramObserver(percentile="p99")  # type: ignore[arg-type]
