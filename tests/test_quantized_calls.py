@@ -22,16 +22,20 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.uint8, scale: float = 0.1) -> QuantizedTensor:
-    x = quantize_per_tensor(torch.randn(shape) * 3, scale, 7, dtype)
-    return x.contiguous(memory_format=LAST[len(shape)]) if len(shape) in LAST else x  # type: ignore[return-value]
+    x: Any = quantize_per_tensor(torch.randn(shape) * 3, scale, 7, dtype)
+    if len(shape) == 3:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)  # type: ignore[no-any-return]
+    return x.contiguous(memory_format=LAST.get(len(shape), torch.contiguous_format))  # type: ignore[no-any-return]
 
 
-def layer(cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
+def layer(cls: Any, *args: Any, axis: int = 0, **kwargs: Any) -> nn.Module:
+    """A module with a random weight, whose output channels are along `axis`."""
     module = cls(*args, **kwargs)
     shape = module._weight_shape
-    scales = torch.rand(shape[0], dtype=torch.float64) * 0.02 + 0.01
-    weight = quantize_per_channel(torch.randn(shape), scales, torch.zeros(shape[0]), 0)
-    module.set_weight_bias(weight, torch.randn(shape[0]))
+    count = shape[axis]
+    scales = torch.rand(count, dtype=torch.float64) * 0.02 + 0.01
+    weight = quantize_per_channel(torch.randn(shape), scales, torch.zeros(count), axis)
+    module.set_weight_bias(weight, torch.randn(count))
     module.scale, module.zero_point = 0.21, 11
     return module  # type: ignore[no-any-return]
 
@@ -51,6 +55,15 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "conv2d_depthwise": (layer(nnq.Conv2d, 9, 9, 3, groups=9, padding=1), ((2, 9, 7, 8),)),
     "conv2d_no_bias": (layer(nnq.Conv2d, 3, 5, 3, padding="same"), ((2, 3, 7, 8),)),
     "conv3d": (layer(nnq.Conv3d, 4, 6, 2), ((1, 4, 5, 5, 5),)),
+    "conv_transpose1d": (
+        layer(nnq.ConvTranspose1d, 6, 10, 3, stride=2, output_padding=1, axis=1),
+        ((2, 6, 9),),
+    ),
+    "conv_transpose2d": (
+        layer(nnq.ConvTranspose2d, 6, 10, 3, stride=2, padding=1, axis=1),
+        ((2, 6, 9, 8),),
+    ),
+    "conv_transpose3d": (layer(nnq.ConvTranspose3d, 4, 6, 2, axis=1), ((1, 4, 3, 5, 4),)),
     "linear": (layer(nnq.Linear, 12, 7), ((3, 12),)),
     "linear_3d": (layer(nnq.Linear, 12, 7), ((3, 4, 12),)),
     "add": (functional("add"), ((2, 5, 4, 4),) * 2),
@@ -108,7 +121,9 @@ def test_short_calls_give_what_ops_give(
     name: str, dtype: torch.dtype, by_ops: Callable[..., Any]
 ) -> None:
     function, shapes = CALLS[name]
-    given = [tensor(*shape, dtype=dtype, scale=0.1 * (i + 1)) for i, shape in enumerate(shapes)]
+    given: list[Any] = [
+        tensor(*shape, dtype=dtype, scale=0.1 * (i + 1)) for i, shape in enumerate(shapes)
+    ]
     plain = [x.contiguous().clone() for x in given]
     for args in (given, plain):  # channels_last, and contiguous
         copies = [x.clone() for x in args]

@@ -122,6 +122,9 @@ PyMethodDef methods[] = {
               "groups, scale, zero_point, low, high) -> Tensor | None\n\nRuns the op of this name on quantized "
               "tensors, without torch's dispatcher, and returns a quantized tensor.\nReturns None where only "
               "the op supports the arguments."),
+    fast_call("quantized_conv_transpose", fastquant::quantized_conv_transpose_call,
+              "quantized_conv_transpose(x, packed_weight, weight_scale, bias, weight_shape, stride, padding, "
+              "output_padding, dilation, groups, scale, zero_point, low, high) -> Tensor | None\n\nThe same."),
     fast_call("quantized_linear", fastquant::quantized_linear_call,
               "quantized_linear(x, packed_weight, weight_scale, bias, out_features, scale, zero_point, low, "
               "high) -> Tensor | None\n\nThe same."),

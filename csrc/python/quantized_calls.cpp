@@ -8,6 +8,7 @@
 #include "cpu/quantized/geometry.h"
 #include "cpu/quantized/packing.h"
 #include "cpu/quantized/pooling.h"
+#include "cpu/quantized/transposed.h"
 #include "python/arguments.h"
 
 namespace fastquant {
@@ -213,6 +214,27 @@ OutputFormat format_of(void* data, bool is_signed, const OutputQParams& q, const
 
 QuantizedValues values_of(const Quantized& x) { return {x.data(), x.scale, x.zero_point, x.is_signed}; }
 
+// What `convolve` makes of x; scale, zero point and bounds of the output are the next arguments.
+PyObject* convolved(void (*convolve)(const QuantizedValues&, const ConvShape&, const uint8_t*,
+                                     const LayerScales&, const OutputFormat&),
+                    const Quantized& x, const ConvShape& shape, const PackedLayout& layout,
+                    const LayerWeights& weights, Arguments* args) {
+  const OutputQParams q(args);
+  const Bounds bounds(args);
+  const int64_t dims = x.t.ndim;
+  require(has_channels_last(dims, x.t.shape, x.t.strides));
+  const LayerScales scales = weights.checked(layout, shape.out_channels);
+  int64_t sizes[kMaxLayerDims], strides[kMaxLayerDims];
+  conv_output_sizes(shape, dims, sizes);
+  channels_last_strides(dims, sizes, strides);
+  NewBytes y(dims, sizes, strides, x.is_signed);
+  {
+    const WithoutGil released(std::max(shape.positions() * shape.out_channels, weights.bytes));
+    convolve(values_of(x), shape, weights.packed, scales, format_of(y.data(), x.is_signed, q, bounds));
+  }
+  return y.quantized(q);
+}
+
 bool is_contiguous(const DLTensor& t) {
   int64_t stride = 1;
   for (int d = t.ndim - 1; d >= 0; stride *= t.shape[d--]) {
@@ -305,23 +327,26 @@ PyObject* quantized_conv_call(PyObject*, PyObject* const* given, Py_ssize_t coun
     const Integers weight_shape = integers(args.next()), stride = integers(args.next());
     const Integers padding = integers(args.next()), dilation = integers(args.next());
     const int64_t groups = integer(args.next());
-    const OutputQParams q(&args);
-    const Bounds bounds(&args);
-    const int64_t dims = x.t.ndim;
     const ConvShape shape = conv_shape(
-        dims, x.t.shape, {weight_shape.values, weight_shape.count, stride, padding, dilation, groups});
-    require(has_channels_last(dims, x.t.shape, x.t.strides));
-    const PackedLayout layout(weight_shape.values, dims, groups, false);
-    const LayerScales scales = weights.checked(layout, shape.out_channels);
-    int64_t sizes[kMaxLayerDims], strides[kMaxLayerDims];
-    conv_output_sizes(shape, dims, sizes);
-    channels_last_strides(dims, sizes, strides);
-    NewBytes y(dims, sizes, strides, x.is_signed);
-    {
-      const WithoutGil released(std::max(shape.positions() * shape.out_channels, weights.bytes));
-      quantized_conv(values_of(x), shape, weights.packed, scales, format_of(y.data(), x.is_signed, q, bounds));
-    }
-    return y.quantized(q);
+        x.t.ndim, x.t.shape, {weight_shape.values, weight_shape.count, stride, padding, dilation, groups});
+    const PackedLayout layout(weight_shape.values, x.t.ndim, groups, false);
+    return convolved(quantized_conv, x, shape, layout, weights, &args);
+  });
+}
+
+PyObject* quantized_conv_transpose_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 14, [](Arguments args) {
+    const Quantized x = quantized(args.next());
+    const LayerWeights weights(&args);
+    const Integers weight_shape = integers(args.next()), stride = integers(args.next());
+    const Integers padding = integers(args.next()), output_padding = integers(args.next());
+    const Integers dilation = integers(args.next());
+    const int64_t groups = integer(args.next());
+    const ConvShape shape = conv_transpose_shape(
+        x.t.ndim, x.t.shape, {weight_shape.values, weight_shape.count, stride, padding, dilation, groups},
+        output_padding);
+    const PackedLayout layout(weight_shape.values, x.t.ndim, groups, true);
+    return convolved(quantized_conv_transpose, x, shape, layout, weights, &args);
   });
 }
 

@@ -12,6 +12,7 @@ namespace fastquant {
 
 PyObject* set_up_quantized_calls(PyObject* self, PyObject* args);
 PyObject* quantized_conv_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* quantized_conv_transpose_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantized_linear_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantized_add_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantized_mul_call(PyObject* self, PyObject* const* args, Py_ssize_t count);

@@ -39,6 +39,15 @@ def conv(input: Any, *args: Any) -> Any:
     return _C.quantized_conv(input, *args) if nothing_intervenes() else None
 
 
+def conv_transpose(input: Any, *args: Any) -> Any:
+    """The op `quantized_conv_transpose` without its arguments of x and dtype; None as above.
+
+    Args: packed_weight, weight_scale, bias, weight_shape, stride, padding, output_padding,
+        dilation, groups, scale, zero_point, low, high.
+    """
+    return _C.quantized_conv_transpose(input, *args) if nothing_intervenes() else None
+
+
 def linear(input: Any, *args: Any) -> Any:
     """The op `quantized_linear` without its arguments of x and dtype; None as above.
 

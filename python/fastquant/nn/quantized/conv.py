@@ -282,13 +282,8 @@ class _ConvTranspose(_ConvNd):
         )
 
     def forward(self, input: Any) -> Any:
-        values, scale, zero_point = parts(input)
-        self._require_shape(values)
         buffers = self._buffers
-        output = quantized_conv_transpose(
-            values,
-            scale,
-            zero_point,
+        args = (
             buffers["_packed_weight"],
             buffers["weight_scale"],
             buffers["_bias"],
@@ -302,9 +297,14 @@ class _ConvTranspose(_ConvNd):
             self.zero_point,
             self._LOW,
             self._HIGH,
-            values.dtype,
         )
-        return made(output, self.scale, self.zero_point)
+        output = calls.conv_transpose(input, *args)
+        if output is not None:
+            return output
+        values, scale, zero_point = parts(input)
+        self._require_shape(values)
+        values = quantized_conv_transpose(values, scale, zero_point, *args, values.dtype)
+        return made(values, self.scale, self.zero_point)
 
 
 class ConvTranspose1d(_ConvTranspose):
