@@ -28,6 +28,16 @@ def weight_scales(channels: int, seed: int) -> Tensor:
 
 
 @st.composite
+def values(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Tensor, float, int]:
+    """Values of eight bits or of seven, for which some instruction sets have other kernels."""
+    dtype, eight = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+    x = random_bytes(shape, dtype, draw(seeds))
+    if not eight:
+        x = x // 2 if dtype == torch.uint8 else x.bitwise_or(-128)
+    return x, 0.02, draw(zero_points(dtype)) if eight else torch.iinfo(dtype).min + 100
+
+
+@st.composite
 def outputs(draw: st.DrawFn) -> tuple[Any, ...]:
     """Scale, zero point, bounds and dtype of an output."""
     dtype = draw(st.sampled_from(OUTPUTS))
@@ -49,10 +59,8 @@ def linears(draw: st.DrawFn) -> Call:
     inputs = draw(st.sampled_from([1, 3, 4, 16, 17, 70, 256]))
     channels = draw(st.sampled_from([1, 3, 16, 17, 40, 64, 100, 130]))
     leading = draw(st.sampled_from([(), (1,), (3,), (2, 5), (7,), (30,)]))
-    dtype, seed = draw(st.sampled_from(DTYPES)), draw(seeds)
-    x = random_bytes((*leading, inputs), dtype, seed)
-    packed = OPS["pack_weight"](random_weight((channels, inputs), seed + 1), 1, False)
-    quantization = (0.02, draw(zero_points(dtype)))
+    x, *quantization = draw(values((*leading, inputs)))
+    packed = OPS["pack_weight"](random_weight((channels, inputs), draw(seeds)), 1, False)
     scales = draw(scales_of_layer(channels))
     return "quantized_linear", (x, *quantization, packed, *scales, channels, *draw(outputs()))
 
@@ -89,13 +97,11 @@ def convolutions(draw: st.DrawFn, transposed: bool = False) -> Call:
     else:
         least = [r - 2 * p for r, p in zip(reach, padding, strict=True)]
         spatial = [max(a, b, 1) for a, b in zip(least, sizes(1, 4, 9, 13), strict=True)]
-    dtype, seed = draw(st.sampled_from(DTYPES)), draw(seeds)
-    x = random_bytes((draw(st.integers(1, 2)), groups * inputs, *spatial), dtype, seed)
+    x, *quantization = draw(values((draw(st.integers(1, 2)), groups * inputs, *spatial)))
     x = in_layout(x, draw(st.sampled_from(["contiguous", "channels last", "part"])))
     split = (groups * inputs, channels) if transposed else (groups * channels, inputs)
     shape = (*split, *kernel)
-    packed = OPS["pack_weight"](random_weight(shape, seed + 1), groups, transposed)
-    quantization = (0.02, draw(zero_points(dtype)))
+    packed = OPS["pack_weight"](random_weight(shape, draw(seeds)), groups, transposed)
     scales = draw(scales_of_layer(groups * channels))
     geometry: tuple[Any, ...] = (list(shape), stride, padding, dilation, groups)
     if transposed:

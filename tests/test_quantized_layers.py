@@ -140,6 +140,19 @@ def test_as_torch_on_seven_bits(groups: int) -> None:
     assert float((difference > 0).double().mean()) < 1e-3
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("value", [127, 128, 255])
+def test_the_greatest_sums_are_exact(value: int, rows: int, every_isa: list[str]) -> None:
+    x = torch.full((rows, 1000), value, dtype=torch.uint8)
+    weight = torch.tensor([[-128], [127]], dtype=torch.int8).expand(2, 1000).contiguous()
+    packed = ops.pack_weight(weight, 1, False)
+    for isa in every_isa:
+        _C.set_isa(isa)
+        output = (1.0, 0, -INF, INF, torch.float32)
+        y = ops.quantized_linear(x, 1.0, 0, packed, torch.ones(1), None, 2, *output)
+        assert y.tolist() == [[-128_000.0 * value, 127_000.0 * value]] * rows
+
+
 def test_outputs_of_any_size_are_bounded(every_isa: list[str]) -> None:
     """Sums times factors that int32 cannot hold."""
     x = torch.full((1, 64), 255, dtype=torch.uint8)

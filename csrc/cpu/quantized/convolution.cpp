@@ -305,9 +305,17 @@ int64_t positions_at_once(const Convolution& conv, const ConvShape& s, const Pac
   return std::max(kRowUnit, std::min(fitting, most) / kRowUnit * kRowUnit);
 }
 
+// Whether no value exceeds 127.
+bool has_seven_bits(const uint8_t* x, int64_t n) {
+  uint8_t all = 0;
+  for (int64_t i = 0; i < n; ++i) all |= x[i];
+  return all < 128;
+}
+
 // The outputs at the positions [begin, end) of the blocks [first, last), which are counted over all groups.
 void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& layout, const uint8_t* packed,
-              const Requantization& requantization, int64_t begin, int64_t end, int64_t first, int64_t last) {
+              const Requantization& requantization, bool seven_bits, int64_t begin, int64_t end, int64_t first,
+              int64_t last) {
   const MatrixKernels& kernels = *quantized_kernels().matrix;
   const int64_t at_once = std::min(end - begin, positions_at_once(conv, s, layout));
   const int64_t blocks = (layout.out_channels + kBlockChannels - 1) / kBlockChannels;
@@ -327,7 +335,8 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
       }
       const MatrixRows rows = {pointers.get(),  copies ? 0 : group * layout.in_channels,
                                to - from,       to - from,
-                               conv.segments(), conv.steps()};
+                               conv.segments(), conv.steps(),
+                               seven_bits};
       const auto* const data = reinterpret_cast<const int8_t*>(packed + group * layout.group_bytes());
       const MatrixWeights weights = {data, layout.out_channels, layout.steps(), nullptr};
       kernels.multiply(rows, weights, std::max<int64_t>(first - group * blocks, 0),
@@ -367,21 +376,23 @@ void quantized_conv(const QuantizedValues& x, const ConvShape& given, const uint
   const PackedLayout layout(shape, 5, s.groups, false);
   if (layout.depthwise()) return depthwise_conv(x, given, packed, scales, format);
   // Kernels take values from 0 to 255: those of int8 are moved there, with their zero point.
+  const int64_t n = s.batch * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
   const uint8_t* data = x.data;
   std::unique_ptr<uint8_t[]> moved;
   if (x.is_signed) {
-    const int64_t n = s.batch * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
     moved.reset(new uint8_t[n]);
     for (int64_t i = 0; i < n; ++i) moved[i] = data[i] ^ 0x80;
     data = moved.get();
   }
   const int64_t zero_point = x.zero_point + (x.is_signed ? 128 : 0);
+  const MatrixKernels& kernels = *quantized_kernels().matrix;
+  const bool seven_bits = kernels.prefers_seven_bits && zero_point < 128 && has_seven_bits(data, n);
   const Requantization requantization(s.groups, layout.out_channels, layout.padded_channels(),
-                                      packed + layout.sums_at(), x.scale,
-                                      zero_point - quantized_kernels().matrix->value_offset, scales, format);
+                                      packed + layout.sums_at(), x.scale, zero_point - kernels.value_offset,
+                                      scales, format);
   const Convolution conv(data, static_cast<uint8_t>(zero_point), s, layout);
   for_parts(s, layout, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    convolve(conv, s, layout, packed, requantization, begin, end, first, last);
+    convolve(conv, s, layout, packed, requantization, seven_bits, begin, end, first, last);
   });
 }
 

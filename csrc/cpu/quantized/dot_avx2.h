@@ -122,6 +122,22 @@ struct Avx2Dot : Avx2Lanes {
     static Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static Ints dot(Ints sums, Values x, Weights w) { return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w)); }
   };
+  // Two products of seven by eight bits fit a word.
+  struct SevenBits : Avx2Lanes {
+    static constexpr int kMostVectors = 4;
+    template <int kVectors>
+    static constexpr int kMostRows = kVectors == 4   ? 3
+                                     : kVectors == 3 ? 4
+                                     : kVectors == 2 ? 6
+                                                     : 8;
+    using Values = __m256i;
+    using Weights = __m256i;
+    static Values values(const uint8_t* p) { return four(p); }
+    static Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static Ints dot(Ints sums, Values x, Weights w) {
+      return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+    }
+  };
   // Of 4 N bytes.
   static void widen_values(const uint8_t* p, uint8_t* even, uint8_t* odd) {
     store_both(values(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), even, odd);

@@ -122,6 +122,18 @@ struct Avx512Dot : Avx512Lanes {
     static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
     static Ints dot(Ints sums, Values x, Weights w) { return _mm512_add_epi32(sums, _mm512_madd_epi16(x, w)); }
   };
+  // Two products of seven by eight bits fit a word.
+  struct SevenBits : Avx512Lanes {
+    template <int kVectors>
+    static constexpr int kMostRows = kMostRowsOfSingles<kVectors>;
+    using Values = __m512i;
+    using Weights = __m512i;
+    static Values values(const uint8_t* p) { return four(p); }
+    static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+    static Ints dot(Ints sums, Values x, Weights w) {
+      return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), _mm512_set1_epi16(1)));
+    }
+  };
   // Of 4 N bytes.
   static void widen_values(const uint8_t* p, uint8_t* even, uint8_t* odd) {
     store_both(values(_mm512_loadu_si512(p)), even, odd);

@@ -14,6 +14,7 @@
 //
 // Where products need bytes as 16-bit words, D may also have
 //   Wide                        the same for what these have written: words, two for every byte of four
+//   SevenBits                   the same for bytes of which no value exceeds 127
 //   widen_values, widen_weights(p, even, odd)   4 N bytes as the words of the first and third of each four, and
 //   of
 //                               the others; 4 N bytes each
@@ -192,6 +193,7 @@ void widen_segment(const uint8_t* p, int64_t steps, uint8_t* even, uint8_t* odd)
 template <class D>
 void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, int64_t end,
                       const OutputStage& out, void* scratch) {
+  if (a.seven_bits) return multiply<typename D::SevenBits>(a, weights, begin, end, out, scratch);
   if (a.rows < kFewRows) return multiply<D>(a, weights, begin, end, out, scratch);
   const int64_t steps = a.segments * a.steps, bytes = kStep * steps, at_once = wide_rows(steps);
   const uint8_t** const pointers = static_cast<const uint8_t**>(scratch);
@@ -230,12 +232,12 @@ void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t
 
 template <class D>
 constexpr MatrixKernels matrix_table() {
-  return {D::kValueOffset, no_scratch, multiply<D>};
+  return {D::kValueOffset, false, no_scratch, multiply<D>};
 }
 
 template <class D>
 constexpr MatrixKernels widening_matrix_table() {
-  return {D::kValueOffset, widened_scratch<D>, multiply_widened<D>};
+  return {D::kValueOffset, true, widened_scratch<D>, multiply_widened<D>};
 }
 
 }  // namespace

@@ -160,9 +160,10 @@ def unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed:
         packed.numel() == expected,
         f"packed_weight has {packed.numel()} bytes, needs {expected}",
     )
+    weight = packed.new_empty(list(shape), dtype=torch.int8)
     if depthwise:
         w = packed.view(torch.int8).reshape(rows * row_taps, -1)[:, :channels]
-        return w.t().reshape(list(shape)).contiguous()
+        return weight.copy_(w.t().reshape(list(shape)))
     data = packed[:size].view(torch.int8).reshape(groups, -1)
     widths = [min(_BLOCK, padded - first) for first in range(0, padded, _BLOCK)]
     blocks = torch.split(data, [steps * width * _STEP for width in widths], 1)
@@ -172,7 +173,7 @@ def unpack_weight(packed: Tensor, shape: Sequence[int], groups: int, transposed:
     w = w.transpose(1, 2).reshape(groups, padded, rows, row)[:, :outputs, :, :values]
     w = w.reshape(groups, outputs, rows, row_taps, inputs)
     w = w.permute(0, 4, 1, 2, 3) if transposed else w.permute(0, 1, 4, 2, 3)
-    return w.reshape(list(shape)).clone(memory_format=torch.contiguous_format)
+    return weight.copy_(w.reshape(list(shape)))
 
 
 def _output(
