@@ -1,4 +1,4 @@
-"""Writes what README.md and docs/qat.md say of measurements, from a stored result.
+"""Writes what the README and docs/ say of measurements, from a stored result.
 
     python benchmarks/readme_table.py [RESULT.json]   # default: the newest in benchmarks/results
 
@@ -15,13 +15,21 @@ from typing import Any
 from fastquant.bench.timing import readable_time
 from rows import OURS, ROOT, THEIRS, Row, load, mostly_disturbed, value_text
 
-README, QAT_PAGE = ROOT / "README.md", ROOT / "docs" / "qat.md"
+README = ROOT / "README.md"
+QAT_PAGE = ROOT / "docs" / "qat.md"
+TABLES_PAGE = ROOT / "docs" / "measurements.md"
 
 # The models of the README's first figures, as the rows name them and as people write them.
 HEADLINE = {"mobilenet_v2": "MobileNetV2", "resnet18": "ResNet-18"}
 
-# The benchmarks whose rows the README shows; the others answer more special questions.
-IN_README = ("observers", "fake_quant", "batch_norm")
+# The benchmarks whose rows TABLES_PAGE shows, under their titles; the others answer more special
+# questions.
+TABLES = {
+    "Observers": ("observers", "ranges"),
+    "Fake-quantize": ("fake_quant", "batch_norm"),
+    "Int8 layers": ("int8_layers", "int8_calls"),
+    "Int8 elementwise operations": ("int8_elementwise",),
+}
 
 
 def newest() -> Path:
@@ -36,6 +44,8 @@ def newest() -> Path:
 def compared_with_torch_ao(rows: list[Row]) -> list[str]:
     """The rows that compare with torch.ao, with three columns for each number of threads."""
     threads = sorted({row["threads"] for row in rows})
+    if not rows:
+        return []
     lines = [
         "| work | input | "
         + " | ".join(f"torch.ao, {n} thr. | fastquant | times as fast" for n in threads)
@@ -48,6 +58,9 @@ def compared_with_torch_ao(rows: list[Row]) -> list[str]:
     for (work, input), by_threads in found.items():
         cells = [work, input]
         for n in threads:
+            if n not in by_threads:
+                cells += [""] * 3
+                continue
             row = by_threads[n]
             cells += [readable_time(row["seconds"][side]["median"]) for side in (THEIRS, OURS)]
             cells.append(value_text(row))
@@ -123,45 +136,96 @@ def fused_ops(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def section(path: Path, result: dict[str, Any]) -> str:
-    """The tables, and where they come from."""
-    about, rows = result["machine"], result["rows"]
-    met = [row["met"] for row in rows if row["met"] is not None]
-    compared = [
-        row
-        for row in rows
-        if row["benchmark"] in IN_README
-        and row["unit"] == "x"
-        and {OURS, THEIRS} == row["seconds"].keys()
+def int8_models(rows: list[Row]) -> list[str]:
+    """How many times as fast native int8 models are, with a column for each number of threads."""
+    found: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        if (
+            row["benchmark"] == "int8_models"
+            and row["unit"] == "x"
+            and "convert" not in row["work"]
+        ):
+            found.setdefault((row["work"], row["input"]), {})[row["threads"]] = row
+    if not found:
+        return []
+    threads = sorted({n for by_threads in found.values() for n in by_threads})
+    titles = [f"time, {n} thr. | times as fast" for n in threads]
+    lines = [
+        "Native int8 models: time of a forward, and how many times as fast it is as torch.ao's "
+        "int8 model (engine x86), or as what the row names.",
+        "",
+        f"| model | input | {' | '.join(titles)} |",
+        "|---|---" + "|--:|--:" * len(threads) + "|",
     ]
+    for (work, input), by_threads in found.items():
+        cells = [work, input]
+        for n in threads:
+            row = by_threads.get(n)
+            time = readable_time(row["seconds"][OURS]["median"]) if row else ""
+            cells += [time, value_text(row) if row else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def filled(lines: list[str]) -> str:
+    return "\n".join(line if line.startswith("|") else wrapped(line) for line in lines)
+
+
+def machine_text(result: dict[str, Any]) -> str:
+    about = result["machine"]
+    return (
+        f"{about['cpu']}, {about['cores']} cores, {about['isa'].upper()}; torch {about['torch']}, "
+        f"fastquant {about['fastquant']}; {result['date'][:10]}. Each time is the median of "
+        "interleaved rounds of calls to the public modules."
+    )
+
+
+def section(path: Path, result: dict[str, Any]) -> str:
+    """The README's: whole models, and where the rest is."""
+    rows = result["rows"]
+    met = [row["met"] for row in rows if row["met"] is not None]
     whole = [row for row in rows if row["benchmark"] == "whole_models" and row["unit"] == "more"]
-    disturbed, disturbed_here = mostly_disturbed(rows), mostly_disturbed([*compared, *whole])
     stored = path.resolve()
     if stored.is_relative_to(ROOT):
         stored = stored.relative_to(ROOT)
+    disturbed = mostly_disturbed(rows)
     lines = [
         "## Measured",
         "",
-        f"{about['cpu']}, {about['cores']} cores, {about['isa'].upper()}; torch {about['torch']}, "
-        f"fastquant {about['fastquant']}; {result['date'][:10]}. Each time is the median of "
-        "interleaved rounds of calls to the public modules.",
+        machine_text(result),
         "",
         *whole_models(whole),
-        *compared_with_torch_ao(compared),
-        "",
-        f"`make bench` repeats all measurements; `python benchmarks/readme_table.py` writes this "
-        f"section. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, among "
+        *int8_models(rows),
+        "[docs/measurements.md](docs/measurements.md) has single observers, operations and layers. "
+        "`make bench` repeats all measurements; `python benchmarks/readme_table.py` writes these "
+        f"tables. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, among "
         "them thread scaling and the machine's own limits. "
         f"{sum(met)} of {len(met)} targets are met; [docs/performance.md](docs/performance.md) "
         "explains what limits the others."
         + (
-            f" Other processes disturbed most of the rounds of {disturbed} measurements, "
-            f"{disturbed_here} of them in the tables above: their times may be too long."
+            f" Other processes disturbed most of the rounds of {disturbed} measurements: their "
+            "times may be too long."
             if disturbed
             else ""
         ),
     ]
-    return "\n".join(line if line.startswith("|") else wrapped(line) for line in lines)
+    return filled(lines)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """What is compared with torch.ao, a table for each subject."""
+    lines = [machine_text(result), ""]
+    for title, benchmarks in TABLES.items():
+        compared = [
+            row
+            for row in result["rows"]
+            if row["benchmark"] in benchmarks
+            and row["unit"] == "x"
+            and {OURS, THEIRS} == row["seconds"].keys()
+        ]
+        if compared:
+            lines += [f"## {title}", "", *compared_with_torch_ao(compared), ""]
+    return filled(lines).rstrip("\n")
 
 
 def between_markers(page: Path, text: str, name: str, contents: str) -> str:
@@ -186,6 +250,7 @@ def main() -> None:
     pages = {
         README: {"headline": headline(result["rows"]), "bench": section(path, result)},
         QAT_PAGE: {"bench": fused_ops(result)},
+        TABLES_PAGE: {"bench": tables(result)},
     }
     for page, parts in pages.items():
         text = wanted = page.read_text()

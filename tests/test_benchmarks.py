@@ -126,7 +126,7 @@ def test_compare(
 def test_pages_with_measurements(
     stored: Path, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme, qat_page = tmp_path / "README.md", tmp_path / "qat.md"
+    readme, qat_page, tables = (tmp_path / name for name in ("README.md", "qat.md", "tables.md"))
     around = (
         "# Title\n\n<!-- headline:begin -->\n\n<!-- headline:end -->\n\n"
         "<!-- bench:begin -->{}<!-- bench:end -->\n\n## After\n"
@@ -136,7 +136,9 @@ def test_pages_with_measurements(
     readme_table = scripts.module("readme_table")
     monkeypatch.setattr(readme_table, "README", readme)
     monkeypatch.setattr(readme_table, "QAT_PAGE", qat_page)
-    monkeypatch.setattr(readme_table, "IN_README", ("histogram_search",))
+    tables.write_text("# Tables\n\n<!-- bench:begin -->\n\n<!-- bench:end -->\n")
+    monkeypatch.setattr(readme_table, "TABLES_PAGE", tables)
+    monkeypatch.setattr(readme_table, "TABLES", {"Search": ("histogram_search",)})
 
     with pytest.raises(SystemExit, match=r"README\.md is stale"):
         scripts.run("readme_table", stored, "--check")
@@ -145,7 +147,7 @@ def test_pages_with_measurements(
     section = once.split("<!-- bench:begin -->")[1].split("<!-- bench:end -->")[0]
     assert once == around.format(section)
     rows = [row for row in json.loads(stored.read_text())["rows"] if row["unit"] == "x"]
-    lines = section.splitlines()
+    lines = tables.read_text().splitlines()
     assert sum(line.startswith("| calculate_qparams") for line in lines) == len(rows)
     assert machine()["cpu"] in section
     scripts.run("readme_table", stored)

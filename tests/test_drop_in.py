@@ -3,7 +3,7 @@
 Each example is a program that composes what users compose: pieces of models, configs of any kind of
 factory, observers of their own, hooks, replaced methods, saving, loading, converting. It runs under
 torch.ao, and under fastquant or its patch, step by step; all that a user can see must be the same,
-but for what `DELIBERATE` names, which README's list of deliberate differences explains.
+but for what `DELIBERATE` names, which docs/differences.md explains.
 
 `FASTQUANT_DROP_IN_EXAMPLES=2000 pytest tests/test_drop_in.py` searches longer, and elsewhere each
 time.
@@ -277,7 +277,7 @@ def _hooked_once(program: Program, found: Difference) -> bool:
     return found.what == "tensors"  # one module names its tensors once
 
 
-# What README's list says, as far as programs reach it: (who is excused, why).
+# What docs/differences.md says, as far as programs reach it: (who is excused, why).
 # Numbers of the first kind are compared closely instead of bit for bit.
 CLOSE_NUMBERS: tuple[tuple[Callable[[Program], bool], str], ...] = (
     (_trains_batch_norm, "QAT undoes batch norm's scaling on the weight: the same up to rounding"),
