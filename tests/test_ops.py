@@ -49,12 +49,8 @@ from strategies import (
 float32 = st.just(torch.float32)
 
 
-# Ops that run the reference on the CPU until their kernels are there.
-WITHOUT_KERNELS = {"quantized_conv_transpose"}
-
-
 def test_cpu_kernels_are_native() -> None:
-    for name in reference_ops.OPS.keys() - WITHOUT_KERNELS:
+    for name in reference_ops.OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastquant::{name}", "CPU"), name
 
 
