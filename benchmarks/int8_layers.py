@@ -1,6 +1,6 @@
 """Int8 linear layers and convolutions beside torch.ao's on its two engines.
 
-    python benchmarks/int8_layers.py [--threads 1,2] [--only WORDS]
+    python benchmarks/int8_layers.py [--threads 1,2]
 
 The value of a row is how many times as fast as the better of torch.ao's two engines, fbgemm and
 onednn, a layer is, call and all.
@@ -145,10 +145,8 @@ def of_fastquant(
     return lambda: ops.quantized_conv(*given, *output)
 
 
-def measure(suite: Suite, only: str = "") -> None:
+def measure(suite: Suite) -> None:
     for layer in layers():
-        if only not in layer.name:
-            continue
         module = layer.module
         x = (normal(*layer.shape) / X_SCALE + X_ZERO_POINT).round().clamp(0, 127).to(torch.uint8)
         if x.dim() == 4:

@@ -16,6 +16,7 @@ import convolution
 import fake_quant
 import histogram_search
 import int8_elementwise
+import int8_layers
 import int8_models
 import memory
 import observers
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Measure] = {
         compile,
         convolution,
         int8_elementwise,
+        int8_layers,
         int8_models,
     )
 }
