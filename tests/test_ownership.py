@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +141,59 @@ def test_gradients_of_gradients_are_not_overwritten() -> None:
     x, y = applied()
     torch.autograd.grad((y * 2).sum(), x, create_graph=True)
     assert Overwriting.spoiled == [False]
+
+
+FIRST_STEP_UNDER = {
+    "checkpoint": """
+        from torch.utils.checkpoint import checkpoint
+        checkpoint(step, torch.ones(4, requires_grad=True), use_reentrant=False).sum().backward()
+    """,
+    "mode": """
+        from torch.utils._python_dispatch import TorchDispatchMode
+        class Keeps(TorchDispatchMode):
+            kept = []
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                self.kept.append((args, result))
+                return result
+        with Keeps():
+            step(torch.ones(4, requires_grad=True)).sum().backward()
+    """,
+}
+
+
+@pytest.mark.parametrize("where", FIRST_STEP_UNDER)
+def test_counts_are_those_of_a_sole_owner_wherever_the_first_step_is_taken(where: str) -> None:
+    program = """
+        import torch
+        from fastquant._native.ownership import is_sole_owner, learn_counts
+        found = []
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                learn_counts()
+                return x.clone()
+            @staticmethod
+            def backward(ctx, grad):
+                alone = is_sole_owner(grad)
+                found.append(alone)
+                return grad
+        def step(x):
+            return Function.apply(x).neg() * 2
+    """
+    last = """
+        found.clear()
+        kept = []
+        for keep in (False, True):
+            y = Function.apply(torch.ones(4, requires_grad=True))
+            if keep:
+                y.register_hook(kept.append)
+            y.neg().sum().backward()
+        assert found == [True, False], found
+    """
+    parts = (program, FIRST_STEP_UNDER[where], last)
+    source = "\n".join(textwrap.dedent(part) for part in parts)
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
 
 
 OBSERVING = (torch.tensor(0.0), torch.tensor(1.0), torch.ones(1), torch.zeros(1, dtype=torch.int))

@@ -15,7 +15,6 @@ Memory that torch has not allocated, or shares until somebody writes, may have o
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from .._torch.private import (
     counts_owners,
     is_copied_on_write,
+    is_intercepted,
     storage_use_count,
     tensor_use_count,
 )
@@ -46,7 +46,7 @@ def _counts(grad: Tensor) -> _Counts:
 class _Probe(torch.autograd.Function):
     """Counts what a gradient has that nobody else holds, in the way of `is_sole_owner`."""
 
-    found: _Counts
+    found: _Counts | None = None
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -62,32 +62,30 @@ def _count(grad: Tensor) -> None:
     _Probe.found = _counts(grad)
 
 
-@functools.cache
-def learn_counts() -> _Counts | None:
-    """The counts of a gradient that a backward function alone holds; None where they are unknown.
+def learn_counts() -> None:
+    """Find out which counts a gradient has that a backward function alone holds.
 
     They depend on the releases of Python and torch. To be called in a forward pass: it runs a
-    backward pass of its own, once.
+    backward pass of its own, once, at the first time that nothing else sees the ops.
     """
-    if not counts_owners:
-        return None
+    if _Probe.found is not None or not counts_owners or is_compiling() or is_intercepted():
+        return
     with torch.enable_grad():
         x = torch.ones(2, requires_grad=True)
         y: Tensor = _Probe.apply(x)  # type: ignore[no-untyped-call]
-        # The product makes a new gradient.
-        torch.autograd.grad((y * torch.ones(2)).sum(), x)
-    return _Probe.found
+        # The gradient of neg is new. Autograd saves no tensor, which checkpoints would count.
+        torch.autograd.grad(y.neg().sum(), x)
 
 
 def is_sole_owner(grad: Tensor) -> bool:
     """Whether the caller, a backward function with `grad` as its argument, alone can see it."""
     return (
-        counts_owners
-        and not is_compiling()
+        not is_compiling()
+        and _Probe.found is not None
         and type(grad) is Tensor
         and not is_grad_enabled()
         and not grad.requires_grad
-        and _counts(grad) == learn_counts()
+        and _counts(grad) == _Probe.found
         and weakref.getweakrefcount(grad) == 0
         and grad.untyped_storage().resizable()
         and not is_copied_on_write(grad)
