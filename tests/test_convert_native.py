@@ -472,3 +472,14 @@ def test_a_trained_network_predicts_as_torch_aos() -> None:
     last = [m for m in converted.modules() if isinstance(m, nnq.Linear)][-1]
     assert steps_apart(ours, theirs, last.scale) <= 2
     assert (all_levels - expected).square().mean() < (ours - expected).square().mean() / 1.5
+
+
+def test_settings_of_a_convolution_may_be_numpys_integers() -> None:
+    numpy = pytest.importorskip("numpy")
+    one, three = numpy.int64(1), numpy.int64(3)
+    layer = nn.Conv2d(3, 4, three, stride=(one, one), padding=one)
+    model = calibrated(nn.Sequential(fq.QuantStub(), layer, fq.DeQuantStub()), NATIVE)
+    x = torch.randn(2, 3, 6, 6)
+    expected = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+    y = fq.convert(model, backend="native")(x)
+    assert (y - expected).abs().max() < 0.1 * expected.abs().max()

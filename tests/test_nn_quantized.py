@@ -576,3 +576,43 @@ def test_from_float_refuses_other_classes() -> None:
         nnq.Linear.from_float(layer)
     with pytest.raises(TypeError, match="FloatFunctional"):
         nnq.QFunctional.from_float(layer)
+
+
+@pytest.mark.parametrize(
+    "x", [None, torch.ones(2, dtype=torch.int32), quantize_per_tensor(torch.ones(2), 0.1, 0)]
+)
+def test_quantize_refuses_what_is_not_floating(x: Any) -> None:
+    with pytest.raises(TypeError, match="x must be an ordinary floating-point tensor"):
+        nnq.Quantize(0.1, 3, torch.uint8)(x)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(3), torch.zeros(4, 1), [0.0] * 4])
+def test_a_bias_that_does_not_fit_is_refused(bias: Any) -> None:
+    for layer in (nnq.Linear(2, 4), nnq.Conv2d(2, 4, 1), nnq.ConvTranspose2d(2, 4, 1, groups=2)):
+        with pytest.raises(fq.QuantizationError, match=r"bias must be None or a tensor of shape"):
+            layer.set_weight_bias(layer.weight(), bias)
+
+
+def test_a_module_on_meta_takes_the_state_that_is_assigned() -> None:
+    x = quantize_per_tensor(torch.randn(2, 3, 5, 5), 0.1, 100)
+    for make in (lambda: nnq.Conv2d(3, 4, 3), lambda: nnq.Conv2d(3, 4, 3, bias=False)):
+        layer = make()
+        weight = quantize_per_tensor(torch.randn(4, 3, 3, 3), 0.01, 0, torch.int8)
+        layer.set_weight_bias(weight, None if layer.bias() is None else torch.randn(4))
+        loaded = make().to("meta")
+        loaded.load_state_dict(layer.state_dict(), assign=True)
+        assert torch.equal(loaded(x), layer(x))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused(number: float) -> None:
+    x = quantize_per_tensor(torch.randn(4), 0.1, 100)
+    functional = nnq.QFunctional()
+    for name in ("add_scalar", "add_scalar_relu", "mul_scalar", "mul_scalar_relu"):
+        with pytest.raises(ValueError, match="y must be finite"):
+            getattr(functional, name)(x, number)
+
+
+def test_a_number_may_be_far_beyond_the_range() -> None:
+    x = quantize_per_tensor(torch.randn(4), 0.1, 100)
+    assert nnq.QFunctional().add_scalar(x, 1e30).dequantize().tolist() == pytest.approx([1e30] * 4)

@@ -525,3 +525,73 @@ def test_quantizing_is_torchs(dtype: torch.dtype) -> None:
         ours = quantize_per_tensor(real, scale, zero_point, dtype)
         theirs = torch.quantize_per_tensor(real, scale, zero_point, DTYPES[dtype])
         assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e-30, 1e30])
+@pytest.mark.parametrize(("low", "high"), [(0.5, float("inf")), (-float("inf"), 0.5)])
+def test_bounds_may_be_infinite_and_tensors(scale: float, low: float, high: float) -> None:
+    ours, _ = pair(4, 6, scale=scale, zero_point=128)
+    levels = ours.dequantize().clamp(low, high)
+    expected = quantize_per_tensor(levels, scale, 128)
+    for y in (ours.clamp(low, high), F.hardtanh(ours, low, high)):
+        assert torch.equal(y, expected)
+    assert torch.equal(ours.clamp(torch.tensor(low), torch.tensor(high)), expected)
+
+
+def test_infinities_are_written_as_the_limits() -> None:
+    ours, _ = pair(2, 3, zero_point=7)
+    mask = torch.tensor([True, False, False])
+    assert ours.masked_fill(mask, -float("inf")).int_repr()[:, 0].tolist() == [0, 0]
+    padded = F.pad(ours, (1, 1), value=float("inf"))
+    assert padded.int_repr()[:, 0].tolist() == padded.int_repr()[:, -1].tolist() == [255, 255]
+    with pytest.raises(ValueError, match="NaN"):
+        ours.clamp(min=float("nan"))
+    with pytest.raises(NotImplementedError, match=r"bound of shape \[3\]"):
+        ours.clamp(min=torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: F.adaptive_avg_pool2d(x, (1, 2, 3)), "one number or 2"),
+        (lambda x: F.max_pool2d(x, (2, 2, 2)), "one number or 2"),
+        (lambda x: F.avg_pool2d(x, 2, (1, 1, 1)), "one number or 2"),
+        (lambda x: x.mean((1, 1)), "once"),
+        (lambda x: x.mean((1, -3)), "once"),
+    ],
+)
+def test_pooling_refuses_dimensions_it_does_not_have(function: Function, message: str) -> None:
+    ours, _ = pair(2, 3, 6, 6)
+    with pytest.raises(ValueError, match=message):
+        function(ours)
+
+
+def test_a_parameter_before_a_quantized_tensor_is_refused_by_name() -> None:
+    ours, _ = pair(2, 3)
+    with pytest.raises(NotImplementedError, match=r"Tensor\.expand_as does not take"):
+        nn.Parameter(torch.randn(1, 3)).expand_as(ours)
+
+
+@pytest.mark.parametrize(
+    ("scales", "zero_points", "axis", "error", "message"),
+    [
+        ([1.0, 1.0], [0, 0, 0], 1, ValueError, "scales must have one element for each of the 3"),
+        ([1.0, 1.0, 1.0], [0], 1, ValueError, "zero_points must have one element"),
+        ([1.0, -1.0, 1.0], [0, 0, 0], 1, ValueError, "scale must be positive"),
+        ([1.0, 1.0, 1.0], [0, 0, 200], -1, ValueError, "zero_point must be an integer"),
+        ([1.0, 1.0, 1.0], [0, 0.5, 0], 1, ValueError, "zero_point must be an integer"),
+        ([1.0, 1.0, 1.0], [0, 0, 0], 2, IndexError, "axis must be a dimension"),
+    ],
+)
+def test_scales_of_channels_are_checked(
+    scales: Any, zero_points: Any, axis: int, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        quantize_per_channel(
+            torch.randn(2, 3), torch.tensor(scales), torch.tensor(zero_points), axis
+        )
+
+
+def test_a_fractional_zero_point_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"zero_point must be an integer.*1\.5"):
+        quantize_per_tensor(torch.randn(2), 0.1, 1.5)  # type: ignore[arg-type]

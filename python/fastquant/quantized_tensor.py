@@ -5,8 +5,6 @@ They are what travels between quantized modules, in place of torch's tensors of 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from ._quantized.tensor import (
     PerChannelQuantizedTensor,
     QuantizedTensor,
     as_integer_dtype,
+    check_floating,
     check_qparams,
     is_quantized,
     made,
@@ -32,12 +31,6 @@ __all__ = [
 ]
 
 
-def _check_floating(x: Any) -> None:
-    if not isinstance(x, Tensor) or is_quantized(x) or not x.is_floating_point():
-        found = f"one of {x.dtype}" if type(x) is Tensor else type(x).__name__
-        raise TypeError(f"x must be an ordinary floating-point tensor, got {found}")
-
-
 def quantize_per_tensor(
     x: Tensor,
     scale: float | Tensor,
@@ -52,10 +45,12 @@ def quantize_per_tensor(
         zero_point: the integer that stands for 0.
         dtype: torch.uint8 or torch.int8.
     """
-    _check_floating(x)
+    check_floating(x)
     dtype = as_integer_dtype(dtype)
+    if isinstance(zero_point, Tensor):
+        zero_point = zero_point.item()  # type: ignore[assignment]
+    check_qparams(float(scale), zero_point, dtype)  # type: ignore[arg-type]
     scale, zero_point = float(scale), int(zero_point)
-    check_qparams(scale, zero_point, dtype)
     return made(ops.quantize(x, scale, zero_point, dtype, False), scale, zero_point)
 
 
@@ -74,9 +69,19 @@ def quantize_per_channel(
         axis: the dimension that counts channels.
         dtype: torch.uint8 or torch.int8.
     """
-    _check_floating(x)
+    check_floating(x)
     dtype = as_integer_dtype(dtype)
     info = torch.iinfo(dtype)
+    if not -x.dim() <= axis < x.dim():
+        raise IndexError(f"axis must be a dimension of x, which has {x.dim()}, got {axis}")
+    for name, given in (("scales", scales), ("zero_points", zero_points)):
+        if given.shape != (x.shape[axis],):
+            raise ValueError(
+                f"{name} must have one element for each of the {x.shape[axis]} channels, got shape "
+                f"{list(given.shape)}"
+            )
+    for scale, zero_point in zip(scales.tolist(), zero_points.tolist(), strict=True):
+        check_qparams(scale, zero_point, dtype)
     shape = [1] * x.dim()
     shape[axis] = -1
     levels = (x / scales.reshape(shape)).round() + zero_points.reshape(shape)

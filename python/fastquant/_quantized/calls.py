@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import _C
 from .._native import ops
 from .._native.fast_calls import fast_calls, nothing_intervenes
-from .tensor import CHANGES_CLASS, QuantizedTensor, integers_of, like, made, parts
+from .tensor import CHANGES_CLASS, QuantizedTensor, check_floating, integers_of, like, made, parts
 
 # No bound of an output. Not infinity, which AOTInductor cannot store.
 UNBOUNDED = torch.finfo(torch.float32).max
@@ -121,6 +121,7 @@ def quantize(input: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -
         result: QuantizedTensor | None = _C.quantize(input, scale, zero_point, dtype == torch.int8)
         if result is not None:
             return result
+    check_floating(input)
     return made(ops.quantize(input, scale, zero_point, dtype, True), scale, zero_point)
 
 

@@ -26,6 +26,10 @@ def _tuple(value: Any, dims: int) -> list[int]:
     """One number for each dimension."""
     if not isinstance(value, (list, tuple)):
         return [value] * dims
+    if len(value) not in (1, dims):
+        raise ValueError(
+            f"pooling along {dims} dimensions takes one number or {dims}, got {tuple(value)}"
+        )
     return list(value) * dims if len(value) == 1 else list(value)
 
 
@@ -103,6 +107,8 @@ def _mean(
     dim = axis if dim is None else dim
     dims = list(range(input.dim())) if dim is None or dim == () else dim
     dims = [dims] if isinstance(dims, int) else list(dims)
+    if len({d % max(input.dim(), 1) for d in dims}) < len(dims):
+        raise ValueError(f"dim must name each dimension once, got {dim}")
     return like(input, ops.quantized_mean(integers_of(input), dims, keepdim))
 
 

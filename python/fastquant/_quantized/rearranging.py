@@ -270,8 +270,16 @@ for _function in (torch.broadcast_tensors, torch.meshgrid):
 
 def level(x: QuantizedTensor, real: float) -> int:
     """The integer that stands for a real number."""
+    if isinstance(real, Tensor):
+        if real.numel() != 1:
+            raise not_supported(Tensor.clamp, f" with a bound of shape {list(real.shape)}")
+        real = real.item()
+    if real != real:
+        raise ValueError("NaN stands for no integer of a quantized tensor")
     info = torch.iinfo(x.dtype)
-    return min(max(round(real / x._scale) + x._zero_point, info.min), info.max)
+    # Limited before it is rounded, because infinity, and what overflows to it, has no integer.
+    steps = min(max(real / x._scale, -512.0), 512.0)
+    return min(max(round(steps) + x._zero_point, info.min), info.max)
 
 
 def _levels(x: QuantizedTensor, other: Any) -> Any:

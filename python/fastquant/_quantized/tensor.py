@@ -116,7 +116,9 @@ class QuantizedTensor(Tensor):
         handler = HANDLERS.get(func)
         if handler is None:
             raise not_supported(func)
-        if args and type(args[0]) is Tensor and handler not in _TAKES_PLAIN_FIRST:
+        first = args[0] if args else None
+        plain = isinstance(first, Tensor) and not isinstance(first, _CLASSES)
+        if plain and handler not in _TAKES_PLAIN_FIRST:
             raise not_supported(func, " together with ordinary ones")
         return handler(*args, **kwargs) if kwargs else handler(*args)
 
@@ -231,6 +233,13 @@ def as_integer_dtype(dtype: Any) -> torch.dtype:
         if dtype is not None and dtype is getattr(torch, name, None):
             return integer
     raise TypeError(f"dtype must be torch.uint8 or torch.int8, got {dtype}")
+
+
+def check_floating(x: Any) -> None:
+    """Raise an error unless x is a tensor that can be quantized."""
+    if not isinstance(x, Tensor) or is_quantized(x) or not x.is_floating_point():
+        found = f"one of {x.dtype}" if type(x) is Tensor else type(x).__name__
+        raise TypeError(f"x must be an ordinary floating-point tensor, got {found}")
 
 
 def check_integers(values: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
 from itertools import repeat
 from typing import Any, ClassVar
 
@@ -22,8 +24,12 @@ _SHAPES = {1: "(N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
 
 def _tuple(name: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
     """One integer for each dimension, of one or of several."""
-    values = tuple(repeat(value, dims)) if isinstance(value, int) else tuple(value)
-    if len(values) != dims or not all(isinstance(v, int) and v >= least for v in values):
+    given = value if isinstance(value, Iterable) else repeat(value, dims)
+    try:
+        values = tuple(operator.index(v) for v in given)  # also numpy's integers
+    except TypeError:
+        values = ()
+    if len(values) != dims or any(v < least for v in values):
         raise QuantizationError(
             f"{name} must be an integer of at least {least}, or {dims} of them, got {value!r}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -68,19 +69,19 @@ class QFunctional(Scaled):
 
     def add_scalar(self, x: Any, y: float) -> Any:
         """x + y: the zero point moves, and where it would leave its dtype, the scale grows."""
-        return _plus(*parts(x, "x"), float(y))
+        return _plus(*parts(x, "x"), _finite(y))
 
     def add_scalar_relu(self, x: Any, y: float) -> Any:
         """relu(x + y)"""
-        return _relu(*parts(_plus(*parts(x, "x"), float(y))))
+        return _relu(*parts(_plus(*parts(x, "x"), _finite(y))))
 
     def mul_scalar(self, x: Any, y: float) -> Any:
         """x * y: the scale is multiplied, and the integers are reversed where y is negative."""
-        return _times(*parts(x, "x"), float(y))
+        return _times(*parts(x, "x"), _finite(y))
 
     def mul_scalar_relu(self, x: Any, y: float) -> Any:
         """relu(x * y)"""
-        return _relu(*parts(_times(*parts(x, "x"), float(y))))
+        return _relu(*parts(_times(*parts(x, "x"), _finite(y))))
 
     def matmul(self, x: Any, y: Any) -> NoReturn:
         """Refused: there is no kernel for it."""
@@ -101,6 +102,13 @@ class QFunctional(Scaled):
         return made_of
 
 
+def _finite(y: Any) -> float:
+    number = float(y)
+    if not math.isfinite(number):
+        raise ValueError(f"y must be finite, since no scale would fit the result; got {number}")
+    return number
+
+
 def _plus(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
     limits = torch.iinfo(values.dtype)
     steps = round(number / scale)
@@ -112,7 +120,7 @@ def _plus(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
     farthest = limits.max if moved < limits.min else limits.min
     new_scale = scale * abs(farthest - moved) / (limits.max - limits.min)
     integers = torch.arange(256, dtype=torch.uint8, device=values.device).view(values.dtype)
-    sums = (integers.to(torch.float64) - moved) * (scale / new_scale)
+    sums = (integers.to(torch.float64) - float(moved)) * (scale / new_scale)
     table = (sums.round() + nearest).clamp(limits.min, limits.max).to(values.dtype)
     return made(lookup(values, table), new_scale, nearest)
 

@@ -65,6 +65,10 @@ class Weighted(Scaled):
     def _channel_axis(self) -> int:
         return 1 if self._TRANSPOSED else 0
 
+    def _out_channels(self) -> int:
+        channels = self._weight_shape[self._channel_axis()]
+        return channels * self.groups if self._TRANSPOSED else channels
+
     # --- accessors, as torch.ao has them ----------------------------------------------------
 
     def weight(self) -> Any:
@@ -93,7 +97,13 @@ class Weighted(Scaled):
             QuantizationError: the weight is not int8, has another shape, or has zero points other
                 than 0.
         """
-        self._pack(*integers_of_weight(w, self._weight_shape, self._channel_axis()), _fp32(b))
+        values, scales = integers_of_weight(w, self._weight_shape, self._channel_axis())
+        if b is not None and (not isinstance(b, Tensor) or b.shape != (self._out_channels(),)):
+            found = f"shape {list(b.shape)}" if isinstance(b, Tensor) else type(b).__name__
+            raise QuantizationError(
+                f"the bias must be None or a tensor of shape [{self._out_channels()}], got {found}"
+            )
+        self._pack(values, scales, _fp32(b))
 
     # --- state -----------------------------------------------------------------------------
 
@@ -118,6 +128,9 @@ class Weighted(Scaled):
         weight, scales, bias = (
             state_dict.pop(prefix + name, None) for name in ("weight", "weight_scale", "bias")
         )
+        # With load_state_dict(assign=True), tensors stay on the state's device: the module's may be
+        # meta.
+        assign = local_metadata.get("assign_to_params_buffers", False)
         wanted = {"weight": weight, "weight_scale": scales}
         if self._bias is not None:
             wanted["bias"] = bias
@@ -125,19 +138,17 @@ class Weighted(Scaled):
             unexpected_keys.append(prefix + "bias")
         missing_keys += [prefix + name for name, value in wanted.items() if value is None]
         if weight is not None and scales is not None:
-            self._load_weight(weight, scales, prefix, error_msgs)
+            self._load_weight(weight, scales, assign, prefix, error_msgs)
         if self._bias is not None and bias is not None:
-            self._load_bias(bias, prefix, error_msgs)
+            self._load_bias(bias, assign, prefix, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _load_weight(
-        self, weight: Tensor, scales: Tensor, prefix: str, error_msgs: list[str]
+        self, weight: Tensor, scales: Tensor, assign: bool, prefix: str, error_msgs: list[str]
     ) -> None:
-        channels = self._weight_shape[self._channel_axis()] * (
-            self.groups if self._TRANSPOSED else 1
-        )
+        channels = self._out_channels()
         problems = []
         if weight.dtype != torch.int8 or tuple(weight.shape) != self._weight_shape:
             problems.append(
@@ -150,14 +161,14 @@ class Weighted(Scaled):
             )
         error_msgs += problems
         if not problems:
-            device = self.weight_scale.device
+            device = weight.device if assign else self.weight_scale.device
             scales = scales.detach().to(device, torch.float32, copy=True).reshape(-1)
             self._pack(weight.to(device), scales, self._bias)
 
-    def _load_bias(self, bias: Tensor, prefix: str, error_msgs: list[str]) -> None:
+    def _load_bias(self, bias: Tensor, assign: bool, prefix: str, error_msgs: list[str]) -> None:
         assert self._bias is not None
         if bias.shape == self._bias.shape:
-            self._buffers["_bias"] = _fp32(bias.to(self._bias.device))
+            self._buffers["_bias"] = _fp32(bias if assign else bias.to(self._bias.device))
             return
         error_msgs.append(
             f"{prefix}bias must have shape {list(self._bias.shape)}, got {list(bias.shape)}"
