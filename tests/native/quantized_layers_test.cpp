@@ -49,6 +49,8 @@ ConvShape random_shape(bool transposed, bool depthwise) {
     s.padding[d] = there ? between(0, reach) : 0;
     s.in[d] = there ? between(1, dims == 3 ? 5 : 11) : 1;
     if (there && d == ConvShape::kDims - 1 && rng() % 8 == 0) s.in[d] += 40;
+    // Whole tiles of outputs that meet nothing but padding.
+    if (there && d == ConvShape::kDims - 1 && rng() % 8 == 0) s.padding[d] = reach + between(1, 40);
     if (transposed) {
       const int64_t more = there ? between(0, std::max(s.stride[d], s.dilation[d]) - 1) : 0;
       const auto out = [&] { return (s.in[d] - 1) * s.stride[d] - 2 * s.padding[d] + reach + more + 1; };

@@ -132,7 +132,7 @@ struct Depthwise {
       if (begin < lines[r].begin) begin = lines[r].begin;
       if (end > lines[r].end - (G - 1) * apart) end = lines[r].end - (G - 1) * apart;
     }
-    if (block.channels < 16) end = begin;
+    if (block.channels < 16) end = from;  // none may be read whole
     const auto put = [&](Bytes* row) FASTQUANT_INLINE_LAMBDA {
       for (int r = 0; r < Lines; ++r) row[r] = V::exclusive_or(row[r], flipped);
       for (int r = Lines; r < 4; ++r) row[r] = row[Lines - 1];
