@@ -616,3 +616,21 @@ def test_numbers_that_are_not_finite_are_refused(number: float) -> None:
 def test_a_number_may_be_far_beyond_the_range() -> None:
     x = quantize_per_tensor(torch.randn(4), 0.1, 100)
     assert nnq.QFunctional().add_scalar(x, 1e30).dequantize().tolist() == pytest.approx([1e30] * 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("weight", 3, "weight, weight_scale and bias must be tensors"),
+        ("weight_scale", 0.5, "weight, weight_scale and bias must be tensors"),
+        ("bias", [0.0] * 4, "weight, weight_scale and bias must be tensors"),
+        ("weight_scale", torch.full((4,), float("inf")), "positive finite elements"),
+        ("zero_point", torch.tensor(1.5), r"zero_point must be an integer .* got 1\.5"),
+    ],
+)
+def test_a_state_with_values_that_do_not_fit_is_refused(
+    name: str, value: Any, message: str
+) -> None:
+    layer = nnq.Linear(2, 4)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict({**layer.state_dict(), name: value})

@@ -595,3 +595,25 @@ def test_scales_of_channels_are_checked(
 def test_a_fractional_zero_point_is_refused() -> None:
     with pytest.raises(ValueError, match=r"zero_point must be an integer.*1\.5"):
         quantize_per_tensor(torch.randn(2), 0.1, 1.5)  # type: ignore[arg-type]
+
+
+def test_a_data_loader_makes_batches() -> None:
+    ours, _ = pair(4, 3)
+    batch = next(iter(torch.utils.data.DataLoader(ours, batch_size=4)))  # type: ignore[arg-type]
+    assert torch.equal(batch, ours)
+    for join in (torch.cat, torch.stack):
+        with pytest.raises(NotImplementedError, match="with out"):
+            join([ours, ours], out=torch.empty(0))
+
+
+@pytest.mark.parametrize("function", [F.max_pool2d, F.avg_pool2d])
+def test_padding_of_more_than_half_the_window_is_refused(function: Function) -> None:
+    ours, _ = pair(1, 2, 6, 6)
+    with pytest.raises(RuntimeError, match="padding must be at most half of the window"):
+        function(ours, 2, padding=2)
+
+
+def test_a_negative_output_size_is_refused() -> None:
+    ours, _ = pair(1, 2, 6, 6)
+    with pytest.raises(RuntimeError, match="output_size must not be negative"):
+        F.adaptive_avg_pool2d(ours, -1)

@@ -378,7 +378,8 @@ Tensor adaptive_avg_pool_op(const Tensor x, const Shape output_size) {
   Windows windows[kPoolDims];
   for (int k = 0; k < kPoolDims; ++k) {
     const int64_t outputs = of_dim(output_size, input.dims, k, 1, "output_size");
-    check(input.sizes.spatial[k] > 0 && outputs >= 0, "x must not be empty");
+    check(outputs >= 0, "output_size must not be negative, got ", outputs);
+    check(input.sizes.spatial[k] > 0, "x must not be empty");
     windows[k] = adaptive_windows(input.sizes.spatial[k], outputs);
   }
   const int64_t zero_point = is_int8(x.scalar_type()) ? -128 : 0;

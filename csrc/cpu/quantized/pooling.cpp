@@ -61,6 +61,7 @@ Windows sliding_windows(int64_t size, int64_t kernel, int64_t stride, int64_t pa
   check(kernel > 0 && stride > 0 && dilation > 0 && padding >= 0, "kernel_size, stride and dilation must be ",
         "positive, padding must not be negative");
   const int64_t span = dilation * (kernel - 1) + 1;
+  check(padding <= span / 2, "padding must be at most half of the window, got ", padding, " for ", span);
   const int64_t room = size + 2 * padding - span;
   check(room >= 0, "the window is larger than the padded input");
   int64_t count = (room + (ceil_mode ? stride - 1 : 0)) / stride + 1;

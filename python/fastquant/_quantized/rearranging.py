@@ -214,8 +214,12 @@ def _dropout(
 
 
 @handles(*functions_named("cat"), torch.concat, torch.concatenate)
-def _cat(tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None) -> QuantizedTensor:
+def _cat(
+    tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None, out: None = None
+) -> QuantizedTensor:
     """With scale and zero point of the first, as torch does with its quantized tensors."""
+    if out is not None:
+        raise not_supported(torch.cat, " with out")
     dim = dim if axis is None else axis
     for i, x in enumerate(tensors):
         require_quantized(x, f"tensors[{i}]")
@@ -230,7 +234,9 @@ def _cat(tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None) -> Qu
 
 
 @handles(torch.stack)
-def _stack(tensors: Sequence[Any], dim: int = 0) -> QuantizedTensor:
+def _stack(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> QuantizedTensor:
+    if out is not None:
+        raise not_supported(torch.stack, " with out")
     return _cat([x.unsqueeze(dim) for x in tensors], dim)
 
 

@@ -56,9 +56,11 @@ class Scaled(nn.Module):
             if value is None:
                 missing_keys.append(prefix + name)
         try:
+            if isinstance(zero_point, Tensor):
+                zero_point = zero_point.item()
             self._set_qparams(
                 self.scale if scale is None else float(scale),
-                self.zero_point if zero_point is None else int(zero_point),
+                self.zero_point if zero_point is None else zero_point,
             )
         except (RuntimeError, TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")

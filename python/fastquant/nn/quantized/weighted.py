@@ -136,6 +136,11 @@ class Weighted(Scaled):
             wanted["bias"] = bias
         elif bias is not None:
             unexpected_keys.append(prefix + "bias")
+        values = [value for value in (weight, scales, bias) if value is not None]
+        found = {type(value).__name__ for value in values if not isinstance(value, Tensor)}
+        if found:
+            error_msgs.append(f"{prefix}weight, weight_scale and bias must be tensors, got {found}")
+            weight = scales = bias = None
         missing_keys += [prefix + name for name, value in wanted.items() if value is None]
         if weight is not None and scales is not None:
             self._load_weight(weight, scales, assign, prefix, error_msgs)
@@ -155,9 +160,10 @@ class Weighted(Scaled):
                 f"{prefix}weight must be int8 of shape {list(self._weight_shape)}, got "
                 f"{weight.dtype} of shape {list(weight.shape)}"
             )
-        if scales.numel() not in (1, channels) or not (scales > 0).all():
+        if scales.numel() not in (1, channels) or not (scales > 0).all() or scales.isinf().any():
             problems.append(
-                f"{prefix}weight_scale must have 1 or {channels} positive elements, got {scales}"
+                f"{prefix}weight_scale must have 1 or {channels} positive finite elements, "
+                f"got {scales}"
             )
         error_msgs += problems
         if not problems:
