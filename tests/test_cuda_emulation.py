@@ -22,6 +22,7 @@ from cuda_emulation import Emulation
 from fastquant._native import ops
 from fastquant._native import reference as reference_ops
 from fastquant._native.reference.quantized import QUANTIZED_OPS
+from fastquant._native.reference.quantized_norms import QUANTIZED_NORMS
 from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps, fused_args, minmax_args
 from strategies import FLOATS, LAYOUTS, random_values
 
@@ -63,7 +64,7 @@ def assert_as_cpu(emulation: Emulation, call: Call) -> None:
 def test_every_op_has_a_cuda_kernel(emulation: Emulation) -> None:
     # On a GPU, layers on quantized tensors and histograms of channels run the reference, and ranges
     # are searched on the CPU.
-    elsewhere = {op.__name__ for op in QUANTIZED_OPS} | {
+    elsewhere = {op.__name__ for op in (*QUANTIZED_OPS, *QUANTIZED_NORMS)} | {
         "observe_channel_histograms_",
         "histogram_range",
         "least_error_range",

@@ -303,3 +303,11 @@ def ask_subclasses_in_graphs(functions: Iterable[Callable[..., Any]]) -> None:
 NAMES.append(DYNAMO.removeprefix("torch."))
 if importlib.util.find_spec(DYNAMO) is None:
     raise ImportError(_unsupported(f"it has no {DYNAMO}"))
+
+# --- names that files of torch.save hold ----------------------------------------------------
+
+# Module and name of what makes a tensor from its parts. They stand in files that exist, so a newer
+# torch cannot change them; nothing is looked up.
+PICKLED_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
+PICKLED_QUANTIZED_TENSOR = ("torch._utils", "_rebuild_qtensor")
+PICKLED_PARAMETER = ("torch._utils", "_rebuild_parameter")

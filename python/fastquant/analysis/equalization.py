@@ -26,9 +26,10 @@ from .sums import OutputError
 
 # What leaves a positive factor on a channel as it is, and channels where they are.
 _TRANSPARENT = (
-    nn.ReLU, nn.LeakyReLU, nn.Identity, nn.modules.dropout._DropoutNd, nn.MaxPool1d, nn.MaxPool2d,
-    nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, nn.Flatten,
+    nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.AlphaDropout, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d,
+    nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool2d, nn.Flatten,
 )  # fmt: skip
 _TRANSPARENT_FUNCTIONS = {
     F.relu, torch.relu, F.leaky_relu, F.dropout, F.max_pool2d, F.avg_pool2d,

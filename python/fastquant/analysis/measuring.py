@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from .._core.batches import batch_size
 from .._torch.ao import nnq
 from .clippings import clippings
 from .errors import AnalysisError
 from .grids import Grid
-from .reading import core
+from .reading import CONVOLUTIONS, TRANSPOSED, core
 from .result import OutputReport, WeightReport
 from .simulation import FLOAT, QUANTIZED, Call, Simulation, Site
 from .sums import ErrorSums, OutputError, Values, as_float, require_same_shape
 
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, _NormBase, nn.GroupNorm)
+_CHANNELS_FIRST = (
+    *CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm,
+)  # fmt: skip
 # The operations of a FloatFunctional whose results are observed.
 _OBSERVED = ("add", "mul", "cat", "add_relu", "matmul")
 # The page draws this many bars.
@@ -263,7 +265,7 @@ def weight_report(site: Site) -> WeightReport | None:
         return None
     grid = site.way.weight_grid
     axis = 0
-    if isinstance(core(site.module), nn.modules.conv._ConvTransposeNd):
+    if isinstance(core(site.module), TRANSPOSED):
         axis = 1
     sums = ErrorSums()
     sums.add(weight, quantized)

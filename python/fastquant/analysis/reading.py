@@ -19,7 +19,9 @@ from ..quantization_mappings import get_default_static_quant_module_mappings
 from .errors import AnalysisError
 from .grids import Grid, grid_of, grid_of_tensor, output_grid
 
-WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+WEIGHTED = (*CONVOLUTIONS, nn.Linear, nn.Embedding, nn.EmbeddingBag)
 """The modules whose weight is quantized."""
 
 

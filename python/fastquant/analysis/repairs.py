@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from ..fake_quantize import FakeQuantizeBase, disable_observer
@@ -22,6 +21,8 @@ from .measuring import channel_axis
 from .reading import core, is_prepared
 from .simulation import FLOAT, QUANTIZED, Site
 from .sums import OutputError
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def reestimate_batch_norm(
     norms: dict[str, Any] = {
         name: module
         for name, module in repaired.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
+        if isinstance(module, _BATCH_NORMS) and module.track_running_stats
     }
     if not norms:
         raise AnalysisError(

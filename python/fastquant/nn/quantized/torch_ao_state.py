@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._core.errors import QuantizationError
-from ..._torch.private import per_channel_quantized
+from ..._torch.private import (
+    PICKLED_PARAMETER,
+    PICKLED_QUANTIZED_TENSOR,
+    PICKLED_TENSOR,
+    per_channel_quantized,
+)
 from ...quantized_tensor import PerChannelQuantizedTensor, QuantizedTensor
 from .activation import ELU, PReLU, Sigmoid, Softmax
 from .functional_modules import QFunctional
@@ -92,9 +97,9 @@ def _itself(value: Any, *_: Any) -> Any:
 
 _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
-    ("torch._utils", "_rebuild_qtensor"): _rebuilt_quantized,
-    ("torch._utils", "_rebuild_parameter"): _itself,
+    PICKLED_TENSOR: _rebuilt,
+    PICKLED_QUANTIZED_TENSOR: _rebuilt_quantized,
+    PICKLED_PARAMETER: _itself,
     ("torch.serialization", "_get_layout"): _Name,
 }
 
