@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -270,9 +270,12 @@ def measured(name: str, measure: Measure, options: argparse.Namespace) -> list[R
 
 
 def run_benchmarks(
-    benchmarks: Mapping[str, Measure], options: argparse.Namespace, store: Path | None
+    benchmarks: Mapping[str, Measure],
+    options: argparse.Namespace,
+    store: Path | None,
+    kept: Sequence[Row] = (),
 ) -> None:
-    """Run benchmarks as a command, and store their rows where a path is given."""
+    """Run benchmarks as a command, and store their rows, after `kept`, where a path is given."""
     rows: list[Row] = []
     try:
         for number, (name, measure) in enumerate(benchmarks.items(), 1):
@@ -280,7 +283,8 @@ def run_benchmarks(
                 print(f"\n{name} ({number} of {len(benchmarks)})\n")
             rows += measured(name, measure, options)
             if store is not None:
-                save(store, rows)  # after each, so that a later failure loses none of them
+                # After each, so that a later failure loses none of them.
+                save(store, [*kept, *rows])
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(f"\n{targets_of(rows)}")

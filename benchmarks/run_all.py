@@ -2,11 +2,14 @@
 
 python benchmarks/run_all.py                        # into benchmarks/results/<machine>.json
 python benchmarks/run_all.py --only observers,roofline --json /tmp/quick.json
+
+With --only, rows of other benchmarks that the file has of this machine and torch stay.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 
 import batch_norm
@@ -26,6 +29,7 @@ import threads
 import whole_models
 from fastquant.bench.machine import machine
 from harness import Measure, parser, run_benchmarks
+from rows import Row, load
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,6 +73,16 @@ def chosen(names: str) -> list[str]:
 chosen.__name__ = f"choice of {', '.join(BENCHMARKS)}"  # for argparse's message
 
 
+def rows_of_others(path: Path, measured: Container[str]) -> list[Row]:
+    """The rows that a stored result of this machine has of benchmarks that are not measured."""
+    if not path.exists():
+        return []
+    stored, here = load(path), machine()
+    if any(stored["machine"][key] != here[key] for key in ("cpu", "cores", "torch")):
+        return []
+    return [row for row in stored["rows"] if row["benchmark"] not in measured]
+
+
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument(
@@ -77,7 +91,9 @@ def main() -> None:
     )  # fmt: skip
     options = options_parser.parse_args()
     wanted = {name: BENCHMARKS[name] for name in options.only}
-    run_benchmarks(wanted, options, options.json or RESULTS / result_name())
+    path = options.json or RESULTS / result_name()
+    kept = rows_of_others(path, wanted) if len(wanted) < len(BENCHMARKS) else []
+    run_benchmarks(wanted, options, path, kept)
 
 
 if __name__ == "__main__":
