@@ -288,7 +288,8 @@ def handles(*functions: Any, plain_first: bool = False) -> Callable[[_Function],
 def functions_named(name: str) -> list[Any]:
     """Method of Tensor, function of torch, of F: those that exist."""
     places = (Tensor, torch, F)
-    return [getattr(place, name) for place in places if hasattr(place, name)]
+    found = (getattr(place, name) for place in places if hasattr(place, name))
+    return [function for function in found if callable(function)]  # torch.cpu is a module
 
 
 @when_compiling
