@@ -30,7 +30,7 @@ HEADLINE = {"mobilenet_v2": "MobileNetV2", "resnet18": "ResNet-18"}
 TABLES = {
     "Observers": ("observers", "ranges"),
     "Fake-quantize": ("fake_quant", "batch_norm"),
-    "Int8 layers": ("int8_layers", "int8_calls"),
+    "Int8 layers": ("int8_layers",),
     "Int8 elementwise operations": ("int8_elementwise",),
 }
 

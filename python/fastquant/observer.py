@@ -424,6 +424,35 @@ class _RangeObserver(UniformQuantizationObserverBase):
             resized(self, name, shape).fill_(unobserved)
         self.nonfinite_count.zero_()
 
+    def _observe_channels(self, channels: int, *args: Any) -> Any:
+        """Call `_observe` for a first tensor, with room for so many channels in the buffers.
+
+        They keep it only if the tensor is not refused.
+        """
+        if is_dynamo_compiling():
+            self._set_channels(channels)
+            return self._observe(*args)
+        with RESIZING:
+            first = self.max_val.numel() == 0  # and no other thread's tensor came before
+            if first:
+                self._set_channels(channels)
+            try:
+                return self._observe(*args)
+            except Exception:
+                if first:
+                    self._set_channels(0)
+                raise
+
+    def _observe(self, *args: Any) -> Any:
+        """Observe a tensor; see the subclasses."""
+        raise NotImplementedError
+
+    def _set_channels(self, channels: int) -> None:
+        """Give the buffers room for so many channels, with nothing observed as yet."""
+        # max_val comes last: once it has elements, the others have, too.
+        for name, unobserved in UNOBSERVED:
+            refill(self, name, (channels,), unobserved)
+
     def extra_repr(self) -> str:
         return f"min_val={self.min_val}, max_val={self.max_val}"
 
@@ -612,25 +641,7 @@ class _MinMax(_RangeObserver):
         error = channel_error(x, ch_axis, {})
         if error is not None:
             raise naming_its_layer(self, error)
-        channels = x.shape[ch_axis]
-        if is_dynamo_compiling():
-            self._set_channels(channels)
-            return self._observe(x, ch_axis, averaging_constant)
-        with RESIZING:
-            first = self.max_val.numel() == 0  # and no other thread's tensor came before
-            if first:
-                self._set_channels(channels)
-            try:
-                return self._observe(x, ch_axis, averaging_constant)
-            except Exception:
-                if first:
-                    self._set_channels(0)
-                raise
-
-    def _set_channels(self, channels: int) -> None:
-        """Give the range room for so many channels, with nothing observed as yet."""
-        for name, unobserved in UNOBSERVED:
-            refill(self, name, (channels,), unobserved)
+        return self._observe_channels(x.shape[ch_axis], x, ch_axis, averaging_constant)  # type: ignore[no-any-return]
 
 
 class MinMaxObserver(_MinMax):
@@ -1385,27 +1396,11 @@ class PerChannelHistogramObserver(_HistogramObserver):
         error = channel_error(x, self.ch_axis, {})
         if error is not None:
             raise error
-        if is_dynamo_compiling():
-            self._set_channels(x.shape[self.ch_axis])
-            self._observe(x)
-            return
-        with RESIZING:
-            first = self.max_val.numel() == 0  # and no other thread's tensor came before
-            if first:
-                self._set_channels(x.shape[self.ch_axis])
-            try:
-                self._observe(x)
-            except Exception:
-                if first:
-                    self._set_channels(0)
-                raise
+        self._observe_channels(x.shape[self.ch_axis], x)
 
     def _set_channels(self, channels: int) -> None:
-        """Give the histograms room for so many channels, with nothing observed as yet."""
         refill(self, "histogram", (channels, self.bins), 0.0)
-        # max_val last: once it has elements, the others have, too.
-        for name, unobserved in UNOBSERVED:
-            refill(self, name, (channels,), unobserved)
+        super()._set_channels(channels)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each channel's range; see :meth:`_calculate_qparams`."""

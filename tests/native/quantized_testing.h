@@ -1,5 +1,5 @@
-// What the tests of operations on quantized values share: threads, random values, buffers, and going through
-// instruction sets. A program includes it once.
+// What the tests of operations on quantized values share: random values, buffers, and going through instruction
+// sets. A program includes it once.
 #pragma once
 
 #include <algorithm>
@@ -7,38 +7,13 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
-#include <random>
-#include <thread>
-#include <vector>
 
-#include "cpu/dispatch.h"
+#include "testing.h"
 
 namespace fastquant {
-
-inline int64_t threads = 1;
-
-int64_t thread_count() { return threads; }
-
-void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context) {
-  std::vector<std::thread> workers;
-  for (int64_t i = 0; i < count; ++i) workers.emplace_back(f, context, i);
-  for (auto& w : workers) w.join();
-}
-
 namespace {
 
-std::mt19937_64 rng(17);
-int64_t compared = 0;
-int64_t failed = 0;
-
-void expect(bool holds, const char* what) {
-  ++compared;
-  if (!holds && ++failed <= 20) std::printf("failed: %s (isa %s, %ld threads)\n", what, isa(), long(threads));
-}
-
-int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[rng() % choices.size()]; }
 int64_t between(int64_t first, int64_t last) { return first + int64_t(rng() % uint64_t(last - first + 1)); }
 
 // Elements that begin at an offset into an allocation, which ends after the last of them: AddressSanitizer

@@ -7,36 +7,14 @@
 #include <cstdlib>
 #include <limits>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "cpu/fake_quantize.h"
 #include "cpu/ranges.h"
+#include "testing.h"
 
 namespace fastquant {
-
 namespace {
-int64_t threads = 4;
-}
-
-int64_t thread_count() { return threads; }
-
-void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context) {
-  std::vector<std::thread> workers;
-  for (int64_t i = 0; i < count; ++i) workers.emplace_back(f, context, i);
-  for (auto& w : workers) w.join();
-}
-
-namespace {
-
-std::mt19937_64 rng(7);
-int64_t compared = 0;
-int64_t failed = 0;
-
-void expect(bool holds, const char* what) {
-  ++compared;
-  if (!holds && ++failed <= 20) std::printf("failed: %s (isa %s, %ld threads)\n", what, isa(), long(threads));
-}
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -49,8 +27,6 @@ Array array(std::vector<int32_t>& v, const char* name) {
 Array array(std::vector<int64_t>& v, const char* name) {
   return {v.data(), Element::i64, int64_t(v.size()), name};
 }
-
-int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[rng() % choices.size()]; }
 
 // Elements of any type that begin `offset` elements into an allocation, which ends after the last of them.
 template <class S>
@@ -228,6 +204,7 @@ void test_threads() {
 }
 
 int run(int rounds) {
+  threads = 4;
   test_threads();
   const Kernels* last = nullptr;
   for (int i = 0; usable_isa(i) != nullptr; ++i) {

@@ -14,19 +14,8 @@
 namespace fastquant {
 namespace {
 
-// Products that a thread must have to compute for its start to pay off.
-constexpr int64_t kProductsOfThread = 400000;
-
-// The bytes that a piece of work should stay within: for the L2 cache, where weights pass through the L1 cache,
-// and for the L1 cache, where they stay in it.
-constexpr int64_t kSecondCache = 262144, kFirstCache = 24576, kWeightsInFirstCache = 32768;
-
-// Numbers of rows that all tiles divide.
-constexpr int64_t kRowUnit = 24;
-
-constexpr int64_t kMostPointers = 8192;
-
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+// Where weights stay in the L1 cache, so should what is read and written beside them.
+constexpr int64_t kFirstCache = 24576, kWeightsInFirstCache = 32768;
 
 // A convolution that has the same output, in as few dimensions as can be: where every output position is
 // computed from one input position, in order, all of them are in one row.
@@ -192,7 +181,8 @@ class Convolution {
   void find_edges() {
     const int64_t count = s_.out[2], stride = s_.stride[2], pad = s_.padding[2];
     inside_from_ = std::min(count, (pad + stride - 1) / stride);
-    inside_to_ = std::min(count, std::max<int64_t>(0, floor_div(s_.in[2] - s_.kernel[2] + pad, stride) + 1));
+    inside_to_ =
+        std::min(count, std::max<int64_t>(0, floor_divided(s_.in[2] - s_.kernel[2] + pad, stride) + 1));
     if (access_ != Access::rows) return;
     const auto width = [&](int64_t from, int64_t to) {
       return to > from ? (to - from - 1) * stride + s_.kernel[2] : 0;

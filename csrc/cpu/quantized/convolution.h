@@ -8,6 +8,11 @@
 
 namespace fastquant {
 
+// a / b, rounded towards negative infinity; b is positive.
+static inline constexpr int64_t floor_divided(int64_t a, int64_t b) {
+  return a >= 0 ? a / b : -((b - 1 - a) / b);
+}
+
 // A convolution in up to three spatial dimensions; absent ones, which come first, have a size of 1.
 struct ConvShape {
   static constexpr int kDims = 3;

@@ -56,8 +56,6 @@ std::vector<DepthwiseBlock> blocks_of(int64_t channels, int max_width) {
   return blocks;
 }
 
-int64_t floor_divided(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-
 // One part of a convolution (axes.h) of x with as many channels as the output, as kernels take it.
 class Part {
  public:

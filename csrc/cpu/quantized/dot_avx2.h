@@ -88,6 +88,20 @@ struct Avx2Lanes {
   }
 };
 
+// Values and weights that take one register each.
+struct Avx2Singles : Avx2Lanes {
+  static constexpr int kMostVectors = 4;
+  template <int kVectors>
+  static constexpr int kMostRows = kVectors == 4   ? 3
+                                   : kVectors == 3 ? 4
+                                   : kVectors == 2 ? 6
+                                                   : 8;
+  using Values = __m256i;
+  using Weights = __m256i;
+  static Values values(const uint8_t* p) { return four(p); }
+  static Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+};
+
 // Bytes as words, of which two are multiplied and added at once: the first and third of four, the second and
 // fourth.
 struct Avx2Dot : Avx2Lanes {
@@ -112,28 +126,12 @@ struct Avx2Dot : Avx2Lanes {
   }
 
   // The same words in memory.
-  struct Wide : Avx2Lanes {
+  struct Wide : Avx2Singles {
     static constexpr int kMostVectors = 2;
-    template <int kVectors>
-    static constexpr int kMostRows = kVectors == 2 ? 6 : 8;
-    using Values = __m256i;
-    using Weights = __m256i;
-    static Values values(const uint8_t* p) { return four(p); }
-    static Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static Ints dot(Ints sums, Values x, Weights w) { return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w)); }
   };
   // Two products of seven by eight bits fit a word.
-  struct SevenBits : Avx2Lanes {
-    static constexpr int kMostVectors = 4;
-    template <int kVectors>
-    static constexpr int kMostRows = kVectors == 4   ? 3
-                                     : kVectors == 3 ? 4
-                                     : kVectors == 2 ? 6
-                                                     : 8;
-    using Values = __m256i;
-    using Weights = __m256i;
-    static Values values(const uint8_t* p) { return four(p); }
-    static Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  struct SevenBits : Avx2Singles {
     static Ints dot(Ints sums, Values x, Weights w) {
       return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
     }
@@ -153,17 +151,7 @@ struct Avx2Dot : Avx2Lanes {
 
 #if defined(__AVXVNNI__)
 
-struct AvxVnniDot : Avx2Lanes {
-  static constexpr int kMostVectors = 4;
-  template <int kVectors>
-  static constexpr int kMostRows = kVectors == 4   ? 3
-                                   : kVectors == 3 ? 4
-                                   : kVectors == 2 ? 6
-                                                   : 8;
-  using Values = __m256i;
-  using Weights = __m256i;
-  static Values values(const uint8_t* p) { return four(p); }
-  static Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+struct AvxVnniDot : Avx2Singles {
   static Ints dot(Ints sums, Values x, Weights w) { return _mm256_dpbusd_avx_epi32(sums, x, w); }
 };
 

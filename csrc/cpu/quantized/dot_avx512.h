@@ -77,17 +77,24 @@ struct Avx512Lanes {
 
   static constexpr int kMostVectors = 4;
   static constexpr int kSums = 16;
-  // Where values and weights take one register each.
-  template <int kVectors>
-  static constexpr int kMostRowsOfSingles = kVectors == 4   ? 6
-                                            : kVectors == 3 ? 8
-                                            : kVectors == 2 ? 12
-                                                            : 16;
 
  private:
   static __m512i words(Ints a, Ints b, const Limits& limits) {
     return _mm512_adds_epi16(_mm512_packs_epi32(a, b), limits.zero_point);
   }
+};
+
+// Values and weights that take one register each.
+struct Avx512Singles : Avx512Lanes {
+  template <int kVectors>
+  static constexpr int kMostRows = kVectors == 4   ? 6
+                                   : kVectors == 3 ? 8
+                                   : kVectors == 2 ? 12
+                                                   : 16;
+  using Values = __m512i;
+  using Weights = __m512i;
+  static Values values(const uint8_t* p) { return four(p); }
+  static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
 };
 
 // Bytes as words, of which two are multiplied and added at once: the first and third of four, the second and
@@ -113,23 +120,11 @@ struct Avx512Dot : Avx512Lanes {
   }
 
   // The same words in memory.
-  struct Wide : Avx512Lanes {
-    template <int kVectors>
-    static constexpr int kMostRows = kMostRowsOfSingles<kVectors>;
-    using Values = __m512i;
-    using Weights = __m512i;
-    static Values values(const uint8_t* p) { return four(p); }
-    static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  struct Wide : Avx512Singles {
     static Ints dot(Ints sums, Values x, Weights w) { return _mm512_add_epi32(sums, _mm512_madd_epi16(x, w)); }
   };
   // Two products of seven by eight bits fit a word.
-  struct SevenBits : Avx512Lanes {
-    template <int kVectors>
-    static constexpr int kMostRows = kMostRowsOfSingles<kVectors>;
-    using Values = __m512i;
-    using Weights = __m512i;
-    static Values values(const uint8_t* p) { return four(p); }
-    static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+  struct SevenBits : Avx512Singles {
     static Ints dot(Ints sums, Values x, Weights w) {
       return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), _mm512_set1_epi16(1)));
     }
@@ -149,13 +144,7 @@ struct Avx512Dot : Avx512Lanes {
 
 #if defined(__AVX512VNNI__)
 
-struct Avx512VnniDot : Avx512Lanes {
-  template <int kVectors>
-  static constexpr int kMostRows = kMostRowsOfSingles<kVectors>;
-  using Values = __m512i;
-  using Weights = __m512i;
-  static Values values(const uint8_t* p) { return four(p); }
-  static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
+struct Avx512VnniDot : Avx512Singles {
   static Ints dot(Ints sums, Values x, Weights w) { return _mm512_dpbusd_epi32(sums, x, w); }
 };
 

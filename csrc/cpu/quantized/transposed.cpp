@@ -16,17 +16,6 @@
 namespace fastquant {
 namespace {
 
-// Products that a thread must have to compute for its start to pay off.
-constexpr int64_t kProductsOfThread = 400000;
-
-// The bytes that what is read and written at once should stay within.
-constexpr int64_t kSecondCache = 262144;
-
-// A number of positions that all tiles of the matrix kernel divide.
-constexpr int64_t kRowUnit = 24;
-
-constexpr int64_t kMostPointers = 8192;
-
 // x as the matrix kernel takes it: unsigned, and the channels of each group filled up to whole steps.
 class Values {
  public:

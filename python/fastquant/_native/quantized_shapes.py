@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference.quantized import _channels_last, as_pooled, as_resized, pack_weight, result_of_two
+from .reference.quantized import (
+    MAX_POOLS,
+    _channels_last,
+    as_pooled,
+    as_resized,
+    pack_weight,
+    result_of_two,
+)
 
 
 def _quantize(
@@ -113,9 +120,9 @@ def _max_pool(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:
-    pools: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
     values = x.new_empty(x.shape, dtype=torch.float32)
-    y = pools[len(kernel_size)](values, kernel_size, stride, padding, dilation, ceil_mode)
+    pool = MAX_POOLS[len(kernel_size)]
+    y = pool(values, kernel_size, stride, padding, dilation, ceil_mode)
     return as_pooled(x, y, len(kernel_size))
 
 
@@ -128,8 +135,8 @@ def _avg_pool(
     ceil_mode: bool,
     *_: Any,
 ) -> Tensor:
-    pools: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
     values = x.new_empty(x.shape, dtype=torch.float32)
+    pools: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
     y = pools[len(kernel_size)](values, kernel_size, stride, padding, ceil_mode)
     return as_pooled(x, y, len(kernel_size))
 

@@ -354,16 +354,7 @@ def _answer_of_integers(name: str) -> Handler:
 
 
 for _name in (
-    *(
-        "size",
-        "dim",
-        "numel",
-        "nelement",
-        "ndimension",
-        "stride",
-        "storage_offset",
-        "is_contiguous",
-    ),
+    *("size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset"),
     *("element_size", "get_device", "is_floating_point", "is_complex", "is_shared", "is_pinned"),
     *("is_inference", "is_conj", "is_neg", "data_ptr", "untyped_storage", "is_contiguous"),
     # torch.compile asks these of a graph's inputs.

@@ -6,13 +6,14 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from .._core.batches import checked_data
 from .._core.schemes import RangeMethodName
+from ..bench.command_line import Parser, at_least_one
 from ..bench.errors import BenchError
 from ..bench.measure import QCONFIGS
 from ..bench.models import load_model, load_object
@@ -26,23 +27,8 @@ from .errors import AnalysisError
 from .result import Analysis
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_at_least_one.__name__ = "number, at least 1,"  # argparse's messages name the type
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m fastquant.analysis",
         description="Quantize a model after calibration, and report what that did to each of its "
         "layers.",
@@ -73,13 +59,13 @@ def _parser() -> _Parser:
         default="l2",
         help="how ranges are read from histograms; default: l2",
     )
-    parser.add_argument("--batches", type=_at_least_one, help="default: all")
+    parser.add_argument("--batches", type=at_least_one, help="default: all")
     parser.add_argument(
         "--no-sensitivity",
         action="store_true",
         help="leave out how much each layer matters to the output, which takes two forwards each",
     )
-    parser.add_argument("--threads", type=_at_least_one, help="default: torch's own number")
+    parser.add_argument("--threads", type=at_least_one, help="default: torch's own number")
     parser.add_argument("--html", metavar="FILE", help="write a page to look at")
     parser.add_argument("--json", metavar="FILE", help="write all results")
     parser.add_argument("--markdown", metavar="FILE", help="write a summary and a table")

@@ -14,20 +14,17 @@ _SHOWN = 20
 
 def number(value: float | None, digits: int = 1) -> str:
     """A number for people; a dash for one that was not measured."""
-    if value is None or math.isnan(value):
-        return "-"
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return f"{value:.{digits}f}"
+    return _formatted(value, f".{digits}f")
 
 
 def significant(value: float | None, digits: int = 3) -> str:
     """A number by its leading digits, for values of any magnitude."""
-    if value is None or math.isnan(value):
-        return "-"
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return f"{value:.{digits}g}"
+    return _formatted(value, f".{digits}g")
+
+
+def _formatted(value: float | None, form: str) -> str:
+    # Format specifications write infinities as "inf" and "-inf", too.
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def percent(share: float | None) -> str:

@@ -20,23 +20,25 @@ from .models import BUILT_IN, load_inputs, load_model, parse_input
 from .report import Report
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError
     return value
 
 
-_at_least_one.__name__ = "number, at least 1,"  # argparse's messages name the type
+at_least_one.__name__ = "number, at least 1,"  # argparse's messages name the type
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m fastquant.bench",
         description="Time a model in float, and prepared or converted by fastquant and by "
         "torch.ao, and check that both observe the same ranges.",
@@ -77,9 +79,9 @@ def _parser() -> _Parser:
         default="x86",
         help="default: x86; native needs --mode int8",
     )
-    parser.add_argument("--threads", type=_at_least_one, help="default: torch's own number")
-    parser.add_argument("--rounds", type=_at_least_one, default=10, help="default: 10")
-    parser.add_argument("--top", type=_at_least_one, default=10, help="layers shown; default: 10")
+    parser.add_argument("--threads", type=at_least_one, help="default: torch's own number")
+    parser.add_argument("--rounds", type=at_least_one, default=10, help="default: 10")
+    parser.add_argument("--top", type=at_least_one, default=10, help="layers shown; default: 10")
     parser.add_argument(
         "--json", metavar="FILE", help="write all results to FILE; - for standard output"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .._torch.private import tree_leaves
 from ..nn.quantized import FloatLayer
@@ -23,7 +21,7 @@ from .machine import machine
 from .models import as_call, described
 from .report import FLOAT, OURS, THEIRS, Layer, caveats, layer_lines, time_line
 from .steps import Step, fused, libraries
-from .timing import Case, Summary, threads_set_to, time_rounds
+from .timing import Case, Summary, measuring, time_rounds
 
 INT8_QCONFIGS = ("x86", "fbgemm", "qnnpack", "onednn", "native")
 
@@ -151,16 +149,7 @@ def run_int8(
     """
     if qconfig not in INT8_QCONFIGS:
         raise ValueError(f"qconfig must be one of {', '.join(INT8_QCONFIGS)}, got {qconfig!r}")
-    for argument, number in (("threads", threads), ("rounds", rounds)):
-        if number is not None and number < 1:
-            raise ValueError(f"{argument} must be at least 1, got {number}")
-    with (
-        warnings.catch_warnings(),
-        threads_set_to(threads),
-        tqdm(total=None, desc="float model", unit="step", disable=not progress) as bar,
-    ):
-        # What convert warns of, the report says.
-        warnings.simplefilter("ignore")
+    with measuring(threads, rounds, progress) as bar:
         return _report(model, inputs, name or type(model).__name__, qconfig, rounds, bar)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .errors import BenchError, attempt
 from .layers import layer_costs
@@ -17,7 +15,7 @@ from .models import described
 from .observed import TOLERANCE, Ranges, differences, first_ranges
 from .report import FLOAT, OURS, THEIRS, Report
 from .steps import Library, Step, fused, libraries
-from .timing import Case, threads_set_to, time_rounds
+from .timing import Case, measuring, time_rounds
 
 MODES = ("calibrate", "qat")
 QCONFIGS = ("x86", "fbgemm", "qnnpack", "onednn")
@@ -60,16 +58,7 @@ def run(
     for argument, value, known in (("mode", mode, MODES), ("qconfig", qconfig, QCONFIGS)):
         if value not in known:
             raise ValueError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
-    for argument, number in (("threads", threads), ("rounds", rounds)):
-        if number is not None and number < 1:
-            raise ValueError(f"{argument} must be at least 1, got {number}")
-    with (
-        warnings.catch_warnings(),
-        threads_set_to(threads),
-        tqdm(total=None, desc="float model", unit="step", disable=not progress) as bar,
-    ):
-        # Warnings of torch.ao and of the model are not this command's subject.
-        warnings.simplefilter("ignore")
+    with measuring(threads, rounds, progress) as bar:
         return _report(model, inputs, name or type(model).__name__, mode, qconfig, rounds, bar)
 
 

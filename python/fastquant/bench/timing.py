@@ -6,11 +6,14 @@ import gc
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .disturbance import Watch
 
@@ -156,6 +159,28 @@ def threads_set_to(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def measuring(threads: int | None, rounds: int, progress: bool) -> Iterator[Any]:
+    """What a measurement of a model happens in: its threads, no warnings, and a progress bar.
+
+    Warnings of torch.ao and of the model are not a benchmark's subject; what `convert` warns of,
+    its report says.
+
+    Raises:
+        ValueError: threads or rounds is below 1.
+    """
+    for argument, number in (("threads", threads), ("rounds", rounds)):
+        if number is not None and number < 1:
+            raise ValueError(f"{argument} must be at least 1, got {number}")
+    with (
+        warnings.catch_warnings(),
+        threads_set_to(threads),
+        tqdm(total=None, desc="float model", unit="step", disable=not progress) as bar,
+    ):
+        warnings.simplefilter("ignore")
+        yield bar
 
 
 def readable_time(seconds: float) -> str:

@@ -345,7 +345,7 @@ def lookup(x: Tensor, table: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=table.dtype).copy_(table[x.view(torch.uint8).long()])
 
 
-_MAX_POOLS: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+MAX_POOLS: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOLS: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE_AVG_POOLS: dict[int, Any] = {
     1: F.adaptive_avg_pool1d,
@@ -369,7 +369,7 @@ def quantized_max_pool(
     ceil_mode: bool,
 ) -> Tensor:
     dims = len(kernel_size)
-    y = _MAX_POOLS[dims](x.to(torch.float32), kernel_size, stride, padding, dilation, ceil_mode)
+    y = MAX_POOLS[dims](x.to(torch.float32), kernel_size, stride, padding, dilation, ceil_mode)
     # A window of padding alone has no largest element.
     return as_pooled(x, y.clamp(min=torch.iinfo(x.dtype).min), dims)
 

@@ -147,11 +147,12 @@ class _ConvNd(Weighted):
             self._require_shape(values)
         if self._padded_before is not None:
             values = _padded(values, self._padded_before, self.padding_mode, zero_point)
+        return quantized_conv(values, scale, zero_point, *self._arguments(), dtype or values.dtype)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """What the op takes between the zero point of its input and the dtype of its output."""
         buffers = self._buffers
-        return quantized_conv(
-            values,
-            scale,
-            zero_point,
+        return (
             buffers["_packed_weight"],
             buffers["weight_scale"],
             buffers["_bias"],
@@ -164,27 +165,11 @@ class _ConvNd(Weighted):
             self.zero_point,
             self._LOW,
             self._HIGH,
-            dtype or values.dtype,
         )
 
     def forward(self, input: Any) -> Any:
         if self._padded_before is None:
-            buffers = self._buffers
-            output = calls.conv(
-                input,
-                buffers["_packed_weight"],
-                buffers["weight_scale"],
-                buffers["_bias"],
-                self._weight_shape,
-                self.stride,
-                self._padded_by_kernel,
-                self.dilation,
-                self.groups,
-                self.scale,
-                self.zero_point,
-                self._LOW,
-                self._HIGH,
-            )
+            output = calls.conv(input, *self._arguments())
             if output is not None:
                 return output
         return made(self._computed(input), self.scale, self.zero_point)

@@ -69,11 +69,14 @@ class Linear(Weighted):
                 f"{self._get_name()} takes an input of {self.in_features} features in its last "
                 f"dimension, got shape {list(values.shape)}"
             )
-        buffers = self._buffers
         return quantized_linear(
-            values,
-            scale,
-            zero_point,
+            values, scale, zero_point, *self._arguments(), dtype or values.dtype
+        )
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """What the op takes between the zero point of its input and the dtype of its output."""
+        buffers = self._buffers
+        return (
             buffers["_packed_weight"],
             buffers["weight_scale"],
             buffers["_bias"],
@@ -82,22 +85,10 @@ class Linear(Weighted):
             self.zero_point,
             self._LOW,
             self._HIGH,
-            dtype or values.dtype,
         )
 
     def forward(self, x: Any) -> Any:
-        buffers = self._buffers
-        output = calls.linear(
-            x,
-            buffers["_packed_weight"],
-            buffers["weight_scale"],
-            buffers["_bias"],
-            self.out_features,
-            self.scale,
-            self.zero_point,
-            self._LOW,
-            self._HIGH,
-        )
+        output = calls.linear(x, *self._arguments())
         if output is not None:
             return output
         return made(self._computed(x), self.scale, self.zero_point)

@@ -14,33 +14,28 @@ from ....quantized_tensor import made, parts
 from ...quantized import Linear
 
 
-class LinearReLU(Linear):
+class _FusedLinear(Linear):
+    """`Linear` with torch.ao's name for the argument that fused layers call `bias`."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype = torch.qint8,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype)
+
+
+class LinearReLU(_FusedLinear):
     """`Linear` followed by ReLU."""
 
     _LOW: ClassVar[float] = 0.0
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (nni.LinearReLU, nniqat.LinearReLU)
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        dtype: torch.dtype = torch.qint8,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
 
-
-class _LinearActivation(Linear):
+class _LinearActivation(_FusedLinear):
     """A function of the layer's real result, which is then quantized."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        dtype: torch.dtype = torch.qint8,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
 
     def _activated(self, y: Tensor) -> Tensor:
         raise NotImplementedError

@@ -1,0 +1,40 @@
+// What the tests of whole tensors share: threads, random choices, and counting what failed. A program includes
+// it once.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <initializer_list>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace fastquant {
+
+inline int64_t threads = 1;
+
+int64_t thread_count() { return threads; }
+
+void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context) {
+  std::vector<std::thread> workers;
+  for (int64_t i = 0; i < count; ++i) workers.emplace_back(f, context, i);
+  for (auto& w : workers) w.join();
+}
+
+namespace {
+
+std::mt19937_64 rng(17);
+int64_t compared = 0;
+int64_t failed = 0;
+
+void expect(bool holds, const char* what) {
+  ++compared;
+  if (!holds && ++failed <= 20) std::printf("failed: %s (isa %s, %ld threads)\n", what, isa(), long(threads));
+}
+
+int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[rng() % choices.size()]; }
+
+}  // namespace
+}  // namespace fastquant
