@@ -175,7 +175,7 @@ def reestimate_batch_norm(
 
     For batch norms that were not folded: those of QAT's blocks, and those that stand alone. Others
     are part of a weight; for them, `correct_bias` corrects the mean. After Sun et al., "Hybrid
-    8-bit Floating Point (HFP8) Training and Inference for Deep Neural Networks" (2019), section 3.
+    8-bit Floating Point (HFP8) Training and Inference for Deep Neural Networks" (2019).
 
     Args:
         float_model: the model before prepare.
