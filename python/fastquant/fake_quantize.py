@@ -26,6 +26,7 @@ from ._core.arguments import (
     input_error,
     nonfinite_error,
 )
+from ._core.dtypes import QINT8, QUINT4X2, QUINT8
 from ._core.errors import naming_its_layer
 from ._core.locks import RESIZING
 from ._core.ranges import has_seen_nothing
@@ -213,7 +214,7 @@ class FakeQuantize(FakeQuantizeBase):
             quant_min, quant_max = check_quantized_range(quant_min, quant_max, holds_zero=False)
             # A partial observer may know its dtype.
             given = getattr(getattr(observer, "p", None), "keywords", {})
-            dtype = given.get("dtype", observer_kwargs.get("dtype", torch.quint8))
+            dtype = given.get("dtype", observer_kwargs.get("dtype", QUINT8))
             check_fits_dtype(quant_min, quant_max, dtype)
             observer_kwargs.update(quant_min=quant_min, quant_max=quant_max)
         made = observer(**observer_kwargs, is_dynamic=is_dynamic)
@@ -918,7 +919,7 @@ default_fake_quant = FakeQuantize.with_args(
     observer=MovingAverageMinMaxObserver,
     quant_min=0,
     quant_max=255,
-    dtype=torch.quint8,
+    dtype=QUINT8,
     qscheme=torch.per_tensor_affine,
     reduce_range=True,
 )
@@ -928,7 +929,7 @@ default_weight_fake_quant = FakeQuantize.with_args(
     observer=MovingAverageMinMaxObserver,
     quant_min=-128,
     quant_max=127,
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_tensor_symmetric,
     reduce_range=False,
 )
@@ -939,7 +940,7 @@ default_dynamic_fake_quant = FakeQuantize.with_args(
     quant_min=0,
     quant_max=255,
     is_dynamic=True,
-    dtype=torch.quint8,
+    dtype=QUINT8,
     averaging_constant=1,
 )
 """Activations of modules that will be quantized dynamically."""
@@ -962,7 +963,7 @@ default_per_channel_weight_fake_quant = FakeQuantize.with_args(
     observer=MovingAveragePerChannelMinMaxObserver,
     quant_min=-128,
     quant_max=127,
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_channel_symmetric,
     reduce_range=False,
     ch_axis=0,
@@ -972,7 +973,7 @@ default_per_channel_weight_fake_quant = FakeQuantize.with_args(
 default_embedding_fake_quant = FakeQuantize.with_args(
     observer=MovingAveragePerChannelMinMaxObserver,
     qscheme=torch.per_channel_affine_float_qparams,
-    dtype=torch.quint8,
+    dtype=QUINT8,
     quant_min=0,
     quant_max=255,
     ch_axis=0,
@@ -984,7 +985,7 @@ default_embedding_fake_quant_4bit = FakeQuantize.with_args(
     observer=MovingAveragePerChannelMinMaxObserver,
     qscheme=torch.per_channel_affine_float_qparams,
     ch_axis=0,
-    dtype=torch.quint4x2,
+    dtype=QUINT4X2,
     averaging_constant=1,
 )
 """Embedding weights in 4 bits, with float zero points; memoryless."""
@@ -993,7 +994,7 @@ default_histogram_fake_quant = FakeQuantize.with_args(
     observer=HistogramObserver,
     quant_min=0,
     quant_max=255,
-    dtype=torch.quint8,
+    dtype=QUINT8,
     qscheme=torch.per_tensor_affine,
     reduce_range=True,
 )
@@ -1003,7 +1004,7 @@ default_fused_act_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
     observer=MovingAverageMinMaxObserver,
     quant_min=0,
     quant_max=255,
-    dtype=torch.quint8,
+    dtype=QUINT8,
 )
 """Activations, in 8 bits."""
 
@@ -1011,7 +1012,7 @@ default_fused_wt_fake_quant = FusedMovingAvgObsFakeQuantize.with_args(
     observer=MovingAverageMinMaxObserver,
     quant_min=-128,
     quant_max=127,
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_tensor_symmetric,
 )
 """Weights."""
@@ -1020,7 +1021,7 @@ default_fused_per_channel_wt_fake_quant = FusedMovingAvgObsFakeQuantize.with_arg
     observer=MovingAveragePerChannelMinMaxObserver,
     quant_min=-128,
     quant_max=127,
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_channel_symmetric,
 )
 """Weights, per channel."""
@@ -1029,7 +1030,7 @@ fused_wt_fake_quant_range_neg_127_to_127 = FusedMovingAvgObsFakeQuantize.with_ar
     observer=MovingAverageMinMaxObserver,
     quant_min=-127,
     quant_max=127,
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_tensor_symmetric,
     eps=2**-12,
 )
@@ -1039,7 +1040,7 @@ fused_per_channel_wt_fake_quant_range_neg_127_to_127 = FusedMovingAvgObsFakeQuan
     observer=MovingAveragePerChannelMinMaxObserver,
     quant_min=-127,
     quant_max=127,
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_channel_symmetric,
     eps=2**-12,
 )

@@ -42,6 +42,7 @@ from ._core.arguments import (
     nonfinite_error,
     width_error,
 )
+from ._core.dtypes import QUINT8
 from ._core.qparams import symmetric_zero_point
 from ._core.schemes import PER_CHANNEL, NonFinitePolicy, RangeMethodName, Scheme
 from ._native import ops, routes
@@ -440,7 +441,7 @@ def histogram_range(
     method: RangeMethodName = "l2",
     percentile: float = 99.99,
     levels: int | None = None,
-    dtype: torch.dtype = torch.quint8,
+    dtype: torch.dtype = QUINT8,
     qscheme: torch.qscheme = torch.per_tensor_affine,
     quant_min: int | None = None,
     quant_max: int | None = None,
@@ -546,7 +547,7 @@ def choose_qparams(
     min_val: Tensor,
     max_val: Tensor,
     *,
-    dtype: torch.dtype = torch.quint8,
+    dtype: torch.dtype = QUINT8,
     qscheme: torch.qscheme = torch.per_tensor_affine,
     quant_min: int | None = None,
     quant_max: int | None = None,
@@ -665,7 +666,7 @@ def fused_observe_fake_quantize(
     zero_point: Tensor,
     nonfinite_count: Tensor | None = None,
     *,
-    dtype: torch.dtype = torch.quint8,
+    dtype: torch.dtype = QUINT8,
     qscheme: torch.qscheme = torch.per_tensor_affine,
     quant_min: int | None = None,
     quant_max: int | None = None,
@@ -733,7 +734,7 @@ def add_observe_fake_quantize(
     *,
     low: float = -_INF,
     high: float = _INF,
-    dtype: torch.dtype = torch.quint8,
+    dtype: torch.dtype = QUINT8,
     qscheme: torch.qscheme = torch.per_tensor_affine,
     quant_min: int | None = None,
     quant_max: int | None = None,
@@ -878,7 +879,7 @@ def batch_norm_observe_fake_quantize(
     bn_eps: float = 1e-5,
     low: float = -_INF,
     high: float = _INF,
-    dtype: torch.dtype = torch.quint8,
+    dtype: torch.dtype = QUINT8,
     qscheme: torch.qscheme = torch.per_tensor_affine,
     quant_min: int | None = None,
     quant_max: int | None = None,

@@ -35,6 +35,7 @@ from ._core.arguments import (
     nonfinite_error,
     width_error,
 )
+from ._core.dtypes import QINT8, QUINT4X2, QUINT8, UINT8
 from ._core.errors import naming_its_layer
 from ._core.locks import RESIZING
 from ._core.qparams import symmetric_zero_point
@@ -263,7 +264,7 @@ class UniformQuantizationObserverBase(ObserverBase):
 
     def __init__(
         self,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_tensor_affine,
         reduce_range: bool = False,
         quant_min: int | None = None,
@@ -588,7 +589,7 @@ class _MinMax(_RangeObserver):
     def __init__(
         self, *, dtype: torch.dtype, qscheme: torch.qscheme, reduce_range: bool, **kwargs: Any
     ) -> None:
-        if reduce_range and dtype == torch.quint8 and SCHEME_CODES.get(qscheme) == Scheme.SYMMETRIC:
+        if reduce_range and dtype in UINT8 and SCHEME_CODES.get(qscheme) == Scheme.SYMMETRIC:
             raise NotImplementedError("reduce_range does not go with a symmetric quint8 range")
         super().__init__(dtype=dtype, qscheme=qscheme, reduce_range=reduce_range, **kwargs)
 
@@ -667,7 +668,7 @@ class MinMaxObserver(_MinMax):
 
     def __init__(
         self,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_tensor_affine,
         reduce_range: bool = False,
         quant_min: int | None = None,
@@ -718,7 +719,7 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     def __init__(
         self,
         averaging_constant: float = 0.01,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_tensor_affine,
         reduce_range: bool = False,
         quant_min: int | None = None,
@@ -772,7 +773,7 @@ class PerChannelMinMaxObserver(_MinMax):
     def __init__(
         self,
         ch_axis: int = 0,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_channel_affine,
         reduce_range: bool = False,
         quant_min: int | None = None,
@@ -826,7 +827,7 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
         self,
         averaging_constant: float = 0.01,
         ch_axis: int = 0,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_channel_affine,
         reduce_range: bool = False,
         quant_min: int | None = None,
@@ -1099,7 +1100,7 @@ class HistogramObserver(_HistogramObserver):
     def __init__(
         self,
         bins: int = 2048,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_tensor_affine,
         reduce_range: bool = False,
         quant_min: int | None = None,
@@ -1329,7 +1330,7 @@ class PerChannelHistogramObserver(_HistogramObserver):
         self,
         ch_axis: int = 0,
         bins: int = 2048,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_channel_affine,
         reduce_range: bool = False,
         quant_min: int | None = None,
@@ -1476,7 +1477,7 @@ class FixedQParamsObserver(ObserverBase):
         self,
         scale: float,
         zero_point: int,
-        dtype: torch.dtype = torch.quint8,
+        dtype: torch.dtype = QUINT8,
         qscheme: torch.qscheme = torch.per_tensor_affine,
         quant_min: int = 0,
         quant_max: int = 255,
@@ -1627,7 +1628,7 @@ class RecordingObserver(_UnobservingObserver):
         dtype: quantized dtype.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.quint8) -> None:
+    def __init__(self, dtype: torch.dtype = QUINT8) -> None:
         super().__init__(dtype=dtype)
         self.tensor_val: list[Tensor] = []
 
@@ -1658,7 +1659,7 @@ class ReuseInputObserver(_UnobservingObserver):
     """Marks an op whose output is to share its input's observer, as a reshape's; FX only."""
 
     def __init__(self) -> None:
-        super().__init__(torch.quint8)
+        super().__init__(QUINT8)
 
 
 # --------------------------------------------------------------------------------------------
@@ -1742,13 +1743,11 @@ default_placeholder_observer = PlaceholderObserver
 default_debug_observer = RecordingObserver
 """Keeps every tensor."""
 
-default_weight_observer = MinMaxObserver.with_args(
-    dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
-)
+default_weight_observer = MinMaxObserver.with_args(dtype=QINT8, qscheme=torch.per_tensor_symmetric)
 """Weights in int8, symmetric."""
 
 weight_observer_range_neg_127_to_127 = MinMaxObserver.with_args(
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_tensor_symmetric,
     quant_min=-127,
     quant_max=127,
@@ -1760,12 +1759,12 @@ default_histogram_observer = HistogramObserver.with_args(quant_min=0, quant_max=
 """Activations in 7 bits, by histogram; for static quantization."""
 
 default_per_channel_weight_observer = PerChannelMinMaxObserver.with_args(
-    dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+    dtype=QINT8, qscheme=torch.per_channel_symmetric
 )
 """Weights in int8, symmetric, per channel."""
 
 per_channel_weight_observer_range_neg_127_to_127 = PerChannelMinMaxObserver.with_args(
-    dtype=torch.qint8,
+    dtype=QINT8,
     qscheme=torch.per_channel_symmetric,
     quant_min=-127,
     quant_max=127,
@@ -1774,27 +1773,27 @@ per_channel_weight_observer_range_neg_127_to_127 = PerChannelMinMaxObserver.with
 """Weights in int8, symmetric, per channel, without -128."""
 
 default_dynamic_quant_observer = PlaceholderObserver.with_args(
-    dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True
+    dtype=QUINT8, quant_min=0, quant_max=255, is_dynamic=True
 )
 """Activations of dynamically quantized modules."""
 
 default_float_qparams_observer = PerChannelMinMaxObserver.with_args(
-    dtype=torch.quint8, qscheme=torch.per_channel_affine_float_qparams, ch_axis=0
+    dtype=QUINT8, qscheme=torch.per_channel_affine_float_qparams, ch_axis=0
 )
 """Embedding weights in 8 bits, with float zero points."""
 
 default_float_qparams_observer_4bit = PerChannelMinMaxObserver.with_args(
-    dtype=torch.quint4x2, qscheme=torch.per_channel_affine_float_qparams, ch_axis=0
+    dtype=QUINT4X2, qscheme=torch.per_channel_affine_float_qparams, ch_axis=0
 )
 """Embedding weights in 4 bits, with float zero points."""
 
 default_fixed_qparams_range_neg1to1_observer = FixedQParamsObserver.with_args(
-    scale=2.0 / 256.0, zero_point=128, dtype=torch.quint8, quant_min=0, quant_max=255
+    scale=2.0 / 256.0, zero_point=128, dtype=QUINT8, quant_min=0, quant_max=255
 )
 """Outputs known to lie in [-1, 1], as of tanh."""
 
 default_fixed_qparams_range_0to1_observer = FixedQParamsObserver.with_args(
-    scale=1.0 / 256.0, zero_point=0, dtype=torch.quint8, quant_min=0, quant_max=255
+    scale=1.0 / 256.0, zero_point=0, dtype=QUINT8, quant_min=0, quant_max=255
 )
 """Outputs known to lie in [0, 1], as of a sigmoid."""
 

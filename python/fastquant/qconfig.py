@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ._core.arguments import check_percentile, check_range_method
+from ._core.dtypes import QINT8, QUINT8
 from ._core.schemes import RangeMethodName
 from .fake_quantize import (
     FakeQuantize,
@@ -144,12 +145,12 @@ QConfigAny: TypeAlias = QConfig | None
 
 # --- named configs ----------------------------------------------------------------------------
 
-_histogram_qint8 = HistogramObserver.with_args(dtype=torch.qint8, reduce_range=False, eps=2**-12)
+_histogram_qint8 = HistogramObserver.with_args(dtype=QINT8, reduce_range=False, eps=2**-12)
 _moving_average_qint8 = FusedMovingAvgObsFakeQuantize.with_args(
     observer=MovingAverageMinMaxObserver,
     quant_min=-128,
     quant_max=127,
-    dtype=torch.qint8,
+    dtype=QINT8,
     reduce_range=False,
     eps=2**-12,
 )
@@ -240,9 +241,7 @@ default_per_channel_symmetric_qnnpack_qat_qconfig = QConfig(
 """The same, weights per channel."""
 
 _default_fp32_placeholder_qconfig = QConfig(_float_placeholder, _float_placeholder)
-_default_quint8_placeholder_qconfig = QConfig(
-    PlaceholderObserver.with_args(dtype=torch.quint8), None
-)
+_default_quint8_placeholder_qconfig = QConfig(PlaceholderObserver.with_args(dtype=QUINT8), None)
 
 # --- a config for each backend ----------------------------------------------------------------
 
@@ -280,8 +279,8 @@ _QAT_VERSIONS: dict[int, tuple[type[FakeQuantize], Factory, Factory]] = {
 _WEIGHT_OBSERVERS: dict[str, tuple[Factory, Factory]] = {
     "minmax": (default_weight_observer, default_per_channel_weight_observer),
     "mse": (
-        MSEObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric),
-        PerChannelMSEObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric),
+        MSEObserver.with_args(dtype=QINT8, qscheme=torch.per_tensor_symmetric),
+        PerChannelMSEObserver.with_args(dtype=QINT8, qscheme=torch.per_channel_symmetric),
     ),
 }
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from ._conversion import checks, swapping
 from ._conversion.fused import observe_sequentials_once
 from ._conversion.plan import Classes, Entry, Plan, has_qconfig, look_up
+from ._core.dtypes import QINT8, QUINT4X2, plain_dtype
 from ._core.errors import PATH_IN_MODEL
 from ._torch import ao
 from ._torch.ao import nnq, nnquantizable
@@ -660,17 +661,17 @@ def quantize_qat(
 _RECURRENT_AND_LINEAR = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)
 # By dtype of the weights: the config, and the types it goes to where none are asked for.
 _DYNAMIC_DEFAULTS: dict[torch.dtype, tuple[Any, tuple[type[nn.Module], ...]]] = {
-    torch.qint8: (default_dynamic_qconfig, _RECURRENT_AND_LINEAR),
+    torch.int8: (default_dynamic_qconfig, _RECURRENT_AND_LINEAR),
     torch.float16: (float16_dynamic_qconfig, _RECURRENT_AND_LINEAR),
-    torch.quint8: (float_qparams_weight_only_qconfig, (nn.EmbeddingBag, nn.Embedding)),
-    torch.quint4x2: (float_qparams_weight_only_qconfig_4bit, (nn.EmbeddingBag,)),
+    torch.uint8: (float_qparams_weight_only_qconfig, (nn.EmbeddingBag, nn.Embedding)),
+    plain_dtype(QUINT4X2): (float_qparams_weight_only_qconfig_4bit, (nn.EmbeddingBag,)),
 }
 
 
 def quantize_dynamic(
     model: _Module,
     qconfig_spec: Mapping[Any, Any] | Iterable[Any] | None = None,
-    dtype: torch.dtype = torch.qint8,
+    dtype: torch.dtype = QINT8,
     mapping: Classes | None = None,
     inplace: bool = False,
 ) -> _Module:
@@ -694,12 +695,13 @@ def quantize_dynamic(
     """
     check_is_module("quantize_dynamic", model)
     if not isinstance(qconfig_spec, Mapping):
-        if dtype not in _DYNAMIC_DEFAULTS:
+        plain = plain_dtype(dtype)
+        if plain not in _DYNAMIC_DEFAULTS:
             raise ValueError(
                 f"quantize_dynamic has no default config for {dtype}; accepted: "
                 f"{', '.join(map(str, _DYNAMIC_DEFAULTS))}; or give qconfig_spec as a dict"
             )
-        qconfig, types = _DYNAMIC_DEFAULTS[dtype]
+        qconfig, types = _DYNAMIC_DEFAULTS[plain]
         qconfig_spec = dict.fromkeys(types if qconfig_spec is None else qconfig_spec, qconfig)
     if mapping is None:
         mapping = get_default_dynamic_quant_module_mappings()

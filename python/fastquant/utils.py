@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ._core.arguments import check_quantized_range
+from ._core.dtypes import INT8, INT32, PLAIN, RANGES, UINT2, UINT4, UINT8
 from ._core.errors import QuantizationError as QuantizationError
 from ._core.qparams import qparams_of_range, symmetric_zero_point
 from ._core.ranges import is_unobserved, warn_of_unobserved
-from ._core.schemes import INT8, INT32, PER_CHANNEL, PER_TENSOR, SCHEME_CODES, UINT8, Scheme
+from ._core.schemes import PER_CHANNEL, PER_TENSOR, SCHEME_CODES, Scheme
 from ._torch import ao
 from ._torch.ao import MatchAllNode, NodePattern, Pattern
 from .quant_type import QuantType
@@ -67,28 +68,19 @@ _STATIC_ACTIVATION = frozenset(
     (*INT8, *UINT8, *INT32, torch.int16, torch.float16, *_FLOAT8),
 )
 _QUANTIZED_WEIGHT = frozenset(
-    (*INT8, *UINT8, torch.int32, torch.int16, torch.float16, torch.quint4x2, *_FLOAT8),
+    (*INT8, *UINT8, torch.int32, torch.int16, torch.float16, *UINT4, *_FLOAT8),
 )
 _INTEGER_LIKE = frozenset(
-    (*INT8, *UINT8, *INT32, torch.int16, torch.quint4x2, *_FLOAT8),
+    (*INT8, *UINT8, *INT32, torch.int16, *UINT4, *_FLOAT8),
 )
 
-_QUANT_RANGE = {
-    **dict.fromkeys(INT8, (-128, 127)),
-    **dict.fromkeys(UINT8, (0, 255)),
-    **dict.fromkeys(INT32, (-(2**31), 2**31 - 1)),
-    torch.int16: (-(2**15), 2**15 - 1),
-    torch.uint16: (0, 2**16 - 1),
-}
-# torch.ao gives every other dtype, quint4x2 among them, four unsigned bits.
+# torch.ao gives every other dtype four unsigned bits.
 _FOUR_BIT_RANGE = (0, 15)
 
 _UNDERLYING_DTYPE = {
-    torch.quint8: torch.uint8,
-    torch.qint8: torch.int8,
-    torch.qint32: torch.int32,
-    torch.quint4x2: torch.uint8,
-    torch.quint2x4: torch.uint8,
+    **PLAIN,
+    # Two or four values share a byte.
+    **dict.fromkeys((*UINT4, *UINT2), torch.uint8),
     **{
         dtype: dtype
         for dtype in (
@@ -316,7 +308,7 @@ def calculate_qmin_qmax(
             )
         reduce = reduce_range
     else:
-        quant_min, quant_max = _QUANT_RANGE.get(dtype, _FOUR_BIT_RANGE)
+        quant_min, quant_max = RANGES.get(dtype, _FOUR_BIT_RANGE)
         reduce = reduce_range and dtype in (*INT8, *UINT8)
     return (quant_min // 2, quant_max // 2) if reduce else (quant_min, quant_max)
 

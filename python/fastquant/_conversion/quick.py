@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .._core.dtypes import QINT8, is_torch_quantized
 from .._torch import ao
 from .._torch.ao import nni, nniq, nniqat, nniqd, nnq, nnqat, nnqd
 from .._torch.hooks import has_hooks_of_its_own
@@ -190,7 +191,7 @@ def _quantized_layer(target: Any, layer: Any, weight: Tensor, bias: Tensor | Non
     made: Any
     if issubclass(target, nnq.Linear):
         # The constructor packs a weight of this size, which is soon packed.
-        made = target(1, 1, dtype=torch.qint8 if weight.is_quantized else torch.float16)
+        made = target(1, 1, dtype=QINT8 if is_torch_quantized(weight) else torch.float16)
         made.in_features, made.out_features = layer.in_features, layer.out_features
         with without_derivatives():
             made.set_weight_bias(weight, bias)

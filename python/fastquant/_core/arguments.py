@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from .dtypes import RANGES, is_torch_quantized
 from .errors import QuantizationError
 from .schemes import (
     FLOATING,
@@ -150,15 +151,18 @@ def check_fits_dtype(quant_min: int, quant_max: int, dtype: torch.dtype) -> None
     """A quantized range that `dtype` can hold."""
     try:
         limits = torch.iinfo(dtype)
-    except TypeError:
+        low, high = limits.min, limits.max
+    except TypeError:  # torch knows no limits of uint4
         check_dtype(dtype)
-        raise QuantizationError(
-            f"quant_min and quant_max need an integer dtype, got {dtype}"
-        ) from None
-    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
-        if not limits.min <= value <= limits.max:
+        if dtype not in RANGES:
             raise QuantizationError(
-                f"{name} out of bound: {dtype} holds {limits.min} to {limits.max}, got {value}"
+                f"quant_min and quant_max need an integer dtype, got {dtype}"
+            ) from None
+        low, high = RANGES[dtype]
+    for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
+        if not low <= value <= high:
+            raise QuantizationError(
+                f"{name} out of bound: {dtype} holds {low} to {high}, got {value}"
             )
 
 
@@ -190,7 +194,7 @@ def as_floating(x: object, dtype: torch.dtype) -> Tensor | None:
         not isinstance(x, Tensor)
         or x.dtype in FLOATING
         or x.is_complex()
-        or x.is_quantized
+        or is_torch_quantized(x)
         or x.layout != torch.strided
         or x.is_nested
     ):

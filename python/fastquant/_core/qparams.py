@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .schemes import UINT8, Scheme
+from .dtypes import UINT8
+from .schemes import Scheme
 
 _SYMMETRIC, _FLOAT_QPARAMS = Scheme.SYMMETRIC.value, Scheme.FLOAT_QPARAMS.value
 

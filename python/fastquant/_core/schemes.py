@@ -1,4 +1,4 @@
-"""Quantization schemes, policies and dtypes, with the codes that the ops take for them."""
+"""Quantization schemes and policies, with the codes that ops take for them; kinds of dtypes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from enum import IntEnum
 from typing import Literal
 
 import torch
+
+from .dtypes import INT8, INT32, QINT8, QINT32, QUINT4X2, QUINT8, UINT4, UINT8
 
 
 class Scheme(IntEnum):
@@ -62,19 +64,12 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WIDE = (torch.float32, torch.float64)
 
 # What observers can choose a scale and zero point for.
-QUANTIZED = (
-    torch.qint8,
-    torch.quint8,
-    torch.quint4x2,
-    torch.qint32,
-    torch.int8,
-    torch.uint8,
-    torch.int16,
-    torch.int32,
-    torch.float8_e5m2,
-    torch.float8_e4m3fn,
-    torch.uint16,
+QUANTIZED = tuple(
+    dict.fromkeys(
+        (
+            *(QINT8, QUINT8, QUINT4X2, QINT32),
+            *(*INT8, *UINT8, *UINT4, torch.int16, *INT32),
+            *(torch.float8_e5m2, torch.float8_e4m3fn, torch.uint16),
+        )
+    )
 )
-INT8 = (torch.qint8, torch.int8)
-UINT8 = (torch.quint8, torch.uint8)
-INT32 = (torch.qint32, torch.int32)

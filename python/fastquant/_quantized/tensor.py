@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._core.dtypes import INT8, UINT8, plain_dtype
 from .._torch.compiling import when_compiling
 from .._torch.private import ask_subclasses_in_graphs, ignoring_overrides, is_exporting
 
@@ -227,11 +228,8 @@ def require_quantized(x: Any, what: str = "input") -> None:
 
 def as_integer_dtype(dtype: Any) -> torch.dtype:
     """uint8 or int8, also for torch's quantized dtypes of the same integers."""
-    if dtype in INTEGER_DTYPES:
-        return dtype  # type: ignore[no-any-return]
-    for name, integer in (("quint8", torch.uint8), ("qint8", torch.int8)):
-        if dtype is not None and dtype is getattr(torch, name, None):
-            return integer
+    if dtype in INT8 or dtype in UINT8:
+        return plain_dtype(dtype)
     raise TypeError(f"dtype must be torch.uint8 or torch.int8, got {dtype}")
 
 

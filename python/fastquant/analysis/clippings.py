@@ -27,7 +27,7 @@ def clippings(state: F.HistogramState, grid: Grid | None) -> tuple[Clipping, ...
     method: RangeMethodName
     for method in get_args(RangeMethodName):
         low, high = F.histogram_range(histogram, *ends, method=method, qscheme=qscheme, **integers)
-        dtype = torch.qint8 if quant_min < 0 else torch.quint8
+        dtype = torch.int8 if quant_min < 0 else torch.uint8
         scale, zero_point = F.choose_qparams(low, high, dtype=dtype, qscheme=qscheme, **integers)
         noise = float(F.histogram_error(histogram, *ends, scale, zero_point, **integers))
         sqnr = decibels(noise / signal) if signal else math.inf

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from .._core.dtypes import RANGES, is_torch_quantized
 from .._torch.ao import PlaceholderObserver
 from ..utils import is_per_channel
 
@@ -96,8 +97,8 @@ def grid_of(observer: Any) -> Grid | None:
     chosen_for = (quant_min, quant_max)
     # Seven bits are chosen for the sake of kernels whose sums could saturate (reduce_range).
     # Converted layers then use the eighth for values beyond the range.
-    if (quant_min, quant_max) in ((0, 127), (-64, 63)) and dtype in _RANGES:
-        quant_min, quant_max = _RANGES[dtype]
+    if (quant_min, quant_max) in ((0, 127), (-64, 63)) and dtype in RANGES:
+        quant_min, quant_max = RANGES[dtype]
     qscheme = getattr(observer, "qscheme", torch.per_tensor_affine)
     axis = getattr(inner, "ch_axis", 0) if is_per_channel(qscheme) else None
     symmetric = qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
@@ -107,9 +108,9 @@ def grid_of(observer: Any) -> Grid | None:
 
 def grid_of_tensor(x: Tensor) -> Grid | None:
     """What a quantized tensor is stored as; None for a tensor that is not quantized."""
-    if not getattr(x, "is_quantized", False):
+    if not is_torch_quantized(x):
         return None
-    low, high = _RANGES.get(x.dtype, (-128, 127))
+    low, high = RANGES.get(x.dtype, (-128, 127))
     if is_per_channel(x.qscheme()):
         scales, zero_points = x.q_per_channel_scales(), x.q_per_channel_zero_points()
         return Grid(scales, zero_points, low, high, x.q_per_channel_axis(), (low, high))
@@ -117,18 +118,9 @@ def grid_of_tensor(x: Tensor) -> Grid | None:
     return Grid(scale, zero_point, low, high, None, (low, high))
 
 
-_RANGES = {
-    torch.quint8: (0, 255),
-    torch.uint8: (0, 255),
-    torch.qint8: (-128, 127),
-    torch.int8: (-128, 127),
-    torch.quint4x2: (0, 15),
-}
-
-
 def output_grid(scale: Any, zero_point: Any, dtype: torch.dtype) -> Grid:
     """The grid of a converted layer's output."""
-    low, high = _RANGES[dtype]
+    low, high = RANGES[dtype]
     return Grid(
         torch.as_tensor(scale).detach().reshape(1).float(),
         torch.as_tensor(zero_point).detach().reshape(1).long(),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._conversion.checks import listed
 from .._conversion.plan import How, Plan
+from .._core.dtypes import INT8, QUINT8
 from .._core.ranges import has_seen_nothing
 from .._torch import ao
 from .._torch.ao import nnq, nnqd, nnquantizable
@@ -197,7 +198,7 @@ def _converted_layer(module: Any) -> Quantized | None:
     # A float module may have a scale of its own.
     if is_number and "quantized" in type(module).__module__:
         dtype = getattr(module, "dtype", None)
-        dtype = dtype if dtype in (torch.qint8, torch.int8, torch.uint8) else torch.quint8
+        dtype = dtype if dtype in (*INT8, torch.uint8) else QUINT8
         output = output_grid(scale, zero_point, dtype)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) or values is None:
         bias = None

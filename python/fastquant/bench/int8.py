@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._core.dtypes import is_torch_quantized
 from .._torch.private import tree_leaves
 from ..nn.quantized import FloatLayer
 from ..quantize import convert
@@ -236,9 +237,9 @@ def _output(model: nn.Module, inputs: Any) -> Tensor:
     with torch.no_grad():
         leaves = tree_leaves(model(*args, **kwargs))
     found = [
-        (leaf.dequantize() if leaf.is_quantized else leaf).double().flatten()
+        (leaf.dequantize() if is_torch_quantized(leaf) else leaf).double().flatten()
         for leaf in leaves
-        if isinstance(leaf, Tensor) and (leaf.is_quantized or leaf.is_floating_point())
+        if isinstance(leaf, Tensor) and (is_torch_quantized(leaf) or leaf.is_floating_point())
     ]
     if not found:
         raise BenchError("the model must return floating tensors")

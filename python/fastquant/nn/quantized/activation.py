@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._core.dtypes import is_torch_quantized
 from ..._native.ops import quantize, quantized_softmax
 from ..._quantized.calls import clamp
 from ..._quantized.tables import applied
@@ -188,7 +189,7 @@ class PReLU(_Elementwise):
 
     def set_weight(self, w: Tensor) -> None:
         """Set the slopes, floating or quantized."""
-        slopes = w.dequantize() if w.is_quantized else w.detach()
+        slopes = w.dequantize() if is_torch_quantized(w) else w.detach()
         self.weight = slopes.to(torch.float32, copy=True).reshape(self.num_parameters)
 
     def forward(self, input: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..._core.dtypes import INT8, QINT8
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantized_linear
 from ..._quantized import calls
@@ -38,10 +39,10 @@ class Linear(Weighted):
         in_features: int,
         out_features: int,
         bias_: bool = True,
-        dtype: torch.dtype = torch.qint8,
+        dtype: torch.dtype = QINT8,
     ) -> None:
         super().__init__()
-        if dtype not in (torch.qint8, torch.int8):
+        if dtype not in INT8:
             raise QuantizationError(f"dtype must be torch.qint8 or torch.int8, got {dtype}")
         self.in_features = in_features
         self.out_features = out_features

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from ..._core.dtypes import INT8, UINT8
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantize, quantize_per_channel
 from ..._torch import ao
@@ -19,12 +20,7 @@ from ...fake_quantize import FakeQuantize
 FOLDING = (ao.conv_bn_base, nniqat.LinearBn1d)
 """Training modules that hold a batch norm, which is folded into the weight."""
 
-INTEGERS = {
-    torch.quint8: torch.uint8,
-    torch.uint8: torch.uint8,
-    torch.qint8: torch.int8,
-    torch.int8: torch.int8,
-}
+INTEGERS = {**dict.fromkeys(UINT8, torch.uint8), **dict.fromkeys(INT8, torch.int8)}
 """The dtype of a tensor's integers, by the dtype that its observer is for."""
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..._core.dtypes import is_torch_quantized
 from ..._core.errors import QuantizationError
 from ..._torch.private import (
     PICKLED_PARAMETER,
@@ -234,7 +235,7 @@ def _take_weight(state: dict[str, Any], prefix: str, module: Weighted) -> None:
     weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
     if bias is None:
         state.pop(f"{prefix}bias", None)
-    if weight is None or not weight.is_quantized:
+    if not is_torch_quantized(weight):
         return
     try:
         values, scales = integers_of_weight(weight, module._weight_shape, module._channel_axis())

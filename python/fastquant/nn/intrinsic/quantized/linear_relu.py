@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...._core.dtypes import QINT8
 from ...._native.ops import quantize
 from ...._torch.ao import nni, nniqat
 from ....quantized_tensor import made, parts
@@ -22,7 +23,7 @@ class _FusedLinear(Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        dtype: torch.dtype = torch.qint8,
+        dtype: torch.dtype = QINT8,
     ) -> None:
         super().__init__(in_features, out_features, bias, dtype)
 
@@ -67,7 +68,7 @@ class LinearLeakyReLU(_LinearActivation):
         out_features: int,
         negative_slope: float,
         bias: bool = True,
-        dtype: torch.dtype = torch.qint8,
+        dtype: torch.dtype = QINT8,
     ) -> None:
         super().__init__(in_features, out_features, bias, dtype)
         self.negative_slope = negative_slope
