@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ._torch.ao import MatchAllNode, Pattern, nni
+from ._torch.ao import MatchAllNode, Pattern
+from .nn import intrinsic as nni
 from .utils import QuantizationError
 
 __all__ = [
@@ -116,7 +117,7 @@ def fuse_linear_bn(is_qat: bool, linear: Any, bn: Any) -> nn.Module:
     if not is_qat:
         return fuse_linear_bn_eval(linear, bn)  # type: ignore[no-any-return]
     _check_bn(bn, linear.out_features)
-    return nni.LinearBn1d(linear, bn)  # type: ignore[no-untyped-call]
+    return nni.LinearBn1d(linear, bn)
 
 
 def fuse_convtranspose_bn(is_qat: bool, convt: Any, bn: Any) -> nn.Module:

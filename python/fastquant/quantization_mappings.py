@@ -14,7 +14,6 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ._torch.ao import DeQuantStub as TorchDeQuantStub
 from ._torch.ao import QuantStub as TorchQuantStub
 from ._torch.ao import (
-    nni,
     nniq,
     nniqat,
     nniqd,
@@ -31,6 +30,7 @@ from .fake_quantize import (
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
 )
+from .nn import intrinsic as nni
 from .nn import quantized as native
 from .nn.intrinsic import quantized as native_fused
 from .stubs import DeQuantStub, QuantStub

@@ -24,6 +24,7 @@ from ._torch.hooks import (
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
+from .nn.intrinsic import _FusedModule
 from .nn.qat.blocks import teach_torch_ao
 from .nn.qat.float_functional import teach_float_functional
 from .observer import _is_activation_post_process
@@ -275,7 +276,7 @@ def _observe(
             # It calls its observer itself.
             if has_qconfig(child):
                 child.activation_post_process = _make_observer(child.qconfig.activation, device)  # type: ignore[union-attr, arg-type]
-        elif issubclass(kind, ao.FusedModule) or kind in wholes:
+        elif issubclass(kind, _FusedModule) or kind in wholes:
             _insert_observer(child, device)
         elif _has_special_act_post_process(child):
             _insert_observer(child, device, _get_special_act_post_process(child))

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .._core.ranges import has_seen_nothing
-from .._torch import ao
 from .._torch.ao import nnq, nnquantizable
 from .._torch.private import BatchNorm, Dropout
 from ..fake_quantize import FakeQuantizeBase
 from ..nn import quantized as native
+from ..nn.intrinsic import _FusedModule
 from ..observer import _is_activation_post_process
 from ..quantization_mappings import (
     DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS,
@@ -70,7 +70,7 @@ def warn_of_training_mode(model: nn.Module) -> None:
         name
         for name, m in modules.items()
         if has_qconfig(m)
-        and isinstance(m, ao.FusedModule)
+        and isinstance(m, _FusedModule)
         and type(m) in DEFAULT_QAT_MODULE_MAPPINGS
         and type(m) not in DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
     ]

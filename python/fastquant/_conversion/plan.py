@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .._torch import ao
+from ..nn.intrinsic import _FusedModule
 
 Classes: TypeAlias = Mapping[Any, Any]
 """A class to swap in, by the class that it replaces."""
@@ -114,7 +114,7 @@ class Plan:
     def _is_swapped_whole(self, module: nn.Module) -> bool:
         """Whether a module is swapped without its submodules being swapped first."""
         kind = type_before_parametrizations(module)
-        return issubclass(kind, ao.FusedModule) or kind in self._custom
+        return issubclass(kind, _FusedModule) or kind in self._custom
 
 
 def look_up(module: nn.Module, mapping: Classes, custom: Classes) -> tuple[Any, How | None]:

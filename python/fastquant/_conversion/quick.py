@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._core.dtypes import QINT8, is_torch_quantized
-from .._torch import ao
-from .._torch.ao import nni, nniq, nniqat, nniqd, nnq, nnqat, nnqd
+from .._torch.ao import nniq, nniqat, nniqd, nnq, nnqat, nnqd
 from .._torch.hooks import has_hooks_of_its_own
 from .._torch.private import without_derivatives
+from ..nn import intrinsic as nni
 from ..nn.quantized import FloatLayer
 from ..nn.quantized.observed import FOLDING, folded, layer_of, weight_observer
 from ..quantization_mappings import DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS
@@ -267,7 +267,7 @@ def _parts(module: nn.Module) -> tuple[str, ...]:
         return ("weight_fake_quant", "bn")
     if type(module) in _TRAINED:
         return ("weight_fake_quant",)
-    return ("0", "1") if isinstance(module, ao.FusedModule) else ()
+    return ("0", "1") if isinstance(module, nni._FusedModule) else ()
 
 
 def _shell(module: Any, memo: dict[int, Any]) -> Any:

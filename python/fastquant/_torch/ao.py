@@ -24,7 +24,6 @@ with required():
     import torch.ao.nn.quantized.reference as nnqr
     import torch.ao.nn.sparse.quantized as nnsq
     import torch.ao.nn.sparse.quantized.dynamic as nnsqd
-    from torch.ao.nn.intrinsic.modules.fused import _FusedModule as FusedModule
     from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as conv_bn_base
     from torch.ao.nn.quantized.modules.utils import _quantize_weight as quantize_weight
     from torch.ao.quantization import observer as _observer
@@ -59,7 +58,6 @@ with required():
 __all__ = [
     "AffineQuantizedObserverBase",
     "DeQuantStub",
-    "FusedModule",
     "Granularity",
     "MappingType",
     "MatchAllNode",

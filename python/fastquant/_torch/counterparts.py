@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +12,26 @@ from .._core.errors import PATH_IN_MODEL
 
 # Maps a class of torch.ao to the class of fastquant that replaces it.
 COUNTERPARTS: dict[type, type] = {}
+
+
+def prefer_torch_ao(
+    module: dict[str, Any], theirs: types.ModuleType | None, names: Iterable[str]
+) -> None:
+    """Replace classes and functions of a module by torch.ao's, where it has them.
+
+    Users' code and torch.ao's own recognise such classes by their type. All of them are replaced or
+    none, since they refer to each other. Pickles look for ours in this module, too.
+
+    Args:
+        module: the `globals()` of the module, which has ours.
+        theirs: torch.ao's module; None where there is none.
+        names: of the classes and functions.
+    """
+    names = tuple(names)
+    for name in names:
+        module[name].__module__ = module["__name__"]
+    if all(hasattr(theirs, name) for name in names):
+        module.update({name: getattr(theirs, name) for name in names})
 
 
 def subclasshook(cls: type, candidate: type) -> bool | types.NotImplementedType:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from .._conversion.plan import has_qconfig
 from .._core.batches import checked_data, run_batch
 from .._torch import ao
-from .._torch.ao import FusedModule
 from ..calibrate import calibrate
+from ..nn.intrinsic import _FusedModule
 from ..quantize import prepare
 from .analyzing import Forward, Subject
 from .errors import AnalysisError
@@ -115,7 +115,7 @@ def _require_same_function(before: nn.Module, after: nn.Module, batch: Any, run:
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Layers and what separates them are leaves, whatever module they were defined in."""
-        known = (*_LAYERS, *_TRANSPARENT, FusedModule)
+        known = (*_LAYERS, *_TRANSPARENT, _FusedModule)
         return isinstance(module, known) or super().is_leaf_module(module, name)
 
 
@@ -146,7 +146,7 @@ def _pairs(model: nn.Module) -> list[tuple[str, Any, Any]]:
 
 
 def _only_relu_is_fused(module: nn.Module) -> bool:
-    rest = list(module)[1:] if isinstance(module, FusedModule) else []
+    rest = list(module)[1:] if isinstance(module, _FusedModule) else []
     return all(isinstance(part, nn.ReLU) for part in rest)
 
 

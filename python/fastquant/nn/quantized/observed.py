@@ -16,6 +16,7 @@ from ..._torch.ao import nniqat
 from ..._torch.overrides import Written
 from ..._torch.private import is_called_plainly
 from ...fake_quantize import FakeQuantize
+from ..intrinsic import _FusedModule
 
 FOLDING = (ao.conv_bn_base, nniqat.LinearBn1d)
 """Training modules that hold a batch norm, which is folded into the weight."""
@@ -31,7 +32,7 @@ class NoNativeFormError(QuantizationError):
 def layer_of(module: Any) -> Any:
     """What has the weight: a fused module's first part, or the module itself."""
     is_trained = "weight_fake_quant" in module._modules
-    return module[0] if isinstance(module, ao.FusedModule) and not is_trained else module
+    return module[0] if isinstance(module, _FusedModule) and not is_trained else module
 
 
 def folded(module: Any) -> tuple[Tensor, Tensor | None]:

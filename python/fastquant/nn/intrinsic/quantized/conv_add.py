@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ...._native.ops import quantize
-from ...._torch.ao import nni
 from ....quantized_tensor import made, parts
+from ... import intrinsic as nni
 from ...quantized import Conv2d
 
 

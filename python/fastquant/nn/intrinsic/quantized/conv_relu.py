@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from ...._torch.ao import nni, nniqat
+from ...._torch.ao import nniqat
+from ... import intrinsic as nni
 from ...quantized import Conv1d, Conv2d, Conv3d
 
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from ...._core.dtypes import QINT8
 from ...._native.ops import quantize
-from ...._torch.ao import nni, nniqat
+from ...._torch.ao import nniqat
 from ....quantized_tensor import made, parts
+from ... import intrinsic as nni
 from ...quantized import Linear
 
 
