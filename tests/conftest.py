@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fastquant import _C
-from fastquant._torch.ao import conv_bn_base, nniqat
-from fastquant.nn.qat.blocks import teach_torch_ao
+from fastquant.nn.intrinsic import qat as nniqat
+from fastquant.nn.qat.blocks import teach_blocks
 
 settings.register_profile(
     "fastquant",
@@ -58,6 +58,7 @@ def any_isa(every_isa: list[str]) -> list[str]:
 @pytest.fixture
 def torchs_batch_norm_folding(monkeypatch: pytest.MonkeyPatch) -> None:
     """QAT modules with torch.ao's own arithmetic, for comparisons that want every bit."""
-    teach_torch_ao()
-    for cls, name in ((conv_bn_base, "_forward_approximate"), (nniqat.LinearBn1d, "forward")):
+    teach_blocks()
+    convolution = nniqat.ConvBn2d.__bases__[0]
+    for cls, name in ((convolution, "_forward_approximate"), (nniqat.LinearBn1d, "forward")):
         monkeypatch.setattr(cls, name, getattr(cls, name).__wrapped__)

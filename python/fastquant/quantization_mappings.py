@@ -15,11 +15,8 @@ from ._torch.ao import DeQuantStub as TorchDeQuantStub
 from ._torch.ao import QuantStub as TorchQuantStub
 from ._torch.ao import (
     nniq,
-    nniqat,
     nniqd,
     nnq,
-    nnqat,
-    nnqatd,
     nnqd,
     nnqr,
     nnquantizable,
@@ -31,8 +28,11 @@ from .fake_quantize import (
     default_fixed_qparams_range_neg1to1_fake_quant,
 )
 from .nn import intrinsic as nni
+from .nn import qat as nnqat
 from .nn import quantized as native
+from .nn.intrinsic import qat as nniqat
 from .nn.intrinsic import quantized as native_fused
+from .nn.qat import dynamic as nnqatd
 from .stubs import DeQuantStub, QuantStub
 from .utils import QuantizationError
 

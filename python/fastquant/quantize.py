@@ -25,7 +25,7 @@ from ._torch.hooks import (
     remove_observer_hooks,
 )
 from .nn.intrinsic import _FusedModule
-from .nn.qat.blocks import teach_torch_ao
+from .nn.qat.blocks import teach_blocks
 from .nn.qat.float_functional import teach_float_functional
 from .observer import _is_activation_post_process
 from .qconfig import (
@@ -406,7 +406,7 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
         mapping = get_default_qat_module_mappings()
     if not inplace:
         model = copy.deepcopy(model)
-    teach_torch_ao()
+    teach_blocks()
     teach_float_functional()
     with ao.quiet():
         propagate_qconfig_(model)

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._core.dtypes import QINT8, is_torch_quantized
-from .._torch.ao import nniq, nniqat, nniqd, nnq, nnqat, nnqd
+from .._torch.ao import nniq, nniqd, nnq, nnqd
 from .._torch.hooks import has_hooks_of_its_own
 from .._torch.private import without_derivatives
 from ..nn import intrinsic as nni
+from ..nn import qat as nnqat
+from ..nn.intrinsic import qat as nniqat
 from ..nn.quantized import FloatLayer
-from ..nn.quantized.observed import FOLDING, folded, layer_of, weight_observer
+from ..nn.quantized.observed import folded, layer_of, weight_observer
 from ..quantization_mappings import DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS
 from .plan import Entry, How, Plan
 from .weights import quantize_weight
@@ -263,7 +265,7 @@ def _is_only_read(entry: Entry) -> bool:
 
 def _parts(module: nn.Module) -> tuple[str, ...]:
     """The children that torch gives to a module, its observer aside."""
-    if isinstance(module, FOLDING):
+    if isinstance(module, nniqat.FOLDING):
         return ("weight_fake_quant", "bn")
     if type(module) in _TRAINED:
         return ("weight_fake_quant",)

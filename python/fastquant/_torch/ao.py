@@ -24,7 +24,6 @@ with required():
     import torch.ao.nn.quantized.reference as nnqr
     import torch.ao.nn.sparse.quantized as nnsq
     import torch.ao.nn.sparse.quantized.dynamic as nnsqd
-    from torch.ao.nn.intrinsic.qat.modules.conv_fused import _ConvBnNd as conv_bn_base
     from torch.ao.nn.quantized.modules.utils import _quantize_weight as quantize_weight
     from torch.ao.quantization import observer as _observer
     from torch.ao.quantization import quantization_mappings as mappings
@@ -78,7 +77,6 @@ __all__ = [
     "_is_fake_quant_script_module",
     "_is_observer_script_module",
     "_is_per_channel_script_obs_instance",
-    "conv_bn_base",
     "get_block_size",
     "mappings",
     "namespace",

@@ -12,14 +12,12 @@ result is NaN. Here such a channel uses w itself: gamma makes the channel's outp
 case, and its gradient is the normalized output of the convolution, as without quantization, so
 that training can bring the channel back.
 
-`fold_on_the_weight` replaces the two methods of torch.ao's classes that do the folding, for blocks
-whose weight is quantized by a fake-quantizer of fastquant; others keep torch.ao's.
+The blocks of this package compute so; `blocks` has those of torch.ao do it, too, where their weight
+is quantized by a fake-quantizer of fastquant.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,13 +36,9 @@ from ..._native.folded_weight import (
     with_gradients,
 )
 from ..._native.routes import may_be_read
-from ..._torch.ao import conv_bn_base, nniqat
-from ...fake_quantize import FakeQuantizeBase
 from .plain import is_fused_for, is_plain, settings_of_one_op
 
-__all__ = ["before_batch_norm", "fold_on_the_weight"]
-
-_Forward = Callable[[Any, Tensor], Tensor]
+__all__ = ["before_batch_norm"]
 
 
 def _is_off(fake_quantizer: Any) -> bool:
@@ -176,28 +170,3 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     result: Tensor = module._conv_forward(x, weight, bias)
     return result
-
-
-def _forward(module: Any, x: Tensor) -> Tensor:
-    result: Tensor = module.bn(before_batch_norm(module, x))
-    return result
-
-
-def _replace(cls: type, name: str) -> None:
-    """Use `_forward` in the place of a method, for modules with a fake-quantizer of ours."""
-    theirs: _Forward | None = vars(cls).get(name)
-    if theirs is None:
-        return  # a torch that does it some other way
-
-    @functools.wraps(theirs)
-    def method(self: Any, input: Tensor) -> Tensor:
-        ours = FakeQuantizeBase in type(self.weight_fake_quant).__mro__
-        return _forward(self, input) if ours else theirs(self, input)
-
-    setattr(cls, name, method)
-
-
-def fold_on_the_weight() -> None:
-    """Have torch.ao's blocks fold on the weight's side, from now on in this process."""
-    _replace(conv_bn_base, "_forward_approximate")
-    _replace(nniqat.LinearBn1d, "forward")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,16 @@ from ..._core.arguments import nonfinite_error
 from ..._core.errors import naming_its_layer
 from ..._native.routes import batch_norm_observe_fake_quantize
 from ..._native.settings import FusedSettings
-from ..._torch.ao import conv_bn_base, nniqat, observer_forward_hook
+from ..._torch.ao import observer_forward_hook
 from ..._torch.overrides import Written
 from ..._torch.private import has_backward_hooks, is_altered, is_called_plainly, shorten_calls
 from ...fake_quantize import FakeQuantizeBase
-from .batch_norm import before_batch_norm, fold_on_the_weight
+from ..intrinsic import qat as nniqat
+from ..intrinsic.qat.with_batch_norm import WithBatchNorm
+from .batch_norm import before_batch_norm
 from .plain import is_fused_for, settings_per_tensor
 
-__all__ = ["teach_torch_ao"]
+__all__ = ["teach_blocks"]
 
 
 class _Kind(NamedTuple):
@@ -45,12 +48,12 @@ class _Kind(NamedTuple):
 
 
 def _kind(cls: type, batch_norm: type[nn.Module], dims: int, low: float = -math.inf) -> _Kind:
-    methods = ("forward", "_forward", "_conv_forward") if issubclass(cls, conv_bn_base) else ()
+    methods = () if issubclass(cls, nn.Linear) else ("forward", "_forward", "_conv_forward")
     return _Kind(batch_norm, dims, low, Written(cls, *methods))
 
 
 # Methods are recorded here as torch has them, to notice where somebody has put others in their
-# place. Those that `fold_on_the_weight` replaces are in `_FOLDING`.
+# place. Those that `_fold_on_the_weight` replaces are in `_FOLDING`.
 _KINDS = {
     nniqat.ConvBn1d: _kind(nniqat.ConvBn1d, nn.BatchNorm1d, 3),
     nniqat.ConvBn2d: _kind(nniqat.ConvBn2d, nn.BatchNorm2d, 4),
@@ -168,17 +171,45 @@ def _call(block: Any, *args: Any, **kwargs: Any) -> Any:
     return fake_quantizer(F.relu(y) if kind.low == 0.0 else y)
 
 
-@functools.cache
-def teach_torch_ao() -> None:
-    """Have torch.ao's blocks with batch norm work as this package's, from now on in this process.
+def _folding_method(cls: type) -> str:
+    """The method of a block that scales the weight, and undoes it."""
+    return "forward" if issubclass(cls, nn.Linear) else "_forward_approximate"
 
-    They stay torch.ao's classes: its functions and users' code recognise them by their type. In a
-    process that unpickles a prepared model and never calls `prepare_qat`, torch.ao's own methods
+
+def _owner(cls: type, method: str) -> type:
+    """The class that defines a method of `cls`."""
+    return next((base for base in cls.__mro__ if method in vars(base)), cls)
+
+
+def _fold_on_the_weight(cls: type) -> None:
+    """Have torch.ao's class undo the scaling on the weight, for fake-quantizers of ours."""
+    name = _folding_method(cls)
+    theirs: Callable[[Any, Tensor], Tensor] | None = vars(cls).get(name)
+    if theirs is None:
+        return  # a torch that does it some other way
+
+    @functools.wraps(theirs)
+    def method(self: Any, input: Tensor) -> Tensor:
+        if FakeQuantizeBase not in type(self.weight_fake_quant).__mro__:
+            return theirs(self, input)
+        y: Tensor = self.bn(before_batch_norm(self, input))
+        return y
+
+    setattr(cls, name, method)
+
+
+@functools.cache
+def teach_blocks() -> None:
+    """Have blocks with batch norm call one op for several, from now on in this process.
+
+    torch.ao's stay its classes: its functions and users' code recognise them by their type. In a
+    process that unpickles a prepared model and never calls `prepare_qat`, the classes' own methods
     run.
     """
-    fold_on_the_weight()
-    for cls in _KINDS:
-        method = "_forward_approximate" if issubclass(cls, conv_bn_base) else "forward"
-        _FOLDING[cls] = Written(cls, method)
-    for cls in (conv_bn_base, nniqat.LinearBn1d):
+    owners = {_owner(cls, _folding_method(cls)) for cls in _KINDS}
+    for cls in owners:
+        if not issubclass(cls, WithBatchNorm):
+            _fold_on_the_weight(cls)
         shorten_calls(cls, _call)
+    for cls in _KINDS:
+        _FOLDING[cls] = Written(cls, _folding_method(cls))

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantized_conv, quantized_conv_transpose
 from ..._quantized import calls
-from ..._torch.ao import nniqat, nnqat
 from ...quantized_tensor import made, parts
+from .. import qat as nnqat
+from ..intrinsic import qat as nniqat
 from .weighted import Weighted
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")

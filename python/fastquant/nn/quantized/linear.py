@@ -12,8 +12,9 @@ from ..._core.dtypes import INT8, QINT8
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantized_linear
 from ..._quantized import calls
-from ..._torch.ao import nniqat, nnqat
 from ...quantized_tensor import made, parts
+from .. import qat as nnqat
+from ..intrinsic import qat as nniqat
 from .weighted import Weighted
 
 

@@ -11,15 +11,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from ..._core.dtypes import INT8, UINT8
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantize, quantize_per_channel
-from ..._torch import ao
-from ..._torch.ao import nniqat
 from ..._torch.overrides import Written
 from ..._torch.private import is_called_plainly
 from ...fake_quantize import FakeQuantize
 from ..intrinsic import _FusedModule
-
-FOLDING = (ao.conv_bn_base, nniqat.LinearBn1d)
-"""Training modules that hold a batch norm, which is folded into the weight."""
+from ..intrinsic.qat import FOLDING
 
 INTEGERS = {**dict.fromkeys(UINT8, torch.uint8), **dict.fromkeys(INT8, torch.int8)}
 """The dtype of a tensor's integers, by the dtype that its observer is for."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from ...._torch.ao import nniqat
 from ... import intrinsic as nni
 from ...quantized import Conv1d, Conv2d, Conv3d
+from .. import qat as nniqat
 
 
 class ConvReLU1d(Conv1d):

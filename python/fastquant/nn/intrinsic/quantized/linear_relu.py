@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from ...._core.dtypes import QINT8
 from ...._native.ops import quantize
-from ...._torch.ao import nniqat
 from ....quantized_tensor import made, parts
 from ... import intrinsic as nni
 from ...quantized import Linear
+from .. import qat as nniqat
 
 
 class _FusedLinear(Linear):
