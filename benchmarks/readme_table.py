@@ -19,6 +19,7 @@ README = ROOT / "README.md"
 QAT_PAGE = ROOT / "docs" / "qat.md"
 TABLES_PAGE = ROOT / "docs" / "measurements.md"
 
+SIDES = (OURS, THEIRS)
 # torch.ao's engines, where each is timed; the better one counts.
 ENGINES = ("fbgemm", "onednn")
 
@@ -85,7 +86,8 @@ def whole_models(rows: list[Row]) -> list[str]:
     for work, by_threads in found.items():
         lines.append(f"| {work} | {' | '.join(by_threads.get(n, '') for n in threads)} |")
     return [
-        "Whole models, batch 8 at 224 x 224: time, or peak memory, beyond the float model's.",
+        "Training and calibration, batch 8 at 224 x 224: time, or peak memory, beyond the float "
+        "model's.",
         "",
         *lines,
         "",
@@ -184,45 +186,78 @@ def machine_text(result: dict[str, Any]) -> str:
     )
 
 
-def section(path: Path, result: dict[str, Any]) -> str:
-    """The README's: whole models, and where the rest is."""
+def summary(result: dict[str, Any]) -> str:
+    """The README's: what HEADLINE's models cost, on one thread, beside torch.ao."""
+    lines = [
+        f"{machine_text(result)} One thread; images of 224 x 224, 8 in a batch.",
+        "",
+        "| | " + " | ".join(f"{name} | torch.ao's" for name in HEADLINE.values()) + " |",
+        "|---" + "|--:|--:" * len(HEADLINE) + "|",
+    ]
+    found = {
+        (row["work"], row["input"]): row
+        for row in result["rows"]
+        if row["threads"] == 1 and row["benchmark"] in ("whole_models", "int8_models")
+    }
+    for title, ours, theirs in (
+        ("time of a QAT step", "QAT step over float", "QAT step, torch.ao's"),
+        (
+            "peak memory of a QAT step",
+            "peak memory of a QAT step over float",
+            "peak memory of a QAT step, torch.ao's",
+        ),
+        (
+            "time of a calibration step",
+            "calibration forward over float",
+            "calibration forward, torch.ao's",
+        ),
+    ):
+        cells = [
+            value_text(row) if (row := found.get((f"{model}: {work}", "[8, 3, 224, 224]"))) else ""
+            for model in HEADLINE
+            for work in (ours, theirs)
+        ]
+        lines.append(f"| {title}, over float | {' | '.join(cells)} |")
+    cells = []
+    for model in HEADLINE:
+        row = found.get((f"{model}, int8", "[1, 3, 224, 224]"))
+        cells += [readable_time(row["seconds"][side]["median"]) if row else "" for side in SIDES]
+    lines += [f"| time of an int8 forward, one image | {' | '.join(cells)} |", ""]
+    met = [row["met"] for row in result["rows"] if row["met"] is not None]
+    lines.append(
+        "[docs/measurements.md](docs/measurements.md) has other models and two threads, single "
+        "observers, operations and layers. `make bench` repeats all measurements. "
+        f"{sum(met)} of {len(met)} targets are met; [docs/performance.md](docs/performance.md) "
+        "explains what limits the others."
+    )
+    return filled(lines)
+
+
+def tables(path: Path, result: dict[str, Any]) -> str:
+    """Whole models, then what is compared with torch.ao, a table for each subject."""
     rows = result["rows"]
-    met = [row["met"] for row in rows if row["met"] is not None]
-    whole = [row for row in rows if row["benchmark"] == "whole_models" and row["unit"] == "more"]
     stored = path.resolve()
     if stored.is_relative_to(ROOT):
         stored = stored.relative_to(ROOT)
     disturbed = mostly_disturbed(rows)
+    whole = [row for row in rows if row["benchmark"] == "whole_models" and row["unit"] == "more"]
     lines = [
-        "## Measured",
-        "",
-        machine_text(result),
-        "",
-        *whole_models(whole),
-        *int8_models(rows),
-        "[docs/measurements.md](docs/measurements.md) has single observers, operations and layers. "
-        "`make bench` repeats all measurements; `python benchmarks/readme_table.py` writes these "
-        f"tables. The stored result, `{stored.as_posix()}`, holds {len(rows)} measurements, among "
-        "them thread scaling and the machine's own limits. "
-        f"{sum(met)} of {len(met)} targets are met; [docs/performance.md](docs/performance.md) "
-        "explains what limits the others."
+        f"{machine_text(result)} The stored result, `{stored.as_posix()}`, holds {len(rows)} "
+        "measurements, among them thread scaling and the machine's own limits."
         + (
             f" Other processes disturbed most of the rounds of {disturbed} measurements: their "
             "times may be too long."
             if disturbed
             else ""
         ),
+        "",
     ]
-    return filled(lines)
-
-
-def tables(result: dict[str, Any]) -> str:
-    """What is compared with torch.ao, a table for each subject."""
-    lines = [machine_text(result), ""]
+    if models := [*whole_models(whole), *int8_models(rows)]:
+        lines += ["## Whole models", "", *models]
     for title, benchmarks in TABLES.items():
         compared = [
             row
-            for row in result["rows"]
+            for row in rows
             if row["benchmark"] in benchmarks
             and row["unit"] == "x"
             and row["seconds"].keys() in ({OURS, THEIRS}, {OURS, *ENGINES})
@@ -252,9 +287,9 @@ def main() -> None:
     path = options.result or newest()
     result = load(path)
     pages = {
-        README: {"headline": headline(result["rows"]), "bench": section(path, result)},
+        README: {"headline": headline(result["rows"]), "bench": summary(result)},
         QAT_PAGE: {"bench": fused_ops(result)},
-        TABLES_PAGE: {"bench": tables(result)},
+        TABLES_PAGE: {"bench": tables(path, result)},
     }
     for page, parts in pages.items():
         text = wanted = page.read_text()

@@ -258,7 +258,7 @@ def ranking(task: Task, config: str, count: int = 3) -> str:
 def section(name: str, task: Task) -> str:
     """What the page says of a model."""
     started = time.perf_counter()
-    lines = [f"### {name}", "", *methods_table(task), ""]
+    lines = [f"## {name}", "", *methods_table(task), ""]
     lines += [
         f"- Most damaging layers at 8 bits: {ranking(task, 'native')}.",
         f"- Most damaging layers at 4 bits: {ranking(task, '4 bits')}.",

@@ -143,8 +143,8 @@ class _Reader(pickle.Unpickler):
 def read_torch_ao_state_dict(source: Source) -> OrderedDict[str, Any]:
     """The state_dict of a model that torch.ao quantized, from a file of torch.save's.
 
-    torch need not have quantized dtypes. Quantized tensors become `QuantizedTensor`s, or
-    `PerChannelQuantizedTensor`s; dtypes become their names. A file that holds anything but
+    torch need not have quantized dtypes. Each quantized tensor becomes a `QuantizedTensor` or a
+    `PerChannelQuantizedTensor`, each dtype its name. A file that holds anything but
     tensors, numbers, strings and containers is refused, and nothing in it is run.
 
     Args:

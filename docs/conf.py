@@ -1,0 +1,89 @@
+"""Settings of Sphinx for the documentation site, which `tools/build_docs.py` builds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sphinx.application import Sphinx
+
+from fastquant import __version__
+
+project = "fastquant"
+author = "the fastquant authors"
+copyright = author
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+root_doc = "index"
+exclude_patterns = ["conf.py"]
+
+# Anchors of headings are those that GitHub makes, so links to sections work in both places.
+myst_heading_anchors = 4
+# Code blocks that are not in Python, such as shell commands, have no language in our pages.
+highlight_language = "none"
+
+# Single backticks in docstrings: a link where they hold a documented name, else plain code.
+default_role = "py:obj"
+add_module_names = False
+# Only what a class's own docstrings say: torch's for the methods it overrides say nothing of it.
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+html_theme = "furo"
+html_title = f"fastquant {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0b5cad", "color-brand-content": "#0b5cad"},
+    "dark_css_variables": {"color-brand-primary": "#6cb6ff", "color-brand-content": "#6cb6ff"},
+}
+
+
+def mark_code(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
+) -> None:
+    """Mark the indented blocks of a docstring as code: to reStructuredText they are quotations.
+
+    A block stands after an empty line, and further in than the line before that one.
+    """
+    marked: list[str] = []
+    margin = ""  # of the last line that is no code
+    in_code = False
+    for line in lines:
+        indent = line[: len(line) - len(line.lstrip())]
+        if line.strip():
+            in_code = in_code and len(indent) > len(margin)
+            after_empty_line = bool(marked) and not marked[-1].strip()
+            if not in_code and after_empty_line and len(indent) > len(margin):
+                if not marked[-2].endswith("::"):
+                    marked += [f"{margin}.. code-block:: python", ""]
+                in_code = True
+            if not in_code:
+                margin = indent
+        marked.append(line)
+    lines[:] = marked
+
+
+def skip_what_torch_describes(
+    app: Sphinx, what: str, name: str, member: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out the methods of quantized tensors that only repeat what torch says of its own."""
+    theirs = getattr(torch.Tensor, name, None)
+    text = getattr(member, "__doc__", None)
+    return True if theirs is not None and text == theirs.__doc__ else None
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", skip_what_torch_describes)
+    # Before napoleon turns sections such as "Args:" into reStructuredText.
+    app.connect("autodoc-process-docstring", mark_code, priority=100)
