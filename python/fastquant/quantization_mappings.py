@@ -99,7 +99,7 @@ def _static(plain: Any, fused: Any) -> Mapping:
         **_same_names(nn, plain, "InstanceNorm1d InstanceNorm2d InstanceNorm3d"),
         **_same_names(nn, plain, "Dropout ELU Hardswish LeakyReLU ReLU6 PReLU"),
         NonDynamicallyQuantizableLinear: plain.Linear,
-        nnq.FloatFunctional: plain.QFunctional,
+        native.FloatFunctional: plain.QFunctional,
         **_same_names(nni, fused, "BNReLU2d BNReLU3d ConvReLU1d ConvReLU2d ConvReLU3d"),
         **_same_names(nni, fused, "ConvAdd2d ConvAddReLU2d LinearReLU LinearLeakyReLU LinearTanh"),
         **_same_names(nnqat, plain, "Linear Conv2d Conv3d"),

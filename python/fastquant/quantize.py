@@ -27,6 +27,7 @@ from ._torch.hooks import (
 from .nn.intrinsic import _FusedModule
 from .nn.qat.blocks import teach_blocks
 from .nn.qat.float_functional import teach_float_functional
+from .nn.quantized import FloatFunctional
 from .observer import _is_activation_post_process
 from .qconfig import (
     _activation_is_memoryless,
@@ -272,7 +273,7 @@ def _observe(
         kind = type_before_parametrizations(child)
         if kind is nn.Dropout:
             continue
-        if issubclass(kind, (nnq.FloatFunctional, nnq.QFunctional)):
+        if issubclass(kind, (FloatFunctional, nnq.QFunctional)):
             # It calls its observer itself.
             if has_qconfig(child):
                 child.activation_post_process = _make_observer(child.qconfig.activation, device)  # type: ignore[union-attr, arg-type]

@@ -199,7 +199,7 @@ def _warn_of_uncalibrated(plan: Plan) -> None:
             name
             for name, module in observed
             # One that only multiplies by scalars, as MultiheadAttention's, observes nothing.
-            if not isinstance(module, nnq.FloatFunctional) and _is_uncalibrated(module)
+            if not isinstance(module, native.FloatFunctional) and _is_uncalibrated(module)
         ]
     if names:
         _warn(

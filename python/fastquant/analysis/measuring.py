@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.batches import batch_size
-from .._torch.ao import nnq
+from ..nn.quantized import FloatFunctional
 from .clippings import clippings
 from .errors import AnalysisError
 from .grids import Grid
@@ -95,7 +95,7 @@ class Measuring:
         unreached = [name for name, measured in self._layers.items() if not measured.calls]
         for name in list(unreached):
             # Models may have one in each block and use it in some.
-            if isinstance(self._simulation.sites[name].module, nnq.FloatFunctional):
+            if isinstance(self._simulation.sites[name].module, FloatFunctional):
                 del self._simulation.sites[name]
                 unreached.remove(name)
         if unreached:
@@ -162,7 +162,7 @@ class Measuring:
         with ExitStack() as stack:
             for name in self._layers:
                 module, note = modules[name], partial(self._compare, name)
-                if isinstance(self._simulation.sites[name].module, nnq.FloatFunctional):
+                if isinstance(self._simulation.sites[name].module, FloatFunctional):
                     stack.enter_context(_results_told(module, note))
                 else:
                     hook = _output_told(note)

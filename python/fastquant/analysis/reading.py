@@ -14,7 +14,8 @@ from .._conversion.plan import How, Plan
 from .._core.dtypes import INT8, QUINT8
 from .._core.ranges import has_seen_nothing
 from .._torch import ao
-from .._torch.ao import nnq, nnqd, nnquantizable
+from .._torch.ao import nnqd, nnquantizable
+from ..nn.quantized import FloatFunctional
 from ..observer import _is_activation_post_process
 from ..quantization_mappings import get_default_static_quant_module_mappings
 from .errors import AnalysisError
@@ -108,7 +109,7 @@ def _read_prepared(model: nn.Module) -> dict[str, Quantized]:
             observer = None
         elif has_seen_nothing(getattr(observer, "activation_post_process", observer)):
             # Models may have one in each block and use it in some.
-            if not isinstance(module, nnq.FloatFunctional):
+            if not isinstance(module, FloatFunctional):
                 unseen.append(name)
             continue
         layer = Quantized(

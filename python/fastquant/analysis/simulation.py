@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._conversion.checks import listed
-from .._torch.ao import nnq
+from ..nn.quantized import FloatFunctional
 from .errors import AnalysisError
 from .reading import Quantized, core
 
@@ -65,8 +65,8 @@ class Site:
                     self._tensors[name] = tensors[name]
                     self._float[name] = tensors[name].detach()
         self.add_way(way)
-        if isinstance(module, nnq.FloatFunctional):
-            module.activation_post_process = _OutputOf(self)  # type: ignore[assignment]
+        if isinstance(module, FloatFunctional):
+            module.activation_post_process = _OutputOf(self)
         else:
             self.module.register_forward_pre_hook(self._before, with_kwargs=True)
             self.module.register_forward_hook(self._hook, with_kwargs=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch.nn import MaxPool2d
 
-from ..._torch.ao import nnq as _torch_ao
 from .activation import ELU, Hardswish, LeakyReLU, PReLU, ReLU6, Sigmoid, Softmax
 from .batchnorm import BatchNorm2d, BatchNorm3d
 from .conv import (
@@ -21,7 +20,7 @@ from .conv import (
 )
 from .dropout import Dropout
 from .float_layer import FloatLayer
-from .functional_modules import QFunctional
+from .functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
 from .linear import Linear
 from .normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm
 from .rnn import LSTM, MultiheadAttention
@@ -68,7 +67,3 @@ __all__ = [
     "read_torch_ao_state_dict",
     "to_torch_ao_state_dict",
 ]
-
-# Modules of float models, which stay torch.ao's: prepare and convert know them by their class.
-FloatFunctional = _torch_ao.FloatFunctional
-FXFloatFunctional = _torch_ao.FXFloatFunctional

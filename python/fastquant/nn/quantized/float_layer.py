@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..._core.errors import QuantizationError
 from ..._torch import ao
-from ..._torch.ao import nnq
 from ...quantized_tensor import is_quantized
+from .functional_modules import FloatFunctional
 from .observed import NoNativeFormError
 from .stubs import Quantize
 
@@ -61,7 +61,7 @@ class FloatLayer(nn.Module):
             QuantizationError: the module is a QuantStub or a FloatFunctional, which are there to
                 give quantized tensors.
         """
-        if isinstance(module, (ao.QuantStub, nnq.FloatFunctional)):
+        if isinstance(module, (ao.QuantStub, FloatFunctional)):
             raise QuantizationError(reason)
         try:
             output = Quantize.from_float(module)

@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from ..._core.errors import QuantizationError
 from ..._native.ops import lookup
 from ..._quantized.calls import UNBOUNDED, add, cat, mul
-from ..._torch.ao import nnq
+from ..._torch import ao
+from ..._torch.counterparts import prefer_torch_ao
 from ...quantized_tensor import made, parts
+from .float_functional import FloatFunctional, FXFloatFunctional
 from .observed import output_qparams
 from .scaled import Scaled
+
+__all__ = ["FXFloatFunctional", "FloatFunctional", "QFunctional"]
+
+# Modules of float models: where torch.ao exists, prepare and convert know them by its classes.
+prefer_torch_ao(globals(), ao.nnq, ("FloatFunctional", "FXFloatFunctional"))
 
 
 class QFunctional(Scaled):
@@ -93,7 +100,7 @@ class QFunctional(Scaled):
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> QFunctional:
         """What an observed FloatFunctional becomes."""
-        if type(mod) is not nnq.FloatFunctional:
+        if type(mod) is not FloatFunctional:
             raise TypeError(
                 f"QFunctional.from_float takes a FloatFunctional, got {type(mod).__name__}"
             )
