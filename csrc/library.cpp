@@ -153,4 +153,24 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "quantized_layer_norm(Tensor x, float x_scale, int x_zero_point, int[] normalized_shape, "
       "Tensor? weight, Tensor? bias, float eps, float scale, int zero_point) -> Tensor");
   m.def("quantized_softmax(Tensor x, float x_scale, int dim, float scale, int zero_point) -> Tensor");
+
+  // Layers on floating-point tensors, which they quantize to uint8 at each call.
+  m.def(
+      "dynamic_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, int out_features, "
+      "bool relu, bool reduce_range) -> Tensor");
+  m.def(
+      "dynamic_conv(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, int[] weight_shape, "
+      "int[] stride, int[] padding, int[] dilation, int groups, bool reduce_range) -> Tensor");
+  m.def(
+      "dynamic_conv_transpose(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, "
+      "int[] weight_shape, int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups, "
+      "bool reduce_range) -> Tensor");
+  m.def(
+      "dynamic_lstm(Tensor x, Tensor? batch_sizes, Tensor h, Tensor c, Tensor packed_of_x, Tensor scale_of_x, "
+      "Tensor? bias_of_x, Tensor packed_of_h, Tensor scale_of_h, Tensor? bias_of_h, bool reverse, "
+      "bool reduce_range) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dynamic_gru(Tensor x, Tensor? batch_sizes, Tensor h, Tensor packed_of_x, Tensor scale_of_x, "
+      "Tensor? bias_of_x, Tensor packed_of_h, Tensor scale_of_h, Tensor? bias_of_h, bool reverse, "
+      "bool reduce_range) -> (Tensor, Tensor)");
 }

@@ -19,6 +19,7 @@
 #include "quantized/matrix_kernels.h"
 #include "quantized/norm_kernels.h"
 #include "quantized/pooling_kernels.h"
+#include "quantized/recurrent_kernels.h"
 
 namespace fastquant {
 namespace {
@@ -78,35 +79,38 @@ const InstructionSet kBuilt[] = {
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Kernels,
-     {&kMatrixAvx512Vnni, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512}},
+     {&kMatrixAvx512Vnni, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512,
+      &kRecurrentAvx512}},
     {"avx512",
      has_avx512,
      &kAvx512Kernels,
-     {&kMatrixAvx512, &kDepthwiseAvx512, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512}},
+     {&kMatrixAvx512, &kDepthwiseAvx512, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512,
+      &kRecurrentAvx512}},
 #if defined(FASTQUANT_AVX_VNNI)
     {"avx_vnni",
      has_avx_vnni,
      &kAvx2Kernels,
-     {&kMatrixAvxVnni, &kDepthwiseAvxVnni, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2}},
+     {&kMatrixAvxVnni, &kDepthwiseAvxVnni, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2, &kRecurrentAvx2}},
 #endif
     {"avx2",
      has_avx2,
      &kAvx2Kernels,
-     {&kMatrixAvx2, &kDepthwiseAvx2, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2}},
+     {&kMatrixAvx2, &kDepthwiseAvx2, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2, &kRecurrentAvx2}},
 #elif defined(FASTQUANT_NEON)
     {"neon_dot",
      has_neon_dot,
      &kNeonKernels,
-     {&kMatrixNeonDot, &kDepthwiseNeonDot, &kElementwiseNeon, &kPoolingNeon, &kNormNeon}},
+     {&kMatrixNeonDot, &kDepthwiseNeonDot, &kElementwiseNeon, &kPoolingNeon, &kNormNeon, &kRecurrentNeon}},
     {"neon",
      always,
      &kNeonKernels,
-     {&kMatrixNeon, &kDepthwiseNeon, &kElementwiseNeon, &kPoolingNeon, &kNormNeon}},
+     {&kMatrixNeon, &kDepthwiseNeon, &kElementwiseNeon, &kPoolingNeon, &kNormNeon, &kRecurrentNeon}},
 #endif
     {"scalar",
      always,
      &kScalarKernels,
-     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar, &kNormScalar}},
+     {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar, &kNormScalar,
+      &kRecurrentScalar}},
 };
 constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(kBuilt[0]);
 

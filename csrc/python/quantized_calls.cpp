@@ -4,6 +4,7 @@
 #include <new>
 
 #include "cpu/huge_pages.h"
+#include "cpu/quantized/dynamic.h"
 #include "cpu/quantized/elementwise.h"
 #include "cpu/quantized/geometry.h"
 #include "cpu/quantized/packing.h"
@@ -243,6 +244,50 @@ bool is_contiguous(const DLTensor& t) {
   return true;
 }
 
+// The shapes of a linear layer's weight and of its contiguous output.
+struct RowsOfOutput {
+  RowsOfOutput(const DLTensor& x, int64_t out_features)
+      : rows(1), weight_shape{out_features, x.shape[x.ndim - 1]} {
+    const int64_t last = x.ndim - 1;
+    for (int64_t d = last, step = 1; d >= 0; --d) {
+      sizes[d] = d == last ? out_features : x.shape[d];
+      strides[d] = step;
+      step *= sizes[d];
+      if (d != last) rows *= sizes[d];
+    }
+  }
+
+  int64_t rows, weight_shape[2];
+  int64_t sizes[kMostDims], strides[kMostDims];
+};
+
+// A new fp32 tensor that fill(memory) has filled; `work` counts the elements that this reads or writes.
+template <class F>
+PyObject* new_floats(int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t work, const F& fill) {
+  PyObject* const size_tuple = PyTuple_New(dims);
+  PyObject* const stride_tuple = PyTuple_New(dims);
+  for (int64_t d = 0; size_tuple != nullptr && stride_tuple != nullptr && d < dims; ++d) {
+    PyTuple_SetItem(size_tuple, d, PyLong_FromLongLong(sizes[d]));
+    PyTuple_SetItem(stride_tuple, d, PyLong_FromLongLong(strides[d]));
+  }
+  PyObject* const y = size_tuple != nullptr && stride_tuple != nullptr
+                          ? PyObject_CallFunctionObjArgs(float_tensor_maker, size_tuple, stride_tuple, nullptr)
+                          : nullptr;
+  Py_XDECREF(size_tuple);
+  Py_XDECREF(stride_tuple);
+  require(y != nullptr);
+  try {
+    const DLTensor out = tensor(y);
+    require(element(out) == Element::f32);
+    const WithoutGil released(work);
+    fill(out.data);
+  } catch (...) {
+    Py_DECREF(y);
+    throw;
+  }
+  return y;
+}
+
 Dense dense_bytes(const DLTensor& t) {
   const View x = {t.data, Element::other, t.ndim, t.shape, t.strides, numel(t)};
   require(is_dense(x));
@@ -358,21 +403,13 @@ PyObject* quantized_linear_call(PyObject*, PyObject* const* given, Py_ssize_t co
     const OutputQParams q(&args);
     const Bounds bounds(&args);
     require(x.t.ndim >= 1 && is_contiguous(x.t));
-    const int64_t last = x.t.ndim - 1, in_features = x.t.shape[last];
-    const int64_t weight_shape[] = {out_features, in_features};
-    const PackedLayout layout(weight_shape, 2, 1, false);
+    const RowsOfOutput out(x.t, out_features);
+    const PackedLayout layout(out.weight_shape, 2, 1, false);
     const LayerScales scales = weights.checked(layout, out_features);
-    int64_t sizes[kMostDims], strides[kMostDims], rows = 1;
-    for (int64_t d = last, step = 1; d >= 0; --d) {
-      sizes[d] = d == last ? out_features : x.t.shape[d];
-      strides[d] = step;
-      step *= sizes[d];
-      if (d != last) rows *= sizes[d];
-    }
-    NewBytes y(x.t.ndim, sizes, strides, x.is_signed);
+    NewBytes y(x.t.ndim, out.sizes, out.strides, x.is_signed);
     {
-      const WithoutGil released(std::max(rows * out_features, weights.bytes));
-      quantized_linear(values_of(x), rows, in_features, out_features, weights.packed, scales,
+      const WithoutGil released(std::max(out.rows * out_features, weights.bytes));
+      quantized_linear(values_of(x), out.rows, out.weight_shape[1], out_features, weights.packed, scales,
                        format_of(y.data(), x.is_signed, q, bounds));
     }
     return y.quantized(q);
@@ -514,28 +551,27 @@ PyObject* dequantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 1, [](Arguments args) -> PyObject* {
     const Quantized x = quantized(args.next());
     const int64_t n = dense_bytes(x.t).numel();
-    PyObject* const sizes = PyTuple_New(x.t.ndim);
-    PyObject* const strides = PyTuple_New(x.t.ndim);
-    for (int d = 0; sizes != nullptr && strides != nullptr && d < x.t.ndim; ++d) {
-      PyTuple_SetItem(sizes, d, PyLong_FromLongLong(x.t.shape[d]));
-      PyTuple_SetItem(strides, d, PyLong_FromLongLong(x.t.strides[d]));
-    }
-    PyObject* y = sizes != nullptr && strides != nullptr
-                      ? PyObject_CallFunctionObjArgs(float_tensor_maker, sizes, strides, nullptr)
-                      : nullptr;
-    Py_XDECREF(sizes);
-    Py_XDECREF(strides);
-    require(y != nullptr);
-    try {
-      const DLTensor out = tensor(y);
-      require(element(out) == Element::f32 && numel(out) == n);
-      const WithoutGil released(n);
-      dequantize(x.data(), n, x.quantization(), Element::f32, out.data);
-    } catch (...) {
-      Py_DECREF(y);
-      throw;
-    }
-    return y;
+    return new_floats(x.t.ndim, x.t.shape, x.t.strides, n,
+                      [&](void* y) { dequantize(x.data(), n, x.quantization(), Element::f32, y); });
+  });
+}
+
+PyObject* dynamic_linear_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 7, [](Arguments args) {
+    const DLTensor x = tensor(args.next());
+    const LayerWeights weights(&args);
+    const int64_t out_features = integer(args.next());
+    const bool relu = boolean(args.next()), reduce_range = boolean(args.next());
+    require(element(x) == Element::f32 && 1 <= x.ndim && x.ndim <= kMostDims);
+    require(x.data != nullptr && numel(x) > 0 && is_contiguous(x));
+    const RowsOfOutput y(x, out_features);
+    const PackedLayout layout(y.weight_shape, 2, 1, false);
+    const LayerScales scales = weights.checked(layout, out_features);
+    return new_floats(x.ndim, y.sizes, y.strides, std::max(y.rows * out_features, weights.bytes),
+                      [&](void* to) {
+                        dynamic_linear(x.data, Element::f32, y.rows, y.weight_shape[1], out_features,
+                                       weights.packed, scales, relu, reduce_range, to, OutputType::f32);
+                      });
   });
 }
 

@@ -21,6 +21,7 @@ PyObject* lookup_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantized_clamp_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* dequantize_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* dynamic_linear_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantized_max_pool_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantized_avg_pool_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* quantized_adaptive_avg_pool_call(PyObject* self, PyObject* const* args, Py_ssize_t count);

@@ -288,7 +288,9 @@ class Convolution {
 // Positions at once, so that what is read and written for them stays in a cache.
 int64_t positions_at_once(const Convolution& conv, const ConvShape& s, const PackedLayout& layout) {
   const int64_t weights = s.groups * layout.group_bytes();
-  const int64_t values = s.stride[0] * s.stride[1] * s.stride[2] * s.in_channels + s.out_channels;
+  int64_t values = s.stride[0] * s.stride[1] * s.stride[2] * s.in_channels;
+  // Weights that no cache keeps are read once for all these positions, and outputs are written once.
+  if (weights <= kSecondCache) values += s.out_channels;
   const int64_t fitting = (weights <= kWeightsInFirstCache ? kFirstCache : kSecondCache) / values;
   const int64_t most = conv.access() == Access::copies ? kSecondCache / (layout.steps() * kStep)
                                                        : kMostPointers / conv.segments();

@@ -10,6 +10,7 @@ struct DepthwiseKernels;    // depthwise_kernels.h
 struct ElementwiseKernels;  // elementwise_kernels.h
 struct PoolingKernels;      // pooling_kernels.h
 struct NormKernels;         // norm_kernels.h
+struct RecurrentKernels;    // recurrent_kernels.h
 
 struct QuantizedKernels {
   const MatrixKernels* matrix;
@@ -17,6 +18,7 @@ struct QuantizedKernels {
   const ElementwiseKernels* elementwise;
   const PoolingKernels* pooling;
   const NormKernels* norm;
+  const RecurrentKernels* recurrent;
 };
 
 // The tables of the instruction set in use; a walk takes its own: `*quantized_kernels().pooling`.

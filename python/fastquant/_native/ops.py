@@ -74,6 +74,11 @@ quantized_batch_norm = _bind("quantized_batch_norm", any_layout=True)
 quantized_group_norm = _bind("quantized_group_norm", any_layout=True)
 quantized_layer_norm = _bind("quantized_layer_norm", any_layout=True)
 quantized_softmax = _bind("quantized_softmax", any_layout=True)
+dynamic_linear = _bind("dynamic_linear", any_layout=True)
+dynamic_conv = _bind("dynamic_conv", any_layout=True)
+dynamic_conv_transpose = _bind("dynamic_conv_transpose", any_layout=True)
+dynamic_lstm = _bind("dynamic_lstm", any_layout=True)
+dynamic_gru = _bind("dynamic_gru", any_layout=True)
 
 # An op that has no autograd of its own leaves gradients on while its kernel runs, so the
 # fallback turns them off itself.

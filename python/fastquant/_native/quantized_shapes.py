@@ -1,4 +1,4 @@
-"""What the ops on quantized tensors return where tensors have no values, for compilers."""
+"""What the ops of quantized layers return where tensors have no values, for compilers."""
 
 from __future__ import annotations
 
@@ -168,6 +168,33 @@ def _softmax(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _dynamic_linear(
+    x: Tensor,
+    packed_weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    *_: Any,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _dynamic_conv(x: Tensor, *args: Any) -> Tensor:
+    return _conv(x, 1.0, 0, *args[:-1], x.dtype)
+
+
+def _dynamic_conv_transpose(x: Tensor, *args: Any) -> Tensor:
+    return _conv_transpose(x, 1.0, 0, *args[:-1], x.dtype)
+
+
+def _lstm(x: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor, *_: Any) -> Any:
+    return *_gru(x, batch_sizes, h), c.new_empty(c.shape)
+
+
+def _gru(x: Tensor, batch_sizes: Tensor | None, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], h.shape[1])), h.new_empty(h.shape)
+
+
 FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -189,4 +216,9 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "quantized_group_norm": _norm_of_channels,
     "quantized_layer_norm": _layer_norm,
     "quantized_softmax": _softmax,
+    "dynamic_linear": _dynamic_linear,
+    "dynamic_conv": _dynamic_conv,
+    "dynamic_conv_transpose": _dynamic_conv_transpose,
+    "dynamic_lstm": _lstm,
+    "dynamic_gru": _gru,
 }

@@ -36,12 +36,15 @@ constexpr int parallel_sums(int sums, int enough) {
 
 // Weights that are read once come from far away.
 constexpr int kWeightsAhead = 1024;
+constexpr int64_t kCacheLine = 64;
 
 // The outputs of kRows rows from `row` on for kVectors vectors of channels from `channel` on. weights: the
-// first step of these channels; from step to step it is `width` bytes.
+// first step of these channels; from step to step it is `width` bytes. ahead: weights that the next tiles will
+// read; a cache line of them is fetched at each step.
 template <class D, int kRows, int kVectors>
 void multiply_tile(const MatrixRows& a, int64_t row, const int8_t* weights, int64_t width,
-                   const int64_t* first_steps, const OutputStage& out, int64_t channel, int64_t count) {
+                   const int64_t* first_steps, const int8_t* ahead, const OutputStage& out, int64_t channel,
+                   int64_t count) {
   constexpr int kTile = kRows * kVectors, kParallel = parallel_sums(kTile, D::kSums);
   typename D::Ints sums[kParallel][kTile];
   unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
@@ -63,6 +66,10 @@ void multiply_tile(const MatrixRows& a, int64_t row, const int8_t* weights, int6
         these[v] = D::weights(w + v * (D::N * kStep));
         if constexpr (kRows == 1) __builtin_prefetch(w + v * (D::N * kStep) + kWeightsAhead);
       });
+      if constexpr (kRows > 1) {
+        __builtin_prefetch(ahead);
+        ahead += kCacheLine;
+      }
       unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
         const auto values = D::values(p[r] + kStep * k);
         unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
@@ -85,8 +92,8 @@ void multiply_tile(const MatrixRows& a, int64_t row, const int8_t* weights, int6
   finish_rows<D, kRows, kVectors>(sums[0], row, channel, count, out);
 }
 
-using Tile = void (*)(const MatrixRows&, int64_t, const int8_t*, int64_t, const int64_t*, const OutputStage&,
-                      int64_t, int64_t);
+using Tile = void (*)(const MatrixRows&, int64_t, const int8_t*, int64_t, const int64_t*, const int8_t*,
+                      const OutputStage&, int64_t, int64_t);
 
 // Calls the tile of `rows` rows.
 template <class D, int kVectors, int kRows = D::template kMostRows<kVectors>>
@@ -102,11 +109,15 @@ template <class D, int kVectors>
 void multiply_channels(const MatrixRows& a, const int8_t* weights, int64_t width, const int64_t* first_steps,
                        const OutputStage& out, int64_t channel, int64_t count) {
   constexpr int kMost = D::template kMostRows<kVectors>;
+  // Where these weights fill blocks, those of the next block follow them.
+  const int64_t steps = a.segments * a.steps;
+  const int8_t* ahead = weights + steps * width;
   for (int64_t row = 0; row < a.rows;) {
     const int64_t left = a.rows - row;
     int64_t rows = left < kMost ? left : kMost;
     if (left > kMost && left < 2 * kMost) rows = (left + 1) / 2;  // two tiles of a size, not a tiny one
-    tile_of<D, kVectors>(rows)(a, row, weights, width, first_steps, out, channel, count);
+    tile_of<D, kVectors>(rows)(a, row, weights, width, first_steps, ahead, out, channel, count);
+    ahead += steps * kCacheLine;
     row += rows;
   }
 }

@@ -28,26 +28,24 @@ FASTQUANT_INLINE typename L::Floats scaled(typename L::Ints sums, typename L::Fl
   return L::add(L::mul(L::to_floats(sums), factor), bias);
 }
 
-// The floating-point outputs of `count` channels of one row, from `channel` on. `sums` has whole vectors of
-// them, and so have the arrays of `out`.
 template <class L>
-__attribute__((noinline)) void finish_floats(const int32_t* sums, int64_t row, int64_t channel, int64_t count,
-                                             const OutputStage& out) {
-  const int64_t first = row * out.stride + channel;
-  const int64_t bytes = bytes_of(out.type);
+FASTQUANT_INLINE typename L::Floats bounded(typename L::Floats y, const OutputStage& out) {
+  return L::min(L::set1(out.high), L::max(L::set1(out.low), y));
+}
+
+// The bf16 outputs of `count` channels of one row, from `channel` on. `sums` has whole vectors of them, and so
+// have the arrays of `out`.
+template <class L>
+__attribute__((noinline)) void finish_bfloat16(const int32_t* sums, int64_t row, int64_t channel, int64_t count,
+                                               const OutputStage& out) {
+  uint16_t* const to = static_cast<uint16_t*>(out.data) + row * out.stride + channel;
   for (int64_t c = 0; c < count; c += L::N) {
     const auto y =
         scaled<L>(L::load(sums + c), L::load(out.factor + channel + c), L::load(out.bias + channel + c));
-    const auto bounded = L::min(L::set1(out.high), L::max(L::set1(out.low), y));
-    alignas(64) char result[4 * L::N];
-    if (out.type == OutputType::f32) {
-      L::store(reinterpret_cast<float*>(result), bounded);
-    } else {
-      L::store_bfloat16(reinterpret_cast<uint16_t*>(result), bounded);
-    }
-    const int64_t valid = (count - c < L::N ? count - c : L::N) * bytes;
-    char* const to = static_cast<char*>(out.data) + (first + c) * bytes;
-    for (int64_t i = 0; i < valid; ++i) to[i] = result[i];
+    uint16_t result[L::N];
+    L::store_bfloat16(result, bounded<L>(y, out));
+    const int64_t valid = count - c < L::N ? count - c : L::N;
+    for (int64_t i = 0; i < valid; ++i) to[c + i] = result[i];
   }
 }
 
@@ -75,10 +73,30 @@ FASTQUANT_INLINE void finish_rows(const typename L::Ints (&sums)[kRows * kVector
     });
     return;
   }
+  if (out.type == OutputType::f32) {
+    float* const to = static_cast<float*>(out.data) + row * out.stride + channel;
+    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+      const auto factor = L::load(out.factor + channel + v * L::N),
+                 bias = L::load(out.bias + channel + v * L::N);
+      const int64_t left = count - v * L::N;
+      unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
+        const auto y = bounded<L>(scaled<L>(sums[r * kVectors + v], factor, bias), out);
+        float* const at = to + r * out.stride + v * L::N;
+        if (left >= L::N) {
+          L::store(at, y);
+        } else {
+          float result[L::N];
+          L::store(result, y);
+          for (int64_t i = 0; i < left; ++i) at[i] = result[i];
+        }
+      });
+    });
+    return;
+  }
   alignas(64) int32_t stored[kRows * kVectors * L::N];
   unrolled<kRows * kVectors>([&](auto i) FASTQUANT_INLINE_LAMBDA { L::store(stored + i * L::N, sums[i]); });
   for (int r = 0; r < kRows; ++r) {
-    finish_floats<L>(stored + r * kVectors * L::N, row + r, channel, count, out);
+    finish_bfloat16<L>(stored + r * kVectors * L::N, row + r, channel, count, out);
   }
 }
 

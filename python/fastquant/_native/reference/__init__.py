@@ -1,8 +1,8 @@
 """Every op in plain, obvious torch ops: the fallback, and the truth that tests compare with.
 
-Nothing here waits for the device, except where `nonfinite` is RAISE and in
-what searches histograms. Signatures are the schemas' (`csrc/library.cpp`); what each op means is
-written in `docs/architecture.md`.
+Nothing here waits for the device, except where `nonfinite` is RAISE, in what searches histograms,
+and in the layers that quantize their input at each call. Signatures are the schemas'
+(`csrc/library.cpp`); what each op means is written in `docs/architecture.md`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .batch_norm import (
     observe_batch_norm_,
 )
 from .clamped_sum import add_observe_fake_quantize
+from .dynamic import DYNAMIC_OPS
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
 from .quantized import QUANTIZED_OPS
 from .quantized_norms import QUANTIZED_NORMS
@@ -66,5 +67,6 @@ OPS: dict[str, Callable[..., Any]] = {
         learnable_fake_quantize_backward,
         *QUANTIZED_OPS,
         *QUANTIZED_NORMS,
+        *DYNAMIC_OPS,
     )
 }

@@ -59,7 +59,7 @@ def _centered(x: Tensor, zero_point: int) -> Tensor:
     return x.to(torch.float64) - zero_point
 
 
-def _multiplied_and_added(x: Tensor, factor: Tensor, addend: int) -> Tensor:
+def multiplied_and_added(x: Tensor, factor: Tensor, addend: Tensor | float) -> Tensor:
     """x * factor + addend for fp32 numbers, rounded once to fp32."""
     product = x.to(torch.float64) * factor.to(torch.float64)  # exact
     total = product + addend
@@ -78,7 +78,7 @@ def quantize(
 ) -> Tensor:
     inverse = (1.0 / torch.tensor(scale, dtype=torch.float32)).to(x.device)
     # torch.quantize_per_tensor adds the zero point before it rounds.
-    y = _multiplied_and_added(x.to(torch.float32), inverse, zero_point)
+    y = multiplied_and_added(x.to(torch.float32), inverse, zero_point)
     info = torch.iinfo(dtype)
     q = y.round().nan_to_num(nan=math.inf).clamp(info.min, info.max)
     q = torch.empty_like(x, dtype=dtype).copy_(q)
