@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .._core.qparams import zero_point_dtype
+from .._torch.private import require_dtypes_kept_by_aot_inductor
 from .ops import Op
 from .quantized_shapes import FAKE_KERNELS as _QUANTIZED
 from .reference.basics import _compute_dtype
 
 
-def _on_one_device(kernel: Op) -> Op:
+def _checked(kernel: Op) -> Op:
     """A fake kernel also runs where only some tensors are on the meta device: refuse that."""
 
     @functools.wraps(kernel)
@@ -22,6 +23,8 @@ def _on_one_device(kernel: Op) -> Op:
         devices = {arg.device for arg in args if isinstance(arg, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(f"tensors lie on different devices: {', '.join(map(str, devices))}")
+        if any(isinstance(arg, torch.dtype) for arg in args):
+            require_dtypes_kept_by_aot_inductor()
         return kernel(*args)
 
     return fake
@@ -145,4 +148,4 @@ _FAKE_KERNELS: dict[str, Op] = {
     "learnable_fake_quantize_backward": _empty_gradients,
 }
 for _name, _op in (_FAKE_KERNELS | _QUANTIZED).items():
-    torch.library.register_fake(f"fastquant::{_name}", _on_one_device(_op))
+    torch.library.register_fake(f"fastquant::{_name}", _checked(_op))

@@ -18,10 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._core.dtypes import INT8, UINT8, plain_dtype
-from .._torch.compiling import when_compiling
-from .._torch.private import ask_subclasses_in_graphs, ignoring_overrides, is_exporting
+from .._torch.compiling import outside_graphs, when_compiling
+from .._torch.private import (
+    ask_subclasses_in_graphs,
+    ignoring_overrides,
+    is_compiler_at_work,
+    is_exporting,
+    override_in_graphs,
+    torch_release,
+)
 
-is_compiling = torch.compiler.is_compiling
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 Handler = Callable[..., Any]
@@ -82,6 +88,11 @@ class _Integers:
 
     def __get__(self, x: QuantizedTensor, owner: Any) -> Tensor:
         return integers_of(x)
+
+
+if torch_release < (2, 13):
+    # Dynamo would compile what reads a graph's inputs, whose graph would read its input, and so on.
+    outside_graphs(_Integers, "__get__", "it is read before a graph runs")
 
 
 class QuantizedTensor(Tensor):
@@ -302,6 +313,7 @@ def _find_out_in_graphs() -> None:
         functions += (getattr(place, name) for name in names)
     names_like = ("rand_like", "randn_like", "randint_like", "fill", "as_strided", "normal")
     ask_subclasses_in_graphs([*functions, *(getattr(torch, name) for name in names_like)])
+    override_in_graphs(_CLASSES)
 
 
 def add_property(name: str, getter: Callable[[Any], Any]) -> None:
@@ -336,7 +348,11 @@ for _name in (
 def _is_quantized(self: Any) -> bool:
     # Compilers, which ask in order to imitate a graph's input, know nothing but torch's own
     # quantized dtypes. In the code that they trace, is_dynamo_compiling is True.
-    return is_dynamo_compiling() or not is_compiling() or isinstance(self, ExportedQuantizedTensor)
+    return (
+        is_dynamo_compiling()
+        or not is_compiler_at_work()
+        or isinstance(self, ExportedQuantizedTensor)
+    )
 
 
 add_property("is_quantized", _is_quantized)

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
@@ -54,12 +55,18 @@ def _find(path: str, otherwise: Any) -> Any:
         return otherwise
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor version, which sort as numbers do."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def _assume_so() -> bool:
     """A fallback for a check: with this answer, callers take the path that is always correct."""
     return True
 
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+torch_release = _numbers(torch.__version__)
+if torch_release < _numbers(OLDEST):
     raise ImportError(_unsupported("pip install --upgrade torch"))
 
 # --- what surrounds a call ------------------------------------------------------------------
@@ -298,6 +305,51 @@ def ask_subclasses_in_graphs(functions: Iterable[Callable[..., Any]]) -> None:
     """
     with contextlib.suppress(AttributeError):
         torch._dynamo.variables.torch.get_overridable_functions().update(functions)
+
+
+_compile_id = _find("_guards.CompileContext.current_compile_id", lambda: None)
+
+
+def is_compiler_at_work() -> bool:
+    """Whether torch.compile or torch.export is making a graph; for code that is not traced itself.
+
+    torch.compiler.is_compiling does not say so of torch.compile before torch 2.13.
+    """
+    return torch.compiler.is_compiling() or _compile_id() is not None
+
+
+def override_in_graphs(classes: tuple[Any, ...]) -> None:
+    """Have Dynamo find out that functions of torch written in Python are overridden by `classes`.
+
+    Before torch 2.12, it cannot trace how they themselves find out.
+    """
+    if torch_release >= (2, 12):
+        return
+    handle = torch.overrides.handle_torch_function
+
+    @torch.compiler.substitute_in_graph(handle, skip_signature_check=True)
+    def substitute(public_api: Any, relevant_args: Any, *args: Any, **kwargs: Any) -> Any:
+        for argument in relevant_args:
+            if isinstance(argument, classes):
+                return argument.__torch_function__(public_api, (type(argument),), args, kwargs)
+        torch._dynamo.graph_break()
+        return handle(public_api, relevant_args, *args, **kwargs)
+
+
+def require_dtypes_kept_by_aot_inductor() -> None:
+    """Raise an error where AOTInductor compiles calls of ops that have a dtype as an argument.
+
+    That of torch 2.10 numbers dtypes as torch.export's files do, the ops it calls as C++ does:
+    torch.float32 becomes torch.float64.
+    """
+    if torch_release < (2, 11):
+        inductor = sys.modules.get("torch._inductor.virtualized")
+        if inductor is not None and getattr(inductor.V.graph, "aot_mode", False):
+            raise NotImplementedError(
+                f"AOTInductor of torch {torch.__version__} gives wrong dtypes to operators, so "
+                "that a quantized model would compute wrong numbers: compile it with torch 2.11 or "
+                "newer, or use torch.compile"
+            )
 
 
 NAMES.append(DYNAMO.removeprefix("torch."))
