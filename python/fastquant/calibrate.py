@@ -61,6 +61,9 @@ def calibrate(
             it is neither tensor nor mapping, as it is.
         progress: show a progress bar on stderr.
 
+    Returns:
+        How many batches and samples were processed, and how long it took.
+
     Afterwards every submodule has its former training mode again, also after an exception.
     Ctrl-C takes effect between two batches (a second one at once), so every observer has
     seen the same batches, and the statistics gathered up to there stay in place.

@@ -141,6 +141,9 @@ def minmax_state(
         dtype: floating dtype of the range.
         device: where it lies, which must be x's device.
 
+    Returns:
+        Range tensors that are 0-dim, or `[channels]`.
+
     Raises:
         TypeError: `dtype` is not floating, or `channels` no integer.
         ValueError: `channels` is not positive.
@@ -166,6 +169,9 @@ def histogram_state(
         bins: number of bins.
         dtype: fp32 or fp64, of the counts and the range.
         device: where they lie, which must be x's device.
+
+    Returns:
+        Counts `[bins]`, all zero, and a range of two 0-dim tensors.
 
     Raises:
         TypeError: `dtype` is another, or `bins` no integer.
@@ -193,6 +199,9 @@ def fake_quantize_state(
             for torch.per_channel_affine_float_qparams.
         dtype: floating dtype of range and scale.
         device: where they lie, which must be x's device.
+
+    Returns:
+        Range tensors that are 0-dim, or `[channels]`; scale and zero point `[1]`, or `[channels]`.
 
     Raises:
         TypeError: `dtype` is not floating, or `channels` no integer.

@@ -902,7 +902,7 @@ class MSEObserver(_LeastErrorRange, MinMaxObserver):
 
 
 class PerChannelMSEObserver(_LeastErrorRange, PerChannelMinMaxObserver):
-    """The same for each channel of a weight by itself.
+    """As :class:`MSEObserver`, for each channel of a weight by itself.
 
     The arguments, buffers and errors are those of :class:`PerChannelMinMaxObserver`, but for float
     qparams, which it refuses when it observes; torch.ao has no such observer.

@@ -620,6 +620,10 @@ def quantize(
 
     Returns:
         The quantized model.
+
+    Raises:
+        TypeError: `model` is no module.
+        QuantizationError: as for `prepare` and `convert`.
     """
     check_is_module("quantize", model)
     _check_backend("quantize", backend)
@@ -649,6 +653,10 @@ def quantize_qat(
 
     Returns:
         The quantized model.
+
+    Raises:
+        TypeError: `model` is no module.
+        QuantizationError: as for `prepare_qat` and `convert`.
     """
     check_is_module("quantize_qat", model)
     _check_backend("quantize_qat", backend)

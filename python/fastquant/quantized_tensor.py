@@ -40,10 +40,17 @@ def quantize_per_tensor(
     """x as integers with one scale and one zero point, as torch.quantize_per_tensor does it.
 
     Args:
-        x: a floating-point tensor.
-        scale: positive.
+        x: a floating-point tensor of any shape.
+        scale: the step between neighbouring integers, in units of x; positive and finite.
         zero_point: the integer that stands for 0.
-        dtype: torch.uint8 or torch.int8.
+        dtype: torch.uint8 or torch.int8, or the quantized dtype of these integers.
+
+    Returns:
+        `clamp(round(x / scale) + zero_point)`, a tensor of x's shape.
+
+    Raises:
+        TypeError: x is not floating, or `dtype` is another.
+        ValueError: a scale that is not positive and finite, or a zero point that `dtype` lacks.
     """
     check_floating(x)
     dtype = as_integer_dtype(dtype)
@@ -64,10 +71,19 @@ def quantize_per_channel(
     """x as integers with a scale and a zero point for each channel.
 
     Args:
-        x: a floating-point tensor.
-        scales, zero_points: one for each channel.
+        x: a floating-point tensor of any shape.
+        scales: one for each channel, in units of x; positive and finite.
+        zero_points: the integer that stands for 0, one for each channel.
         axis: the dimension that counts channels.
-        dtype: torch.uint8 or torch.int8.
+        dtype: torch.uint8 or torch.int8, or the quantized dtype of these integers.
+
+    Returns:
+        The integers, in a tensor of x's shape; layers take such a tensor as their weight.
+
+    Raises:
+        TypeError: x is not floating, or `dtype` is another.
+        ValueError: as for `quantize_per_tensor`, or not one scale and zero point for each channel.
+        IndexError: x has no such axis.
     """
     check_floating(x)
     dtype = as_integer_dtype(dtype)

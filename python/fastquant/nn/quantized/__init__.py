@@ -2,6 +2,14 @@
 
 They take and return quantized tensors of this package (`fastquant.quantized_tensor`), keep their
 weights packed for its kernels, and compile, export, save and load as any module does.
+
+`fastquant.convert(…, backend="native")` makes them. Made by hand, they take the arguments of the
+module of torch.nn or torch.ao.nn.quantized that has their name, and shapes are those of torch.nn.
+The input is a `QuantizedTensor` of uint8 or int8, the output one of the same dtype, with the
+module's `scale` (a positive float) and `zero_point` (an int), unless the class says otherwise.
+Where there is a weight, it is int8 with zero point 0, and has one scale, or one for each output
+channel; a bias is fp32, in the units of the real result. An input that is not quantized raises
+TypeError, one of the wrong shape ValueError.
 """
 
 from __future__ import annotations

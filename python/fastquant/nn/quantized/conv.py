@@ -213,14 +213,22 @@ class _Conv(_ConvNd):
 
 
 class Conv1d(_Conv):
-    """`torch.nn.Conv1d` with an int8 weight, from quantized tensors to quantized tensors."""
+    """`torch.nn.Conv1d` with an int8 weight, from quantized tensors to quantized tensors.
+
+    The input is `[N, in_channels, L]`. Arguments are those of torch.nn, every
+    `padding_mode` included.
+    """
 
     _DIMS = 1
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nniqat.ConvBn1d)
 
 
 class Conv2d(_Conv):
-    """`torch.nn.Conv2d` with an int8 weight, from quantized tensors to quantized tensors."""
+    """`torch.nn.Conv2d` with an int8 weight, from quantized tensors to quantized tensors.
+
+    The input is `[N, in_channels, H, W]`. Arguments are those of torch.nn, every
+    `padding_mode` included.
+    """
 
     _DIMS = 2
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (
@@ -231,7 +239,11 @@ class Conv2d(_Conv):
 
 
 class Conv3d(_Conv):
-    """`torch.nn.Conv3d` with an int8 weight, from quantized tensors to quantized tensors."""
+    """`torch.nn.Conv3d` with an int8 weight, from quantized tensors to quantized tensors.
+
+    The input is `[N, in_channels, D, H, W]`. Arguments are those of torch.nn, every
+    `padding_mode` included.
+    """
 
     _DIMS = 3
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (
@@ -300,21 +312,30 @@ class _ConvTranspose(_ConvNd):
 
 
 class ConvTranspose1d(_ConvTranspose):
-    """`torch.nn.ConvTranspose1d` with an int8 weight, on quantized tensors."""
+    """`torch.nn.ConvTranspose1d` with an int8 weight, on quantized tensors.
+
+    The input is `[N, in_channels, L]`. Arguments are those of torch.nn.
+    """
 
     _DIMS = 1
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose1d,)
 
 
 class ConvTranspose2d(_ConvTranspose):
-    """`torch.nn.ConvTranspose2d` with an int8 weight, on quantized tensors."""
+    """`torch.nn.ConvTranspose2d` with an int8 weight, on quantized tensors.
+
+    The input is `[N, in_channels, H, W]`. Arguments are those of torch.nn.
+    """
 
     _DIMS = 2
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose2d,)
 
 
 class ConvTranspose3d(_ConvTranspose):
-    """`torch.nn.ConvTranspose3d` with an int8 weight, on quantized tensors."""
+    """`torch.nn.ConvTranspose3d` with an int8 weight, on quantized tensors.
+
+    The input is `[N, in_channels, D, H, W]`. Arguments are those of torch.nn.
+    """
 
     _DIMS = 3
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose3d,)
