@@ -81,7 +81,11 @@ def assignments(module: ModuleType) -> dict[str, tuple[str, str]]:
             about = inspect.cleandoc(str(following.value.value))
         for target in targets:
             if isinstance(target, ast.Name):
-                found[target.id] = (ast.unparse(value), about)
+                # The package's constants of quantized dtypes, by the names that users know.
+                source = re.sub(
+                    r"\bQU?INT\d+(X\d)?\b", lambda d: f"torch.{d[0].lower()}", ast.unparse(value)
+                )
+                found[target.id] = (source, about)
     return found
 
 

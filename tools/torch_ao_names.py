@@ -58,7 +58,8 @@ up. `python tools/torch_ao_names.py` makes it from both packages, here with torc
 
 - Where a sentence or an expression stands, fastquant has an object of its own, with torch.ao's
   signature.
-- *torch.ao's* is torch.ao's object itself, under the same name.
+- *torch.ao's* is torch.ao's object itself, under the same name. For layers, fastquant has one of its
+  own to put in its place where torch has no torch.ao any more.
 - **Not here** says where to go instead.
 """
 
