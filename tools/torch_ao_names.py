@@ -10,6 +10,7 @@ name that fastquant lacks needs an explanation: that of fastquant's own error fo
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -42,7 +43,6 @@ NOT_HERE = {
     "torch.ao.nn.quantized.functional": "functions of torch's quantized tensors; those of native "
     "int8 models are for torch.nn.functional",
 }
-LONGEST_SOURCE = 240
 SAME = "*torch.ao's*"
 HELPERS = {
     "check_node": "a helper of FX graph mode, about nodes of a graph",
@@ -56,10 +56,9 @@ its modules are in `fastquant` and its modules of the same names, those of `torc
 `fastquant.nn`. [Moving from torch.ao](moving.md) says how to move; this page is for looking things
 up. `python tools/torch_ao_names.py` makes it from both packages, here with torch {version}.
 
-- Where a sentence or an expression stands, fastquant has an object of its own, with torch.ao's
-  signature.
-- *torch.ao's* is torch.ao's object itself, under the same name. For layers, fastquant has one of its
-  own to put in its place where torch has no torch.ao any more.
+- Where words stand, fastquant has an object of its own, with torch.ao's signature.
+- *torch.ao's* is torch.ao's object itself, under the same name. Of a layer, fastquant has a class
+  of its own, too, which is there instead where torch has no torch.ao any more.
 - **Not here** says where to go instead.
 """
 
@@ -78,13 +77,30 @@ def public_names(module: ModuleType, family: str) -> list[str]:
     )
 
 
+def of_constant(source: str) -> str:
+    """What the expression that makes a constant says in short; the reference shows all of it."""
+    match ast.parse(source or "None", mode="eval").body:
+        case ast.Name(id=other):
+            return f"the same as `{other}`"
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id=made), attr="with_args"), keywords=given
+        ):
+            inner = [
+                ast.unparse(argument.value) for argument in given if argument.arg == "observer"
+            ]
+            return f"`{made}`{''.join(f' of `{name}`' for name in inner)}, with arguments"
+        case ast.Call(func=ast.Name(id=made)):
+            return f"a `{made}`"
+    return ""
+
+
 def description(name: str, value: Any, module: ModuleType) -> str:
-    """The first sentence of an object's docstring; of a constant, the expression that makes it."""
+    """The first sentence of an object's docstring; of a constant, what it is made of."""
     sentence = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", summary(value))
     source, _ = assignments(module).get(name, ("", ""))
-    if not sentence and 0 < len(source) <= LONGEST_SOURCE:
-        sentence = f"`{source}`"
-    return sentence.replace("|", "\\|")
+    kind = type(value).__name__
+    otherwise = f"a {kind}" if kind in ("dict", "set", "str") else "a type for annotations"
+    return (sentence or of_constant(source) or otherwise).replace("|", "\\|")
 
 
 def why_missing(name: str, family: str) -> str:
@@ -148,7 +164,7 @@ def page() -> str:
             lines = [f"## {module}", "", f"In `{here.__name__}`:", ""]
             if module == family:
                 lines[2] = f"In `{here.__name__}`: what the modules above hold, and"
-            lines += ["| name | |", "|---|---|"]
+            lines += ["| name | in fastquant |", "|---|---|"]
             lines += [row(name, getattr(theirs, name), here, family) for name in names]
             sections.append("\n".join(lines))
     if whole:
