@@ -46,11 +46,11 @@ from ._native.routes import (
     learnable_fake_quantize,
 )
 from ._native.settings import FusedSettings
-from ._torch.ao import _is_fake_quant_script_module
 from ._torch.counterparts import scriptable
 from ._torch.exporting import traces_for_onnx
 from ._torch.overrides import keeps_tensors_plainly, reader
 from ._torch.private import is_exporting
+from ._torch.stand_ins import _is_fake_quant_script_module
 from .observer import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -800,7 +800,7 @@ LearnableFakeQuantize = _LearnableFakeQuantize
 
 def _is_fake_quant(mod: object) -> bool:
     # torch.ao's fake-quantizers are virtual subclasses of ours.
-    return isinstance(mod, FakeQuantizeBase) or _is_fake_quant_script_module(mod)  # type: ignore[no-untyped-call]
+    return isinstance(mod, FakeQuantizeBase) or _is_fake_quant_script_module(mod)
 
 
 def disable_fake_quant(mod: Any) -> None:

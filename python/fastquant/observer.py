@@ -11,7 +11,7 @@ import warnings
 from abc import ABC as ABC  # code takes it from here, as from torch.ao's module of this name
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
@@ -35,8 +35,11 @@ from ._core.arguments import (
     nonfinite_error,
     width_error,
 )
-from ._core.dtypes import QINT8, QUINT4X2, QUINT8, UINT8
+from ._core.dtypes import QINT8, QUINT4X2, QUINT8
 from ._core.errors import naming_its_layer
+from ._core.factories import _PartialWrapper as _PartialWrapper
+from ._core.factories import _with_args as _with_args
+from ._core.factories import _with_callable_args as _with_callable_args
 from ._core.locks import RESIZING
 from ._core.qparams import symmetric_zero_point
 from ._core.ranges import UNOBSERVED, is_observed, is_unobserved, range_error
@@ -85,13 +88,12 @@ from ._torch.ao import (
     PerToken,
     TorchAODType,
     ZeroPointDomain,
-    _is_observer_script_module,
-    _is_per_channel_script_obs_instance,
     get_block_size,
 )
 from ._torch.counterparts import scriptable
 from ._torch.overrides import Written, reader
 from ._torch.private import dispatch_modes, is_called_plainly
+from ._torch.stand_ins import _is_observer_script_module, _is_per_channel_script_obs_instance
 from .utils import (
     QuantizationError,
     calculate_qmin_qmax,
@@ -155,41 +157,6 @@ _SYMMETRIC = Scheme.SYMMETRIC.value
 
 # --------------------------------------------------------------------------------------------
 # Constructors with some arguments given
-
-
-class _PartialWrapper:
-    """A constructor with some arguments given: `p`, and `callable_args` evaluated at each call."""
-
-    def __init__(self, p: Callable[..., Any]) -> None:
-        self.p = p
-        self.callable_args: dict[str, Callable[[], Any]] = {}
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        computed = {name: f() for name, f in self.callable_args.items() if name not in keywords}
-        return self.p(*args, **keywords, **computed)
-
-    def __repr__(self) -> str:
-        return f"{self.p!r}{self.callable_args!r}"
-
-    def with_args(self, **kwargs: Any) -> _PartialWrapper:
-        return _with_args(self, **kwargs)
-
-    def with_callable_args(self, **kwargs: Callable[[], Any]) -> _PartialWrapper:
-        result = _PartialWrapper(self.p)
-        result.callable_args = {**self.callable_args, **kwargs}
-        return result
-
-
-def _with_args(cls_or_self: Callable[..., Any], /, **kwargs: Any) -> _PartialWrapper:
-    """A constructor like `cls_or_self` with `kwargs` given; a later call may override them."""
-    return _PartialWrapper(partial(cls_or_self, **kwargs))
-
-
-def _with_callable_args(
-    cls_or_self: Callable[..., Any], /, **kwargs: Callable[[], Any]
-) -> _PartialWrapper:
-    """A constructor like `cls_or_self` whose `kwargs` are called for values when it is."""
-    return _PartialWrapper(partial(cls_or_self)).with_callable_args(**kwargs)
 
 
 # --------------------------------------------------------------------------------------------
@@ -589,7 +556,7 @@ class _MinMax(_RangeObserver):
     def __init__(
         self, *, dtype: torch.dtype, qscheme: torch.qscheme, reduce_range: bool, **kwargs: Any
     ) -> None:
-        if reduce_range and dtype in UINT8 and SCHEME_CODES.get(qscheme) == Scheme.SYMMETRIC:
+        if reduce_range and dtype == QUINT8 and SCHEME_CODES.get(qscheme) == Scheme.SYMMETRIC:
             raise NotImplementedError("reduce_range does not go with a symmetric quint8 range")
         super().__init__(dtype=dtype, qscheme=qscheme, reduce_range=reduce_range, **kwargs)
 
@@ -1670,7 +1637,7 @@ def _is_activation_post_process(module: object) -> bool:
     """Whether `module` is an observer or fake-quantizer, fastquant's or torch.ao's."""
     return isinstance(
         module, (ActivationPostProcess, AffineQuantizedObserverBase)
-    ) or _is_observer_script_module(module, "quantization.observer")  # type: ignore[no-untyped-call]
+    ) or _is_observer_script_module(module, "quantization.observer")
 
 
 def _names_observer(mod: nn.Module) -> str:
@@ -1711,7 +1678,7 @@ def load_observer_state_dict(mod: nn.Module, obs_dict: Mapping[str, Any]) -> Non
         if not (_is_activation_post_process(module) and any("." not in entry for entry in entries)):
             continue
         loaded.append((module, {k: v.clone() for k, v in module.state_dict().items()}))
-        scripted = _is_per_channel_script_obs_instance(module)  # type: ignore[no-untyped-call]
+        scripted = _is_per_channel_script_obs_instance(module)
         load = module._load_from_state_dict_script if scripted else module._load_from_state_dict
         cast(Any, load)(state, prefix, metadata.get(name, {}), True, missing, [], errors)
     part = _names_observer(mod)

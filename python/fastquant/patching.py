@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import threading
 import types
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from ._core.state import ActivationPostProcess
 from ._torch import ao
@@ -41,7 +44,7 @@ def _twins() -> Iterator[tuple[str, Any, Any]]:
     """(name, fastquant's object, torch.ao's) for each name that both define, each its own."""
     for ours_name, theirs_names in _TWINS.items():
         ours_module = importlib.import_module(f"fastquant.{ours_name}".rstrip("."))
-        for theirs_module in (ao.namespace(name) for name in theirs_names):
+        for theirs_module in filter(None, map(_namespace, theirs_names)):
             for name, ours in vars(ours_module).items():
                 theirs = vars(theirs_module).get(name)
                 if (
@@ -51,6 +54,13 @@ def _twins() -> Iterator[tuple[str, Any, Any]]:
                     and _is_implementation(theirs)
                 ):
                     yield name, ours, theirs
+
+
+def _namespace(name: str) -> types.ModuleType | None:
+    """torch.ao.quantization's submodule of this name; None where this torch has none."""
+    with contextlib.suppress(ImportError):
+        return ao.namespace(name)
+    return None
 
 
 def _is_implementation(value: Any) -> bool:
@@ -78,10 +88,10 @@ def introduce_to_torch_ao() -> None:
         if isinstance(ours, type) and issubclass(ours, bases):
             theirs.register(ours)
             COUNTERPARTS[theirs] = ours
-    for stub in (QuantStub, DeQuantStub):
-        quantized = DEFAULT_STATIC_QUANT_MODULE_MAPPINGS[stub]
-        ao.mappings.DEFAULT_STATIC_QUANT_MODULE_MAPPINGS[stub] = quantized
-        ao.mappings.DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS[stub] = quantized
+    for table in ("STATIC", "REFERENCE_STATIC"):
+        theirs = getattr(ao.mappings, f"DEFAULT_{table}_QUANT_MODULE_MAPPINGS", {})
+        for stub in (QuantStub, DeQuantStub):
+            theirs[stub] = DEFAULT_STATIC_QUANT_MODULE_MAPPINGS[stub]
     explain_missing_modules()
 
 
@@ -100,6 +110,7 @@ class _Swap:
         return self._handles > 0
 
     def acquire(self) -> None:
+        require_torch_ao("patch_torch_ao")
         with self._lock:
             if not self._handles:
                 self._do()
@@ -186,6 +197,9 @@ def patch_torch_ao() -> Patch:
 
     Patches nest: names come back when the last handle is undone.
 
+    Raises:
+        ImportError: this torch has no torch.ao.quantization.
+
     Returns:
         A handle with `undo()`, also a context manager:
 
@@ -195,12 +209,23 @@ def patch_torch_ao() -> Patch:
     return Patch()
 
 
+def require_torch_ao(function: str) -> None:
+    """Raise unless this torch has torch.ao.quantization, which the function is about."""
+    if _namespace("") is None:
+        raise ImportError(
+            f"{function}: torch {torch.__version__} has no torch.ao.quantization; import fastquant "
+            "in its place"
+        )
+
+
 def original() -> types.ModuleType:
     """torch.ao.quantization itself, to measure and compare with.
 
     Raises:
         RuntimeError: a patch is on, and its names are ours.
+        ImportError: this torch has no torch.ao.quantization.
     """
+    require_torch_ao("comparing with torch.ao")
     if _swap.active:
         raise RuntimeError(
             "torch.ao.quantization is patched with fastquant's implementations, so there is "

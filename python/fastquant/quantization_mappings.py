@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._torch.ao import DeQuantStub as TorchDeQuantStub
 from ._torch.ao import QuantStub as TorchQuantStub
 from ._torch.ao import (
+    has_quantized_modules,
+    named,
     nniq,
     nniqd,
     nnq,
@@ -23,6 +24,7 @@ from ._torch.ao import (
     nnsq,
     nnsqd,
 )
+from ._torch.private import AttentionLinear
 from .fake_quantize import (
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
@@ -67,9 +69,17 @@ __all__ = [
 Mapping = dict[Callable[..., Any], Any]
 
 
+DEFAULT_BACKEND = "torch.ao" if has_quantized_modules else "native"
+"""Whose quantized modules a conversion makes if not told: torch's, where it has any."""
+
+
 def _same_names(source: Any, target: Any, names: str) -> Mapping:
-    """`source.Name` to `target.Name` for each of the space-separated names."""
-    return {getattr(source, name): getattr(target, name) for name in names.split()}
+    """`source.Name` to `target.Name` for each of the space-separated names that both have."""
+    return {
+        getattr(source, name): getattr(target, name)
+        for name in names.split()
+        if hasattr(source, name) and hasattr(target, name)
+    }
 
 
 _CONVOLUTIONS = "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d"
@@ -98,33 +108,28 @@ def _static(plain: Any, fused: Any) -> Mapping:
         **_same_names(nn, plain, "BatchNorm2d BatchNorm3d GroupNorm LayerNorm"),
         **_same_names(nn, plain, "InstanceNorm1d InstanceNorm2d InstanceNorm3d"),
         **_same_names(nn, plain, "Dropout ELU Hardswish LeakyReLU ReLU6 PReLU"),
-        NonDynamicallyQuantizableLinear: plain.Linear,
+        AttentionLinear: plain.Linear,
         native.FloatFunctional: plain.QFunctional,
         **_same_names(nni, fused, "BNReLU2d BNReLU3d ConvReLU1d ConvReLU2d ConvReLU3d"),
         **_same_names(nni, fused, "ConvAdd2d ConvAddReLU2d LinearReLU LinearLeakyReLU LinearTanh"),
         **_same_names(nnqat, plain, "Linear Conv2d Conv3d"),
         **_same_names(nniqat, fused, "ConvReLU2d ConvReLU3d LinearReLU"),
         **{
-            getattr(nniqat, f"ConvBn{suffix}"): getattr(target, f"Conv{suffix}")
+            cls: getattr(target, f"Conv{suffix}")
             for target, suffixes in ((plain, "1d 2d 3d"), (fused, "ReLU1d ReLU2d ReLU3d"))
             for suffix in suffixes.split()
+            for cls in named(nniqat, f"ConvBn{suffix}")
         },
-        nniqat.LinearBn1d: plain.Linear,
+        **dict.fromkeys(named(nniqat, "LinearBn1d"), plain.Linear),
     }
 
 
 DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
-    **_stubs(nnq),
+    **_stubs(nnq if has_quantized_modules else native),
     **_same_names(nn, nnqr, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
     **_same_names(nn, nnqr, "GRUCell LSTMCell RNNCell LSTM"),
 }
 """Float module to reference module: quantized weights, computation in floating point."""
-
-DEFAULT_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
-    **_static(nnq, nniq),
-    **_same_names(nn, nnq, "Embedding EmbeddingBag"),
-}
-"""Float, fused or QAT module to quantized module."""
 
 DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS: Mapping = {
     **_static(native, native_fused),
@@ -133,30 +138,55 @@ DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS: Mapping = {
 }
 """Float, fused or QAT module to quantized module of this package."""
 
+DEFAULT_STATIC_QUANT_MODULE_MAPPINGS: Mapping = (
+    {**_static(nnq, nniq), **_same_names(nn, nnq, "Embedding EmbeddingBag")}
+    if has_quantized_modules
+    else dict(DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS)
+)
+"""Float, fused or QAT module to quantized module, of torch's where it has any."""
+
 DEFAULT_QAT_MODULE_MAPPINGS: Mapping = {
     **_same_names(nn, nnqat, "Conv2d Conv3d Linear"),
-    NonDynamicallyQuantizableLinear: nnqat.Linear,
+    AttentionLinear: nnqat.Linear,
     **_same_names(nni, nniqat, "ConvBn1d ConvBn2d ConvBn3d ConvReLU2d ConvReLU3d"),
     **_same_names(nni, nniqat, "ConvBnReLU1d ConvBnReLU2d ConvBnReLU3d LinearReLU LinearBn1d"),
 }
 """Float or fused module to one that fake-quantizes its weight."""
 
-# Dynamic convolutions exist and are left out: their accuracy is poor.
-DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS: Mapping = {
-    **_same_names(nn, nnqd, "Linear LSTM GRU LSTMCell RNNCell GRUCell"),
-    NonDynamicallyQuantizableLinear: nnqd.Linear,
-    nnqatd.Linear: nnqd.Linear,
-    nni.LinearReLU: nniqd.LinearReLU,
-    **_same_names(nn, nnq, "EmbeddingBag Embedding"),
-}
+
+def _dynamic(plain: Any, fused: Any, embeddings: Any) -> Mapping:
+    """Float or fused module to module that quantizes its input at each call.
+
+    Dynamic convolutions exist and are left out: their accuracy is poor.
+
+    Args:
+        plain: where dynamic modules are.
+        fused: where those are that fused modules become.
+        embeddings: where quantized embeddings are.
+    """
+    return {
+        **_same_names(nn, plain, "Linear LSTM GRU LSTMCell RNNCell GRUCell"),
+        **{
+            source: target
+            for source in (AttentionLinear, *named(nnqatd, "Linear"))
+            for target in named(plain, "Linear")
+        },
+        **_same_names(nni, fused, "LinearReLU"),
+        **_same_names(nn, embeddings, "EmbeddingBag Embedding"),
+    }
+
+
+DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS: Mapping = _dynamic(nnqd, nniqd, nnq)
 """Float module to one with quantized weights that quantizes activations at each call."""
 
-DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = {nn.Linear: nnsq.Linear}
-DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = {nn.Linear: nnsqd.Linear}
+# Of torch's own, which goes with torch.ao.
+DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = _same_names(nn, nnsq, "Linear")
+DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = _same_names(nn, nnsqd, "Linear")
 
 DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS: dict[Callable[..., Any] | str, Any] = {
     getattr(F, name): getattr(torch.ops.quantized, name)
     for name in ("elu", "hardswish", "instance_norm", "layer_norm", "leaky_relu", "dropout")
+    if hasattr(torch.ops.quantized, name)
 }
 """Function of `torch.nn.functional` to quantized op."""
 
@@ -172,7 +202,7 @@ _INCLUDE_QCONFIG_PROPAGATE_LIST: set[Callable[..., Any]] = {nn.Sequential}
 
 # Targets made from the weight alone, or from nothing: no observed output is needed.
 _MADE_WITHOUT_OBSERVER = {
-    *(nnq.DeQuantize, nnq.Dropout, nnq.Embedding, nnq.EmbeddingBag),
+    *named(nnq, "DeQuantize Dropout Embedding EmbeddingBag"),
     *(native.DeQuantize, native.Dropout, native.FloatLayer),
     *(native.LSTM, native.MultiheadAttention),
 }

@@ -40,6 +40,7 @@ from .qconfig import (
     float_qparams_weight_only_qconfig_4bit,
 )
 from .quantization_mappings import (
+    DEFAULT_BACKEND,
     _get_special_act_post_process,
     _has_special_act_post_process,
     get_default_dynamic_quant_module_mappings,
@@ -78,8 +79,10 @@ _DEFAULT_CUSTOM_CONFIG_DICT: dict[str, dict[type, type]] = {
         nn.MultiheadAttention: nnquantizable.MultiheadAttention,
     },
     "observed_to_quantized_custom_module_class": {
-        nnquantizable.LSTM: nnq.LSTM,
-        nnquantizable.MultiheadAttention: nnq.MultiheadAttention,
+        source: target
+        for name in ("LSTM", "MultiheadAttention")
+        for source in ao.named(nnquantizable, name)
+        for target in ao.named(nnq, name)
     },
 }
 
@@ -93,6 +96,9 @@ def get_default_custom_config_dict() -> dict[str, dict[type, type]]:
     """
     return {key: dict(classes) for key, classes in _DEFAULT_CUSTOM_CONFIG_DICT.items()}
 
+
+# They call their observers themselves.
+_CALLING_THEIR_OBSERVER = (FloatFunctional, *ao.named(nnq, "QFunctional"))
 
 # --- qconfig --------------------------------------------------------------------------------
 
@@ -273,7 +279,7 @@ def _observe(
         kind = type_before_parametrizations(child)
         if kind is nn.Dropout:
             continue
-        if issubclass(kind, (FloatFunctional, nnq.QFunctional)):
+        if issubclass(kind, _CALLING_THEIR_OBSERVER):
             # It calls its observer itself.
             if has_qconfig(child):
                 child.activation_post_process = _make_observer(child.qconfig.activation, device)  # type: ignore[union-attr, arg-type]
@@ -443,7 +449,7 @@ def convert(
     is_reference: bool = False,
     convert_custom_config_dict: Mapping[str, Any] | None = None,
     use_precomputed_fake_quant: bool = False,
-    backend: str = "torch.ao",
+    backend: str = DEFAULT_BACKEND,
 ) -> _Module:
     """Swap the submodules of a prepared and calibrated model for quantized ones.
 
@@ -458,8 +464,9 @@ def convert(
             `get_default_custom_config_dict`, the default.
         use_precomputed_fake_quant: keep the weight ranges observed in training instead of
             observing the weights again.
-        backend: whose quantized modules: "torch.ao", or "native" for `fastquant.nn.quantized`.
-            A layer that has no native form stays floating, between dequantize and quantize.
+        backend: whose quantized modules: "torch.ao", the default where torch has them, or "native"
+            for `fastquant.nn.quantized`. A layer that has no native form stays floating, between
+            dequantize and quantize.
 
     Returns:
         The converted model. Warns, naming layers, if observers have seen no data, and their scale
@@ -469,10 +476,10 @@ def convert(
 
     Raises:
         TypeError: `module` is no module.
-        QuantizationError: `backend` is unknown, or has no reference modules; modules have a config
-            but no observer, so prepare is missing; or a module, which is named, cannot be
-            converted, or only to one of torch's that computes something else. Where `from_float`
-            failed, it is a RuntimeError, too.
+        QuantizationError: `backend` is unknown, is "torch.ao" where torch has no quantized modules,
+            or has no reference modules; modules have a config but no observer, so prepare is
+            missing; or a module, which is named, cannot be converted, or only to one of torch's
+            that computes something else. Where `from_float` failed, it is a RuntimeError, too.
     """
     check_is_module("convert", module)
     return _check_and_convert(
@@ -497,7 +504,7 @@ def _check_and_convert(
     is_reference: bool = False,
     convert_custom_config_dict: Mapping[str, Any] | None = None,
     use_precomputed_fake_quant: bool = False,
-    backend: str = "torch.ao",
+    backend: str = DEFAULT_BACKEND,
 ) -> _Module:
     """`convert`, called by `function`, which messages name."""
     _check_backend(function, backend)
@@ -529,6 +536,11 @@ def _check_backend(function: str, backend: str) -> None:
     if backend not in ("torch.ao", "native"):
         raise QuantizationError(
             f"{function}: backend must be 'torch.ao' or 'native', got {backend!r}"
+        )
+    if backend == "torch.ao" and not ao.has_quantized_modules:
+        raise QuantizationError(
+            f"{function}: backend='torch.ao' needs torch's quantized modules, which torch "
+            f"{torch.__version__} does not have; accepted: backend='native'"
         )
 
 
@@ -606,7 +618,7 @@ def quantize(
     run_args: Iterable[Any],
     mapping: Classes | None = None,
     inplace: bool = False,
-    backend: str = "torch.ao",
+    backend: str = DEFAULT_BACKEND,
 ) -> _Module:
     """Static quantization: prepare, calibrate with `run_fn(model, *run_args)`, convert.
 
@@ -640,7 +652,7 @@ def quantize_qat(
     run_fn: Callable[..., Any],
     run_args: Iterable[Any],
     inplace: bool = False,
-    backend: str = "torch.ao",
+    backend: str = DEFAULT_BACKEND,
 ) -> _Module:
     """Quantization-aware training: prepare, train with `run_fn(model, *run_args)`, convert.
 

@@ -25,7 +25,7 @@ class _Stub(nn.Module):
         return x
 
 
-class QuantStub(_Stub, ao.QuantStub):  # type: ignore[misc]
+class QuantStub(_Stub, ao.QuantStub):
     """Where tensors become quantized: observed once prepared, `nnq.Quantize` once converted.
 
     Args:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .._core.dtypes import QUINT8
 from .._core.ranges import has_seen_nothing
-from .._torch.ao import nnq, nnquantizable
+from .._torch.ao import named, nnq, nnquantizable
 from .._torch.private import BatchNorm, Dropout
 from ..fake_quantize import FakeQuantizeBase
 from ..nn import quantized as native
@@ -149,9 +150,9 @@ def _wrong_when_quantized(entry: Entry) -> str | None:
         return "batch_first=True mixes up heads and positions"
     if entry.target in _INSTANCE_NORMS and module.track_running_stats:
         return "track_running_stats=True has no effect"
-    if entry.target not in (nnq.Embedding, nnq.EmbeddingBag):
+    if entry.target not in _EMBEDDINGS:
         return None
-    weight, is_bag = module.weight.detach(), entry.target is nnq.EmbeddingBag
+    weight, is_bag = module.weight.detach(), entry.target in named(nnq, "EmbeddingBag")
     if is_bag and module.mode != "sum":
         return f"mode={module.mode!r} becomes a sum"
     if is_bag and module.padding_idx is not None and weight[module.padding_idx].any():
@@ -164,7 +165,8 @@ def _wrong_when_quantized(entry: Entry) -> str | None:
     return None
 
 
-_INSTANCE_NORMS = (nnq.InstanceNorm1d, nnq.InstanceNorm2d, nnq.InstanceNorm3d)
+_EMBEDDINGS = named(nnq, "Embedding EmbeddingBag")
+_INSTANCE_NORMS = named(nnq, "InstanceNorm1d InstanceNorm2d InstanceNorm3d")
 
 
 def warn(plan: Plan) -> None:
@@ -259,7 +261,7 @@ def _warn_of_float_input(plan: Plan) -> None:
         )
 
 
-_QUANTIZING = (nnq.Quantize, native.Quantize)
+_QUANTIZING = (*named(nnq, "Quantize"), native.Quantize)
 _STATIC_TARGETS = {
     *DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values(),
     *DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values(),
@@ -268,10 +270,14 @@ _STATIC_TARGETS = {
 
 # --- after swapping ---------------------------------------------------------------------------
 
-_TRANSPOSED = {
-    nnq.ConvTranspose1d: F.conv_transpose1d,
-    nnq.ConvTranspose2d: F.conv_transpose2d,
-    nnq.ConvTranspose3d: F.conv_transpose3d,
+_TRANSPOSED: dict[type, Any] = {
+    cls: function
+    for name, function in (
+        ("ConvTranspose1d", F.conv_transpose1d),
+        ("ConvTranspose2d", F.conv_transpose2d),
+        ("ConvTranspose3d", F.conv_transpose3d),
+    )
+    for cls in named(nnq, name)
 }
 
 
@@ -327,7 +333,7 @@ def _computes_something_else(module: Any) -> bool:
     shape = (1, module.in_channels, *sizes)
     # Integers of 7 bits, which do not overflow in any kernel.
     values = torch.arange(math.prod(shape)).remainder(127).reshape(shape).float() - 40
-    x = torch.quantize_per_tensor(values, 1.0, 40, torch.quint8)
+    x = torch.quantize_per_tensor(values, 1.0, 40, QUINT8)
     scale, zero_point = module.scale, module.zero_point
     try:
         expected = _TRANSPOSED[type(module)](

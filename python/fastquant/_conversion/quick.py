@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .._core.dtypes import QINT8, is_torch_quantized
-from .._torch.ao import nniq, nniqd, nnq, nnqd
+from .._core.dtypes import INT8, QINT8, is_torch_quantized
+from .._torch.ao import named, nniq, nniqd, nnq, nnqd
 from .._torch.hooks import has_hooks_of_its_own
-from .._torch.private import without_derivatives
+from .._torch.private import AttentionLinear, without_derivatives
 from ..nn import intrinsic as nni
 from ..nn import qat as nnqat
 from ..nn.intrinsic import qat as nniqat
@@ -38,25 +37,31 @@ from .weights import quantize_weight
 
 # What becomes what: float modules first, then the training ones.
 _SOURCES: dict[type, tuple[type, ...]] = {
-    nnq.Conv1d: (nn.Conv1d, nniqat.ConvBn1d),
-    nnq.Conv2d: (nn.Conv2d, nniqat.ConvBn2d, nnqat.Conv2d),
-    nnq.Conv3d: (nn.Conv3d, nniqat.ConvBn3d, nnqat.Conv3d),
-    nnq.Linear: (nn.Linear, NonDynamicallyQuantizableLinear, nniqat.LinearBn1d, nnqat.Linear),
-    nniq.ConvReLU1d: (nni.ConvReLU1d, nniqat.ConvBnReLU1d),
-    nniq.ConvReLU2d: (nni.ConvReLU2d, nniqat.ConvBnReLU2d, nniqat.ConvReLU2d),
-    nniq.ConvReLU3d: (nni.ConvReLU3d, nniqat.ConvBnReLU3d, nniqat.ConvReLU3d),
-    nniq.LinearReLU: (nni.LinearReLU, nniqat.LinearReLU),
-    nnqd.Linear: (nn.Linear, NonDynamicallyQuantizableLinear),
-    nniqd.LinearReLU: (nni.LinearReLU,),
+    target: sources
+    for package, name, sources in (
+        (nnq, "Conv1d", (nn.Conv1d, nniqat.ConvBn1d)),
+        (nnq, "Conv2d", (nn.Conv2d, nniqat.ConvBn2d, nnqat.Conv2d)),
+        (nnq, "Conv3d", (nn.Conv3d, nniqat.ConvBn3d, nnqat.Conv3d)),
+        (nnq, "Linear", (nn.Linear, AttentionLinear, nniqat.LinearBn1d, nnqat.Linear)),
+        (nniq, "ConvReLU1d", (nni.ConvReLU1d, nniqat.ConvBnReLU1d)),
+        (nniq, "ConvReLU2d", (nni.ConvReLU2d, nniqat.ConvBnReLU2d, nniqat.ConvReLU2d)),
+        (nniq, "ConvReLU3d", (nni.ConvReLU3d, nniqat.ConvBnReLU3d, nniqat.ConvReLU3d)),
+        (nniq, "LinearReLU", (nni.LinearReLU, nniqat.LinearReLU)),
+        (nnqd, "Linear", (nn.Linear, AttentionLinear)),
+        (nniqd, "LinearReLU", (nni.LinearReLU,)),
+    )
+    for target in named(package, name)
 }
+_DYNAMIC = named(nnqd, "Linear")
+_LINEAR = (*named(nnq, "Linear"), *_DYNAMIC)
 _TRAINED = {
     source
     for source in itertools.chain(*_SOURCES.values())
     if source in vars(nnqat).values() or source in vars(nniqat).values()
 }
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, NonDynamicallyQuantizableLinear)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, AttentionLinear)
 # Modules that keep a scale and a zero point; made by from_float, which reads an observer.
-_SCALED = (nnq.Quantize, nnq.QFunctional)
+_SCALED = named(nnq, "Quantize QFunctional")
 # What modules of this package are made of, they copy.
 _NATIVE = set(DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values()) - {FloatLayer}
 
@@ -97,7 +102,6 @@ def _is_built_as_known() -> bool:
     for method in _KNOWN_METHODS:
         if not getattr(method, "__module__", "torch.").startswith("torch."):
             return False
-    weight = torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)
     target: Any
     for target in _SOURCES:
 
@@ -108,7 +112,8 @@ def _is_built_as_known() -> bool:
                 pass
 
         try:
-            theirs: Any = Unpacked(1, 1) if issubclass(target, nnq.Linear) else Unpacked(1, 1, 1)
+            weight = torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, QINT8)
+            theirs: Any = Unpacked(1, 1) if issubclass(target, _LINEAR) else Unpacked(1, 1, 1)
             ours = _quantized_layer(Unpacked, theirs, weight, None)
         except Exception:
             return False
@@ -125,7 +130,7 @@ def can_make(target: Any, module: nn.Module) -> bool:
     if not _is_known(target, module):
         return False
     layer = layer_of(module)
-    if issubclass(target, nnqd.Linear):
+    if issubclass(target, _DYNAMIC):
         # torch has a default where there is no observer for the weight.
         observes = getattr(layer.qconfig, "weight", None) is not None
     else:
@@ -172,14 +177,15 @@ def make(target: Any, module: Any, use_precomputed_fake_quant: bool = False) -> 
     layer = layer_of(module)
     weight, bias = folded(module)
     observer = weight_observer(module, weight, use_precomputed_fake_quant)
-    is_dynamic = issubclass(target, nnqd.Linear)
+    is_dynamic = issubclass(target, _DYNAMIC)
     if is_dynamic and observer.dtype == torch.float16:
         weight = weight.float()
-    elif observer.dtype == torch.qint8:
+    elif observer.dtype in INT8:
         weight = quantize_weight(weight.float(), observer)
     else:
         raise AssertionError(
-            f"the observer of the weight must have dtype torch.qint8, and has {observer.dtype}"
+            f"the observer of the weight must be for int8 (torch.qint8), and is for "
+            f"{observer.dtype}"
         )
     made = _quantized_layer(target, layer, weight, bias)
     if not is_dynamic:
@@ -191,7 +197,7 @@ def make(target: Any, module: Any, use_precomputed_fake_quant: bool = False) -> 
 def _quantized_layer(target: Any, layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
     """A `target` with this weight, and otherwise with the settings of `layer`."""
     made: Any
-    if issubclass(target, nnq.Linear):
+    if issubclass(target, _LINEAR):
         # The constructor packs a weight of this size, which is soon packed.
         made = target(1, 1, dtype=QINT8 if is_torch_quantized(weight) else torch.float16)
         made.in_features, made.out_features = layer.in_features, layer.out_features

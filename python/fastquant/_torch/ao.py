@@ -1,4 +1,8 @@
-"""The only module that imports `torch.ao`: everything the package shares with it."""
+"""The only module that imports `torch.ao`: everything the package shares with it.
+
+Importing it never fails. A package of torch.ao.nn that this torch lacks is an empty namespace here,
+and what else it lacks is fastquant's own, from `stand_ins`.
+"""
 
 from __future__ import annotations
 
@@ -8,51 +12,12 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from .private import required
+import torch
 
-with required():
-    import torch.ao.nn.intrinsic as nni
-    import torch.ao.nn.intrinsic.qat as nniqat
-    import torch.ao.nn.intrinsic.quantized as nniq
-    import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
-    import torch.ao.nn.qat as nnqat
-    import torch.ao.nn.qat.dynamic as nnqatd
-    import torch.ao.nn.quantizable as nnquantizable
-    import torch.ao.nn.quantized as nnq
-    import torch.ao.nn.quantized.dynamic as nnqd
-    import torch.ao.nn.quantized.reference as nnqr
-    import torch.ao.nn.sparse.quantized as nnsq
-    import torch.ao.nn.sparse.quantized.dynamic as nnsqd
-    from torch.ao.nn.quantized.modules.utils import _quantize_weight as quantize_weight
-    from torch.ao.quantization import observer as _observer
-    from torch.ao.quantization import quantization_mappings as mappings
-    from torch.ao.quantization.fake_quantize import _is_fake_quant_script_module
-    from torch.ao.quantization.observer import (
-        AffineQuantizedObserverBase,
-        Granularity,
-        MappingType,
-        PerAxis,
-        PerBlock,
-        PerGroup,
-        PerRow,
-        PerTensor,
-        PerToken,
-        TorchAODType,
-        ZeroPointDomain,
-        _is_observer_script_module,
-        _is_per_channel_script_obs_instance,
-        get_block_size,
-    )
-    from torch.ao.quantization.qconfig_mapping import QConfigMapping
-    from torch.ao.quantization.quantize import (
-        _observer_forward_hook as observer_forward_hook,
-    )
-    from torch.ao.quantization.quantize import (
-        _observer_forward_pre_hook as observer_forward_pre_hook,
-    )
-    from torch.ao.quantization.stubs import DeQuantStub, QuantStub, QuantWrapper
-    from torch.ao.quantization.utils import MatchAllNode, NodePattern, Pattern
+from . import stand_ins
+from .private import NAMES
 
 __all__ = [
     "AffineQuantizedObserverBase",
@@ -74,11 +39,10 @@ __all__ = [
     "QuantWrapper",
     "TorchAODType",
     "ZeroPointDomain",
-    "_is_fake_quant_script_module",
-    "_is_observer_script_module",
-    "_is_per_channel_script_obs_instance",
     "get_block_size",
+    "has_quantized_modules",
     "mappings",
+    "named",
     "namespace",
     "nni",
     "nniq",
@@ -94,11 +58,118 @@ __all__ = [
     "nnsqd",
     "observer_forward_hook",
     "observer_forward_pre_hook",
-    "quantize_weight",
     "quiet",
 ]
 
-PlaceholderObserver = _observer.PlaceholderObserver
+# --- torch.ao.nn ----------------------------------------------------------------------------
+
+
+def _module(path: str) -> Any:
+    """The module torch.ao.<path>; an empty namespace where this torch has none."""
+    NAMES.append(f"ao.{path}")
+    try:
+        return importlib.import_module(f"torch.ao.{path}")
+    # A torch that is losing torch.ao may have modules there that need what is gone already.
+    except (ImportError, AttributeError):
+        return types.SimpleNamespace()
+
+
+if TYPE_CHECKING:
+    import torch.ao.nn.intrinsic as nni
+    import torch.ao.nn.intrinsic.qat as nniqat
+    import torch.ao.nn.intrinsic.quantized as nniq
+    import torch.ao.nn.intrinsic.quantized.dynamic as nniqd
+    import torch.ao.nn.qat as nnqat
+    import torch.ao.nn.qat.dynamic as nnqatd
+    import torch.ao.nn.quantizable as nnquantizable
+    import torch.ao.nn.quantized as nnq
+    import torch.ao.nn.quantized.dynamic as nnqd
+    import torch.ao.nn.quantized.reference as nnqr
+    import torch.ao.nn.sparse.quantized as nnsq
+    import torch.ao.nn.sparse.quantized.dynamic as nnsqd
+else:
+    nni = _module("nn.intrinsic")
+    nniqat = _module("nn.intrinsic.qat")
+    nniq = _module("nn.intrinsic.quantized")
+    nniqd = _module("nn.intrinsic.quantized.dynamic")
+    nnqat = _module("nn.qat")
+    nnqatd = _module("nn.qat.dynamic")
+    nnquantizable = _module("nn.quantizable")
+    nnq = _module("nn.quantized")
+    nnqd = _module("nn.quantized.dynamic")
+    nnqr = _module("nn.quantized.reference")
+    nnsq = _module("nn.sparse.quantized")
+    nnsqd = _module("nn.sparse.quantized.dynamic")
+
+
+def named(package: Any, names: str) -> tuple[Any, ...]:
+    """`package.Name` for each of the space-separated names, left out where there is none."""
+    return tuple(getattr(package, name) for name in names.split() if hasattr(package, name))
+
+
+has_quantized_modules = all(
+    hasattr(owner, name)
+    for owner, name in (
+        *((nnq, "Linear"), (nnq, "Quantize"), (nniq, "ConvReLU2d")),
+        *((torch, "qint8"), (torch, "quantize_per_tensor")),
+    )
+)
+"""Whether torch has quantized modules, and tensors for them: what backend="torch.ao" needs."""
+
+# --- torch.ao.quantization ------------------------------------------------------------------
+
+mappings = _module("quantization.quantization_mappings")
+
+# A class that none is an instance of, where there is none.
+PlaceholderObserver: Any = getattr(_module("quantization.observer"), "PlaceholderObserver", ())
+
+if TYPE_CHECKING:
+    from .stand_ins import (
+        AffineQuantizedObserverBase,
+        DeQuantStub,
+        Granularity,
+        MappingType,
+        MatchAllNode,
+        NodePattern,
+        Pattern,
+        PerAxis,
+        PerBlock,
+        PerGroup,
+        PerRow,
+        PerTensor,
+        PerToken,
+        QConfigMapping,
+        QuantStub,
+        QuantWrapper,
+        TorchAODType,
+        ZeroPointDomain,
+        _observer_forward_hook,
+        _observer_forward_pre_hook,
+        get_block_size,
+    )
+else:
+    # The names of a group refer to each other, so all of them are torch.ao's or none.
+    _GROUPS = (
+        ("stubs", "DeQuantStub QuantStub QuantWrapper"),
+        (
+            "observer",
+            "AffineQuantizedObserverBase Granularity MappingType PerAxis PerBlock PerGroup PerRow "
+            "PerTensor PerToken TorchAODType ZeroPointDomain get_block_size",
+        ),
+        ("qconfig_mapping", "QConfigMapping"),
+        ("quantize", "_observer_forward_hook"),
+        ("quantize", "_observer_forward_pre_hook"),
+        ("utils", "MatchAllNode NodePattern Pattern"),
+    )
+    for _name, _names in _GROUPS:
+        NAMES += [f"ao.quantization.{_name}.{name}" for name in _names.split()]
+        _theirs = vars(_module(f"quantization.{_name}"))
+        _own = vars(stand_ins)
+        _source = _theirs if _theirs.keys() >= set(_names.split()) else _own
+        globals().update({name: _source[name] for name in _names.split()})
+
+observer_forward_hook = _observer_forward_hook
+observer_forward_pre_hook = _observer_forward_pre_hook
 
 # --- warnings -------------------------------------------------------------------------------
 
@@ -130,5 +201,9 @@ def quiet() -> Iterator[None]:
 
 
 def namespace(name: str = "") -> types.ModuleType:
-    """torch.ao.quantization, or its submodule of this name."""
+    """torch.ao.quantization, or its submodule of this name.
+
+    Raises:
+        ImportError: this torch has none.
+    """
     return importlib.import_module(f"torch.ao.quantization.{name}".rstrip("."))

@@ -276,6 +276,10 @@ BatchNorm = _find(
     "nn.modules.batchnorm._BatchNorm",
     (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
 )
+# Linear layers inside of attention, which is not quantized as other modules are.
+AttentionLinear: type[nn.Linear] = _find(
+    "nn.modules.linear.NonDynamicallyQuantizableLinear", nn.Linear
+)
 Dropout = _find(
     "nn.modules.dropout._DropoutNd",
     (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),

@@ -188,7 +188,7 @@ def _converted_layer(module: Any) -> Quantized | None:
             bias = getattr(module, "bias", None)
             bias = bias() if callable(bias) and not isinstance(bias, Tensor) else bias
     kind = type(module).__name__
-    if isinstance(module, nnqd.Linear):
+    if isinstance(module, ao.named(nnqd, "Linear")):
         return Quantized(kind, values, grid, bias, dynamic=grid is not None)
     scale = getattr(module, "scale", getattr(module, "output_scale", None))
     zero_point = getattr(module, "zero_point", getattr(module, "output_zero_point", None))

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .. import functional as F
 from .._conversion.checks import listed
 from ..nn.quantized import FloatFunctional
 from .errors import AnalysisError
@@ -18,6 +19,13 @@ from .reading import Quantized, core
 FLOAT, QUANTIZED = 0, 1
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _rounded_to_seven_bits(x: Tensor) -> Tensor:
+    """What a dynamic layer's kernel makes of its input; seven bits cannot overflow in it."""
+    low, high = x.detach().float().aminmax()
+    scale, zero_point = F.choose_qparams(low, high, quant_min=0, quant_max=127)
+    return F.fake_quantize(x, scale, zero_point, quant_min=0, quant_max=255)
 
 
 class _OutputOf(nn.Module):
@@ -149,9 +157,7 @@ class Site:
     def _rounded_input(self, call: Call) -> Call:
         args, kwargs = call
         if self.state and self.ways[self.state - 1].dynamic and args:
-            # As the kernels of dynamic layers choose it, for seven bits.
-            x = torch.quantize_per_tensor_dynamic(args[0].float(), torch.quint8, True)
-            args = (x.dequantize().to(args[0].dtype), *args[1:])
+            args = (_rounded_to_seven_bits(args[0]), *args[1:])
         return args, kwargs
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..._core.dtypes import INT8, QINT8
 from ..._core.errors import QuantizationError
 from ..._native.ops import quantized_linear
 from ..._quantized import calls
+from ..._torch.private import AttentionLinear
 from ...quantized_tensor import made, parts
 from .. import qat as nnqat
 from ..intrinsic import qat as nniqat
@@ -30,7 +30,7 @@ class Linear(Weighted):
 
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (
         nn.Linear,
-        NonDynamicallyQuantizableLinear,
+        AttentionLinear,
         nnqat.Linear,
         nniqat.LinearBn1d,
     )
