@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from sphinx.application import Sphinx
+from sphinx.util.nodes import make_refnode
 
-from fastquant import __version__
+import fastquant
 
 project = "fastquant"
 author = "the fastquant authors"
 copyright = author
-version = release = __version__
+version = release = fastquant.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "index"
@@ -37,6 +39,7 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"fastquant {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -83,7 +86,45 @@ def skip_what_torch_describes(
     return True if theirs is not None and text == theirs.__doc__ else None
 
 
+# What signatures say for a default, and what they show.
+_DEFAULTS = {
+    r"\bQU?INT\d+(X\d)?\b": lambda dtype: f"torch.{dtype[0].lower()}",
+    r"\b_EPS\b": "torch.finfo(torch.float32).eps",
+    r"\b_INF\b": "inf",
+}
+
+
+def show_defaults(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returned: str
+) -> tuple[str, str] | None:
+    for written, shown in _DEFAULTS.items():
+        signature = re.sub(written, shown, signature or "")  # type: ignore[arg-type]
+    return (signature, returned) if signature else None
+
+
+def find_elsewhere(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
+    """Link a class or function that another module describes, where only one has this name.
+
+    A single lower-case word is one only where `fastquant` itself has it, as it has `convert`.
+    """
+    name = node.get("reftarget", "").removeprefix("fastquant.")
+    word = name.isalpha() and name.islower()
+    if node.get("refdomain") != "py" or not name or (word and not hasattr(fastquant, name)):
+        return None
+    found = {
+        full: entry
+        for full, entry in env.domains.python_domain.objects.items()
+        if full.endswith(f".{name}") and entry.objtype in ("class", "exception", "function")
+    }
+    if len(found) != 1:
+        return None
+    ((full, entry),) = found.items()
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, content, full)
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-skip-member", skip_what_torch_describes)
     # Before napoleon turns sections such as "Args:" into reStructuredText.
     app.connect("autodoc-process-docstring", mark_code, priority=100)
+    app.connect("autodoc-process-signature", show_defaults)
+    app.connect("missing-reference", find_elsewhere)

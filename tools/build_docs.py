@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,75 +101,100 @@ def summary(value: Any) -> str:
     return first_sentence(value) if inspect.isclass(value) or inspect.isroutine(value) else ""
 
 
+def of_constant(source: str) -> str:
+    """What the expression that makes a constant says in short; the reference shows all of it."""
+    match ast.parse(source or "None", mode="eval").body:
+        case ast.Name(id=other):
+            return f"the same as `{other}`"
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id=made), attr="with_args"), keywords=given
+        ):
+            inner = [
+                ast.unparse(argument.value) for argument in given if argument.arg == "observer"
+            ]
+            return f"`{made}`{''.join(f' of `{name}`' for name in inner)}, with arguments"
+        case ast.Call(func=ast.Name(id=made)):
+            return f"a `{made}`"
+    return ""
+
+
 def constant(module: str, name: str, source: str, about: str) -> list[str]:
     shown = source if len(source) < 300 else source[:300].rpartition(",")[0] + ", …"
-    return [
-        f".. py:data:: {module}.{name}",
-        "",
-        *(f"   {line}" for line in (*about.splitlines(), "")),
-        "   .. code-block:: python",
-        "",
-        f"      {name} = {shown}",
-        "",
-    ]
+    lines = [f".. py:data:: {name}", f"   :module: {module}", ""]
+    lines += [f"   {line}" for line in (*about.splitlines(), "")]
+    return [*lines, "   .. code-block:: python", "", f"      {shown}", ""]
 
 
-def described_elsewhere(names: list[tuple[str, str]]) -> list[str]:
-    """A list of names that this page does not describe, each with where it is described."""
-    lines = ["Also here", "---------", ""]
-    for name, home in names:
-        where = f":py:obj:`{home}`" if home.startswith("fastquant") else f"``{home}``"
-        lines.append(f"- ``{name}``: {where}")
+def listed(names: Iterable[tuple[str, str, str]]) -> list[str]:
+    """A table of names, each with where it is described and its first sentence."""
+    lines = [".. list-table::", "   :class: summary", ""]
+    for name, home, sentence in names:
+        link = f":py:obj:`{name} <{home}>`" if home.startswith("fastquant") else f"``{name}``"
+        lines += [f"   * - {link}", f"     - {' '.join(sentence.split())}"]
     return [*lines, ""]
 
 
-def reference(name: str, homes: dict[int, str]) -> str:
+def own_class(package: str, name: str) -> tuple[str, Any]:
+    """The class of a package that takes the place of torch.ao's where there is no torch.ao."""
+    for path, module in sorted(sys.modules.items()):
+        value = getattr(module, name, None) if path.startswith(f"{package}.") else None
+        if inspect.isclass(value) and value.__module__.startswith("fastquant"):
+            return f"{path}.{name}", value
+    return "", None
+
+
+def reference(name: str, homes: dict[int, tuple[str, str]]) -> str:
     """A module's reference page, in reStructuredText.
 
-    `homes` says where each object is described, by its id; objects that this page is the first to
-    describe are added to it.
+    `homes` has the page and the first sentence of each object, by its id; objects that this page
+    is the first to describe are added to it.
     """
     module = load(name)
-    constants = assignments(module)
-    table, details, elsewhere = [], [], []
+    sources = assignments(module)
+    here, details, constants, elsewhere = [], [], [], []
     for public in sorted(set(public_names(module)), key=lambda each: (each.lower(), each)):
         value = getattr(module, public)
         full = f"{name}.{public}"
+        if inspect.isclass(value) and not value.__module__.startswith("fastquant"):
+            full, own = own_class(name, public)
+            if own is None:
+                original = f"``{value.__module__}.{value.__qualname__}``"
+                elsewhere.append((public, "", original))
+                continue
+            value = own
         if inspect.ismodule(value):
-            elsewhere.append((public, value.__name__))
+            elsewhere.append((public, value.__name__, first_sentence(value)))
+        elif id(value) in homes and not isinstance(value, int):
+            elsewhere.append((public, *homes[id(value)]))
         elif inspect.isclass(value) or inspect.isroutine(value):
-            if not value.__module__.startswith("fastquant"):
-                elsewhere.append((public, f"{value.__module__}.{value.__qualname__}"))
-            elif homes.setdefault(id(value), full) != full:
-                elsewhere.append((public, homes[id(value)]))
-            else:
-                table.append((public, summary(value)))
-                kind = "class" if inspect.isclass(value) else "function"
-                details.append(f".. auto{kind}:: {full}")
-                if inspect.isclass(value):
-                    details += ["   :members:", f"   :inherited-members: {FOREIGN_BASES}"]
-                details.append("")
-        elif public in constants:
-            homes.setdefault(id(value), full)
-            details += constant(name, public, *constants[public])
-        elif id(value) in homes:
-            elsewhere.append((public, homes[id(value)]))
+            homes[id(value)] = (full, summary(value))
+            here.append((public, *homes[id(value)]))
+            kind = "class" if inspect.isclass(value) else "function"
+            details.append(f".. auto{kind}:: {full}")
+            if inspect.isclass(value):
+                details += ["   :members:", f"   :inherited-members: {FOREIGN_BASES}"]
+            details.append("")
+        elif public in sources:
+            source, about = sources[public]
+            homes[id(value)] = (full, about.partition("\n\n")[0] or of_constant(source))
+            constants += constant(name, public, source, about)
     lines = [name, "=" * len(name), "", f".. automodule:: {name}", "   :no-members:", ""]
-    if len(table) > 1:
-        lines += [".. list-table::", "   :class: summary", ""]
-        for public, sentence in table:
-            lines += [f"   * - :py:obj:`{public} <{name}.{public}>`", f"     - {sentence}"]
-        lines.append("")
+    if len(here) > 1:
+        lines += listed(here)
     lines += details
-    if elsewhere:
-        lines += described_elsewhere(elsewhere)
+    for title, contents in (
+        ("Constants", constants),
+        ("Described elsewhere", listed(elsewhere) if elsewhere else []),
+    ):
+        if contents:
+            lines += [title, "-" * len(title), "", *contents]
     return "\n".join(lines)
 
 
 def write_reference(folder: Path, contents: Path) -> None:
     """Write a page for each public module, and add a list of them to the page `contents`."""
     modules = public_modules()
-    homes: dict[int, str] = {}
+    homes: dict[int, tuple[str, str]] = {}
     folder.mkdir()
     # The package itself comes last: objects are described where they are defined.
     for name in sorted(modules, key=lambda each: (each == "fastquant", each)):

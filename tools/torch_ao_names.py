@@ -10,7 +10,6 @@ name that fastquant lacks needs an explanation: that of fastquant's own error fo
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import inspect
 import pkgutil
@@ -21,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from build_docs import assignments, load, summary
+from build_docs import assignments, load, of_constant, summary
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "torch-ao-names.md"
 
@@ -77,29 +76,12 @@ def public_names(module: ModuleType, family: str) -> list[str]:
     )
 
 
-def of_constant(source: str) -> str:
-    """What the expression that makes a constant says in short; the reference shows all of it."""
-    match ast.parse(source or "None", mode="eval").body:
-        case ast.Name(id=other):
-            return f"the same as `{other}`"
-        case ast.Call(
-            func=ast.Attribute(value=ast.Name(id=made), attr="with_args"), keywords=given
-        ):
-            inner = [
-                ast.unparse(argument.value) for argument in given if argument.arg == "observer"
-            ]
-            return f"`{made}`{''.join(f' of `{name}`' for name in inner)}, with arguments"
-        case ast.Call(func=ast.Name(id=made)):
-            return f"a `{made}`"
-    return ""
-
-
 def description(name: str, value: Any, module: ModuleType) -> str:
-    """The first sentence of an object's docstring; of a constant, what it is made of."""
-    sentence = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", summary(value))
-    source, _ = assignments(module).get(name, ("", ""))
-    kind = type(value).__name__
-    otherwise = f"a {kind}" if kind in ("dict", "set", "str") else "a type for annotations"
+    """The first sentence of an object's documentation; else, what a constant is made of."""
+    source, about = assignments(module).get(name, ("", ""))
+    sentence = summary(value) or " ".join(about.partition("\n\n")[0].split())
+    sentence = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", sentence)
+    otherwise = "a dict" if isinstance(value, dict) else "a type for annotations"
     return (sentence or of_constant(source) or otherwise).replace("|", "\\|")
 
 

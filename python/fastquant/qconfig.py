@@ -228,7 +228,7 @@ default_symmetric_qnnpack_qconfig = QConfig(_histogram_qint8, weight_observer_ra
 default_per_channel_symmetric_qnnpack_qconfig = QConfig(
     _histogram_qint8, per_channel_weight_observer_range_neg_127_to_127
 )
-"""The same, weights per channel."""
+"""Static for QNNPACK and XNNPACK: signed weights, symmetric per channel."""
 
 default_symmetric_qnnpack_qat_qconfig = QConfig(
     _moving_average_qint8, fused_wt_fake_quant_range_neg_127_to_127
@@ -238,7 +238,7 @@ default_symmetric_qnnpack_qat_qconfig = QConfig(
 default_per_channel_symmetric_qnnpack_qat_qconfig = QConfig(
     _moving_average_qint8, fused_per_channel_wt_fake_quant_range_neg_127_to_127
 )
-"""The same, weights per channel."""
+"""QAT for QNNPACK and XNNPACK: signed weights, symmetric per channel."""
 
 _default_fp32_placeholder_qconfig = QConfig(_float_placeholder, _float_placeholder)
 _default_quint8_placeholder_qconfig = QConfig(PlaceholderObserver.with_args(dtype=QUINT8), None)

@@ -30,7 +30,7 @@ def build_info() -> dict[str, Any]:
     """Describe the native libraries in use.
 
     Returns:
-        A dict of plain values:
+        A dict of plain values, under these keys.
 
         - ``version``: fastquant's version.
         - ``torch``: the version of torch that runs.
