@@ -38,7 +38,7 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _warn(message: str) -> None:
+def warn_user(message: str) -> None:
     """Warn at the line of the user's that called into the package."""
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
@@ -62,7 +62,7 @@ def warn_of_training_mode(model: nn.Module) -> None:
     mode_dependent = (BatchNorm, Dropout)
     training = [name for name, m in modules.items() if isinstance(m, mode_dependent) and m.training]
     if calibrates and training:
-        _warn(
+        warn_user(
             "prepare: the model is in training mode, so calibration would update batch norms "
             f"and drop activations at random ({listed(training)}); call model.eval() first, "
             "or prepare_qat to train"
@@ -76,7 +76,7 @@ def warn_of_training_mode(model: nn.Module) -> None:
         and type(m) not in DEFAULT_STATIC_QUANT_MODULE_MAPPINGS
     ]
     if fused_for_qat:
-        _warn(
+        warn_user(
             f"prepare: {listed(fused_for_qat)} were fused for training and convert leaves them "
             "floating; use prepare_qat, or fuse with fuse_modules in eval mode"
         )
@@ -104,14 +104,14 @@ def _check_prepared(plan: Plan) -> None:
     """Raise if modules that need an observer to be converted have a config and no observer."""
     model = plan.model
     # Where no module has an observer, prepare was never called and configs not handed down.
-    prepared = any(map(_has_observer, model.modules()))
+    prepared = any(map(has_observer, model.modules()))
     configured = {} if prepared else _configured(model)
     missing = [
         entry.path
         for entry in plan.first_places()
         if entry.how is not How.CUSTOM
         and entry.target in MADE_FROM_OBSERVER
-        and not _has_observer(entry.module)
+        and not has_observer(entry.module)
         and (entry.how is not How.SKIPPED or _inherits(entry.path, configured))
     ]
     if missing:
@@ -122,7 +122,7 @@ def _check_prepared(plan: Plan) -> None:
         )
 
 
-def _has_observer(module: nn.Module) -> bool:
+def has_observer(module: nn.Module) -> bool:
     """Whether a module's output is observed, by whatever can choose qparams."""
     return hasattr(getattr(module, "activation_post_process", None), "calculate_qparams")
 
@@ -181,13 +181,14 @@ def warn_of_root(plan: Plan) -> None:
     """Warn where the model itself would have to be swapped."""
     for entry in plan.entries:
         if entry.owner is None and has_qconfig(entry.module):
-            _warn(
+            warn_user(
                 f"{plan.function} swaps submodules, so the {type(entry.module).__name__} that it "
                 "was given stays as it is; wrap it, e.g. in QuantWrapper or nn.Sequential"
             )
 
 
-def _warn_of_uncalibrated(plan: Plan) -> None:
+def uncalibrated(plan: Plan) -> list[str]:
+    """The paths of modules that will get a scale from an observer that has seen no data."""
     names = []
     for entry in plan.first_places():
         if entry.how is How.CUSTOM:
@@ -203,8 +204,13 @@ def _warn_of_uncalibrated(plan: Plan) -> None:
             # One that only multiplies by scalars, as MultiheadAttention's, observes nothing.
             if not isinstance(module, native.FloatFunctional) and _is_uncalibrated(module)
         ]
+    return names
+
+
+def _warn_of_uncalibrated(plan: Plan) -> None:
+    names = uncalibrated(plan)
     if names:
-        _warn(
+        warn_user(
             f"{plan.function}: the observers of these layers have seen no data: {listed(names)}. "
             "They get scale 1 and zero point 0; run data through the prepared model first"
         )
@@ -222,7 +228,7 @@ def _warn_of_nonfinite(plan: Plan) -> None:
     counts = nonfinite_counts(plan.model)
     names = [f"{layer} ({count})" for layer, count in counts.items() if count]
     if names:
-        _warn(
+        warn_user(
             f"{plan.function}: the observers of these layers met NaN or infinite values, which "
             f"were left out of the statistics: {listed(names)}"
         )
@@ -253,7 +259,7 @@ def _warn_of_float_input(plan: Plan) -> None:
         and set(targets.values()) <= _STATIC_TARGETS - set(_QUANTIZING)
         and not any(isinstance(module, _QUANTIZING) for module in plan.model.modules())
     ):
-        _warn(
+        warn_user(
             f"{plan.function}: the model has no QuantStub, and its quantized layers take only "
             f"quantized tensors: unless it is given such tensors, {takers[0]} will fail. Put a "
             "QuantStub where quantization begins and a DeQuantStub where it ends, or wrap the "
@@ -294,7 +300,7 @@ def warn_of_wrong_kernels(function: str, made: Mapping[str, nn.Module]) -> None:
     with torch.no_grad():
         wrong = [path for path, module in made.items() if _computes_something_else(module)]
     if wrong:
-        _warn(
+        warn_user(
             f"{function}: torch's quantized transposed convolution gives wrong numbers with "
             f"torch.backends.quantized.engine = {torch.backends.quantized.engine!r} for "
             f"{listed(wrong)}. Choose another engine, such as 'fbgemm', before the model is "
@@ -315,7 +321,7 @@ def warn_of_float_layers(function: str, made: Mapping[str, nn.Module]) -> None:
         if isinstance(module, native.FloatLayer)
     ]
     if kept:
-        _warn(
+        warn_user(
             f"{function}: these layers have no native quantized form and stay floating, between "
             f"dequantize and quantize: {listed(kept)}. Set qconfig = None on them, and stubs "
             "around them, to say so yourself"

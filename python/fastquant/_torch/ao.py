@@ -207,3 +207,12 @@ def namespace(name: str = "") -> types.ModuleType:
         ImportError: this torch has none.
     """
     return importlib.import_module(f"torch.ao.quantization.{name}".rstrip("."))
+
+
+def register_decomposed_ops() -> None:
+    """Have torch.ao register the ops of `torch.ops.quantized_decomposed`.
+
+    Raises:
+        ImportError: this torch has none.
+    """
+    importlib.import_module("torch.ao.quantization.fx._decomposed")

@@ -116,30 +116,50 @@ def _finite(y: Any) -> float:
     return number
 
 
-def _plus(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
-    limits = torch.iinfo(values.dtype)
-    steps = round(number / scale)
-    moved = zero_point - steps
+def moved_qparams(
+    scale: float, zero_point: int, number: float, dtype: torch.dtype
+) -> tuple[float, int]:
+    """Scale and zero point of x + number, from those of x: the zero point moves.
+
+    Where it would leave its dtype, the scale grows: the range has 0 in it.
+    """
+    limits = torch.iinfo(dtype)
+    moved = zero_point - round(number / scale)
     if limits.min <= moved <= limits.max:
-        return made(values, scale, moved)
-    # The range, with 0 in it, reaches further than the dtype does at this scale.
+        return scale, moved
     nearest = limits.min if moved < limits.min else limits.max
     farthest = limits.max if moved < limits.min else limits.min
-    new_scale = scale * abs(farthest - moved) / (limits.max - limits.min)
+    return scale * abs(farthest - moved) / (limits.max - limits.min), nearest
+
+
+def multiplied_qparams(
+    scale: float, zero_point: int, number: float, dtype: torch.dtype
+) -> tuple[float, int]:
+    """Scale and zero point of x * number, from those of x."""
+    if number == 0:
+        return 1.0, 0
+    limits = torch.iinfo(dtype)
+    # Where the number is negative, q becomes limits.max + limits.min - q.
+    return scale * abs(number), zero_point if number > 0 else limits.max + limits.min - zero_point
+
+
+def _plus(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
+    new_scale, new_zero_point = moved_qparams(scale, zero_point, number, values.dtype)
+    if new_scale == scale:
+        return made(values, scale, new_zero_point)
+    limits = torch.iinfo(values.dtype)
+    moved = zero_point - round(number / scale)
     integers = torch.arange(256, dtype=torch.uint8, device=values.device).view(values.dtype)
     sums = (integers.to(torch.float64) - float(moved)) * (scale / new_scale)
-    table = (sums.round() + nearest).clamp(limits.min, limits.max).to(values.dtype)
-    return made(lookup(values, table), new_scale, nearest)
+    table = (sums.round() + new_zero_point).clamp(limits.min, limits.max).to(values.dtype)
+    return made(lookup(values, table), new_scale, new_zero_point)
 
 
 def _times(values: Tensor, scale: float, zero_point: int, number: float) -> Any:
-    limits = torch.iinfo(values.dtype)
-    if number > 0:
-        return made(values, scale * number, zero_point)
-    if number < 0:
-        # q becomes limits.max + limits.min - q.
-        return made(~values, scale * -number, limits.max + limits.min - zero_point)
-    return made(torch.zeros_like(values), 1.0, 0)
+    qparams = multiplied_qparams(scale, zero_point, number, values.dtype)
+    if number == 0:
+        return made(torch.zeros_like(values), *qparams)
+    return made(values if number > 0 else ~values, *qparams)
 
 
 def _relu(values: Tensor, scale: float, zero_point: int) -> Any:

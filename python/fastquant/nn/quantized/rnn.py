@@ -12,7 +12,7 @@ from ..._torch.ao import nnquantizable
 from ...quantized_tensor import is_quantized, quantize_per_tensor
 
 
-def _in_class(cls: Any, module: nn.Module) -> Any:
+def in_class(cls: Any, module: nn.Module) -> Any:
     """A module of another class that has all that this one has."""
     made: Any = cls.__new__(cls)
     vars(made).update(
@@ -27,13 +27,16 @@ class LSTM(nnquantizable.LSTM):
 
     def forward(self, x: Any, hidden: Any = None) -> Any:
         if hidden is None and is_quantized(x):
-            sizes = [x.shape[0 if self.batch_first else 1], self.hidden_size]
-            if self.bidirectional:
-                sizes.insert(0, 2)
-            zeros = torch.zeros(sizes, device=x.device)
-            quantized = quantize_per_tensor(zeros, 1.0, 0, x.dtype)
+            quantized = quantize_per_tensor(self._zeros(x), 1.0, 0, x.dtype)
             hidden = [(quantized, quantized)] * self.num_layers
         return super().forward(x, hidden)
+
+    def _zeros(self, x: Any) -> torch.Tensor:
+        """The hidden or cell state of each layer before the first step on `x`."""
+        sizes = [x.shape[0 if self.batch_first else 1], self.hidden_size]
+        if self.bidirectional:
+            sizes.insert(0, 2)
+        return torch.zeros(sizes, device=x.device)
 
     def _get_name(self) -> str:
         return "QuantizedLSTM"
@@ -43,7 +46,7 @@ class LSTM(nnquantizable.LSTM):
         cls, mod: Any, use_precomputed_fake_quant: bool = False
     ) -> Any:
         """What an observed LSTM becomes, once its parts are quantized modules."""
-        return _in_class(cls, mod)
+        return in_class(cls, mod)
 
 
 class MultiheadAttention(nnquantizable.MultiheadAttention):
@@ -57,7 +60,7 @@ class MultiheadAttention(nnquantizable.MultiheadAttention):
         """What an observed attention becomes, once its parts are quantized modules."""
         if mod.bias_k is not None or mod.bias_v is not None:
             raise QuantizationError("there is no native form of add_bias_kv=True")
-        made = _in_class(cls, mod)
+        made = in_class(cls, mod)
         # The linear layers hold these.
         del made.in_proj_weight, made.in_proj_bias
         return made

@@ -1,0 +1,1 @@
+"""Quantized models as programs of torch.export that compilers know."""
