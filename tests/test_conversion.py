@@ -757,22 +757,35 @@ class Attending(nn.Module):
         return self.dequant(self.attention(x, x, x)[0])
 
 
-def test_attention_with_the_batch_first_is_refused_and_the_other_is_right() -> None:
+@pytest.mark.parametrize("backend", ["torch.ao", "native"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_is_right_with_the_batch_first_too(batch_first: bool, backend: str) -> None:
     x = torch.randn(4, 3, 8)
-    for batch_first in (False, True):
-        model = Attending(batch_first=batch_first).eval()
-        expected = model(x)
-        model.qconfig = fq.get_default_qconfig("x86")
-        prepared = fq.prepare(model)
-        prepared(x)
-        if batch_first:
-            with pytest.raises(fq.QuantizationError, match=r"attention \(batch_first=True"):
-                fq.convert(prepared)
-        else:
-            torch.testing.assert_close(fq.convert(prepared)(x), expected, atol=0.05, rtol=0)
-        model.attention.qconfig = None
-        prepared = fq.prepare(model)
-        assert not isinstance(prepared.attention, nnquantizable.MultiheadAttention)
+    model = Attending(batch_first=batch_first).eval()
+    expected = model(x)
+    model.qconfig = fq.get_default_qconfig("x86")
+    prepared = fq.prepare(model)
+    assert isinstance(prepared.attention, nnquantizable.MultiheadAttention)
+    torch.testing.assert_close(prepared(x), expected)
+    converted = fq.convert(prepared, backend=backend)
+    torch.testing.assert_close(converted(x), expected, atol=0.05, rtol=0)
+    model.attention.qconfig = None
+    prepared = fq.prepare(model)
+    assert not isinstance(prepared.attention, nnquantizable.MultiheadAttention)
+
+
+def test_attention_that_torch_ao_prepared_with_the_batch_first_is_refused() -> None:
+    x = torch.randn(4, 3, 8)
+    model = Attending(batch_first=True).eval()
+    expected = model(x)
+    model.qconfig = fq.get_default_qconfig("x86")
+    with quiet():
+        prepared = tq.prepare(model)
+    prepared(x)
+    with pytest.raises(fq.QuantizationError, match=r"attention \(batch_first=True"):
+        fq.convert(prepared)
+    converted = fq.convert(prepared, backend="native")
+    torch.testing.assert_close(converted(x), expected, atol=0.05, rtol=0)
 
 
 WRONG_BAGS: dict[str, dict[str, Any]] = {

@@ -13,9 +13,10 @@ import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
 import fastquant as fq
-import fastquant.nn.quantized as room
+import fastquant.nn.float_functional as room
+from fastquant.nn import quantized
+from fastquant.nn.float_functional import operations
 from fastquant.nn.qat.float_functional import _shorten
-from fastquant.nn.quantized import float_functional, functional_modules
 from oracle import assert_same
 
 NAMES = ("FloatFunctional", "FXFloatFunctional")
@@ -33,17 +34,18 @@ CALLS: dict[str, Any] = {
 
 def test_users_get_torch_ao_s_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(getattr(room, name) is getattr(nnq, name) for name in NAMES)
+    assert all(getattr(quantized, name) is getattr(nnq, name) for name in NAMES)
     with monkeypatch.context() as patched:
         patched.setattr("fastquant._torch.ao.nnq", None)
-        chosen = vars(importlib.reload(functional_modules)).copy()
-    importlib.reload(functional_modules)
-    assert all(chosen[name] is getattr(float_functional, name) for name in NAMES)
+        chosen = vars(importlib.reload(room)).copy()
+    importlib.reload(room)
+    assert all(chosen[name] is getattr(operations, name) for name in NAMES)
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_are_torch_ao_s(name: str, call: str) -> None:
-    ours, theirs = (getattr(place, name)() for place in (float_functional, nnq))
+    ours, theirs = (getattr(place, name)() for place in (operations, nnq))
     assert repr(ours) == repr(theirs)
     if name == "FloatFunctional":
         for module in (ours, theirs):
@@ -59,7 +61,7 @@ def test_operations_are_torch_ao_s(name: str, call: str) -> None:
 def test_it_is_no_function_itself() -> None:
     for name in NAMES:
         with pytest.raises(RuntimeError, match="no forward"):
-            getattr(float_functional, name)()(torch.ones(1))
+            getattr(operations, name)()(torch.ones(1))
 
 
 class Model(nn.Module):
@@ -74,16 +76,16 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_can_be_scripted(name: str) -> None:
-    model = Model(getattr(float_functional, name)())
+    model = Model(getattr(operations, name)())
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     assert_same(torch.jit.script(model)(x, y), model(x, y))
 
 
 def test_one_op_adds_in_training() -> None:
-    class Mine(float_functional.FloatFunctional):
+    class Mine(operations.FloatFunctional):
         pass
 
-    slow, fast = float_functional.FloatFunctional(), Mine()
+    slow, fast = operations.FloatFunctional(), Mine()
     for name, lowest in (("add", -math.inf), ("add_relu", 0.0)):
         _shorten(Mine, name, lowest)
         for module in (slow, fast):

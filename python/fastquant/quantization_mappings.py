@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from ._torch import ao
 from ._torch.ao import DeQuantStub as TorchDeQuantStub
 from ._torch.ao import QuantStub as TorchQuantStub
 from ._torch.ao import (
@@ -20,7 +21,6 @@ from ._torch.ao import (
     nnq,
     nnqd,
     nnqr,
-    nnquantizable,
     nnsq,
     nnsqd,
 )
@@ -31,6 +31,7 @@ from .fake_quantize import (
 )
 from .nn import intrinsic as nni
 from .nn import qat as nnqat
+from .nn import quantizable
 from .nn import quantized as native
 from .nn.intrinsic import qat as nniqat
 from .nn.intrinsic import quantized as native_fused
@@ -67,6 +68,9 @@ __all__ = [
 ]
 
 Mapping = dict[Callable[..., Any], Any]
+
+# Also the attention that torch.ao's own prepare makes, which ours derives from where it exists.
+_AnyAttention = getattr(ao.nnquantizable, "MultiheadAttention", quantizable.MultiheadAttention)
 
 
 DEFAULT_BACKEND = "torch.ao" if has_quantized_modules else "native"
@@ -133,7 +137,8 @@ DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
 
 DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS: Mapping = {
     **_static(native, native_fused),
-    **_same_names(nnquantizable, native, "LSTM MultiheadAttention"),
+    **_same_names(quantizable, native, "LSTM MultiheadAttention"),
+    _AnyAttention: native.MultiheadAttention,
     **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), native.FloatLayer),
 }
 """Float, fused or QAT module to quantized module of this package."""
@@ -215,7 +220,7 @@ MADE_FROM_OBSERVER = {
 
 def no_observer_set() -> set[Any]:
     """Modules that get no observer of their own: those inside them are observed."""
-    return {nnquantizable.LSTM, nnquantizable.MultiheadAttention}
+    return {quantizable.LSTM, _AnyAttention}
 
 
 def get_default_static_quant_module_mappings() -> Mapping:

@@ -17,16 +17,19 @@ from ._conversion.plan import Classes, Entry, Plan, has_qconfig, look_up
 from ._core.dtypes import QINT8, QUINT4X2, plain_dtype
 from ._core.errors import PATH_IN_MODEL
 from ._torch import ao
-from ._torch.ao import nnq, nnquantizable
+from ._torch.ao import nnq
 from ._torch.hooks import (
     add_observer_hook,
     copy_forward_hooks,
     copy_forward_pre_hooks,
     remove_observer_hooks,
 )
+from .nn import quantizable
 from .nn.intrinsic import _FusedModule
 from .nn.qat.blocks import teach_blocks
 from .nn.qat.float_functional import teach_float_functional
+from .nn.quantizable.by_torch_ao import BY_TORCH_AO
+from .nn.quantizable.preparing import prepare_parts_by
 from .nn.quantized import FloatFunctional
 from .observer import _is_activation_post_process
 from .qconfig import (
@@ -75,14 +78,17 @@ _observer_forward_pre_hook = ao.observer_forward_pre_hook
 
 _DEFAULT_CUSTOM_CONFIG_DICT: dict[str, dict[type, type]] = {
     "float_to_observed_custom_module_class": {
-        nn.LSTM: nnquantizable.LSTM,
-        nn.MultiheadAttention: nnquantizable.MultiheadAttention,
+        nn.LSTM: quantizable.LSTM,
+        nn.MultiheadAttention: quantizable.MultiheadAttention,
     },
     "observed_to_quantized_custom_module_class": {
-        source: target
-        for name in ("LSTM", "MultiheadAttention")
-        for source in ao.named(nnquantizable, name)
-        for target in ao.named(nnq, name)
+        **{
+            source: target
+            for name in ("LSTM", "MultiheadAttention")
+            for source in ao.named(ao.nnquantizable, name)
+            for target in ao.named(nnq, name)
+        },
+        **BY_TORCH_AO,
     },
 }
 
@@ -307,8 +313,7 @@ def _observe_custom(
     module: nn.Module, observed_class: Any, device: torch.device | None
 ) -> nn.Module:
     observed: nn.Module = observed_class.from_float(module)
-    # torch's LSTM and MultiheadAttention prepare themselves, by torch's means, whose configs
-    # cannot be pickled.
+    # torch.ao's LSTM prepares itself, by torch.ao's means, whose configs cannot be pickled.
     for submodule in observed.modules():
         if has_qconfig(submodule):
             submodule.qconfig = _add_module_to_qconfig_obs_ctr(submodule.qconfig, submodule)
@@ -752,3 +757,8 @@ def _get_observer_dict(mod: nn.Module, target_dict: dict[str, nn.Module], prefix
         if hasattr(module, "activation_post_process"):
             key = f"{name}.activation_post_process" if name else "activation_post_process"
             target_dict[key] = module.activation_post_process
+
+
+prepare_parts_by(
+    lambda module: prepare(module, inplace=True), lambda module: prepare_qat(module, inplace=True)
+)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .._core.dtypes import QUINT8
 from .._core.ranges import has_seen_nothing
-from .._torch.ao import named, nnq, nnquantizable
+from .._torch.ao import named, nnq
 from .._torch.private import BatchNorm, Dropout
 from ..fake_quantize import FakeQuantizeBase
 from ..nn import quantized as native
@@ -146,7 +146,7 @@ def _inherits(path: str, configured: dict[str, bool]) -> bool:
 def _wrong_when_quantized(entry: Entry) -> str | None:
     """Why the replacement would not compute what the module does; None where it would."""
     module: Any = entry.module
-    if type(module) is nnquantizable.MultiheadAttention and module.batch_first:
+    if entry.target in named(nnq, "MultiheadAttention") and module.batch_first:
         return "batch_first=True mixes up heads and positions"
     if entry.target in _INSTANCE_NORMS and module.track_running_stats:
         return "track_running_stats=True has no effect"

@@ -20,7 +20,7 @@ def prefer_torch_ao(
     """Replace classes and functions of a module by torch.ao's, where it has them.
 
     Users' code and torch.ao's own recognise such classes by their type. All of them are replaced or
-    none, since they refer to each other. Pickles look for ours in the package's `__init__`.
+    none, since they refer to each other. Pickles look for ours in this module, too.
 
     Args:
         module: the `globals()` of the module, which has ours.
@@ -29,7 +29,7 @@ def prefer_torch_ao(
     """
     names = tuple(names)
     for name in names:
-        module[name].__module__ = module["__package__"]
+        module[name].__module__ = module["__name__"]
     if all(hasattr(theirs, name) for name in names):
         module.update({name: getattr(theirs, name) for name in names})
 

@@ -14,10 +14,10 @@ from .._conversion.plan import How, Plan
 from .._core.dtypes import INT8, QUINT8
 from .._core.ranges import has_seen_nothing
 from .._torch import ao
-from .._torch.ao import nnqd, nnquantizable
+from .._torch.ao import nnqd
 from ..nn.quantized import FloatFunctional
 from ..observer import _is_activation_post_process
-from ..quantization_mappings import get_default_static_quant_module_mappings
+from ..quantization_mappings import get_default_static_quant_module_mappings, no_observer_set
 from .errors import AnalysisError
 from .grids import Grid, grid_of, grid_of_tensor, output_grid
 
@@ -27,7 +27,7 @@ WEIGHTED = (*CONVOLUTIONS, nn.Linear, nn.Embedding, nn.EmbeddingBag)
 """The modules whose weight is quantized."""
 
 
-CUSTOM = (nnquantizable.LSTM, nnquantizable.MultiheadAttention)
+CUSTOM = tuple(no_observer_set())
 """Modules that consist of layers, which the float modules they are made from do not have."""
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..._native.fast_calls import is_compiling
 from ..._native.routes import add_observe_fake_quantize
 from ..._torch.private import is_altered
-from ..quantized.functional_modules import FloatFunctional
+from ..float_functional import FloatFunctional
 from .plain import is_fused_for, settings_per_tensor
 
 __all__ = ["teach_float_functional"]

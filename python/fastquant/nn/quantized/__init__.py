@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from torch.nn import MaxPool2d
 
+from ..float_functional import FloatFunctional, FXFloatFunctional
 from .activation import ELU, Hardswish, LeakyReLU, PReLU, ReLU6, Sigmoid, Softmax
 from .batchnorm import BatchNorm2d, BatchNorm3d
 from .conv import (
@@ -28,7 +29,7 @@ from .conv import (
 )
 from .dropout import Dropout
 from .float_layer import FloatLayer
-from .functional_modules import FloatFunctional, FXFloatFunctional, QFunctional
+from .functional_modules import QFunctional
 from .linear import Linear
 from .normalization import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm
 from .rnn import LSTM, MultiheadAttention

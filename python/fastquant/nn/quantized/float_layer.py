@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..._core.errors import QuantizationError
 from ..._torch import ao
 from ...quantized_tensor import is_quantized
-from .functional_modules import FloatFunctional
+from ..float_functional import FloatFunctional
 from .observed import NoNativeFormError
 from .stubs import Quantize
 

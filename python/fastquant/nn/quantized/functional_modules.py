@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from ..._core.errors import QuantizationError
 from ..._native.ops import lookup
 from ..._quantized.calls import UNBOUNDED, add, cat, mul
-from ..._torch import ao
-from ..._torch.counterparts import prefer_torch_ao
 from ...quantized_tensor import made, parts
-from .float_functional import FloatFunctional, FXFloatFunctional
+from ..float_functional import FloatFunctional
 from .observed import output_qparams
 from .scaled import Scaled
 
-__all__ = ["FXFloatFunctional", "FloatFunctional", "QFunctional"]
-
-# Modules of float models: where torch.ao exists, prepare and convert know them by its classes.
-prefer_torch_ao(globals(), ao.nnq, ("FloatFunctional", "FXFloatFunctional"))
+__all__ = ["QFunctional"]
 
 
 class QFunctional(Scaled):

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..._core.errors import QuantizationError
-from ..._torch.ao import nnquantizable
 from ...quantized_tensor import is_quantized, quantize_per_tensor
+from .. import quantizable
 
 
 def in_class(cls: Any, module: nn.Module) -> Any:
@@ -22,8 +21,8 @@ def in_class(cls: Any, module: nn.Module) -> Any:
     return made
 
 
-class LSTM(nnquantizable.LSTM):
-    """torch.ao's quantizable LSTM; its linear layers, sums and products are native modules."""
+class LSTM(quantizable.LSTM):
+    """A quantizable LSTM; its linear layers, sums and products are native modules."""
 
     def forward(self, x: Any, hidden: Any = None) -> Any:
         if hidden is None and is_quantized(x):
@@ -49,8 +48,8 @@ class LSTM(nnquantizable.LSTM):
         return in_class(cls, mod)
 
 
-class MultiheadAttention(nnquantizable.MultiheadAttention):
-    """torch.ao's quantizable attention; its linear layers are native modules."""
+class MultiheadAttention(quantizable.MultiheadAttention):
+    """A quantizable attention; its linear layers are native modules."""
 
     def _get_name(self) -> str:
         return "QuantizedMultiheadAttention"
@@ -58,9 +57,7 @@ class MultiheadAttention(nnquantizable.MultiheadAttention):
     @classmethod
     def from_float(cls, mod: Any, use_precomputed_fake_quant: bool = False) -> Any:
         """What an observed attention becomes, once its parts are quantized modules."""
-        if mod.bias_k is not None or mod.bias_v is not None:
-            raise QuantizationError("there is no native form of add_bias_kv=True")
         made = in_class(cls, mod)
-        # The linear layers hold these.
-        del made.in_proj_weight, made.in_proj_bias
+        # The linear layers hold these, and layers around this one look whether there are any.
+        made.in_proj_weight = made.in_proj_bias = None
         return made

@@ -1,6 +1,6 @@
 """Operations of float models that are observed, and quantized later, as modules are.
 
-These are the package's own; where torch.ao exists, `fastquant.nn.quantized` has torch.ao's instead.
+These are the package's own; where torch.ao exists, the package has torch.ao's instead.
 """
 
 from __future__ import annotations
