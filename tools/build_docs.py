@@ -113,7 +113,7 @@ def of_constant(source: str) -> str:
                 ast.unparse(argument.value) for argument in given if argument.arg == "observer"
             ]
             return f"`{made}`{''.join(f' of `{name}`' for name in inner)}, with arguments"
-        case ast.Call(func=ast.Name(id=made)):
+        case ast.Call(func=ast.Name(id=made)) if made[0] != "_":
             return f"a `{made}`"
     return ""
 
