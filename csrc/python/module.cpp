@@ -145,10 +145,10 @@ PyMethodDef methods[] = {
               "the result of three to five dimensions has its channels last."),
     fast_call("dequantize", fastquant::dequantize_call,
               "dequantize(x) -> Tensor | None\n\nThe same; returns an ordinary float32 tensor."),
-    fast_call(
-        "dynamic_linear", fastquant::dynamic_linear_call,
-        "dynamic_linear(x, packed_weight, weight_scale, bias, out_features, relu, reduce_range) -> Tensor | "
-        "None\n\nThe same; takes and returns ordinary float32 tensors."),
+    fast_call("dynamic_linear", fastquant::dynamic_linear_call,
+              "dynamic_linear(x, in_features, packed_weight, weight_scale, bias, out_features, relu, "
+              "reduce_range) -> Tensor | "
+              "None\n\nThe same; takes and returns ordinary float32 tensors."),
     fast_call("quantized_max_pool", fastquant::quantized_max_pool_call,
               "quantized_max_pool(x, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor | "
               "None\n\nThe same."),

@@ -557,20 +557,21 @@ PyObject* dequantize_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 PyObject* dynamic_linear_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return attempt(given, count, 7, [](Arguments args) {
+  return attempt(given, count, 8, [](Arguments args) {
     const DLTensor x = tensor(args.next());
+    const int64_t in_features = integer(args.next());
     const LayerWeights weights(&args);
     const int64_t out_features = integer(args.next());
     const bool relu = boolean(args.next()), reduce_range = boolean(args.next());
     require(element(x) == Element::f32 && 1 <= x.ndim && x.ndim <= kMostDims);
-    require(x.data != nullptr && numel(x) > 0 && is_contiguous(x));
+    require(x.data != nullptr && numel(x) > 0 && is_contiguous(x) && x.shape[x.ndim - 1] == in_features);
     const RowsOfOutput y(x, out_features);
     const PackedLayout layout(y.weight_shape, 2, 1, false);
     const LayerScales scales = weights.checked(layout, out_features);
     return new_floats(x.ndim, y.sizes, y.strides, std::max(y.rows * out_features, weights.bytes),
                       [&](void* to) {
-                        dynamic_linear(x.data, Element::f32, y.rows, y.weight_shape[1], out_features,
-                                       weights.packed, scales, relu, reduce_range, to, OutputType::f32);
+                        dynamic_linear(x.data, Element::f32, y.rows, in_features, out_features, weights.packed,
+                                       scales, relu, reduce_range, to, OutputType::f32);
                       });
   });
 }

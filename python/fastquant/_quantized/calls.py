@@ -15,7 +15,12 @@ from torch import Tensor
 
 from .. import _C
 from .._native import ops
-from .._native.fast_calls import fast_calls, nothing_intervenes
+from .._native.fast_calls import (
+    fast_calls,
+    is_grad_enabled,
+    may_skip_dispatcher,
+    nothing_intervenes,
+)
 from .tensor import CHANGES_CLASS, QuantizedTensor, check_floating, integers_of, like, made, parts
 
 # No bound of an output. Not infinity, which AOTInductor cannot store.
@@ -54,6 +59,16 @@ def linear(input: Any, *args: Any) -> Any:
     Args: packed_weight, weight_scale, bias, out_features, scale, zero_point, low, high.
     """
     return _C.quantized_linear(input, *args) if nothing_intervenes() else None
+
+
+def dynamic_linear(x: Any, *args: Any) -> Any:
+    """The op `dynamic_linear`; None where only that will do, or x has not that many features.
+
+    Args: in_features, then the op's after x.
+    """
+    if may_skip_dispatcher(x) and not (x.requires_grad and is_grad_enabled()):
+        return _C.dynamic_linear(x, *args)
+    return None
 
 
 def add(x: Any, y: Any, scale: float, zero_point: int, low: float, high: float) -> QuantizedTensor:

@@ -17,7 +17,7 @@ from ..._quantized import calls
 from ...quantized_tensor import made, parts
 from .. import qat as nnqat
 from ..intrinsic import qat as nniqat
-from .weighted import Weighted
+from .weighted import PackedWeight, Weighted
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _SHAPES = {1: "(N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
@@ -37,8 +37,8 @@ def _tuple(name: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
     return values
 
 
-class _ConvNd(Weighted):
-    """What the convolutions share; `_DIMS` is the number of their spatial dimensions."""
+class ConvGeometry(PackedWeight):
+    """What all convolutions share; `_DIMS` is the number of their spatial dimensions."""
 
     _DIMS: ClassVar[int]
 
@@ -117,8 +117,10 @@ class _ConvNd(Weighted):
     def extra_repr(self) -> str:
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, {super().extra_repr()}"
+            f"stride={self.stride}"
         )
+        if inherited := super().extra_repr():
+            text += f", {inherited}"
         for name, usual in (("padding", 0), ("dilation", 1), ("output_padding", 0)):
             value = getattr(self, name)
             if value != (usual,) * self._DIMS:
@@ -141,48 +143,16 @@ class _ConvNd(Weighted):
                 f"C = {self.in_channels}, got shape {list(values.shape)}"
             )
 
-    def _computed(self, input: Any, dtype: torch.dtype | None = None) -> Any:
-        """The output's integers; with a floating dtype, its real values."""
-        values, scale, zero_point = parts(input)
-        if values.dim() != self._DIMS + 2 or values.shape[1] != self.in_channels:
-            self._require_shape(values)
-        if self._padded_before is not None:
-            values = _padded(values, self._padded_before, self.padding_mode, zero_point)
-        return quantized_conv(values, scale, zero_point, *self._arguments(), dtype or values.dtype)
 
-    def _arguments(self) -> tuple[Any, ...]:
-        """What the op takes between the zero point of its input and the dtype of its output."""
-        buffers = self._buffers
-        return (
-            buffers["_packed_weight"],
-            buffers["weight_scale"],
-            buffers["_bias"],
-            self._weight_shape,
-            self.stride,
-            self._padded_by_kernel,
-            self.dilation,
-            self.groups,
-            self.scale,
-            self.zero_point,
-            self._LOW,
-            self._HIGH,
-        )
-
-    def forward(self, input: Any) -> Any:
-        if self._padded_before is None:
-            output = calls.conv(input, *self._arguments())
-            if output is not None:
-                return output
-        return made(self._computed(input), self.scale, self.zero_point)
-
-
-def _padded(values: Tensor, sides: list[int], mode: str, zero_point: int) -> Tensor:
+def padded(values: Tensor, sides: list[int], mode: str, zero_point: int) -> Tensor:
     if mode == "zeros":
         return F.pad(values, sides, value=zero_point)
     return F.pad(values, sides, mode=mode)
 
 
-class _Conv(_ConvNd):
+class OrdinaryGeometry(ConvGeometry):
+    """What convolutions share that are not transposed."""
+
     def __init__(
         self,
         in_channels: int,
@@ -212,7 +182,43 @@ class _Conv(_ConvNd):
         )
 
 
-class Conv1d(_Conv):
+class _ConvNd(OrdinaryGeometry, Weighted):
+    def _computed(self, input: Any, dtype: torch.dtype | None = None) -> Any:
+        """The output's integers; with a floating dtype, its real values."""
+        values, scale, zero_point = parts(input)
+        if values.dim() != self._DIMS + 2 or values.shape[1] != self.in_channels:
+            self._require_shape(values)
+        if self._padded_before is not None:
+            values = padded(values, self._padded_before, self.padding_mode, zero_point)
+        return quantized_conv(values, scale, zero_point, *self._arguments(), dtype or values.dtype)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """What the op takes between the zero point of its input and the dtype of its output."""
+        buffers = self._buffers
+        return (
+            buffers["_packed_weight"],
+            buffers["weight_scale"],
+            buffers["_bias"],
+            self._weight_shape,
+            self.stride,
+            self._padded_by_kernel,
+            self.dilation,
+            self.groups,
+            self.scale,
+            self.zero_point,
+            self._LOW,
+            self._HIGH,
+        )
+
+    def forward(self, input: Any) -> Any:
+        if self._padded_before is None:
+            output = calls.conv(input, *self._arguments())
+            if output is not None:
+                return output
+        return made(self._computed(input), self.scale, self.zero_point)
+
+
+class Conv1d(_ConvNd):
     """`torch.nn.Conv1d` with an int8 weight, from quantized tensors to quantized tensors.
 
     The input is `[N, in_channels, L]`. Arguments are those of torch.nn, every
@@ -223,7 +229,7 @@ class Conv1d(_Conv):
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nniqat.ConvBn1d)
 
 
-class Conv2d(_Conv):
+class Conv2d(_ConvNd):
     """`torch.nn.Conv2d` with an int8 weight, from quantized tensors to quantized tensors.
 
     The input is `[N, in_channels, H, W]`. Arguments are those of torch.nn, every
@@ -238,7 +244,7 @@ class Conv2d(_Conv):
     )
 
 
-class Conv3d(_Conv):
+class Conv3d(_ConvNd):
     """`torch.nn.Conv3d` with an int8 weight, from quantized tensors to quantized tensors.
 
     The input is `[N, in_channels, D, H, W]`. Arguments are those of torch.nn, every
@@ -253,7 +259,9 @@ class Conv3d(_Conv):
     )
 
 
-class _ConvTranspose(_ConvNd):
+class TransposedGeometry(ConvGeometry):
+    """What transposed convolutions share."""
+
     _TRANSPOSED = True
 
     def __init__(
@@ -285,6 +293,8 @@ class _ConvTranspose(_ConvNd):
             device=layer.weight.device,
         )
 
+
+class _ConvTranspose(TransposedGeometry, Weighted):
     def forward(self, input: Any) -> Any:
         buffers = self._buffers
         args = (

@@ -22,7 +22,23 @@ def check_qparams(scale: Any, zero_point: Any, lowest: int = -128, highest: int 
         )
 
 
-class Scaled(nn.Module):
+class KeepsDtypes(nn.Module):
+    """A module whose tensors keep their dtype: what belongs to int8 values is not rounded."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {
+            name: tensor.detach()
+            for name, tensor in (*self._parameters.items(), *self._buffers.items())
+            if tensor is not None
+        }
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            if tensor is not None and tensor.dtype != before[name].dtype:
+                tensor.data = before[name].to(tensor.device)
+        return self
+
+
+class Scaled(KeepsDtypes):
     """A module whose output has a scale and a zero point of its own, as Python numbers.
 
     In a state_dict they are tensors: `scale`, float64, and `zero_point`, int64.
@@ -67,19 +83,6 @@ class Scaled(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves tensors, and leaves their dtype: what belongs to int8 values is not rounded."""
-        before = {
-            name: tensor.detach()
-            for name, tensor in (*self._parameters.items(), *self._buffers.items())
-            if tensor is not None
-        }
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
-            if tensor is not None and tensor.dtype != before[name].dtype:
-                tensor.data = before[name].to(tensor.device)
-        return self
 
     def extra_repr(self) -> str:
         own = f"scale={self.scale}, zero_point={self.zero_point}"

@@ -14,12 +14,13 @@ from ..._native.ops import pack_weight, unpack_weight
 from ..._quantized.calls import UNBOUNDED
 from ...quantized_tensor import PerChannelQuantizedTensor, QuantizedTensor
 from . import observed
-from .scaled import Scaled
+from .scaled import KeepsDtypes, Scaled
 
-_Self = TypeVar("_Self", bound="Weighted")
+_Self = TypeVar("_Self", bound="PackedWeight")
+_Weighted = TypeVar("_Weighted", bound="Weighted")
 
 
-class Weighted(Scaled):
+class PackedWeight(KeepsDtypes):
     """A layer that keeps its int8 weight once, in the form that the kernels read.
 
     The packed weight is in no state_dict and no pickle: there the weight is as it was quantized,
@@ -29,9 +30,6 @@ class Weighted(Scaled):
     # The modules that `from_float` takes.
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = ()
     _TRANSPOSED: ClassVar[bool] = False
-    # The least and the greatest output, in real numbers.
-    _LOW: ClassVar[float] = -UNBOUNDED
-    _HIGH: ClassVar[float] = UNBOUNDED
 
     groups = 1
     weight_scale: Tensor
@@ -42,7 +40,6 @@ class Weighted(Scaled):
         self, shape: tuple[int, ...], bias: int | None, device: torch.device | str | None = None
     ) -> None:
         """Register a weight of zeros, and a bias of that many zeros."""
-        self.scale, self.zero_point = 1.0, 0
         self._weight_shape = shape
         for name in ("_packed_weight", "weight_scale", "_bias"):
             self.register_buffer(name, None, persistent=False)
@@ -98,12 +95,15 @@ class Weighted(Scaled):
                 than 0.
         """
         values, scales = integers_of_weight(w, self._weight_shape, self._channel_axis())
+        self._check_bias(b)
+        self._pack(values, scales, fp32(b))
+
+    def _check_bias(self, b: Any) -> None:
         if b is not None and (not isinstance(b, Tensor) or b.shape != (self._out_channels(),)):
             found = f"shape {list(b.shape)}" if isinstance(b, Tensor) else type(b).__name__
             raise QuantizationError(
                 f"the bias must be None or a tensor of shape [{self._out_channels()}], got {found}"
             )
-        self._pack(values, scales, _fp32(b))
 
     # --- state -----------------------------------------------------------------------------
 
@@ -131,7 +131,9 @@ class Weighted(Scaled):
         # With load_state_dict(assign=True), tensors stay on the state's device: the module's may be
         # meta.
         assign = local_metadata.get("assign_to_params_buffers", False)
-        wanted = {"weight": weight, "weight_scale": scales}
+        wanted = {"weight": weight}
+        if self._buffers["weight_scale"] is not None:
+            wanted["weight_scale"] = scales
         if self._bias is not None:
             wanted["bias"] = bias
         elif bias is not None:
@@ -142,7 +144,7 @@ class Weighted(Scaled):
             error_msgs.append(f"{prefix}weight, weight_scale and bias must be tensors, got {found}")
             weight = scales = bias = None
         missing_keys += [prefix + name for name, value in wanted.items() if value is None]
-        if weight is not None and scales is not None:
+        if not any(wanted[name] is None for name in wanted if name != "bias"):
             self._load_weight(weight, scales, assign, prefix, error_msgs)
         if self._bias is not None and bias is not None:
             self._load_bias(bias, assign, prefix, error_msgs)
@@ -174,7 +176,7 @@ class Weighted(Scaled):
     def _load_bias(self, bias: Tensor, assign: bool, prefix: str, error_msgs: list[str]) -> None:
         assert self._bias is not None
         if bias.shape == self._bias.shape:
-            self._buffers["_bias"] = _fp32(bias if assign else bias.to(self._bias.device))
+            self._buffers["_bias"] = fp32(bias if assign else bias.to(self._bias.device))
             return
         error_msgs.append(
             f"{prefix}bias must have shape {list(self._bias.shape)}, got {list(bias.shape)}"
@@ -199,8 +201,24 @@ class Weighted(Scaled):
         """A module with the settings of a float layer, and a weight of zeros."""
         raise NotImplementedError
 
+
+class Weighted(PackedWeight, Scaled):
+    """A layer with an int8 weight whose output is quantized, too."""
+
+    # The least and the greatest output, in real numbers.
+    _LOW: ClassVar[float] = -UNBOUNDED
+    _HIGH: ClassVar[float] = UNBOUNDED
+
+    def _init_weight(
+        self, shape: tuple[int, ...], bias: int | None, device: torch.device | str | None = None
+    ) -> None:
+        self.scale, self.zero_point = 1.0, 0
+        super()._init_weight(shape, bias, device)
+
     @classmethod
-    def from_float(cls: type[_Self], mod: Any, use_precomputed_fake_quant: bool = False) -> _Self:
+    def from_float(
+        cls: type[_Weighted], mod: Any, use_precomputed_fake_quant: bool = False
+    ) -> _Weighted:
         """A quantized module of an observed, fused or trained one, which stays as it is.
 
         Args:
@@ -219,14 +237,14 @@ class Weighted(Scaled):
         observer = observed.weight_observer(mod, weight, use_precomputed_fake_quant)
         made = cls._like(observed.layer_of(mod))
         values, scales = observed.symmetric_integers(weight, observer, made._channel_axis())
-        made._pack(values, scales, _fp32(bias))
+        made._pack(values, scales, fp32(bias))
         made._set_qparams(scale, zero_point)
         return made
 
     @classmethod
     def from_reference(
-        cls: type[_Self], ref_module: Any, output_scale: float, output_zero_point: int
-    ) -> _Self:
+        cls: type[_Weighted], ref_module: Any, output_scale: float, output_zero_point: int
+    ) -> _Weighted:
         """A quantized module of a reference module, which has a quantized weight."""
         layer: Any = ref_module[0] if isinstance(ref_module, nn.Sequential) else ref_module
         made = cls._like(layer)
@@ -235,7 +253,7 @@ class Weighted(Scaled):
         return made
 
 
-def _fp32(bias: Tensor | None) -> Tensor | None:
+def fp32(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(torch.float32, copy=True)
 
 
