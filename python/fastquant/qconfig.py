@@ -520,6 +520,14 @@ def _activation_is_memoryless(qconfig: Any) -> bool:
     return _is_memoryless(qconfig.activation())
 
 
+def _is_dynamic(qconfig: Any) -> bool:
+    """Whether a config is for modules that quantize their input at each call, or never do."""
+    activation = qconfig.activation()
+    if getattr(activation, "is_dynamic", False) or _is_memoryless(activation):
+        return True
+    return getattr(qconfig.weight(), "dtype", None) == torch.float16
+
+
 def _is_reuse_input_qconfig(qconfig: Any) -> bool:
     """Whether the config says to keep the input's parameters."""
     return (

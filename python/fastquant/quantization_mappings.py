@@ -35,7 +35,9 @@ from .nn import quantizable
 from .nn import quantized as native
 from .nn.intrinsic import qat as nniqat
 from .nn.intrinsic import quantized as native_fused
+from .nn.intrinsic.quantized import dynamic as native_fused_dynamic
 from .nn.qat import dynamic as nnqatd
+from .nn.quantized import dynamic as native_dynamic
 from .stubs import DeQuantStub, QuantStub
 from .utils import QuantizationError
 
@@ -44,6 +46,7 @@ __all__ = [
     "DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS",
     "DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS",
     "DEFAULT_MODULE_TO_ACT_POST_PROCESS",
+    "DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS",
     "DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS",
     "DEFAULT_QAT_MODULE_MAPPINGS",
     "DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS",
@@ -53,6 +56,7 @@ __all__ = [
     "get_default_dynamic_quant_module_mappings",
     "get_default_dynamic_sparse_quant_module_mappings",
     "get_default_float_to_quantized_operator_mappings",
+    "get_default_native_dynamic_quant_module_mappings",
     "get_default_native_quant_module_mappings",
     "get_default_qat_module_mappings",
     "get_default_qconfig_propagation_list",
@@ -162,7 +166,7 @@ DEFAULT_QAT_MODULE_MAPPINGS: Mapping = {
 def _dynamic(plain: Any, fused: Any, embeddings: Any) -> Mapping:
     """Float or fused module to module that quantizes its input at each call.
 
-    Dynamic convolutions exist and are left out: their accuracy is poor.
+    Dynamic convolutions exist and are left out: those of torch.ao have a poor accuracy.
 
     Args:
         plain: where dynamic modules are.
@@ -181,8 +185,17 @@ def _dynamic(plain: Any, fused: Any, embeddings: Any) -> Mapping:
     }
 
 
-DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS: Mapping = _dynamic(nnqd, nniqd, nnq)
-"""Float module to one with quantized weights that quantizes activations at each call."""
+DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS: Mapping = _dynamic(
+    native_dynamic, native_fused_dynamic, native
+)
+"""Float, fused or QAT module to one of this package that quantizes activations at each call."""
+
+DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS: Mapping = (
+    _dynamic(nnqd, nniqd, nnq)
+    if has_quantized_modules
+    else dict(DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS)
+)
+"""The same, to one of torch's where it has any."""
 
 # Of torch's own, which goes with torch.ao.
 DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = _same_names(nn, nnsq, "Linear")
@@ -267,6 +280,11 @@ def get_embedding_qat_module_mappings() -> Mapping:
 def get_default_dynamic_quant_module_mappings() -> Mapping:
     """A copy of the mapping for dynamic quantization."""
     return dict(DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS)
+
+
+def get_default_native_dynamic_quant_module_mappings() -> Mapping:
+    """A copy of the mapping for dynamic quantization to modules of this package."""
+    return dict(DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_dynamic_sparse_quant_module_mappings() -> Mapping:

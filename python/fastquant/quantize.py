@@ -47,6 +47,7 @@ from .quantization_mappings import (
     _get_special_act_post_process,
     _has_special_act_post_process,
     get_default_dynamic_quant_module_mappings,
+    get_default_native_dynamic_quant_module_mappings,
     get_default_native_quant_module_mappings,
     get_default_qat_module_mappings,
     get_default_qconfig_propagation_list,
@@ -461,7 +462,8 @@ def convert(
     Args:
         module: prepared model.
         mapping: quantized class by class, each with a class method `from_float`; by default
-            the static one (with `is_reference`, the reference one).
+            the static one (with `is_reference`, the reference one), and, of the native backend, the
+            dynamic one for modules whose config is for dynamic quantization.
         inplace: change `module` itself instead of a copy.
         remove_qconfig: remove configs, observers and their hooks at the end.
         is_reference: swap in reference modules: quantized weights, floating computation.
@@ -514,6 +516,7 @@ def _check_and_convert(
     """`convert`, called by `function`, which messages name."""
     _check_backend(function, backend)
     custom = convert_custom_config_dict
+    dynamic: Classes = {}
     if backend == "native":
         if is_reference:
             raise QuantizationError(
@@ -521,11 +524,12 @@ def _check_and_convert(
             )
         if mapping is None:
             mapping = get_default_native_quant_module_mappings()
+            dynamic = get_default_native_dynamic_quant_module_mappings()
         # What is in an LSTM or MultiheadAttention is swapped as in any module.
         custom = {} if custom is None else custom
     elif mapping is None:
         mapping = _default_mapping(is_reference)
-    plan = Plan(function, module, mapping, _observed_to_quantized(custom))
+    plan = Plan(function, module, mapping, _observed_to_quantized(custom), dynamic)
     checks.check(plan)
     checks.warn(plan)
     if inplace:
@@ -701,6 +705,7 @@ def quantize_dynamic(
     dtype: torch.dtype = QINT8,
     mapping: Classes | None = None,
     inplace: bool = False,
+    backend: str = DEFAULT_BACKEND,
 ) -> _Module:
     """Dynamic quantization: quantized weights, activations quantized at each call or not at all.
 
@@ -710,17 +715,22 @@ def quantize_dynamic(
             names that get the config of `dtype`; by default `Linear` and recurrent modules
             (`qint8`, `float16`) or embeddings (`quint8`, `quint4x2`).
         dtype: of the weights; unused where `qconfig_spec` is a dict.
-        mapping: quantized class by class; by default `get_default_dynamic_quant_module_mappings`.
+        mapping: quantized class by class; by default that of the backend,
+            `get_default_dynamic_quant_module_mappings` for torch.ao's.
         inplace: change `model` itself instead of a copy.
+        backend: whose quantized modules: "torch.ao", or "native" for
+            `fastquant.nn.quantized.dynamic`. A layer that has no native form stays as it is.
 
     Returns:
-        The quantized model.
+        The quantized model. Warns, naming layers, if layers have no native form.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: no config is known for `dtype`.
+        QuantizationError: `backend` is unknown.
     """
     check_is_module("quantize_dynamic", model)
+    _check_backend("quantize_dynamic", backend)
     if not isinstance(qconfig_spec, Mapping):
         plain = plain_dtype(dtype)
         if plain not in _DYNAMIC_DEFAULTS:
@@ -731,7 +741,11 @@ def quantize_dynamic(
         qconfig, types = _DYNAMIC_DEFAULTS[plain]
         qconfig_spec = dict.fromkeys(types if qconfig_spec is None else qconfig_spec, qconfig)
     if mapping is None:
-        mapping = get_default_dynamic_quant_module_mappings()
+        mapping = (
+            get_default_native_dynamic_quant_module_mappings()
+            if backend == "native"
+            else get_default_dynamic_quant_module_mappings()
+        )
     if not inplace:
         model = copy.deepcopy(model)
     model.eval()

@@ -328,6 +328,21 @@ def warn_of_float_layers(function: str, made: Mapping[str, nn.Module]) -> None:
         )
 
 
+def warn_of_layers_left(function: str, reasons: Mapping[str, str]) -> None:
+    """Warn of layers that were to be quantized dynamically and have no native form.
+
+    Args:
+        function: what the user called.
+        reasons: why, by path.
+    """
+    if reasons:
+        left = [f"{path} ({reason})" for path, reason in reasons.items()]
+        _warn(
+            f"{function}: these layers have no native dynamic form and stay as they are: "
+            f"{listed(left)}. Set qconfig = None on them to say so yourself"
+        )
+
+
 def _computes_something_else(module: Any) -> bool:
     """Whether a quantized transposed convolution's output is not that of its weight."""
     if type(module) not in _TRANSPOSED:

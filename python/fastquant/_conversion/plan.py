@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..nn.intrinsic import _FusedModule
+from ..qconfig import _is_dynamic
 
 Classes: TypeAlias = Mapping[Any, Any]
 """A class to swap in, by the class that it replaces."""
@@ -54,17 +56,26 @@ class Plan:
         model: what is converted.
         mapping: class to swap in by class, made by `from_float`.
         custom: the same, made by `from_observed`; goes first.
+        dynamic: the same as `mapping` for modules whose config is for dynamic quantization.
 
     Attributes:
         entries: the model itself first, if its class has one to swap in; then what is below, in
             the order of swapping: a module comes after the modules that it contains.
     """
 
-    def __init__(self, function: str, model: nn.Module, mapping: Classes, custom: Classes) -> None:
+    def __init__(
+        self,
+        function: str,
+        model: nn.Module,
+        mapping: Classes,
+        custom: Classes,
+        dynamic: Classes = MappingProxyType({}),
+    ) -> None:
         self.function = function
         self.model = model
         self._mapping = mapping
         self._custom = custom
+        self._dynamic = dynamic
         self.entries: list[Entry] = []
         if type_before_parametrizations(model) in mapping:
             self._add("", None, "", model)
@@ -75,7 +86,7 @@ class Plan:
 
         It is made anew, from the same rules, because a module may copy itself as it likes.
         """
-        return Plan(self.function, model, self._mapping, self._custom)
+        return Plan(self.function, model, self._mapping, self._custom, self._dynamic)
 
     def swaps(self) -> Iterator[Entry]:
         """The entries that are not skipped."""
@@ -101,7 +112,10 @@ class Plan:
             self._add(child_path, module, name, child)
 
     def _add(self, path: str, owner: nn.Module | None, name: str, module: nn.Module) -> None:
-        target, how = look_up(module, self._mapping, self._custom)
+        mapping = self._mapping
+        if type_before_parametrizations(module) in self._dynamic and has_qconfig(module):
+            mapping = self._dynamic if _is_dynamic(module.qconfig) else mapping
+        target, how = look_up(module, mapping, self._custom)
         if how is None:
             return
         reason = ""

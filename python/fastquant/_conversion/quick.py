@@ -31,7 +31,10 @@ from ..nn import qat as nnqat
 from ..nn.intrinsic import qat as nniqat
 from ..nn.quantized import FloatLayer
 from ..nn.quantized.observed import folded, layer_of, weight_observer
-from ..quantization_mappings import DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS
+from ..quantization_mappings import (
+    DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS,
+    DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS,
+)
 from .plan import Entry, How, Plan
 from .weights import quantize_weight
 
@@ -63,7 +66,10 @@ _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, AttentionLinear)
 # Modules that keep a scale and a zero point; made by from_float, which reads an observer.
 _SCALED = named(nnq, "Quantize QFunctional")
 # What modules of this package are made of, they copy.
-_NATIVE = set(DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values()) - {FloatLayer}
+_NATIVE = {
+    *DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values(),
+    *DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS.values(),
+} - {FloatLayer}
 
 
 # --- whether torch is as this module knows it ---------------------------------------------------

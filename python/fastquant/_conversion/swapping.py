@@ -13,9 +13,12 @@ from .._torch import ao
 from .._torch.hooks import copy_forward_hooks, copy_forward_pre_hooks
 from ..nn.quantized import FloatLayer
 from ..nn.quantized.observed import NoNativeFormError
+from ..quantization_mappings import DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS
 from ..utils import QuantizationError, get_qparam_dict
 from . import checks, quick
 from .plan import Entry, How, Plan
+
+_DYNAMIC = set(DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS.values())
 
 
 def swap(plan: Plan, use_precomputed_fake_quant: bool = False) -> None:
@@ -26,7 +29,8 @@ def swap(plan: Plan, use_precomputed_fake_quant: bool = False) -> None:
             RuntimeError it is as well.
     """
     made: dict[int, nn.Module] = {}
-    by_path: dict[str, nn.Module] = {}
+    by_path: dict[str, Any] = {}
+    left: dict[str, str] = {}
     with ao.quiet():
         shortcuts = quick.is_trusted()
         for entry in plan.swaps():
@@ -35,11 +39,15 @@ def swap(plan: Plan, use_precomputed_fake_quant: bool = False) -> None:
                 made[key] = by_path[entry.path] = replacement(
                     plan.function, entry, use_precomputed_fake_quant, shortcuts
                 )
+                if entry.target in _DYNAMIC and isinstance(made[key], FloatLayer):
+                    left[entry.path] = by_path.pop(entry.path).reason
+                    made[key] = entry.module  # its input is floating as it is
             if made[key] is not entry.module:
                 assert entry.owner is not None
                 entry.owner._modules[entry.name] = made[key]
         checks.warn_of_wrong_kernels(plan.function, by_path)
         checks.warn_of_float_layers(plan.function, by_path)
+        checks.warn_of_layers_left(plan.function, left)
 
 
 def swap_in_copy(plan: Plan, use_precomputed_fake_quant: bool, remove_qconfig: bool) -> Any:
@@ -95,6 +103,8 @@ def _make(entry: Entry, use_precomputed_fake_quant: bool, shortcuts: bool) -> nn
         try:
             made = _made_by_target(entry, use_precomputed_fake_quant)
         except NoNativeFormError as error:
+            if target in _DYNAMIC:
+                return FloatLayer(module, None, str(error))
             made = FloatLayer.of(module, str(error))
     # What is in a FloatLayer keeps its hooks, and they see floating tensors as before.
     if made is not module and not isinstance(made, FloatLayer):

@@ -28,6 +28,7 @@ from ..._torch.private import (
 )
 from ...quantized_tensor import PerChannelQuantizedTensor, QuantizedTensor
 from .activation import ELU, PReLU, Sigmoid, Softmax
+from .dynamic.torch_ao_state import ScriptObject, give_dynamic, take_dynamic
 from .functional_modules import QFunctional
 from .linear import Linear
 from .scaled import Scaled
@@ -63,7 +64,7 @@ _NAMES = {
 # torch.save's own pickles have no others.
 _OPCODES = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "NONE"),
-    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("NEWOBJ", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS"),
     *("EMPTY_DICT", "SETITEM", "SETITEMS", "NEWTRUE", "NEWFALSE"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
@@ -102,6 +103,7 @@ _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
     PICKLED_QUANTIZED_TENSOR: _rebuilt_quantized,
     PICKLED_PARAMETER: _itself,
     ("torch.serialization", "_get_layout"): _Name,
+    ("torch", "ScriptObject"): ScriptObject,  # a packed weight of a recurrent layer
 }
 
 
@@ -217,6 +219,8 @@ def load_torch_ao_state_dict(
         elif isinstance(module, _STATELESS):
             for name, value in module.state_dict().items():
                 ours.setdefault(prefix + name, value)
+        else:
+            take_dynamic(ours, getattr(theirs, "_metadata", {}), path, module)
     return model.load_state_dict(ours, strict)
 
 
@@ -259,6 +263,7 @@ def to_torch_ao_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     metadata = OrderedDict(getattr(model.state_dict(), "_metadata", {}))
     for path, module in model.named_modules():
         if not isinstance(module, Scaled):
+            give_dynamic(state, metadata, path, module)
             continue
         prefix = f"{path}." if path else ""
         if isinstance(module, _STATELESS):

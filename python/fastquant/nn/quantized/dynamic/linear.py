@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...._core.dtypes import QINT8
 from ...._native.ops import dynamic_linear
 from ...._quantized import calls
 from ...._quantized.tensor import check_floating
+from ...._torch.private import AttentionLinear
 from ... import intrinsic as nni
 from ...qat import dynamic as nnqatd
 from .weighted import DynamicWeighted, check_weight_dtype
@@ -31,7 +31,7 @@ class Linear(DynamicWeighted):
 
     _FLOAT_MODULES: ClassVar[tuple[type[nn.Module], ...]] = (
         nn.Linear,
-        NonDynamicallyQuantizableLinear,
+        AttentionLinear,
         nni.LinearReLU,
         nnqatd.Linear,
     )
