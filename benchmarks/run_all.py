@@ -18,6 +18,7 @@ import compile
 import convolution
 import fake_quant
 import histogram_search
+import int8_dynamic
 import int8_elementwise
 import int8_layers
 import int8_models
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, Measure] = {
         whole_models,
         compile,
         convolution,
+        int8_dynamic,
         int8_elementwise,
         int8_layers,
         int8_models,

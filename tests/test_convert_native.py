@@ -483,3 +483,73 @@ def test_settings_of_a_convolution_may_be_numpys_integers() -> None:
     expected = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
     y = fq.convert(model, backend="native")(x)
     assert (y - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+# ---------------------------------------------------------------------------------------- dynamic
+
+
+class Text(nn.Module):
+    """What dynamic quantization is for: recurrent and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(12, 16, 2), nn.GRU(16, 8)
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.cell = nn.LSTMCell(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.gru(self.lstm(x)[0])
+        return self.cell(self.head(y[-1]))[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.int8, torch.float16])
+def test_quantize_dynamic_gives_what_torch_aos_modules_compute(dtype: torch.dtype) -> None:
+    model, x = Text(), torch.randn(5, 2, 12)
+    ours = fq.quantize_dynamic(model, dtype=dtype, backend="native")
+    kinds = {type(m).__name__ for m in ours.modules() if type(m).__module__.startswith("fastquant")}
+    assert {"LSTM", "GRU", "Linear", "LSTMCell"} <= kinds
+    assert not any(type(m).__module__.startswith("torch.ao") for m in ours.modules())
+    with quiet():
+        theirs = fq.quantize_dynamic(model, dtype=dtype, backend="torch.ao")
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert type(model.lstm) is nn.LSTM
+
+
+def test_quantize_dynamic_takes_names_and_configs() -> None:
+    spec = {"head.0": fq.per_channel_dynamic_qconfig, nn.GRU: fq.float16_dynamic_qconfig}
+    model = fq.quantize_dynamic(Text(), spec, backend="native")
+    assert model.gru.dtype == torch.float16
+    assert model.head[0].weight_scale.numel() == 6
+    assert type(model.head[2]) is nn.Linear
+    assert type(model.lstm) is nn.LSTM
+
+
+def test_convert_swaps_what_has_a_dynamic_config() -> None:
+    model = Text().eval()
+    model.head[0].qconfig = fq.default_dynamic_qconfig
+    model.gru.qconfig = fq.float16_dynamic_qconfig
+    converted = fq.convert(model, backend="native")
+    assert type(converted.head[0]).__module__.startswith("fastquant.nn.quantized.dynamic")
+    assert converted.gru.dtype == torch.float16
+    assert type(converted.head[2]) is nn.Linear
+    x = torch.randn(5, 2, 12)
+    torch.testing.assert_close(converted(x), model(x), rtol=0.1, atol=0.05)
+
+
+def test_layers_without_a_dynamic_form_stay_and_are_named() -> None:
+    model = nn.Sequential(nn.LSTM(4, 6, proj_size=2))
+    with pytest.warns(UserWarning, match="0 \\(it has projections.*stay as they are|projections"):
+        converted = fq.quantize_dynamic(model, backend="native")
+    assert type(converted[0]) is nn.LSTM
+
+
+def test_an_unknown_backend_of_quantize_dynamic_is_refused() -> None:
+    with pytest.raises(fq.utils.QuantizationError, match="'native', got 'x'"):
+        fq.quantize_dynamic(Text(), backend="x")
+
+
+def test_hooks_stay_on_dynamic_modules() -> None:
+    model, seen = Text(), []
+    model.head[0].register_forward_hook(lambda *_: seen.append(1))
+    fq.quantize_dynamic(model, backend="native")(torch.randn(5, 2, 12))
+    assert seen == [1]

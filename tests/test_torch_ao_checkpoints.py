@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.ao.nn.quantized as nnq_torch
+import torch.ao.nn.quantized.dynamic as nnqd_torch
 from torch import Tensor, nn
 
 import fastquant as fq
 import fastquant.nn.quantized as nnq
+import fastquant.nn.quantized.dynamic as nnqd
 from fastquant.bench.models import torchvision_model
 from oracle import quiet
 
@@ -238,3 +240,78 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         del state["conv.scale"]
         with pytest.raises(RuntimeError, match=r"Missing key.*conv\.scale"):
             loading()
+
+
+# ---------------------------------------------------------------------------------------- dynamic
+
+
+class Text(nn.Module):
+    """Every dynamic module that has a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 16, 2, bidirectional=True)
+        self.gru, self.linear = nn.GRU(32, 8), nn.Linear(8, 5, bias=False)
+        self.lstm_cell, self.gru_cell, self.rnn_cell = (
+            nn.LSTMCell(5, 4),
+            nn.GRUCell(4, 3),
+            nn.RNNCell(3, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.gru(self.lstm(x)[0])
+        return self.rnn_cell(self.gru_cell(self.lstm_cell(self.linear(y[-1]))[0]))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16])
+def test_dynamic_states_load_and_are_written(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.backends.quantized.engine = "x86"  # onednn has no float16
+    x = torch.randn(5, 2, 12)
+    with quiet():
+        theirs = fq.quantize_dynamic(Text(), dtype=dtype, backend="torch.ao")
+        torch.save(theirs.state_dict(), tmp_path / "state.pt")
+    for state in (theirs.state_dict(), tmp_path / "state.pt"):
+        ours = fq.quantize_dynamic(Text(), dtype=dtype, backend="native")
+        nnq.load_torch_ao_state_dict(ours, state)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    written = nnq.to_torch_ao_state_dict(ours)
+    with quiet():
+        fresh = fq.quantize_dynamic(Text(), dtype=dtype, backend="torch.ao")
+        fresh.load_state_dict(written)
+    torch.testing.assert_close(fresh(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_dynamic_convolution_loads_and_is_written() -> None:
+    conv = nn.Conv2d(3, 5, 3)
+    conv.qconfig = fq.default_dynamic_qconfig  # type: ignore[assignment]
+    with quiet():
+        theirs = nnqd_torch.Conv2d.from_float(conv)
+        ours = nnqd.Conv2d(3, 5, 3)
+        nnq.load_torch_ao_state_dict(ours, theirs.state_dict())
+        fresh = nnqd_torch.Conv2d(3, 5, 3)
+        fresh.load_state_dict(nnq.to_torch_ao_state_dict(ours))
+    assert torch.equal(ours.weight().int_repr(), theirs.weight().int_repr())
+    assert torch.equal(fresh.weight().int_repr(), theirs.weight().int_repr())
+
+
+def test_dynamic_states_of_another_dtype_are_refused_by_name() -> None:
+    torch.backends.quantized.engine = "x86"  # onednn has no float16
+    with quiet():
+        theirs = fq.quantize_dynamic(Text(), dtype=torch.float16, backend="torch.ao")
+    ours = fq.quantize_dynamic(Text(), backend="native")
+    with pytest.raises(fq.utils.QuantizationError, match=r"^lstm: its weight must be int8"):
+        nnq.load_torch_ao_state_dict(ours, theirs.state_dict())
+    with pytest.raises(fq.utils.QuantizationError, match=r"^lstm: .*packed weight.*got str"):
+        nnq.load_torch_ao_state_dict(ours, {"lstm._all_weight_values.0.param": "x"})
+
+
+def test_the_range_that_an_old_layer_used_is_kept() -> None:
+    linear = nn.Sequential(nn.Linear(4, 3))
+    with quiet():
+        state = fq.quantize_dynamic(linear, backend="torch.ao").state_dict()
+    ours = fq.quantize_dynamic(linear, backend="native")
+    nnq.load_torch_ao_state_dict(ours, state)
+    assert ours[0].reduce_range
+    state._metadata["0"]["version"] = 3
+    nnq.load_torch_ao_state_dict(ours, state)
+    assert not ours[0].reduce_range

@@ -64,7 +64,7 @@ _NAMES = {
 # torch.save's own pickles have no others.
 _OPCODES = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "NONE"),
-    *("NEWOBJ", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS"),
     *("EMPTY_DICT", "SETITEM", "SETITEMS", "NEWTRUE", "NEWFALSE"),
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
@@ -112,8 +112,11 @@ class _Reader(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
         data = archive.read(f"{folder}data.pkl")
-        for opcode, _, _ in pickletools.genops(data):
-            if opcode.name not in _OPCODES:
+        accepted = _OPCODES
+        for opcode, arg, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL" and arg == "torch ScriptObject":
+                accepted = _OPCODES | {"NEWOBJ"}  # makes the packed weight of a recurrent layer
+            if opcode.name not in accepted:
                 raise pickle.UnpicklingError(
                     f"its pickle has the opcode {opcode.name}, and a state dict's has not; of a "
                     "whole model, save model.state_dict()"

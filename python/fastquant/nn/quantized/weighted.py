@@ -131,9 +131,8 @@ class PackedWeight(KeepsDtypes):
         # With load_state_dict(assign=True), tensors stay on the state's device: the module's may be
         # meta.
         assign = local_metadata.get("assign_to_params_buffers", False)
-        wanted = {"weight": weight}
-        if self._buffers["weight_scale"] is not None:
-            wanted["weight_scale"] = scales
+        has_scales = self._buffers["weight_scale"] is not None
+        wanted = {"weight": weight, "weight_scale": scales} if has_scales else {"weight": weight}
         if self._bias is not None:
             wanted["bias"] = bias
         elif bias is not None:
@@ -144,7 +143,7 @@ class PackedWeight(KeepsDtypes):
             error_msgs.append(f"{prefix}weight, weight_scale and bias must be tensors, got {found}")
             weight = scales = bias = None
         missing_keys += [prefix + name for name, value in wanted.items() if value is None]
-        if not any(wanted[name] is None for name in wanted if name != "bias"):
+        if weight is not None and (scales is not None or not has_scales):
             self._load_weight(weight, scales, assign, prefix, error_msgs)
         if self._bias is not None and bias is not None:
             self._load_bias(bias, assign, prefix, error_msgs)
