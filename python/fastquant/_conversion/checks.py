@@ -337,7 +337,7 @@ def warn_of_layers_left(function: str, reasons: Mapping[str, str]) -> None:
     """
     if reasons:
         left = [f"{path} ({reason})" for path, reason in reasons.items()]
-        _warn(
+        warn_user(
             f"{function}: these layers have no native dynamic form and stay as they are: "
             f"{listed(left)}. Set qconfig = None on them to say so yourself"
         )

@@ -190,8 +190,11 @@ class RNNBase(nn.Module):
         states = self._checked_states(hx, x, batch, is_single)
         if order is not None:
             states = tuple(s.index_select(1, order) for s in states)
-        y, states = self._computed(x.float(), batch_sizes, tuple(s.float() for s in states))
-        y, states = y.to(data.dtype), tuple(s.to(data.dtype) for s in states)
+        if x.dtype == torch.float32:
+            y, states = self._computed(x, batch_sizes, states)
+        else:
+            y, states = self._computed(x.float(), batch_sizes, tuple(s.float() for s in states))
+            y, states = y.to(data.dtype), tuple(s.to(data.dtype) for s in states)
         if back is not None:
             states = tuple(s.index_select(1, back) for s in states)
         if is_single:
@@ -243,7 +246,9 @@ class RNNBase(nn.Module):
             x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
             if self.dropout and self.training and first + directions < len(names):
                 x = F.dropout(x, self.dropout)
-        return x, tuple(torch.stack(list(each)) for each in zip(*finals, strict=True))
+        if len(finals) == 1:
+            return x, tuple(state.unsqueeze(0) for state in finals[0])
+        return x, tuple(torch.stack(each) for each in zip(*finals, strict=True))
 
     def _floating(
         self, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...]
