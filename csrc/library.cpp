@@ -152,6 +152,11 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
   m.def(
       "quantized_layer_norm(Tensor x, float x_scale, int x_zero_point, int[] normalized_shape, "
       "Tensor? weight, Tensor? bias, float eps, float scale, int zero_point) -> Tensor");
+  m.def("quantized_embedding(Tensor packed, int dim, int bits, Tensor indices) -> Tensor");
+  m.def(
+      "quantized_embedding_bag(Tensor packed, int dim, int bits, Tensor indices, Tensor? offsets, "
+      "Tensor? per_sample_weights, Tensor? mapping, int mode, bool include_last_offset, int? padding_idx) "
+      "-> Tensor");
   m.def("quantized_softmax(Tensor x, float x_scale, int dim, float scale, int zero_point) -> Tensor");
 
   // Layers on floating-point tensors, which they quantize to uint8 at each call.

@@ -315,3 +315,53 @@ def test_the_range_that_an_old_layer_used_is_kept() -> None:
     state._metadata["0"]["version"] = 3
     nnq.load_torch_ao_state_dict(ours, state)
     assert not ours[0].reduce_range
+
+
+# ------------------------------------------------------------------------------------ embeddings
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("as_file", [True, False])
+def test_embeddings_are_read_and_written(bits: int, as_file: bool, tmp_path: Path) -> None:
+    qconfig = (
+        fq.float_qparams_weight_only_qconfig
+        if bits == 8
+        else fq.float_qparams_weight_only_qconfig_4bit
+    )
+    model: Any = nn.Sequential(nn.EmbeddingBag(9, 6, mode="sum"))
+    model.qconfig = qconfig
+    prepared = fq.prepare(model.eval())
+    with quiet():
+        theirs = fq.convert(prepared, backend="torch.ao")
+    with torch.no_grad():
+        prepared[0].weight.mul_(3)
+    ours = fq.convert(prepared, backend="native")
+    indices = torch.randint(0, 9, (4, 5))
+    assert not torch.allclose(ours(indices), theirs(indices), atol=0.1)
+    state: Any = theirs.state_dict()
+    if as_file:
+        torch.save(state, tmp_path / "theirs.pt")
+        state = tmp_path / "theirs.pt"
+    nnq.load_torch_ao_state_dict(ours, state)
+    assert torch.equal(ours[0].weight().dequantize(), theirs[0].weight().dequantize())
+    assert torch.equal(ours[0].weight().q_per_channel_scales(), scales_of(theirs[0]))
+
+    dtype = torch.quint8 if bits == 8 else torch.quint4x2
+    with quiet():
+        again = nn.Sequential(nnq_torch.EmbeddingBag(9, 6, dtype=dtype))
+        again.load_state_dict(nnq.to_torch_ao_state_dict(ours))
+    assert torch.equal(again(indices), theirs(indices))
+
+
+def scales_of(module: Any) -> Tensor:
+    scales: Tensor = module.weight().q_per_channel_scales()
+    return scales
+
+
+def test_what_torch_ao_cannot_hold_is_refused() -> None:
+    model = nn.Sequential(nnq.Embedding(4, 5, dtype=torch.quint4x2))
+    with pytest.raises(fq.QuantizationError, match="0 has an odd embedding_dim, 5"):
+        nnq.to_torch_ao_state_dict(model)
+    state = nnq.to_torch_ao_state_dict(nn.Sequential(nnq.Embedding(4, 6)))
+    with pytest.raises(fq.QuantizationError, match=r"^0: the weight must have shape \[4, 5\]"):
+        nnq.load_torch_ao_state_dict(model, state)

@@ -15,6 +15,7 @@
 #include "kernels.h"
 #include "quantized/depthwise_kernels.h"
 #include "quantized/elementwise_kernels.h"
+#include "quantized/embedding_kernels.h"
 #include "quantized/kernels.h"
 #include "quantized/matrix_kernels.h"
 #include "quantized/norm_kernels.h"
@@ -80,37 +81,37 @@ const InstructionSet kBuilt[] = {
      has_avx512_vnni,
      &kAvx512Kernels,
      {&kMatrixAvx512Vnni, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512,
-      &kRecurrentAvx512}},
+      &kRecurrentAvx512, &kEmbeddingAvx512}},
     {"avx512",
      has_avx512,
      &kAvx512Kernels,
      {&kMatrixAvx512, &kDepthwiseAvx512, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512,
-      &kRecurrentAvx512}},
+      &kRecurrentAvx512, &kEmbeddingAvx512}},
 #if defined(FASTQUANT_AVX_VNNI)
     {"avx_vnni",
      has_avx_vnni,
      &kAvx2Kernels,
-     {&kMatrixAvxVnni, &kDepthwiseAvxVnni, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2, &kRecurrentAvx2}},
+     {&kMatrixAvxVnni, &kDepthwiseAvxVnni, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2, &kRecurrentAvx2, &kEmbeddingAvx2}},
 #endif
     {"avx2",
      has_avx2,
      &kAvx2Kernels,
-     {&kMatrixAvx2, &kDepthwiseAvx2, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2, &kRecurrentAvx2}},
+     {&kMatrixAvx2, &kDepthwiseAvx2, &kElementwiseAvx2, &kPoolingAvx2, &kNormAvx2, &kRecurrentAvx2, &kEmbeddingAvx2}},
 #elif defined(FASTQUANT_NEON)
     {"neon_dot",
      has_neon_dot,
      &kNeonKernels,
-     {&kMatrixNeonDot, &kDepthwiseNeonDot, &kElementwiseNeon, &kPoolingNeon, &kNormNeon, &kRecurrentNeon}},
+     {&kMatrixNeonDot, &kDepthwiseNeonDot, &kElementwiseNeon, &kPoolingNeon, &kNormNeon, &kRecurrentNeon, &kEmbeddingNeon}},
     {"neon",
      always,
      &kNeonKernels,
-     {&kMatrixNeon, &kDepthwiseNeon, &kElementwiseNeon, &kPoolingNeon, &kNormNeon, &kRecurrentNeon}},
+     {&kMatrixNeon, &kDepthwiseNeon, &kElementwiseNeon, &kPoolingNeon, &kNormNeon, &kRecurrentNeon, &kEmbeddingNeon}},
 #endif
     {"scalar",
      always,
      &kScalarKernels,
      {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar, &kNormScalar,
-      &kRecurrentScalar}},
+      &kRecurrentScalar, &kEmbeddingScalar}},
 };
 constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(kBuilt[0]);
 

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "cpu/dispatch.h"
+#include "python/embedding_calls.h"
 #include "python/fast_calls.h"
 #include "python/quantized_calls.h"
 
@@ -111,6 +112,12 @@ PyMethodDef methods[] = {
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
               "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "
               "supports the arguments."),
+    fast_call("quantized_embedding", fastquant::quantized_embedding_call,
+              "quantized_embedding(packed, dim, bits, indices, y) -> True | None\n\nRuns the op, and writes "
+              "its result to y. Returns None where only the op supports the arguments."),
+    fast_call("quantized_embedding_bag", fastquant::quantized_embedding_bag_call,
+              "quantized_embedding_bag(packed, dim, bits, indices, offsets, per_sample_weights, mapping, mode, "
+              "include_last_offset, padding_idx, y) -> True | None\n\nThe same."),
     {"set_up_quantized_calls", fastquant::set_up_quantized_calls, METH_VARARGS,
      "set_up_quantized_calls(quantized_type, new_float_tensor)\n\nMust be called, after set_up_fast_calls, "
      "before "

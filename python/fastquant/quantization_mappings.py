@@ -143,7 +143,8 @@ DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS: Mapping = {
     **_static(native, native_fused),
     **_same_names(quantizable, native, "LSTM MultiheadAttention"),
     _AnyAttention: native.MultiheadAttention,
-    **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), native.FloatLayer),
+    **_same_names(nn, native, "Embedding EmbeddingBag"),
+    **_same_names(nnqat, native, "Embedding EmbeddingBag"),
 }
 """Float, fused or QAT module to quantized module of this package."""
 
@@ -221,7 +222,7 @@ _INCLUDE_QCONFIG_PROPAGATE_LIST: set[Callable[..., Any]] = {nn.Sequential}
 # Targets made from the weight alone, or from nothing: no observed output is needed.
 _MADE_WITHOUT_OBSERVER = {
     *named(nnq, "DeQuantize Dropout Embedding EmbeddingBag"),
-    *(native.DeQuantize, native.Dropout, native.FloatLayer),
+    *(native.DeQuantize, native.Dropout, native.Embedding, native.EmbeddingBag),
     *(native.LSTM, native.MultiheadAttention),
 }
 MADE_FROM_OBSERVER = {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/quantized/elementwise.h"
+#include "cpu/quantized/embedding.h"
 #include "cpu/quantized/interpolation.h"
 #include "cpu/quantized/normalization.h"
 #include "cpu/quantized/pooling.h"
@@ -223,9 +224,52 @@ void norms() {
   });
 }
 
+// Bags of embeddings beside a loop over their elements; the table ends with its allocation.
+void embeddings() {
+  const int64_t bits = pick({4, 8}), dim = pick({1, 7, 16, 17, 64, between(1, 200)}), rows = between(1, 20);
+  const int64_t row_bytes = embedding_row_bytes(dim, bits), count = between(1, 8), size = between(0, 6);
+  const auto table = random_bytes(rows * row_bytes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float numbers[] = {float(rng() % 100 + 1) * 0.01f, float(int64_t(rng() % 100)) - 50.0f};
+    std::memcpy(table.data() + (r + 1) * row_bytes - 8, numbers, sizeof numbers);
+  }
+  Buffer<int64_t> indices(count * size);
+  for (int64_t i = 0; i < indices.size(); ++i) indices[i] = between(0, rows - 1);
+  const auto element = [&](int64_t row, int64_t i) {
+    const uint8_t* const from = table.data() + row * row_bytes;
+    float numbers[2];
+    std::memcpy(numbers, from + row_bytes - 8, sizeof numbers);
+    const int value = bits == 8 ? from[i] : (from[i / 2] >> (4 * (i % 2))) & 15;
+    return std::fma(float(value), numbers[0], numbers[1] * numbers[0]);
+  };
+  const Integers1d given = {indices.data(), Element::i64, indices.size()}, none = {nullptr, Element::i64, 0};
+  const EmbeddingTable embeddings_of = {table.data(), rows, dim, bits};
+  Buffer<float> each(indices.size() * dim), sums(count * dim), most(count * dim);
+  embedding(embeddings_of, given, each.data());
+  const Bags bags = {none, count, size, false, nullptr, none, BagMode::sum, std::nullopt};
+  embedding_bag(embeddings_of, given, bags, sums.data());
+  Bags of_most = bags;
+  of_most.mode = BagMode::max;
+  embedding_bag(embeddings_of, given, of_most, most.data());
+  bool same = true;
+  for (int64_t i = 0; i < dim; ++i) {
+    for (int64_t b = 0; b < count; ++b) {
+      float sum = 0.0f, largest = size == 0 ? 0.0f : -std::numeric_limits<float>::infinity();
+      for (int64_t k = b * size; k < (b + 1) * size; ++k) {
+        const float x = element(indices[k], i);
+        same &= each[k * dim + i] == x;
+        sum += x;
+        largest = std::max(largest, x);
+      }
+      same &= sums[b * dim + i] == sum && most[b * dim + i] == largest;
+    }
+  }
+  expect(same, "embeddings");
+}
+
 void everything() {
   for (int i = 0; i < 150; ++i) {
-    for (auto test : {floats, two_operands, requantized_slices, tables, pools, resized, norms}) test();
+    for (auto test : {floats, two_operands, requantized_slices, tables, pools, resized, norms, embeddings}) test();
   }
   // Enough for several threads.
   const int64_t n = 300'001;

@@ -35,6 +35,11 @@
 //   transpose(p, s, out, t)   of 16 rows of 16 bytes: out[c * t + r] = p[r * s + c]
 //   interleave3(p, s, out)    of 3 rows of 16 bytes: out[3 * c + r] = p[r * s + c]
 //
+// Floats::N elements as fp32, in the order of memory
+//   floats_of_bytes(p)         from p on
+//   floats_of_nibbles(p, i)    elements i and on of halves of bytes, the lower half first; i is a multiple of
+//                              min(2, Floats::N)
+//
 // Look-up
 //   Table                  a table of 256 bytes, in registers where that pays
 //   look_up(table, x)      table[x]
@@ -70,6 +75,8 @@ constexpr bool has_bytes_interface() {
   [[maybe_unused]] constexpr void (*kLoadCentered)(const uint8_t*, Reg, Float, Float*) = B::load_centered;
   [[maybe_unused]] constexpr void (*kStoreInts)(int32_t*, Ints) = B::store_ints;
   [[maybe_unused]] constexpr int (*kIndexOf)(int, int) = B::index_of;
+  [[maybe_unused]] constexpr Float (*kOfBytes)(const uint8_t*) = B::floats_of_bytes;
+  [[maybe_unused]] constexpr Float (*kOfNibbles)(const uint8_t*, int64_t) = B::floats_of_nibbles;
   [[maybe_unused]] constexpr void (*kTranspose)(const uint8_t*, int64_t, uint8_t*, int64_t) = B::transpose;
   [[maybe_unused]] constexpr void (*kInterleave3)(const uint8_t*, int64_t, uint8_t*) = B::interleave3;
   [[maybe_unused]] constexpr Reg (*kLookUp)(const typename B::Table&, Reg) = B::look_up;

@@ -88,6 +88,18 @@ struct Avx2Bytes {
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) { transpose16(p, s, out, t); }
   static void interleave3(const uint8_t* p, int64_t s, uint8_t* out) { interleave3x16(p, s, out); }
 
+  static __m256 floats_of_bytes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  // Every lane gets the same four bytes, and takes its own bits of them.
+  static __m256 floats_of_nibbles(const uint8_t* p, int64_t i) {
+    int32_t eight;
+    __builtin_memcpy(&eight, p + i / 2, sizeof eight);
+    const __m256i own =
+        _mm256_srlv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(own, _mm256_set1_epi32(15)));
+  }
+
   // Each of 16 rows of the table is looked up by the lower half of x; then the bits of its upper half choose
   // among them, two rows at a time.
   static constexpr bool kLooksUpFast = false;

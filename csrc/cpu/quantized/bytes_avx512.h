@@ -78,6 +78,19 @@ struct Avx512Bytes {
   static void transpose(const uint8_t* p, int64_t s, uint8_t* out, int64_t t) { transpose16(p, s, out, t); }
   static void interleave3(const uint8_t* p, int64_t s, uint8_t* out) { interleave3x16(p, s, out); }
 
+  static __m512 floats_of_bytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  // Every lane gets four of the eight bytes, and takes its own bits of them.
+  static __m512 floats_of_nibbles(const uint8_t* p, int64_t i) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i / 2));
+    const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i shifts = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+    const __m512i own =
+        _mm512_srlv_epi32(_mm512_permutexvar_epi32(halves, _mm512_castsi128_si512(eight)), shifts);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(own, _mm512_set1_epi32(15)));
+  }
+
   // Without AVX512_VBMI, only words can be looked up in two registers: the word that holds entry x is at x / 2,
   // and the lowest bit of x says which half of it is wanted.
   static constexpr bool kLooksUpFast = true;

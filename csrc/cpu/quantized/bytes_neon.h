@@ -92,6 +92,21 @@ struct NeonBytes {
     vst3q_u8(out, {load(p), load(p + s), load(p + 2 * s)});
   }
 
+  static float32x4_t floats_of_bytes(const uint8_t* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
+  }
+  // Every lane gets the same two bytes, and takes its own bits of them.
+  static float32x4_t floats_of_nibbles(const uint8_t* p, int64_t i) {
+    uint16_t four;
+    __builtin_memcpy(&four, p + i / 2, sizeof four);
+    const int32_t shifts[] = {0, -4, -8, -12};
+    const uint32x4_t own = vshlq_u32(vdupq_n_u32(four), vld1q_s32(shifts));
+    return vcvtq_f32_u32(vandq_u32(own, vdupq_n_u32(15)));
+  }
+
   static constexpr bool kLooksUpFast = true;
   struct Table {
     explicit Table(const uint8_t* entries) {

@@ -54,6 +54,11 @@ struct ScalarBytes {
     }
   }
 
+  static float floats_of_bytes(const uint8_t* p) { return *p; }
+  static float floats_of_nibbles(const uint8_t* p, int64_t i) {
+    return static_cast<float>(p[i / 2] >> (4 * (i % 2)) & 15);
+  }
+
   static constexpr bool kLooksUpFast = true;
   struct Table {
     explicit Table(const uint8_t* entries) : data(entries) {}

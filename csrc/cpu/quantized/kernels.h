@@ -11,6 +11,7 @@ struct ElementwiseKernels;  // elementwise_kernels.h
 struct PoolingKernels;      // pooling_kernels.h
 struct NormKernels;         // norm_kernels.h
 struct RecurrentKernels;    // recurrent_kernels.h
+struct EmbeddingKernels;    // embedding_kernels.h
 
 struct QuantizedKernels {
   const MatrixKernels* matrix;
@@ -19,6 +20,7 @@ struct QuantizedKernels {
   const PoolingKernels* pooling;
   const NormKernels* norm;
   const RecurrentKernels* recurrent;
+  const EmbeddingKernels* embedding;
 };
 
 // The tables of the instruction set in use; a walk takes its own: `*quantized_kernels().pooling`.

@@ -29,7 +29,6 @@ from .._torch.private import AttentionLinear, without_derivatives
 from ..nn import intrinsic as nni
 from ..nn import qat as nnqat
 from ..nn.intrinsic import qat as nniqat
-from ..nn.quantized import FloatLayer
 from ..nn.quantized.observed import folded, layer_of, weight_observer
 from ..quantization_mappings import (
     DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS,
@@ -69,7 +68,7 @@ _SCALED = named(nnq, "Quantize QFunctional")
 _NATIVE = {
     *DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS.values(),
     *DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS.values(),
-} - {FloatLayer}
+}
 
 
 # --- whether torch is as this module knows it ---------------------------------------------------

@@ -79,6 +79,8 @@ dynamic_conv = _bind("dynamic_conv", any_layout=True)
 dynamic_conv_transpose = _bind("dynamic_conv_transpose", any_layout=True)
 dynamic_lstm = _bind("dynamic_lstm", any_layout=True)
 dynamic_gru = _bind("dynamic_gru", any_layout=True)
+quantized_embedding = _bind("quantized_embedding")
+quantized_embedding_bag = _bind("quantized_embedding_bag")
 
 # An op that has no autograd of its own leaves gradients on while its kernel runs, so the
 # fallback turns them off itself.

@@ -195,6 +195,26 @@ def _gru(x: Tensor, batch_sizes: Tensor | None, h: Tensor, *_: Any) -> tuple[Ten
     return x.new_empty((*x.shape[:-1], h.shape[1])), h.new_empty(h.shape)
 
 
+def _embedding(packed: Tensor, dim: int, bits: int, indices: Tensor) -> Tensor:
+    return packed.new_empty((*indices.shape, dim), dtype=torch.float32)
+
+
+def _embedding_bag(
+    packed: Tensor,
+    dim: int,
+    bits: int,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mapping: Tensor | None,
+    mode: int,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    bags = indices.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
+    return packed.new_empty((bags, dim), dtype=torch.float32)
+
+
 FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -221,4 +241,6 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "dynamic_conv_transpose": _dynamic_conv_transpose,
     "dynamic_lstm": _lstm,
     "dynamic_gru": _gru,
+    "quantized_embedding": _embedding,
+    "quantized_embedding_bag": _embedding_bag,
 }

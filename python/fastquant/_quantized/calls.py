@@ -186,3 +186,40 @@ def adaptive_avg_pool(input: Any, output_size: Sequence[int]) -> QuantizedTensor
         if result is not None:
             return result
     return _pooled(ops.quantized_adaptive_avg_pool, input, output_size, output_size)
+
+
+def embedding(packed: Tensor, dim: int, bits: int, indices: Any) -> Tensor | None:
+    """The op `quantized_embedding`; None where only that will do."""
+    if not nothing_intervenes() or type(indices) is not Tensor:
+        return None
+    y = torch.empty((*indices.shape, dim), dtype=torch.float32, device="cpu")
+    return y if _C.quantized_embedding(packed, dim, bits, indices, y) else None
+
+
+def embedding_bag(
+    packed: Tensor,
+    dim: int,
+    bits: int,
+    indices: Any,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mapping: Tensor | None,
+    mode: int,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor | None:
+    """The op `quantized_embedding_bag`; None as above."""
+    if not nothing_intervenes() or not isinstance(indices, Tensor):
+        return None
+    if per_sample_weights is not None and per_sample_weights.is_neg():
+        return None
+    bags = (indices if offsets is None else offsets).shape
+    if not bags:
+        return None
+    count = bags[0] - (offsets is not None and include_last_offset)
+    y = torch.empty((max(count, 0), dim), dtype=torch.float32, device="cpu")
+    done = _C.quantized_embedding_bag(
+        *(packed, dim, bits, indices, offsets, per_sample_weights, mapping),
+        *(mode, include_last_offset, padding_idx, y),
+    )
+    return y if done else None

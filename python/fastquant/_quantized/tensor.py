@@ -492,6 +492,8 @@ class PerChannelQuantizedTensor(Tensor):
         return self._axis
 
     def qscheme(self) -> torch.qscheme:
+        if self._zero_points.is_floating_point():
+            return torch.per_channel_affine_float_qparams
         return torch.per_channel_affine
 
     def detach(self) -> PerChannelQuantizedTensor:

@@ -1,8 +1,8 @@
 """Every op in plain, obvious torch ops: the fallback, and the truth that tests compare with.
 
 Nothing here waits for the device, except where `nonfinite` is RAISE, in what searches histograms,
-and in the layers that quantize their input at each call. Signatures are the schemas'
-(`csrc/library.cpp`); what each op means is written in `docs/architecture.md`.
+in bags of embeddings, and in the layers that quantize their input at each call. Signatures are
+the schemas' (`csrc/library.cpp`); what each op means is written in `docs/architecture.md`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .clamped_sum import add_observe_fake_quantize
 from .dynamic import DYNAMIC_OPS
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
 from .quantized import QUANTIZED_OPS
+from .quantized_embedding import QUANTIZED_EMBEDDINGS
 from .quantized_norms import QUANTIZED_NORMS
 from .ranges import histogram_error, histogram_range, least_error_range
 
@@ -68,5 +69,6 @@ OPS: dict[str, Callable[..., Any]] = {
         *QUANTIZED_OPS,
         *QUANTIZED_NORMS,
         *DYNAMIC_OPS,
+        *QUANTIZED_EMBEDDINGS,
     )
 }

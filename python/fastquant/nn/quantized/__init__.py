@@ -28,6 +28,7 @@ from .conv import (
     ConvTranspose3d,
 )
 from .dropout import Dropout
+from .embedding import Embedding, EmbeddingBag
 from .float_layer import FloatLayer
 from .functional_modules import QFunctional
 from .linear import Linear
@@ -53,6 +54,8 @@ __all__ = [
     "ConvTranspose3d",
     "DeQuantize",
     "Dropout",
+    "Embedding",
+    "EmbeddingBag",
     "FXFloatFunctional",
     "FloatFunctional",
     "FloatLayer",

@@ -49,11 +49,6 @@ class FloatLayer(nn.Module):
         return value
 
     @classmethod
-    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> FloatLayer:
-        """A layer around an embedding, whose results are floating, as those of torch.ao's are."""
-        return cls(mod, None, f"there is no native {type(mod).__name__}")
-
-    @classmethod
     def of(cls, module: nn.Module, reason: str) -> FloatLayer:
         """A layer around an observed module; nothing is quantized where no 8-bit observer is.
 

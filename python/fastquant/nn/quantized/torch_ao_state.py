@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..._core.dtypes import is_torch_quantized
 from ..._core.errors import QuantizationError
+from ..._native.packed_rows import from_bytes, in_bytes
 from ..._torch.private import (
     PICKLED_PARAMETER,
     PICKLED_QUANTIZED_TENSOR,
@@ -29,6 +30,7 @@ from ..._torch.private import (
 from ...quantized_tensor import PerChannelQuantizedTensor, QuantizedTensor
 from .activation import ELU, PReLU, Sigmoid, Softmax
 from .dynamic.torch_ao_state import ScriptObject, give_dynamic, take_dynamic
+from .embedding import Embedding, unpacked_embedding
 from .functional_modules import QFunctional
 from .linear import Linear
 from .scaled import Scaled
@@ -52,12 +54,13 @@ _STORAGES = {
     "IntStorage": torch.int32,
     "LongStorage": torch.int64,
     "QInt8Storage": torch.int8,
+    "QUInt4x2Storage": torch.uint8,
     "QUInt8Storage": torch.uint8,
     "ShortStorage": torch.int16,
 }
 # What a state_dict mentions beside tensors; all of them are read as their names.
 _NAMES = {
-    *("qint8", "quint8", "qint32", "float16", "float32", "float64"),
+    *("qint8", "quint8", "quint4x2", "qint32", "float16", "float32", "float64"),
     *("per_tensor_affine", "per_tensor_symmetric"),
     *("per_channel_affine", "per_channel_symmetric", "per_channel_affine_float_qparams"),
 }
@@ -139,9 +142,10 @@ class _Reader(pickle.Unpickler):
                 raise pickle.UnpicklingError(f"it holds a {kind}")
             data = bytearray(self._archive.read(f"{self._folder}data/{key}"))
             dtype = _STORAGES[kind]
-            self._storages[key] = (
-                torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            )
+            storage = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            if kind == "QUInt4x2Storage":
+                storage = from_bytes(storage.unsqueeze(0), 2 * len(data), 4).squeeze(0)
+            self._storages[key] = storage
         return self._storages[key]
 
 
@@ -219,6 +223,8 @@ def load_torch_ao_state_dict(
         prefix = f"{path}." if path else ""
         if isinstance(module, Weighted):
             _take_weight(ours, prefix, module)
+        elif isinstance(module, Embedding):
+            _take_embedding(ours, prefix, module)
         elif isinstance(module, _STATELESS):
             for name, value in module.state_dict().items():
                 ours.setdefault(prefix + name, value)
@@ -251,6 +257,22 @@ def _take_weight(state: dict[str, Any], prefix: str, module: Weighted) -> None:
     state[f"{prefix}weight"], state[f"{prefix}weight_scale"] = values, scales
 
 
+def _take_embedding(state: dict[str, Any], prefix: str, module: Embedding) -> None:
+    """Put an embedding's weight into the form that the module loads."""
+    state.pop(f"{prefix}_packed_params.dtype", None)
+    weight = state.pop(f"{prefix}_packed_params._packed_weight", None)
+    if weight is None:
+        return
+    shape = (module.num_embeddings, module.embedding_dim)
+    try:
+        values, scales, zero_points = unpacked_embedding(weight, shape, module._bits)
+    except QuantizationError as error:
+        raise QuantizationError(f"{prefix.rstrip('.')}: {error}") from None
+    state[f"{prefix}weight"] = in_bytes(values, module._bits)
+    state[f"{prefix}weight_scale"] = scales
+    state[f"{prefix}weight_zero_point"] = zero_points
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -265,10 +287,12 @@ def to_torch_ao_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     state = OrderedDict(model.state_dict())
     metadata = OrderedDict(getattr(model.state_dict(), "_metadata", {}))
     for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Embedding):
+            _give_embedding(state, metadata, prefix, module)
         if not isinstance(module, Scaled):
             give_dynamic(state, metadata, path, module)
             continue
-        prefix = f"{path}." if path else ""
         if isinstance(module, _STATELESS):
             for name in module.state_dict():
                 del state[prefix + name]
@@ -302,3 +326,26 @@ def _give_weight(
         metadata[path] = metadata[packed] = {"version": 3}
     else:
         state[f"{prefix}weight"], state[f"{prefix}bias"] = weight, bias
+
+
+def _give_embedding(
+    state: dict[str, Any], metadata: dict[str, Any], prefix: str, module: Embedding
+) -> None:
+    values, scales, zero_points = module._unpacked()
+    for name in ("weight", "weight_scale", "weight_zero_point"):
+        del state[prefix + name]
+    if module._bits == 8:
+        weight = per_channel_quantized(values, scales, zero_points, 0)
+    elif values.shape[1] % 2:
+        raise QuantizationError(
+            f"{prefix.rstrip('.')} has an odd embedding_dim, {values.shape[1]}: torch.ao looks up "
+            "wrong values in a weight of 4 bits like that"
+        )
+    else:
+        zeros = torch.zeros(values.shape)
+        weight = torch.quantize_per_channel(zeros, scales, zero_points, 0, torch.quint4x2)
+        memory = torch.empty(0, dtype=torch.uint8).set_(weight.untyped_storage())
+        memory[: values.numel() // 2] = in_bytes(values, 4).flatten()
+    packed = f"{prefix}_packed_params"
+    state[f"{packed}.dtype"], state[f"{packed}._packed_weight"] = weight.dtype, weight
+    metadata[packed] = {"version": 1}
