@@ -20,6 +20,7 @@ import fake_quant
 import histogram_search
 import int8_dynamic
 import int8_elementwise
+import int8_embedding
 import int8_layers
 import int8_models
 import memory
@@ -51,6 +52,7 @@ BENCHMARKS: dict[str, Measure] = {
         convolution,
         int8_dynamic,
         int8_elementwise,
+        int8_embedding,
         int8_layers,
         int8_models,
     )

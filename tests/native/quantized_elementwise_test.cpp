@@ -269,7 +269,8 @@ void embeddings() {
 
 void everything() {
   for (int i = 0; i < 150; ++i) {
-    for (auto test : {floats, two_operands, requantized_slices, tables, pools, resized, norms, embeddings}) test();
+    for (auto test : {floats, two_operands, requantized_slices, tables, pools, resized, norms, embeddings})
+      test();
   }
   // Enough for several threads.
   const int64_t n = 300'001;
