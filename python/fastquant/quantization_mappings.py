@@ -20,7 +20,6 @@ from ._torch.ao import (
     nniqd,
     nnq,
     nnqd,
-    nnqr,
     nnsq,
     nnsqd,
 )
@@ -38,6 +37,7 @@ from .nn.intrinsic import quantized as native_fused
 from .nn.intrinsic.quantized import dynamic as native_fused_dynamic
 from .nn.qat import dynamic as nnqatd
 from .nn.quantized import dynamic as native_dynamic
+from .nn.quantized import reference
 from .stubs import DeQuantStub, QuantStub
 from .utils import QuantizationError
 
@@ -134,8 +134,8 @@ def _static(plain: Any, fused: Any) -> Mapping:
 
 DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
     **_stubs(nnq if has_quantized_modules else native),
-    **_same_names(nn, nnqr, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
-    **_same_names(nn, nnqr, "GRUCell LSTMCell RNNCell LSTM"),
+    **_same_names(nn, reference, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
+    **_same_names(nn, reference, "GRUCell LSTMCell RNNCell LSTM"),
 }
 """Float module to reference module: quantized weights, computation in floating point."""
 

@@ -518,16 +518,16 @@ def _check_and_convert(
     custom = convert_custom_config_dict
     dynamic: Classes = {}
     if backend == "native":
-        if is_reference:
+        if is_reference and ao.has_quantized_modules:
             raise QuantizationError(
                 f"{function}: is_reference=True needs backend='torch.ao', got backend='native'"
             )
-        if mapping is None:
+        if mapping is None and not is_reference:
             mapping = get_default_native_quant_module_mappings()
             dynamic = get_default_native_dynamic_quant_module_mappings()
         # What is in an LSTM or MultiheadAttention is swapped as in any module.
         custom = {} if custom is None else custom
-    elif mapping is None:
+    if mapping is None:
         mapping = _default_mapping(is_reference)
     plan = Plan(function, module, mapping, _observed_to_quantized(custom), dynamic)
     checks.check(plan)

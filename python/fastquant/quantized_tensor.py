@@ -5,6 +5,8 @@ They are what travels between quantized modules, in place of torch's tensors of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,11 @@ __all__ = [
     "quantize_per_channel",
     "quantize_per_tensor",
 ]
+
+
+def floating(x: Any) -> Tensor:
+    """The real values of a quantized tensor, of this package or torch's; others as they are."""
+    return x.dequantize() if getattr(x, "is_quantized", False) else x  # type: ignore[no-any-return]
 
 
 def quantize_per_tensor(

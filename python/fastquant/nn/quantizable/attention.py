@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..._core.errors import QuantizationError
 from ..._torch import ao
+from ...quantized_tensor import floating
 from ..float_functional import FloatFunctional
 from .preparing import with_observers
 
@@ -172,7 +173,7 @@ class MultiheadAttention(_Base):
         added = 0
         if self.bias_k is not None:
             k, v = (
-                torch.cat([x, _floating(bias).repeat(1, batch, 1)])
+                torch.cat([x, floating(bias).repeat(1, batch, 1)])
                 for x, bias in ((k, self.bias_k), (v, self.bias_v))
             )
             added += 1
@@ -223,10 +224,6 @@ class MultiheadAttention(_Base):
             )
         if is_causal and attn_mask is None:
             raise QuantizationError("is_causal=True needs the causal mask as attn_mask, got None")
-
-
-def _floating(x: Any) -> Tensor:
-    return x.dequantize() if getattr(x, "is_quantized", False) else x  # type: ignore[no-any-return]
 
 
 def _mask(mask: Tensor, name: str) -> Tensor:
