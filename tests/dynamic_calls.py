@@ -122,9 +122,10 @@ def samples() -> Iterator[Call]:
             scales = (weight_scales(channels, 2), torch.ones(channels))
             yield "dynamic_linear", (x, weight, *scales, channels, False, True)
     for gates in (3, 4):
-        x = values((4, 40, 130), "normal", torch.float32, 3)
+        # What the input gives for the gates is computed for some steps at once.
+        x = values((12, 40, 130), "normal", torch.float32, 3)
         scales = (weight_scales(1, 2), torch.ones(gates * 200))
-        args = recurrent_args(gates, x, None, 40, 200, (scales, scales))
+        args = recurrent_args(gates, x, None, 40, 200, (scales, scales), gates == 3)
         yield ("dynamic_gru", "dynamic_lstm")[gates - 3], args
     x = values((3, 64, 56, 56), "normal", torch.float32, 4)
     weight = ops.pack_weight(random_weight((64, 64, 3, 3), 1), 1, False)

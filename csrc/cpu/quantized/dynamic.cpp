@@ -89,12 +89,13 @@ DynamicInput::DynamicInput(const void* x, Element type, int64_t images, int64_t 
   quantize_transposed(x, type, images, channels, pixels, qparams_, bytes_.get());
 }
 
-void DynamicInput::spread_nonfinite(int64_t samples, void* y, OutputType type, int64_t n) const {
+void DynamicInput::spread_nonfinite(int64_t samples, int64_t first, int64_t count, void* y, OutputType type,
+                                    int64_t outputs) const {
   if (!has_nonfinite_) return;
-  const int64_t size = n_ / samples, outputs = n / samples;
+  const int64_t size = n_ / samples;
   with_stored_type(type_, [&](auto stored) {
-    const auto* const x = static_cast<const decltype(stored)*>(x_);
-    for (int64_t s = 0; s < samples; ++s) {
+    const auto* const x = static_cast<const decltype(stored)*>(x_) + first * size;
+    for (int64_t s = 0; s < count; ++s) {
       if (is_finite(x + s * size, size)) continue;
       if (type == OutputType::f32) {
         std::fill_n(static_cast<float*>(y) + s * outputs, outputs, std::numeric_limits<float>::quiet_NaN());
@@ -103,6 +104,16 @@ void DynamicInput::spread_nonfinite(int64_t samples, void* y, OutputType type, i
       }
     }
   });
+}
+
+void DynamicInput::linear(int64_t rows, int64_t first, int64_t count, int64_t out_features,
+                          const uint8_t* packed, const LayerScales& scales, bool relu, void* y,
+                          OutputType output) const {
+  const int64_t in_features = n_ / rows;
+  QuantizedValues x = values();
+  x.data += first * in_features;
+  quantized_linear(x, count, in_features, out_features, packed, scales, floating_output(y, output, relu));
+  spread_nonfinite(rows, first, count, y, output, out_features);
 }
 
 OutputFormat floating_output(void* y, OutputType type, bool relu) {
@@ -115,9 +126,7 @@ void dynamic_linear(const void* x, Element type, int64_t rows, int64_t in_featur
                     OutputType output) {
   if (rows == 0 || out_features == 0) return;
   const DynamicInput input(x, type, rows * in_features, reduce_range);
-  quantized_linear(input.values(), rows, in_features, out_features, packed, scales,
-                   floating_output(y, output, relu));
-  input.spread_nonfinite(rows, y, output, rows * out_features);
+  input.linear(rows, 0, rows, out_features, packed, scales, relu, y, output);
 }
 
 }  // namespace fastquant

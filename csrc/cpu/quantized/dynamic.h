@@ -25,9 +25,14 @@ class DynamicInput {
 
   QuantizedValues values() const { return {bytes_.get(), qparams_.scale, qparams_.zero_point, false}; }
 
-  // Cuts the elements and those of y into as many samples. Where one of x has NaN or infinities, that of y
-  // becomes NaN.
-  void spread_nonfinite(int64_t samples, void* y, OutputType type, int64_t n) const;
+  // Cuts the elements into `samples`, and looks at those from `first` on that have a part in y, `outputs`
+  // elements for each of `count`. Where one has NaN or infinities, what y has of it becomes NaN.
+  void spread_nonfinite(int64_t samples, int64_t first, int64_t count, void* y, OutputType type,
+                        int64_t outputs) const;
+
+  // A linear layer's output for `count` of `rows` rows, from `first` on: y is [count, out_features].
+  void linear(int64_t rows, int64_t first, int64_t count, int64_t out_features, const uint8_t* packed,
+              const LayerScales& scales, bool relu, void* y, OutputType output) const;
 
  private:
   const void* x_;

@@ -92,7 +92,8 @@ Tensor convolved(Conv conv, const Tensor& x, const ConvShape& shape, const uint8
     if (shape.positions() == 0 || shape.out_channels == 0) return;
     const DynamicInput values = input_of_conv(input, reduce_range);
     conv(values.values(), shape, packed, scales, floating_output(y, type, false));
-    values.spread_nonfinite(shape.batch, y, type, shape.positions() * shape.out_channels);
+    values.spread_nonfinite(shape.batch, 0, shape.batch, y, type,
+                            shape.positions() / shape.batch * shape.out_channels);
   });
 }
 
