@@ -160,7 +160,7 @@ def test_common_layers_take_the_short_way() -> None:
     shape = (conv._weight_shape, conv.stride, conv._padded_by_kernel, conv.dilation, conv.groups)
     assert calls.conv(x, *buffers, *shape, 0.1, 3, *bounds) is not None
     buffers = [linear._buffers[name] for name in ("_packed_weight", "weight_scale", "_bias")]
-    assert calls.linear(row, *buffers, 7, 0.1, 3, *bounds) is not None
+    assert calls.linear(row, 12, *buffers, 7, 0.1, 3, *bounds) is not None
     table = torch.arange(256, dtype=torch.uint8)
     for made in (
         _C.quantized_add(x, x, 0.1, 3, *bounds),

@@ -133,7 +133,8 @@ PyMethodDef methods[] = {
               "quantized_conv_transpose(x, packed_weight, weight_scale, bias, weight_shape, stride, padding, "
               "output_padding, dilation, groups, scale, zero_point, low, high) -> Tensor | None\n\nThe same."),
     fast_call("quantized_linear", fastquant::quantized_linear_call,
-              "quantized_linear(x, packed_weight, weight_scale, bias, out_features, scale, zero_point, low, "
+              "quantized_linear(x, in_features, packed_weight, weight_scale, bias, out_features, scale, "
+              "zero_point, low, "
               "high) -> Tensor | None\n\nThe same."),
     fast_call("quantized_add", fastquant::quantized_add_call,
               "quantized_add(a, b, scale, zero_point, low, high) -> Tensor | None\n\nThe same."),

@@ -396,20 +396,21 @@ PyObject* quantized_conv_transpose_call(PyObject*, PyObject* const* given, Py_ss
 }
 
 PyObject* quantized_linear_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return attempt(given, count, 9, [](Arguments args) {
+  return attempt(given, count, 10, [](Arguments args) {
     const Quantized x = quantized(args.next());
+    const int64_t in_features = integer(args.next());
     const LayerWeights weights(&args);
     const int64_t out_features = integer(args.next());
     const OutputQParams q(&args);
     const Bounds bounds(&args);
-    require(x.t.ndim >= 1 && is_contiguous(x.t));
+    require(x.t.ndim >= 1 && is_contiguous(x.t) && x.t.shape[x.t.ndim - 1] == in_features);
     const RowsOfOutput out(x.t, out_features);
     const PackedLayout layout(out.weight_shape, 2, 1, false);
     const LayerScales scales = weights.checked(layout, out_features);
     NewBytes y(x.t.ndim, out.sizes, out.strides, x.is_signed);
     {
       const WithoutGil released(std::max(out.rows * out_features, weights.bytes));
-      quantized_linear(values_of(x), out.rows, out.weight_shape[1], out_features, weights.packed, scales,
+      quantized_linear(values_of(x), out.rows, in_features, out_features, weights.packed, scales,
                        format_of(y.data(), x.is_signed, q, bounds));
     }
     return y.quantized(q);

@@ -196,7 +196,7 @@ DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS: Mapping = (
     if has_quantized_modules
     else dict(DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS)
 )
-"""The same, to one of torch's where it has any."""
+"""Float module to one with quantized weights that quantizes activations at each call."""
 
 # Of torch's own, which goes with torch.ao.
 DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS: Mapping = _same_names(nn, nnsq, "Linear")

@@ -56,7 +56,8 @@ def conv_transpose(input: Any, *args: Any) -> Any:
 def linear(input: Any, *args: Any) -> Any:
     """The op `quantized_linear` without its arguments of x and dtype; None as above.
 
-    Args: packed_weight, weight_scale, bias, out_features, scale, zero_point, low, high.
+    Args: in_features, which x must have; packed_weight, weight_scale, bias, out_features, scale,
+        zero_point, low, high.
     """
     return _C.quantized_linear(input, *args) if nothing_intervenes() else None
 

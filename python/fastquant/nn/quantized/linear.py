@@ -90,7 +90,7 @@ class Linear(Weighted):
         )
 
     def forward(self, x: Any) -> Any:
-        output = calls.linear(x, *self._arguments())
+        output = calls.linear(x, self.in_features, *self._arguments())
         if output is not None:
             return output
         return made(self._computed(x), self.scale, self.zero_point)
