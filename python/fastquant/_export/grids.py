@@ -101,6 +101,25 @@ class QuantizedGraph:
                 self._replace(rounded, quantized.args[0])
                 self.graph.erase_node(quantized)
 
+    def join_on_one_grid(self) -> None:
+        """Give the parts of a concatenation the scale and zero point of the whole.
+
+        Runtimes then copy integers, and XNNPACK refuses to do anything else.
+        """
+        for node in list(self.graph.nodes):
+            grid = self._next_grid(node) if op_name(node) in ("cat", "stack") else None
+            if grid is None:
+                continue
+            for part in list(dict.fromkeys(node.args[0])):
+                if part.target is not self._dequantize or part.args[1:] == grid:
+                    continue
+                quantized = part.args[0]
+                if self._may_change_grid(part):
+                    quantized.args = (quantized.args[0], *grid)
+                    part.args = (quantized, *grid)
+                else:
+                    node.replace_input_with(part, self._rounded(part, grid))
+
     def add_before_rounding(self) -> None:
         """Add to the real result of a layer, where its only use is a sum that is quantized."""
         for node in self.graph.nodes:
@@ -162,9 +181,31 @@ class QuantizedGraph:
             for user in node.users
         )
 
+    def _next_grid(self, node: Node) -> Grid | None:
+        """The grid on which the result of a node is quantized, if nothing else uses it."""
+        if not self._is_quantized_next(node):
+            return None
+        user = next(iter(node.users))
+        return user.args[1:] if user.target is self._quantize else self._next_grid(user)  # type: ignore[return-value]
+
+    def _may_change_grid(self, rounded: Any) -> bool:
+        """Whether nothing else uses what is rounded here, nor has to have the same grid."""
+        quantized = rounded.args[0]
+        computed = quantized.args[0]
+        alone = len(rounded.users) == 1 and len(quantized.users) == 1
+        # A ReLU, say, of a floating result takes any grid; of an integer it keeps the integer's.
+        keeps_grid = computed.target is operator.getitem or (
+            op_name(computed) in _KEEPING_GRID
+            and (isinstance(computed.args[0], list) or self._is_rounded(computed.args[0]))
+        )
+        return alone and not keeps_grid
+
+    def _is_rounded(self, node: Any) -> bool:
+        return isinstance(node, Node) and node.target is self._dequantize
+
     def _layer_rounded_for(self, rounded: Any) -> Node | None:
         """The layer with an int8 weight whose result this is, if nothing else uses it."""
-        if not isinstance(rounded, Node) or rounded.target is not self._dequantize:
+        if not self._is_rounded(rounded):
             return None
         quantized: Any = rounded.args[0]
         layer = quantized.args[0]
@@ -185,13 +226,19 @@ class QuantizedGraph:
         node.meta["val"] = op(args[0].meta["val"], *args[1:])
         return node
 
-    def _insert_rounding(self, node: Node, grid: Grid) -> Node:
-        """Quantize and dequantize the result of a node for all its uses."""
+    def _rounded(self, node: Node, grid: Grid) -> Node:
+        """The result of a node quantized and dequantized, for a use of it."""
         with self.graph.inserting_after(node):
             quantized = self._call(self._quantize, (node, *grid), node)
         with self.graph.inserting_after(quantized):
-            rounded = self._call(self._dequantize, (quantized, *grid), node)
-        node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not quantized)
+            return self._call(self._dequantize, (quantized, *grid), node)
+
+    def _insert_rounding(self, node: Node, grid: Grid) -> Node:
+        """Quantize and dequantize the result of a node for all its uses."""
+        users = list(node.users)
+        rounded = self._rounded(node, grid)
+        for user in users:
+            user.replace_input_with(node, rounded)
         self.program.graph_signature.replace_all_uses(node.name, rounded.name)
         return rounded
 
@@ -224,6 +271,7 @@ def arrange(program: ExportedProgram, adds_before_rounding: bool) -> ExportedPro
     changed.round_between_layers()
     changed.remove_boundaries()
     changed.quantize_behind_clamps()
+    changed.join_on_one_grid()
     if adds_before_rounding:
         changed.add_before_rounding()
     changed.dequantize_for_each_use()
