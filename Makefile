@@ -35,13 +35,14 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo report test native-test cuda-emulation lint format audit bench bench-table docs real-models limits wheel \
+.PHONY: help demo report test test-alone native-test cuda-emulation lint format audit bench bench-table docs real-models limits wheel \
 	cuda-compile cuda-objects cuda-check clean
 
 help:
 	@echo "make demo         a small CNN on real data, quantized by fastquant and by torch.ao"
 	@echo "make report       what quantization did to that CNN, layer by layer, as an HTML page"
 	@echo "make test         the whole test suite"
+	@echo "make test-alone   most of it once more, where torch has no torch.ao"
 	@echo "make native-test  tests of the kernels alone, without torch and Python;"
 	@echo "                  make native-test-arm runs them for 64-bit ARM, emulated"
 	@echo "make lint         check formatting, lint and types; make format fixes the formatting"
@@ -64,6 +65,14 @@ report: $(VENV)/.installed
 # multithreading set their own number.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The suite with a torch that has no torch.ao and no quantized dtypes: see tests/alone. Left out are
+# the slow tests of what has nothing to do with torch.ao: kernels on GPUs, benchmarks, packaging.
+ALONE := $(filter-out $(foreach name,bench% cuda% documentation example% packaging% real_models,\
+	tests/test_$(name).py),$(wildcard tests/test_*.py))
+test-alone: $(VENV)/.dev
+	FASTQUANT_ALONE=1 PYTHONPATH=tests/alone OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest $(PYTEST_ARGS) $(ALONE)
 
 native-test: $(VENV)/.installed
 	cmake -B $(NATIVE_BUILD) $(CMAKE_OPTIONS) \

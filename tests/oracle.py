@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -34,6 +36,14 @@ DTYPES = (
     torch.float8_e4m3fn,
 )
 QUANT_RANGES = ((None, None), (0, 127), (-127, 127), (-8, 7), (0, 15), (-100, 27))
+
+
+def torch_ao_quantization(module: str) -> Any:
+    """A module of torch.ao.quantization whose name there is a function's, as `quantize` is."""
+    try:
+        return importlib.import_module(f"torch.ao.quantization.{module}")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @contextmanager

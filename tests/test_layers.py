@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_conversion",),
     ("_export",),
     ("quantize", "calibrate", "set_qconfig"),
-    ("export", "patching"),
+    ("export", "patching", "checkpoints"),
     ("__init__",),
     ("bench",),
     ("analysis",),

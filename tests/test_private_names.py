@@ -135,9 +135,7 @@ def paths_of_names() -> list[str]:
     from fastquant._torch import ao, private
 
     assert ao.__name__
-    # The modules of this package have no stand-ins yet.
-    pending = ("ao.nn.quantizable",)
-    return [name for name in dict.fromkeys(private.NAMES) if name not in pending]
+    return list(dict.fromkeys(private.NAMES))
 
 
 def test_without_a_private_name_results_are_the_same_or_the_error_names_the_torch_to_use() -> None:

@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import pickle
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -28,7 +27,7 @@ from fastquant.quantize import (
     _observer_forward_pre_hook,
     _remove_qconfig,
 )
-from oracle import assert_same, quiet
+from oracle import assert_same, quiet, torch_ao_quantization
 from zoo import (
     QAT_QCONFIGS,
     STATIC_CASES,
@@ -532,7 +531,7 @@ def test_get_observer_dict_lists_nested_observers_under_a_prefix() -> None:
     found: dict[str, Any] = {}
     _get_observer_dict(model, found, "net")
     theirs: dict[str, Any] = {}
-    sys.modules["torch.ao.quantization.quantize"]._get_observer_dict(model, theirs, "net")
+    torch_ao_quantization("quantize")._get_observer_dict(model, theirs, "net")
     assert list(found) == list(theirs)
     assert all(found[path] is theirs[path] for path in found)
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+
+import fastquant.nn.quantized as nnq
 
 # ------------------------------------------------------------------------- what users' code reports
 

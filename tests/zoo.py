@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 import torch.quantization
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fastquant as fq
+import fastquant.nn.quantized as nnq
 from oracle import quiet
 
 

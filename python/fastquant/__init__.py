@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from . import (
+    checkpoints,
     distributed,
     fake_quantize,
     functional,
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "build_info",
     "calibrate",
+    "checkpoints",
     "default_eval_fn",
     "distributed",
     "functional",

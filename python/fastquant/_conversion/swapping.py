@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .._core.dtypes import torch_quantized_dtype
 from .._core.errors import ConversionError
 from .._torch import ao
 from .._torch.hooks import copy_forward_hooks, copy_forward_pre_hooks
 from ..nn.quantized import FloatLayer
 from ..nn.quantized.observed import NoNativeFormError
+from ..observer import _is_activation_post_process
 from ..quantization_mappings import DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS
 from ..utils import QuantizationError, get_qparam_dict
 from . import checks, quick
@@ -114,6 +120,50 @@ def _make(entry: Entry, use_precomputed_fake_quant: bool, shortcuts: bool) -> nn
 
 
 def _made_by_target(entry: Entry, use_precomputed_fake_quant: bool) -> Any:
+    module, target = entry.module, entry.target
+    if not re.match(r"torch\..*\bquantized\b", str(getattr(target, "__module__", ""))):
+        return _call_target(entry, use_precomputed_fake_quant)
+    with _in_dtypes_of_torch(module):
+        return _call_target(entry, use_precomputed_fake_quant)
+
+
+@contextmanager
+def _in_dtypes_of_torch(module: nn.Module) -> Iterator[None]:
+    """Have a module's observers name torch.quint8 for torch.uint8, and so on.
+
+    Both are the same to a config, but torch's own modules know only the first.
+    """
+    before: list[tuple[Any, str, Any]] = []
+
+    def replace(owner: Any, name: str, value: Any) -> None:
+        before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    try:
+        for part in module.modules():
+            dtype = getattr(part, "dtype", None)
+            if _is_activation_post_process(part) and torch_quantized_dtype(dtype) != dtype:
+                replace(part, "dtype", torch_quantized_dtype(dtype))
+            qconfig: Any = getattr(part, "qconfig", None)
+            if getattr(qconfig, "weight", None) is not None and hasattr(qconfig, "_replace"):
+                factory = partial(_observer, qconfig.weight)
+                replace(part, "qconfig", qconfig._replace(weight=factory))
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+def _observer(weight: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a config makes for a weight, in the dtype that torch's modules know."""
+    observer = weight(*args, **kwargs)
+    dtype = getattr(observer, "dtype", None)
+    if torch_quantized_dtype(dtype) != dtype:
+        observer.dtype = torch_quantized_dtype(dtype)
+    return observer
+
+
+def _call_target(entry: Entry, use_precomputed_fake_quant: bool) -> Any:
     module, target = entry.module, entry.target
     if entry.how is How.CUSTOM:
         return target.from_observed(module)

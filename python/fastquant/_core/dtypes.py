@@ -22,6 +22,9 @@ _PLAIN_BY_NAME: dict[str, torch.dtype] = {
 }
 
 
+QUANTIZED_NAMES = tuple(_PLAIN_BY_NAME)
+
+
 def quantized_dtype(name: str) -> torch.dtype:
     """The dtype `torch.<name>`, such as `quint8`; the plain one where torch has none so called."""
     dtype: torch.dtype = getattr(torch, name, _PLAIN_BY_NAME[name])
@@ -38,6 +41,15 @@ PLAIN: dict[torch.dtype, torch.dtype] = {
     quantized_dtype(name): plain for name, plain in _PLAIN_BY_NAME.items()
 }
 """The plain dtype of each quantized one; of itself, where torch has no quantized dtypes."""
+
+
+def torch_quantized_dtype(dtype: Any) -> Any:
+    """The dtype of torch's quantized tensors of these integers; anything else as it is."""
+    return _OF_PLAIN.get(dtype, dtype)
+
+
+# Two bits a value have no ops.
+_OF_PLAIN = {plain: quantized for quantized, plain in PLAIN.items() if quantized != QUINT2X4}
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
