@@ -1,21 +1,30 @@
-"""Export of models with fake-quantizers to ONNX, as QuantizeLinear and DequantizeLinear.
+"""Export of quantized models to ONNX, as QuantizeLinear and DequantizeLinear.
 
-Needs `pip install onnx onnxscript`. Not imported by `import fastquant`.
+Needs `pip install onnx onnxscript`. Not imported by `import fastquant`. docs/onnx.md says what
+becomes of a model.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Mapping
+from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._core.ranges import has_seen_nothing
-from ._torch.exporting import clamped_to_grid, onnx_dtype, traced_fake_quantize, traces_for_onnx
-from .fake_quantize import FakeQuantizeBase
-from .observer import ObserverBase
-from .utils import QuantizationError, is_per_channel
+from ._core.errors import QuantizationError
+from ._onnx.grids import Grid
+from ._onnx.lowering import FUNCTION, lowered, raise_named
+from ._onnx.models import exportable, is_native, require_no_torch_ao_modules
+from ._onnx.storage import store_four_bits
+from ._torch.exporting import INT16_OPSET
+from ._torch.private import tree_leaves
+from .nn.quantized.float_layer import mapped
+from .quantized_tensor import is_quantized
+from .utils import check_is_module
 
 __all__ = ["export"]
 
@@ -23,122 +32,167 @@ __all__ = ["export"]
 _MINIMUM_OPSET = 13
 
 
-class _QuantizeDequantize(nn.Module):
-    """What a fake-quantizer does to a tensor with the scale and zero point it has now."""
+def export(
+    model: nn.Module, args: tuple[Any, ...] | Tensor = (), f: Any = None, **options: Any
+) -> Any:
+    """Export a quantized model to ONNX, as runtimes take it for their integer kernels.
 
-    scale: Tensor
-    zero_point: Tensor
+    A prepared model, calibrated or trained, is exported as `convert` with `backend="native"`
+    makes it: with its int8 weights, batch norms folded in, int32 biases, and the scales and zero
+    points of its observers. Results differ from those of the converted model by one step at
+    most, where a number lies on the border between two. A converted native model is exported as
+    it is.
 
-    def __init__(self, name: str, source: Any) -> None:
-        super().__init__()
-        observer = source.activation_post_process
-        quant_min, quant_max = int(observer.quant_min), int(observer.quant_max)
-        dtype = onnx_dtype(name, quant_min, quant_max)
-        if source.qscheme == torch.per_channel_affine_float_qparams:
-            raise QuantizationError(
-                f"{name} has floating zero points ({source.qscheme}), which ONNX does not have"
-            )
-        if getattr(source, "is_dynamic", False):
-            raise QuantizationError(
-                f"{name} is dynamic: its range is that of each tensor, and cannot be exported "
-                "as a constant"
-            )
-        per_channel = is_per_channel(source.qscheme)
-        shape = (-1,) if per_channel else ()
-        scale = source.scale.detach().clone().float().reshape(shape)
-        zero_point = source.zero_point.detach().round().clamp(quant_min, quant_max).reshape(shape)
-        self.axis = int(source.ch_axis) if per_channel else None
-        self.name = name
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point.to(dtype))
-        self.ends = (quant_min, quant_max)
-
-    def forward(self, x: Tensor) -> Tensor:
-        axis = self.axis
-        attributes: dict[str, Any] = {}
-        if axis is not None:
-            if self.scale.numel() != x.shape[axis]:
-                raise QuantizationError(
-                    f"{self.name} has {self.scale.numel()} scales for {x.shape[axis]} "
-                    "channels: run the model before it is exported"
-                )
-            attributes = {"axis": axis % x.dim()}
-        qparams = (self.scale, self.zero_point)
-        if traces_for_onnx():
-            return traced_fake_quantize(x, *qparams, axis, *self.ends)
-        dtype = self.zero_point.dtype
-        clamped = clamped_to_grid(x, *qparams, axis, *self.ends, dtype)
-        quantized = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (clamped, *qparams), attributes, dtype=dtype, shape=x.shape
-        )
-        result = torch.onnx.ops.symbolic(
-            "DequantizeLinear",
-            (quantized, *qparams),
-            attributes,
-            dtype=clamped.dtype,
-            shape=x.shape,
-        )
-        return result.to(x.dtype)
-
-
-def _frozen(name: str, module: nn.Module) -> nn.Module | None:
-    """What takes the place of `module` in the exported model; None where it stays."""
-    if isinstance(module, FakeQuantizeBase):
-        source: Any = module
-        if not bool(source.fake_quant_enabled):
-            return nn.Identity()
-        observer = source.activation_post_process
-        if has_seen_nothing(observer) and bool(source.observer_enabled):
-            raise QuantizationError(
-                f"{name} has observed nothing yet: run the model before it is exported"
-            )
-        return _QuantizeDequantize(name, source)
-    return nn.Identity() if isinstance(module, ObserverBase) else None
-
-
-def _freeze(module: nn.Module, prefix: str, made: dict[int, nn.Module]) -> None:
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if id(child) not in made:
-            made[id(child)] = frozen = _frozen(path, child) or child
-            if frozen is child:
-                _freeze(child, f"{path}.", made)
-        setattr(module, name, made[id(child)])
-
-
-def export(model: nn.Module, args: tuple[Any, ...], f: str | None = None, **options: Any) -> Any:
-    """Export a model with fake-quantizers to ONNX as it evaluates now.
-
-    Every fake-quantizer becomes QuantizeLinear and DequantizeLinear (int8 or uint8) with its
-    present scale and zero point, behind a clamp where its range is narrower than its dtype.
-    One that is disabled, and every observer, becomes nothing. `model` itself is not changed.
-    Results differ from the model's own by one step of the grid where `x / scale`, which ONNX
-    rounds, and `x * (1 / scale)`, which torch does, lie on two sides of a half.
+    A prepared model is exported in floating point between QuantizeLinear and DequantizeLinear
+    where it has no native form as a whole: with activations of 16 bits, with fake-quantizers that
+    are switched off, and with `dynamo=False`. So are fake-quantizers that belong to no layer.
+    Observers that belong to no layer become nothing. `model` itself is not changed.
 
     Args:
-        model: from `prepare_qat`, or any module with fake-quantizers, after it has seen data.
+        model: from `prepare`, `prepare_qat` or `convert(backend="native")`, or any module with
+            fake-quantizers, after it has seen data.
         args: example inputs.
         f: file to write.
-        options: those of `torch.onnx.export`, as `dynamic_shapes`, `opset_version` (13 or newer),
-            and `dynamo=False` for its older exporter.
+        options: those of `torch.onnx.export`, such as `dynamic_shapes`, `input_names`,
+            `opset_version` (13 or newer; from 21 on, integers of four bits are stored as int4 and
+            uint4), and `dynamo=False` for its older exporter, which takes no converted models.
 
     Returns:
         The `torch.onnx.ONNXProgram`; None with `dynamo=False`.
 
     Raises:
-        QuantizationError: a fake-quantizer that has observed nothing, is dynamic, has floating
-            zero points, or a range that no 8-bit dtype holds; its name is in the message.
+        QuantizationError: an observer has seen no data, a range of integers has no ONNX dtype in
+            this opset, an op no ONNX form, or the model is one of torch.ao's quantized modules;
+            what it is about is named.
         ImportError: onnx or onnxscript are not installed.
     """
+    check_is_module(FUNCTION, model)
     opset = options.get("opset_version")
     if opset is not None and opset < _MINIMUM_OPSET:
         raise ValueError(f"opset_version must be at least {_MINIMUM_OPSET}, got {opset}")
+    _require_onnx()
+    require_no_torch_ao_modules(model)
+    args, options["kwargs"] = _arguments(args, options.get("kwargs"))
+    dynamo = options.setdefault("dynamo", True)
+    model = exportable(copy.deepcopy(model).eval().cpu(), opset, dynamo)
+    if opset is None and any(_has_16_bits(module) for module in model.modules()):
+        options["opset_version"] = INT16_OPSET
+    if not dynamo:
+        torch.onnx.export(model, args, f, **options)
+        return None
+    if is_native(model):
+        model = _lowered(model, args, options)
+    to_file = {name: options.pop(name) for name in _OF_FILES if name in options}
+    try:
+        program: Any = torch.onnx.export(model, args, **options)
+    except Exception as error:
+        raise_named(error, model)
+        raise
+    store_four_bits(program)
+    _save(program, f, **to_file)
+    return program
+
+
+def _require_onnx() -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"ONNX export needs onnx and onnxscript ({error}): pip install onnx onnxscript"
         ) from error
-    root = nn.Sequential(copy.deepcopy(model).eval())
-    _freeze(root, "", {})
-    return torch.onnx.export(root[0].eval(), args, f, **{"dynamo": True, **options})
+
+
+def _arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:
+    """Positional and keyword arguments of the model, on the CPU, where the export takes place."""
+    args = args if isinstance(args, tuple) else (args,)
+    if not kwargs and args and isinstance(args[-1], dict):  # as torch.onnx.export has it
+        args, kwargs = args[:-1], args[-1]
+    for value in tree_leaves((args, kwargs)):
+        if is_quantized(value):
+            raise QuantizationError(
+                f"{FUNCTION}: args has a quantized tensor, and ONNX's have no scale: export a "
+                "model that begins with a QuantStub, with an ordinary tensor"
+            )
+
+    def on_cpu(value: Any) -> Any:
+        return value.cpu() if isinstance(value, Tensor) else value
+
+    return mapped(on_cpu, args), mapped(on_cpu, dict(kwargs or {}))
+
+
+def _has_16_bits(module: nn.Module) -> bool:
+    return isinstance(module, Grid) and module.dtype in (torch.int16, torch.uint16)
+
+
+def _lowered(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> nn.Module:
+    """The graph of a native model; options that name its dimensions become `dynamic_shapes`."""
+    if options.get("verify"):
+        raise ValueError(
+            "verify=True compares with the results of an exported program, which has none for "
+            "integers; compare the ONNX program's with those of the converted model"
+        )
+    kwargs = options["kwargs"]
+    axes = options.pop("dynamic_axes", None)
+    if axes is not None and options.get("dynamic_shapes") is None:
+        options["dynamic_shapes"] = _shapes_of_axes(model, args, kwargs, axes, options)
+    shapes = _without_names(options.get("dynamic_shapes"))
+    opset = options.get("opset_version") or 0
+    return lowered(model, args, kwargs, shapes, four_bits=opset >= INT16_OPSET)
+
+
+def _shapes_of_axes(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`dynamic_shapes` that say what `dynamic_axes` says of a model's inputs."""
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    names = options.get("input_names") or list(given)
+    known = {*names, *(options.get("output_names") or ())}
+    if not all(isinstance(value, Tensor) for value in given.values()) or not axes.keys() <= known:
+        raise ValueError(
+            "dynamic_axes must name inputs that are tensors of their own, or outputs, out of "
+            f"{sorted(known)}, got {sorted(axes)}; dynamic_shapes takes inputs of all kinds"
+        )
+    shapes: dict[str, Any] = {}
+    for parameter, name in zip(given, names, strict=False):
+        of_input = axes.get(name)
+        if of_input is not None and not isinstance(of_input, Mapping):
+            of_input = {axis: f"{name}_{axis}" for axis in of_input}
+        shapes[parameter] = of_input and dict(of_input)
+    return shapes
+
+
+def _without_names(shapes: Any) -> Any:
+    """`dynamic_shapes` for torch.export, which lacks the names that torch.onnx gives dimensions."""
+    if isinstance(shapes, str):
+        return torch.export.Dim.AUTO
+    if isinstance(shapes, Mapping):
+        return {key: _without_names(value) for key, value in shapes.items()}
+    if isinstance(shapes, (tuple, list)):
+        return type(shapes)(_without_names(value) for value in shapes)
+    return shapes
+
+
+# Options of torch.onnx.export on what is written.
+_OF_FILES = ("export_params", "keep_initializers_as_inputs", "external_data")
+
+
+def _save(
+    program: Any,
+    f: Any,
+    export_params: bool = True,
+    keep_initializers_as_inputs: bool = False,
+    external_data: bool = True,
+) -> None:
+    if isinstance(f, BytesIO):
+        f.write(program.model_proto.SerializeToString())
+    elif f is not None:
+        program.save(
+            f,
+            include_initializers=export_params,
+            keep_initializers_as_inputs=keep_initializers_as_inputs,
+            external_data=external_data,
+        )

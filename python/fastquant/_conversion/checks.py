@@ -187,9 +187,15 @@ def warn_of_root(plan: Plan) -> None:
             )
 
 
-def uncalibrated(plan: Plan) -> list[str]:
-    """The paths of modules that will get a scale from an observer that has seen no data."""
-    names = []
+def uncalibrated(plan: Plan, functionals: bool = False) -> list[str]:
+    """The paths of modules that will get a scale from an observer that has seen no data.
+
+    Args:
+        plan: of the conversion.
+        functionals: whether to list instances of FloatFunctional, too. One that only multiplies by
+            scalars, as MultiheadAttention's, observes nothing.
+    """
+    paths = []
     for entry in plan.first_places():
         if entry.how is How.CUSTOM:
             # A module of the user's own, or torch's LSTM: its observers are inside.
@@ -198,13 +204,13 @@ def uncalibrated(plan: Plan) -> list[str]:
             observed = iter([(entry.path, entry.module)])
         else:
             continue
-        names += [
-            name
-            for name, module in observed
-            # One that only multiplies by scalars, as MultiheadAttention's, observes nothing.
-            if not isinstance(module, native.FloatFunctional) and _is_uncalibrated(module)
+        paths += [
+            path
+            for path, module in observed
+            if (functionals or not isinstance(module, native.FloatFunctional))
+            and _is_uncalibrated(module)
         ]
-    return names
+    return paths
 
 
 def _warn_of_uncalibrated(plan: Plan) -> None:

@@ -21,6 +21,7 @@ from .._native.fast_calls import (
     may_skip_dispatcher,
     nothing_intervenes,
 )
+from .._torch.exporting import refuse_onnx_export
 from .tensor import CHANGES_CLASS, QuantizedTensor, check_floating, integers_of, like, made, parts
 
 # No bound of an output. Not infinity, which AOTInductor cannot store.
@@ -137,6 +138,7 @@ def quantize(input: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -
         result: QuantizedTensor | None = _C.quantize(input, scale, zero_point, dtype == torch.int8)
         if result is not None:
             return result
+    refuse_onnx_export()
     check_floating(input)
     return made(ops.quantize(input, scale, zero_point, dtype, True), scale, zero_point)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +50,21 @@ def _table(
 
 _kept_table = constant_in_graphs(lru_cache(maxsize=1024)(_table))
 
+_uses_tables = ContextVar("_uses_tables", default=True)
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """Functions are computed in floating point meanwhile: for graphs that other runtimes will run.
+
+    They know the functions by name, and have faster kernels for them than for tables.
+    """
+    token = _uses_tables.set(False)
+    try:
+        yield
+    finally:
+        _uses_tables.reset(token)
+
 
 def applied(
     function: str, input: Any, scale: float, zero_point: int, *constants: Any
@@ -56,6 +73,9 @@ def applied(
 
     The table is made once for each input's scale and zero point.
     """
+    if not is_dynamo_compiling() and not _uses_tables.get():
+        y = _FUNCTIONS[function](calls.dequantize(input), *constants)
+        return calls.quantize(y, scale, zero_point, input.dtype)
     # What is made while a mode is active, such as export's, may be no real tensor.
     make = _kept_table if is_dynamo_compiling() or not dispatch_modes() else _table
     qparams = (input._scale, input._zero_point, scale, zero_point)

@@ -31,7 +31,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=_LAST[x.dim()]).copy_(x)
 
 
-def _levels(
+def levels(
     low: float, high: float, scale: float, zero_point: int, dtype: torch.dtype
 ) -> tuple[int, int]:
     """The smallest and the largest integer that an output may have."""
@@ -50,7 +50,7 @@ def _requantized(
     y: Tensor, scale: float, zero_point: int, low: float, high: float, dtype: torch.dtype
 ) -> Tensor:
     """Integers of y, which is in units of scale: rounded half to even, and bounded."""
-    lowest, highest = _levels(low, high, scale, zero_point, dtype)
+    lowest, highest = levels(low, high, scale, zero_point, dtype)
     return (y.round().clamp(lowest - zero_point, highest - zero_point) + zero_point).to(dtype)
 
 
@@ -416,7 +416,7 @@ def quantized_mean(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
 NEAREST, NEAREST_EXACT, LINEAR = range(3)  # modes of quantized_interpolate
 
 
-def _nearest(size: int, outputs: int, ratio: float, mode: int, device: torch.device) -> Tensor:
+def nearest(size: int, outputs: int, ratio: float, mode: int, device: torch.device) -> Tensor:
     """Which pixel each output takes, found in fp32 as torch does."""
     places = torch.arange(outputs, dtype=torch.float32, device=device)
     if mode == NEAREST_EXACT:
@@ -451,7 +451,7 @@ def quantized_interpolate(
     if mode != LINEAR:
         y = x
         for axis, outputs, ratio in given:
-            y = y.index_select(axis, _nearest(x.shape[axis], outputs, ratio, mode, x.device))
+            y = y.index_select(axis, nearest(x.shape[axis], outputs, ratio, mode, x.device))
         return as_resized(x, y, dims)
     places = [_linear(x.shape[d], n, ratio, align_corners, x.device) for d, n, ratio in given]
     values = x.to(torch.float32)

@@ -37,11 +37,11 @@ class FloatLayer(nn.Module):
         return self.reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _mapped(_dequantized, (args, kwargs))
+        args, kwargs = mapped(_dequantized, (args, kwargs))
         outputs = self.module(*args, **kwargs)
         if self.quantize is None:
             return outputs
-        return _mapped(self._quantized, outputs)
+        return mapped(self._quantized, outputs)
 
     def _quantized(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -65,17 +65,17 @@ class FloatLayer(nn.Module):
         return cls(module, output, reason)
 
 
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """`function` of what is in tuples, lists and dicts, in the same structure."""
     if isinstance(value, dict):
-        mapped = copy.copy(value)
+        copied = copy.copy(value)
         for key, item in value.items():
-            mapped[key] = _mapped(function, item)
-        return mapped
+            copied[key] = mapped(function, item)
+        return copied
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(function, item) for item in value))
+        return type(value)(*(mapped(function, item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(function, item) for item in value)
+        return type(value)(mapped(function, item) for item in value)
     return function(value)
 
 

@@ -1,0 +1,1 @@
+"""From quantized models to ONNX: what each op and each fake-quantizer becomes there."""
