@@ -86,20 +86,24 @@ def skip_what_torch_describes(
     return True if theirs is not None and text == theirs.__doc__ else None
 
 
-# What signatures say for a default, and what they show.
-_DEFAULTS = {
-    r"\bQU?INT\d+(X\d)?\b": lambda dtype: f"torch.{dtype[0].lower()}",
-    r"\b_EPS\b": "torch.finfo(torch.float32).eps",
-    r"\b_INF\b": "inf",
-}
+# Private names in signatures, and what is shown in their place.
+_SHOWN = (
+    (r"\b_Module\b", "Module"),
+    (r"\b_Self\b", "Self"),
+    (r"\b_EPS\b", "torch.finfo(torch.float32).eps"),
+    (r"\b_INF\b", "inf"),
+    (r"\bDEFAULT_BACKEND\b", "'torch.ao'"),
+    (r"\bQUINT(\w+)\b", r"torch.quint\1"),
+    (r"\bQINT(\w+)\b", r"torch.qint\1"),
+)
 
 
-def show_defaults(
+def show_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returned: str
-) -> tuple[str, str] | None:
-    for written, shown in _DEFAULTS.items():
-        signature = re.sub(written, shown, signature or "")  # type: ignore[arg-type]
-    return (signature, returned) if signature else None
+) -> tuple[str, str]:
+    for written, shown in _SHOWN:
+        signature, returned = (re.sub(written, shown, text or "") for text in (signature, returned))
+    return signature, returned
 
 
 def find_elsewhere(app: Sphinx, env: Any, node: Any, content: Any) -> Any:
@@ -126,5 +130,5 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-skip-member", skip_what_torch_describes)
     # Before napoleon turns sections such as "Args:" into reStructuredText.
     app.connect("autodoc-process-docstring", mark_code, priority=100)
-    app.connect("autodoc-process-signature", show_defaults)
+    app.connect("autodoc-process-signature", show_signature)
     app.connect("missing-reference", find_elsewhere)
