@@ -100,7 +100,9 @@ _SHOWN = (
 
 def show_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returned: str
-) -> tuple[str, str]:
+) -> tuple[str, str] | None:
+    if not signature:
+        return None  # of a module or attribute
     for written, shown in _SHOWN:
         signature, returned = (re.sub(written, shown, text or "") for text in (signature, returned))
     return signature, returned
