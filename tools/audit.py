@@ -48,7 +48,7 @@ def audit_abi(library: str) -> list[str]:
     (extension,) = abi_report(library)["extensions"]
     torch_abi, python_abi = extension["torch"], extension["cpython"]
     needs = torch_abi["min_torch_version"]
-    (declared,) = (r for r in requires("fastquant") or [] if re.match(r"torch\s*>=", r))
+    (declared,) = (r for r in requires("torch-fastquant") or [] if re.match(r"torch\s*>=", r))
     print(f"{library}: needs torch {needs}, declared: {declared}")
 
     objections = []

@@ -392,12 +392,13 @@ void backward_of_columns(GradientCall<S>* call, int64_t pieces) {
 
 void observe_batch_norm(const Dense& x, const BatchNorm& bn, const ClampSettings& clamp,
                         const ObservedQuantizer& observed, void* norm, double* quantizer) {
-  const auto& [min_val, max_val, scale, zero_point, nonfinite_count, eps] = observed.buffers;
+  const FusedBuffers& buffers = observed.buffers;
   for (const Array* a : {&bn.weight, &bn.bias, &bn.running_mean, &bn.running_var}) check_count(*a, x.channels);
-  for (const Array* a : {&min_val, &max_val, &scale, &zero_point}) check_count(*a, 1);
-  check(zero_point.type == Element::i32 || zero_point.type == Element::i64,
+  for (const Array* a : {&buffers.min_val, &buffers.max_val, &buffers.scale, &buffers.zero_point})
+    check_count(*a, 1);
+  check(buffers.zero_point.type == Element::i32 || buffers.zero_point.type == Element::i64,
         "zero_point must have an integer dtype");
-  check(observed.observes || !observed.quantizes || !(read_value<double>(scale) <= 0),
+  check(observed.observes || !observed.quantizes || !(read_value<double>(buffers.scale) <= 0),
         "scale must be positive");
   const int64_t count = x.outer * x.inner;
   const bool of_batch = bn.training && x.numel() > 0, observes = observed.observes && x.numel() > 0;
@@ -422,11 +423,13 @@ void observe_batch_norm(const Dense& x, const BatchNorm& bn, const ClampSettings
       Extremes<double> current(1);
       current.low[0] = range.low;
       current.high[0] = range.high;
-      const auto lock = locked(min_val);
-      update_range(current, observed.settings.averaging_constant, min_val, max_val);
-      add_nonfinite(nonfinite_count, counts ? range.nonfinite : 0);
+      const auto lock = locked(buffers.min_val);
+      update_range(current, observed.settings.averaging_constant, buffers.min_val, buffers.max_val);
+      add_nonfinite(buffers.nonfinite_count, counts ? range.nonfinite : 0);
     }
-    if (observed.observes) choose_qparams(min_val, max_val, eps, observed.settings.qparams, scale, zero_point);
+    if (observed.observes)
+      choose_qparams(buffers.min_val, buffers.max_val, buffers.eps, observed.settings.qparams, buffers.scale,
+                     buffers.zero_point);
     if (of_batch) {
       std::vector<double> mean = read_values<double>(bn.running_mean),
                           var = read_values<double>(bn.running_var);
@@ -443,8 +446,8 @@ void observe_batch_norm(const Dense& x, const BatchNorm& bn, const ClampSettings
       for (int k = 0; k < 4; ++k) rows[k * x.channels + c] = of_channel[k];
     }
   });
-  quantizer[0] = read_value<double>(scale);
-  quantizer[1] = read_value<double>(zero_point);
+  quantizer[0] = read_value<double>(buffers.scale);
+  quantizer[1] = read_value<double>(buffers.zero_point);
   quantizer[2] = observed.quantizes ? 1 : 0;
 }
 

@@ -82,20 +82,21 @@ Found<Compute<S>> observed(const SumOfTensors& x, NonFinite policy) {
 }  // namespace
 
 void observe_clamped_sum(const SumOfTensors& x, const FusedBuffers& buffers, const ObserveSettings& settings) {
-  const auto& [min_val, max_val, scale, zero_point, nonfinite_count, eps] = buffers;
-  for (const Array* a : {&min_val, &max_val, &scale, &zero_point}) check_count(*a, 1);
+  for (const Array* a : {&buffers.min_val, &buffers.max_val, &buffers.scale, &buffers.zero_point})
+    check_count(*a, 1);
   if (x.a.numel() > 0) {
     with_stored_type(x.a.type, [&](auto stored) {
       const auto found = observed<decltype(stored)>(x, settings.nonfinite);
       Extremes<Compute<decltype(stored)>> extremes(1);
       extremes.low[0] = found.low;
       extremes.high[0] = found.high;
-      const auto lock = locked(min_val);
-      update_range(extremes, settings.averaging_constant, min_val, max_val);
-      add_nonfinite(nonfinite_count, found.nonfinite);
+      const auto lock = locked(buffers.min_val);
+      update_range(extremes, settings.averaging_constant, buffers.min_val, buffers.max_val);
+      add_nonfinite(buffers.nonfinite_count, found.nonfinite);
     });
   }
-  choose_qparams(min_val, max_val, eps, settings.qparams, scale, zero_point);
+  choose_qparams(buffers.min_val, buffers.max_val, buffers.eps, settings.qparams, buffers.scale,
+                 buffers.zero_point);
 }
 
 void fake_quantize_clamped_sum(const SumOfTensors& x, const Array& scale, const Array& zero_point,

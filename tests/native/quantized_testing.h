@@ -45,15 +45,15 @@ Buffer<X> random_bytes(int64_t n) {
 }
 
 // A zero point of unsigned or signed bytes.
-int64_t random_zero_point(bool is_signed) {
+inline int64_t random_zero_point(bool is_signed) {
   const int64_t least = is_signed ? -128 : 0;
   return least + pick({0, 255, between(0, 255)});
 }
 
-int64_t value_of(uint8_t byte, bool is_signed) { return is_signed ? int8_t(byte) : byte; }
+inline int64_t value_of(uint8_t byte, bool is_signed) { return is_signed ? int8_t(byte) : byte; }
 
 // round(y) + zero_point as a byte, limited to [low, high], which are in units of `scale`.
-uint8_t level(float y, double scale, int64_t zero_point, double low, double high, bool is_signed) {
+inline uint8_t level(float y, double scale, int64_t zero_point, double low, double high, bool is_signed) {
   const double least = is_signed ? -128 : 0;
   const auto bound = [&](double b) {
     return std::min(std::max(std::nearbyint(b / scale) + double(zero_point), least), least + 255);

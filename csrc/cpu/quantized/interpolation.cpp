@@ -49,8 +49,8 @@ Places places_of(const Resizing& r, int k) {
 void interpolate(const Images& x, const Resizing& resizing, uint8_t* out) {
   Places places[kPoolDims];
   for (int k = 0; k < kPoolDims; ++k) places[k] = places_of(resizing, k);
-  const auto& [depth, height, width] = places;
-  const auto [deep, high, wide] = resizing.outputs;
+  const Places &depth = places[0], &height = places[1], &width = places[2];
+  const int64_t deep = resizing.outputs[0], high = resizing.outputs[1], wide = resizing.outputs[2];
   const int64_t rows = x.count * deep * high, bytes = wide * x.channels;
   if (rows * bytes == 0) return;
   const bool linear = resizing.mode == Interpolation::linear;

@@ -26,7 +26,7 @@ int64_t most_pixels(const Windows& w) {
 // dimensions.
 template <class F>
 void for_rows(const Images& x, const Windows (&windows)[kPoolDims], uint8_t* out, const F& f) {
-  const auto& [depth, height, width] = windows;
+  const Windows &depth = windows[0], &height = windows[1], &width = windows[2];
   const int64_t deep = outputs_of(depth), high = outputs_of(height), wide = outputs_of(width);
   const int64_t all = x.count * deep * high, bytes = wide * x.channels;
   if (all * bytes == 0) return;

@@ -138,7 +138,7 @@ class Part {
 
   // Where the positions from `first` on find their values, and where their outputs belong.
   void find(int64_t first, int64_t count, const uint8_t** pointers, int64_t* places) const {
-    const auto& [z, y, x] = axes_.dims;
+    const Axis &z = axes_.dims[0], &y = axes_.dims[1], &x = axes_.dims[2];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = first + i, ox = at % x.count, row = at / x.count;
       const int64_t oy = row % y.count, oz = row / y.count % z.count, n = row / y.count / z.count;

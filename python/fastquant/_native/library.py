@@ -5,11 +5,30 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import platform
+import re
 import warnings
 
 import torch
 
+from .._core.installation import BUILD
 from .._torch import private as private  # refuses a torch that is too old
+from .._version import __version__
+
+
+def _remedy(problem: str) -> str:
+    """What to do about a native library that does not load, from what the loader says."""
+    if "No module named" in problem:
+        return f"It is built when fastquant is installed: {BUILD}."
+    if re.search("(GLIBC|GLIBCXX|CXXABI)_", problem):
+        return f"It was built for a newer Linux than this one: {BUILD}."
+    if "undefined symbol" in problem:
+        return (
+            f"torch {torch.__version__} lacks what it calls; fastquant {__version__} supports "
+            f"torch {private.OLDEST} to {private.NEWEST}: install one of these, or {BUILD}."
+        )
+    here = f"{platform.system()} on {platform.machine()}"
+    return f"It may be one for another system than this one, {here}: {BUILD}."
 
 
 def _load_library() -> None:
@@ -17,9 +36,7 @@ def _load_library() -> None:
         importlib.import_module("fastquant._C")
     except ImportError as error:
         raise ImportError(
-            f"fastquant's native library does not load ({error}). It is built when fastquant is "
-            "installed: run `pip install .` in the source directory, or `pip install -e . "
-            "--no-build-isolation` to work on it."
+            f"fastquant's native library does not load ({error}). {_remedy(str(error))}"
         ) from error
 
 

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from .._version import __version__
 
-OLDEST, NEWEST = "2.10", "2.14"
+OLDEST, NEWEST = "2.10", "2.15"
 
 # What is looked up here, as paths below `torch`.
 NAMES: list[str] = []
@@ -67,7 +67,7 @@ def _assume_so() -> bool:
 
 torch_release = _numbers(torch.__version__)
 if torch_release < _numbers(OLDEST):
-    raise ImportError(_unsupported("pip install --upgrade torch"))
+    raise ImportError(_unsupported("run `pip install --upgrade torch`"))
 
 # --- what surrounds a call ------------------------------------------------------------------
 
