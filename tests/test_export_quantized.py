@@ -481,6 +481,40 @@ def test_native_modules_are_exported_as_they_are() -> None:
     assert_close(export(model, (x,)), model, x, steps=2)
 
 
+class Bags(nn.Module):
+    """Embeddings, whose sum a linear layer gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.bags = nn.Embedding(30, 8), nn.EmbeddingBag(30, 8, mode="mean")
+        self.quant, self.dequant = fq.QuantStub(), fq.DeQuantStub()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.dequant(self.linear(self.quant(self.rows(indices).sum(1) + self.bags(indices))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_embeddings_stay_small(bits: int) -> None:
+    model: Any = Bags().eval()
+    model.qconfig = NATIVE
+    model.rows.qconfig = model.bags.qconfig = (
+        fq.float_qparams_weight_only_qconfig
+        if bits == 8
+        else fq.float_qparams_weight_only_qconfig_4bit
+    )
+    model = fq.prepare(model)
+    indices = torch.randint(30, (6, 4))
+    model(indices)
+    program = export(model, (indices,))
+    assert [tuple(v.shape) for v in program.state_dict.values() if v.dtype == torch.uint8] == [
+        (30, 8)
+    ] * 2
+    assert_close(program, native(model), indices, steps=1)
+    assert_close(export(model, (indices,), runtime="openvino"), native(model), indices, steps=1)
+
+
 # --- where programs run -------------------------------------------------------------------------
 
 
@@ -677,9 +711,10 @@ def test_unknown_runtimes_are_refused() -> None:
             runtime="tpu")  # fmt: skip
 
 
-def test_dynamic_models_are_refused() -> None:
+@pytest.mark.parametrize("backend", ["native", "torch.ao"])
+def test_dynamic_models_are_refused(backend: str) -> None:
     with quiet():
-        model = fq.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)))
+        model = fq.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)), backend=backend)
     refused(model, "0 are quantized dynamically", torch.randn(2, 4))
 
 

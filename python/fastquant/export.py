@@ -113,7 +113,7 @@ def _native(model: nn.Module) -> tuple[nn.Module, set[str]]:
 
 
 # Classes of quantized modules that stand for layers, whatever they are made of.
-_NATIVE = (Weighted, native.Quantize, native.QFunctional)
+_NATIVE = (Weighted, native.Quantize, native.QFunctional, native.Embedding)
 _OF_TORCH_AO = tuple(
     {*DEFAULT_STATIC_QUANT_MODULE_MAPPINGS.values()}
     - {*get_default_native_quant_module_mappings().values()}

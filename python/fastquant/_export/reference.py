@@ -192,6 +192,50 @@ class _Functional(nn.Module):
         return F.relu(torch.mul(x, y))
 
 
+class _Embedding(nn.Module):
+    """Rows of a weight of 8 or 4 bits, or of the real numbers that it stands for."""
+
+    def __init__(self, layer: Any, int8_constant: bool) -> None:
+        super().__init__()
+        values, scales, zero_points = layer._unpacked()
+        if not int8_constant:
+            values = (values - zero_points[:, None]) * scales[:, None]
+        self.register_buffer("weight", values)
+        self.register_buffer("weight_scale", scales)
+        self.register_buffer("weight_zero_point", zero_points)
+        self.highest = 2**layer._bits - 1
+
+    def _real(self) -> Any:
+        if self.weight.is_floating_point():  # type: ignore[operator]
+            return self.weight
+        return decomposed.ops().dequantize_per_channel.default(
+            *(self.weight, self.weight_scale, self.weight_zero_point, 0),
+            *(0, self.highest, torch.uint8),
+        )
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self._real())
+
+
+class _EmbeddingBag(_Embedding):
+    """Sums, means or maxima of such rows."""
+
+    def __init__(self, layer: Any, int8_constant: bool) -> None:
+        super().__init__(layer, int8_constant)
+        self.settings = {
+            name: getattr(layer, name) for name in ("mode", "include_last_offset", "padding_idx")
+        }
+
+    def forward(
+        self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Any = None
+    ) -> Tensor:
+        return F.embedding_bag(
+            *(indices, self._real(), offsets),
+            per_sample_weights=per_sample_weights,
+            **self.settings,
+        )
+
+
 class _LSTM(nnq.LSTM):
     """An LSTM of reference modules, whose first states are quantized zeros."""
 
@@ -298,6 +342,8 @@ class References:
         yield nnq.QFunctional, lambda m: _Functional(self._rounded(m))
         yield nnq.PReLU, lambda m: _Computed(_prelu(m), self._rounded(m))
         yield _COMPUTED, lambda m: _Computed(_floating(m), self._rounded(m))
+        yield nnq.EmbeddingBag, lambda m: _EmbeddingBag(m, int8_constants)
+        yield nnq.Embedding, lambda m: _Embedding(m, int8_constants)
         yield nnq.ReLU6, lambda m: nn.ReLU6()
         yield nnq.Dropout, lambda m: nn.Identity()
 
