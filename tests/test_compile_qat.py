@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
-import torch.ao.nn.intrinsic.qat
 from torch import Tensor, nn
 
 import fastquant as fq
+import fastquant.nn.intrinsic.qat as nniqat
 from oracle import quiet
 from test_compile import needs_a_compiler
 
@@ -163,10 +163,10 @@ def test_blocks_evaluate_and_freeze_statistics_as_in_eager_mode() -> None:
     compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
     train_alike(compiled, models, batch())
     for change in (
-        torch.ao.nn.intrinsic.qat.freeze_bn_stats,
+        nniqat.freeze_bn_stats,
         nn.Module.eval,
         nn.Module.train,
-        torch.ao.nn.intrinsic.qat.update_bn_stats,
+        nniqat.update_bn_stats,
     ):
         for model in models:
             if change in (nn.Module.eval, nn.Module.train):

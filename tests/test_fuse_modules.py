@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.nn.intrinsic as nni
 import torch.ao.quantization as tq
 from torch import nn
 
 import fastquant as fq
+import fastquant.nn.intrinsic as nni
 from fastquant.fuse_modules import fuse_known_modules
 from fastquant.fuser_method_mappings import (
     _DEFAULT_OP_LIST_TO_FUSER_METHOD,

@@ -224,6 +224,13 @@ def test_every_name_of_torch_ao_is_there(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(chosen[n] is getattr(own, n) for n in names)
 
 
+def test_the_linear_layer_inside_of_attention_is_taken() -> None:
+    layer: Any = nn.MultiheadAttention(4, 2).out_proj
+    layer.qconfig = QCONFIG
+    made = layers.Linear.from_float(layer)
+    assert made.weight is layer.weight
+
+
 def test_mistakes_are_named() -> None:
     for make, message in (
         (lambda: layers.Linear(3, 4), "Linear needs a qconfig.*got None"),

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.nn.intrinsic as nni
 import torch.ao.quantization as tq
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import fastquant as fq
+import fastquant.nn.intrinsic as nni
+import fastquant.nn.intrinsic.qat as nniqat
 from oracle import quiet
 
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
@@ -447,7 +448,7 @@ def test_checkpointed_blocks_have_the_same_gradients(reentrant: bool) -> None:
     block = prepared(module)
     block(x)
     block.apply(fq.disable_observer)  # the block runs twice
-    block.apply(torch.ao.nn.intrinsic.qat.freeze_bn_stats)
+    block.apply(nniqat.freeze_bn_stats)
     x = x.clone().requires_grad_()
     y, expected = gradients_of(block, x)
 
@@ -570,7 +571,7 @@ def test_under_autocast_gradients_of_gradients_are_those_of_the_steps() -> None:
 
 
 def test_a_replaced_convolution_is_called() -> None:
-    class Doubled(torch.ao.nn.intrinsic.qat.ConvBn2d):
+    class Doubled(nniqat.ConvBn2d):
         def _conv_forward(self, *args: Any) -> Tensor:
             return 2 * super()._conv_forward(*args)
 

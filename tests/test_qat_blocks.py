@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.quantization as tq
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
+import fastquant.nn.intrinsic.qat as nniqat
+from fastquant.nn.quantized import FloatFunctional
 from oracle import assert_same, assert_unchanged, quiet, snapshot
 from zoo import torchvision_model
 
@@ -328,7 +329,7 @@ class MobileNet(nn.Module):
         self.expand = self._conv(8, 24, 1)
         self.depthwise = self._conv(24, 24, 3, padding=1, groups=24)
         self.project = self._conv(24, 8, 1, relu=False)
-        self.add = torch.ao.nn.quantized.FloatFunctional()
+        self.add = FloatFunctional()
         self.classifier = nn.Linear(8, 4)
 
     @staticmethod

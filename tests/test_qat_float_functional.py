@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
+import fastquant.nn.quantized as nnq
 from oracle import assert_same, quiet
 from strategies import FLOATS, LAYOUTS, random_values
 
@@ -311,9 +311,10 @@ def test_a_subclass_reaches_torchs_method_by_super() -> None:
 
 def test_methods_are_replaced_by_prepare_qat_where_they_are_torchs() -> None:
     code = """
-        import torch, torch.ao.nn.quantized as nnq
+        import torch
         from torch import nn
         import fastquant as fq
+        import fastquant.nn.quantized as nnq
 
         theirs = nnq.FloatFunctional.add_relu, nnq.FloatFunctional.cat
         nnq.FloatFunctional.add = mine = lambda self, x, y: x * y

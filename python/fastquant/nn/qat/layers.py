@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import (
 )
 
 from ..._core.errors import QuantizationError
+from ..._torch.private import AttentionLinear
 from ..intrinsic import _FusedModule
 
 _Self = TypeVar("_Self", bound="Trained")
@@ -82,10 +83,11 @@ class Trained(nn.Module):
 
 def require_float_module(cls: type[Trained], mod: Any) -> None:
     """Raise unless `cls.from_float` takes the module."""
-    if type_before_parametrizations(mod) is not cls._FLOAT_MODULE:
+    kind = type_before_parametrizations(mod)
+    is_in_attention = cls._FLOAT_MODULE is nn.Linear and kind is AttentionLinear
+    if kind is not cls._FLOAT_MODULE and not is_in_attention:
         raise QuantizationError(
-            f"{cls.__name__}.from_float takes a {cls._FLOAT_MODULE.__name__}, got "
-            f"{type_before_parametrizations(mod).__name__}"
+            f"{cls.__name__}.from_float takes a {cls._FLOAT_MODULE.__name__}, got {kind.__name__}"
         )
     if not getattr(mod, "qconfig", None):
         raise QuantizationError(
