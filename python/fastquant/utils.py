@@ -16,7 +16,6 @@ from ._core.errors import QuantizationError as QuantizationError
 from ._core.qparams import qparams_of_range, symmetric_zero_point
 from ._core.ranges import is_unobserved, warn_of_unobserved
 from ._core.schemes import PER_CHANNEL, PER_TENSOR, SCHEME_CODES, Scheme
-from ._torch import ao
 from ._torch.ao import MatchAllNode, NodePattern, Pattern
 from .quant_type import QuantType
 
@@ -131,6 +130,14 @@ def to_underlying_dtype(qdtype: torch.dtype) -> torch.dtype:
     return _UNDERLYING_DTYPE[qdtype]
 
 
+def observes_no_range(observer: Any) -> bool:
+    """Whether this is a `PlaceholderObserver` or `NoopObserver`, fastquant's or torch.ao's.
+
+    Only they have the name of an op that needs no observer.
+    """
+    return hasattr(observer, "custom_op")
+
+
 def get_qparam_dict(observer_or_fake_quant: Any) -> dict[str, Any]:
     """The quantization parameters of an observer or fake-quantize, as reference modules take them.
 
@@ -143,7 +150,7 @@ def get_qparam_dict(observer_or_fake_quant: Any) -> dict[str, Any]:
     """
     source = observer_or_fake_quant
     qscheme = getattr(source, "qscheme", None)
-    if not qscheme or isinstance(source, ao.PlaceholderObserver):
+    if not qscheme or observes_no_range(source):
         return {"qscheme": None, "dtype": source.dtype}
     qparams: dict[str, Any] = {"dtype": source.dtype}
     if is_per_tensor(qscheme):

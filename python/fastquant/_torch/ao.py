@@ -33,7 +33,6 @@ __all__ = [
     "PerRow",
     "PerTensor",
     "PerToken",
-    "PlaceholderObserver",
     "QConfigMapping",
     "QuantStub",
     "QuantWrapper",
@@ -119,9 +118,6 @@ has_quantized_modules = all(
 # --- torch.ao.quantization ------------------------------------------------------------------
 
 mappings = _module("quantization.quantization_mappings")
-
-# A class that none is an instance of, where there is none.
-PlaceholderObserver: Any = getattr(_module("quantization.observer"), "PlaceholderObserver", ())
 
 if TYPE_CHECKING:
     from .stand_ins import (

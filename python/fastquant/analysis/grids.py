@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .. import functional as F
 from .._core.dtypes import RANGES, is_torch_quantized
-from .._torch.ao import PlaceholderObserver
-from ..utils import is_per_channel
+from ..utils import is_per_channel, observes_no_range
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def grid_of(observer: Any) -> Grid | None:
     inner = getattr(observer, "activation_post_process", observer)
     dtype = getattr(observer, "dtype", None)
     if (
-        isinstance(observer, PlaceholderObserver)
+        observes_no_range(observer)
         or not isinstance(dtype, torch.dtype)
         or dtype.is_floating_point
         or not hasattr(observer, "quant_min")
