@@ -64,7 +64,7 @@ def test_snippets_run_in_the_order_of_the_page(
     namespace = {"__name__": "page"}
     text = text_of(page)
     code = "".join(snippet["code"] for snippet in SNIPPET.finditer(text))
-    if re.search(r"torch\.ao|torch_ao", re.sub("#.*", "", code)):
+    if re.search(r"torch\.ao|torch_ao|fastquant\.bench", re.sub("#.*", "", code)):
         pytest.importorskip(
             "torch.ao.quantization", reason="the page shows torch.ao beside fastquant"
         )
