@@ -541,6 +541,18 @@ def test_convert_swaps_what_has_a_dynamic_config() -> None:
     torch.testing.assert_close(converted(x), model(x), rtol=0.1, atol=0.05)
 
 
+def test_convert_swaps_what_was_trained_for_dynamic_quantization() -> None:
+    qconfig = fq.QConfig(
+        activation=fq.default_dynamic_fake_quant, weight=fq.default_weight_fake_quant
+    )
+    model = nn.Sequential(fq.nn.qat.dynamic.Linear(6, 4, qconfig=qconfig), nn.ReLU())
+    x = torch.randn(5, 6)
+    model(x)
+    converted = fq.convert(model, backend="native")
+    assert type(converted[0]).__module__.startswith("fastquant.nn.quantized.dynamic")
+    torch.testing.assert_close(converted(x), model(x), rtol=0.05, atol=0.05)
+
+
 def test_layers_without_a_dynamic_form_stay_and_are_named() -> None:
     model = nn.Sequential(nn.LSTM(4, 6, proj_size=2))
     with pytest.warns(UserWarning, match="0 \\(it has projections.*stay as they are|projections"):
