@@ -29,10 +29,10 @@ def called(module: nn.Module, x: Tensor) -> Case:
     return Case(run)
 
 
-def quantized(module: nn.Module, backend: str) -> Any:
+def quantized(module: nn.Module, backend: str, dtype: torch.dtype = torch.qint8) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fq.quantize_dynamic(nn.Sequential(module), backend=backend)[0]
+        return fq.quantize_dynamic(nn.Sequential(module), dtype=dtype, backend=backend)[0]
 
 
 def torchao_linear() -> Callable[[nn.Linear], nn.Module] | None:
@@ -73,6 +73,14 @@ def measure(suite: Suite) -> None:
         called(quantized(fused, "native"), x),
         called(quantized(fused, "torch.ao"), x),
     )
+    for batch in (1, 32):
+        x = normal(batch, 768)
+        suite.compare(
+            f"linear of float16 weights 768x3072 batch {batch}",
+            f"fp32 {list(x.shape)}",
+            called(quantized(linear, "native", torch.float16), x),
+            called(quantized(linear, "torch.ao", torch.float16), x),
+        )
     for kind in (nn.LSTM, nn.GRU):
         for hidden in (256, 512):
             layer = kind(hidden, hidden)

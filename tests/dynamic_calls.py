@@ -77,6 +77,18 @@ def convolutions(draw: st.DrawFn) -> Call:
     return name, (x, weight, *draw(scales_of_layer(groups * channels)), *args)
 
 
+@st.composite
+def half_linears(draw: st.DrawFn) -> Call:
+    inputs = draw(st.sampled_from([1, 3, 16, 17, 70, 256]))
+    channels = draw(st.sampled_from([1, 3, 4, 17, 40]))
+    leading = draw(st.sampled_from([(), (1,), (3,), (2, 5), (9,)]))
+    kind = draw(st.sampled_from([kind for kind in KINDS if kind != "huge"]))
+    x = values((*leading, inputs), kind, torch.float32, draw(seeds))
+    weight = values((channels, inputs), "normal", torch.float16, draw(seeds))
+    bias = torch.randn(channels) if draw(st.booleans()) else None
+    return "half_linear", (x, weight, bias, draw(st.booleans()))
+
+
 def recurrent_args(
     gates: int,
     x: Tensor,
@@ -110,7 +122,7 @@ def recurrent(draw: st.DrawFn) -> Call:
     return ("dynamic_gru", "dynamic_lstm")[gates - 3], args
 
 
-layers = st.one_of(linears(), convolutions(), recurrent())
+layers = st.one_of(linears(), half_linears(), convolutions(), recurrent())
 
 
 def samples() -> Iterator[Call]:
@@ -121,6 +133,9 @@ def samples() -> Iterator[Call]:
             weight = ops.pack_weight(random_weight((channels, inputs), 1), 1, False)
             scales = (weight_scales(channels, 2), torch.ones(channels))
             yield "dynamic_linear", (x, weight, *scales, channels, False, True)
+    x = values((300, 260), "normal", torch.float32, 3)
+    weight = values((130, 260), "normal", torch.float16, 5)
+    yield "half_linear", (x, weight, torch.ones(130), False)
     for gates in (3, 4):
         # What the input gives for the gates is computed for some steps at once.
         x = values((12, 40, 130), "normal", torch.float32, 3)

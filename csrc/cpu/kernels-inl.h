@@ -12,6 +12,7 @@
 #include "kernels/clamped_sum-inl.h"
 #include "kernels/fake_quantize-inl.h"
 #include "kernels/folded_weight-inl.h"
+#include "kernels/half_linear-inl.h"
 #include "kernels/histogram-inl.h"
 #include "kernels/learnable-inl.h"
 #include "kernels/minmax-inl.h"
@@ -67,6 +68,7 @@ constexpr Kernels kernel_table(const char* isa) {
       {fold_weight<V<float>, float, BFloat16, float>, fold_weight_backward<V<float>, float, BFloat16, float>},
       quantization_error<V<float>, V<double>>,
       quantize<V<float>>,
+      half_linear<V<float>>,
   };
 }
 

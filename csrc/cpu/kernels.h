@@ -175,6 +175,17 @@ struct KernelsFor {
                               const NormColumns<T>& norm, const Range<T>& passing);
 };
 
+// A linear layer, all of whose tensors are contiguous: x is [rows, inputs], weight [outputs, inputs], and y
+// [rows, outputs]. bias may be null.
+struct HalfLinear {
+  const float* x;
+  const Half* weight;
+  const float* bias;
+  bool relu;
+  float* y;
+  int64_t rows, inputs, outputs;
+};
+
 struct Kernels {
   const char* isa;
   KernelsFor<float, float> f32;
@@ -193,6 +204,9 @@ struct Kernels {
 
   // out = quantized_to_int8(x) (math/fake_quantize.h).
   void (*quantize)(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high);
+
+  // The outputs [first, last) of all rows, computed in fp32.
+  void (*half_linear)(const HalfLinear& layer, int64_t first, int64_t last);
 };
 
 // The number of entries in one table of counts: the bins, one for elements outside the range, and padding.

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../half_linear.h"
 #include "dynamic.h"
 #include "layer_tensors.h"
 #include "recurrent.h"
@@ -61,6 +62,34 @@ Tensor dynamic_linear_op(const Tensor x, const Tensor packed_weight, const Tenso
     dynamic_linear(input.const_data_ptr(), element(input.scalar_type()), rows, in_features, out_features,
                    packed, scales, relu, reduce_range, y, type);
   });
+}
+
+Tensor half_linear_op(const Tensor x, const Tensor weight, const std::optional<Tensor> bias, bool relu) {
+  check(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() >= 1 && x.dim() <= kMaxDims,
+        "x must be a float32 tensor on the CPU");
+  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Half && weight.dim() == 2,
+        "weight must be a float16 matrix on the CPU");
+  const int64_t last = x.dim() - 1, inputs = x.sizes()[last], outputs = weight.sizes()[0];
+  check(weight.sizes()[1] == inputs, "weight takes ", weight.sizes()[1], " inputs, x has ", inputs);
+  const float* b = nullptr;
+  if (bias.has_value()) {
+    check(bias->is_cpu() && bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
+              bias->numel() == outputs,
+          "bias must be a contiguous float32 tensor of ", outputs, " elements on the CPU");
+    b = static_cast<const float*>(bias->const_data_ptr());
+  }
+  const Tensor rows = torch::stable::contiguous(x), w = torch::stable::contiguous(weight);
+  int64_t sizes[kMaxDims], strides[kMaxDims], count = 1;
+  for (int64_t d = last, stride = 1; d >= 0; --d) {
+    sizes[d] = d == last ? outputs : x.sizes()[d];
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+    if (d != last) count *= sizes[d];
+  }
+  Tensor y = empty_strided(x.dim(), sizes, strides, ScalarType::Float, x);
+  half_linear({static_cast<const float*>(rows.const_data_ptr()), static_cast<const Half*>(w.const_data_ptr()),
+               b, relu, static_cast<float*>(y.mutable_data_ptr()), count, inputs, outputs});
+  return y;
 }
 
 // ------------------------------------------------------------------------ convolution
@@ -231,6 +260,7 @@ std::tuple<Tensor, Tensor> dynamic_gru_op(const Tensor x, const std::optional<Te
 
 STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("dynamic_linear", TORCH_BOX(&dynamic_linear_op));
+  m.impl("half_linear", TORCH_BOX(&half_linear_op));
   m.impl("dynamic_conv", TORCH_BOX(&dynamic_conv_op));
   m.impl("dynamic_conv_transpose", TORCH_BOX(&dynamic_conv_transpose_op));
   m.impl("dynamic_lstm", TORCH_BOX(&dynamic_lstm_op));

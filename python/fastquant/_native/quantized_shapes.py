@@ -179,6 +179,10 @@ def _dynamic_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _half_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _dynamic_conv(x: Tensor, *args: Any) -> Tensor:
     return _conv(x, 1.0, 0, *args[:-1], x.dtype)
 
@@ -237,6 +241,7 @@ FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "quantized_layer_norm": _layer_norm,
     "quantized_softmax": _softmax,
     "dynamic_linear": _dynamic_linear,
+    "half_linear": _half_linear,
     "dynamic_conv": _dynamic_conv,
     "dynamic_conv_transpose": _dynamic_conv_transpose,
     "dynamic_lstm": _lstm,

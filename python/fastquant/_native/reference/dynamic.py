@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .basics import _check
 from .quantized import (
@@ -105,6 +106,27 @@ def dynamic_linear(
 ) -> Tensor:
     args = (packed_weight, weight_scale, bias, out_features)
     return _dynamic(quantized_linear, x, 1, args, relu, reduce_range)
+
+
+_SUMS = 16
+
+
+def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """A float16 weight on fp32 rows: 16 sums of products, then those of pairs of them."""
+    _check(
+        x.dtype == torch.float32 and weight.dtype == torch.float16, "x must be fp32, weight fp16"
+    )
+    rows = F.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % _SUMS)).unflatten(1, (-1, _SUMS))
+    weights = F.pad(weight.float(), (0, -weight.shape[1] % _SUMS)).unflatten(1, (-1, _SUMS))
+    y = x.new_zeros((rows.shape[0], weight.shape[0], _SUMS))
+    for step in range(rows.shape[1]):
+        y = multiplied_and_added(rows[:, None, step], weights[None, :, step], y)
+    while y.shape[-1] > 1:
+        first, second = y.chunk(2, -1)
+        y = first + second
+    y = y.squeeze(-1) + (0.0 if bias is None else bias)
+    y = torch.where(y < 0, 0.0, y) if relu else y
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def dynamic_conv(x: Tensor, *args: Any) -> Tensor:
@@ -206,4 +228,11 @@ def dynamic_gru(x: Tensor, batch_sizes: Tensor | None, h: Tensor, *args: Any) ->
     return _recurrent(_gru_cell, x, batch_sizes, (h,), weights, 3, reverse, reduce_range)
 
 
-DYNAMIC_OPS = (dynamic_linear, dynamic_conv, dynamic_conv_transpose, dynamic_lstm, dynamic_gru)
+DYNAMIC_OPS = (
+    dynamic_linear,
+    half_linear,
+    dynamic_conv,
+    dynamic_conv_transpose,
+    dynamic_lstm,
+    dynamic_gru,
+)

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...._core.dtypes import QINT8
-from ...._native.ops import dynamic_linear
+from ...._native.ops import dynamic_linear, half_linear
 from ...._quantized import calls
 from ...._quantized.tensor import check_floating
 from ...._torch.private import AttentionLinear
@@ -90,5 +89,5 @@ class Linear(DynamicWeighted):
     def _floating(self, x: Tensor) -> Tensor:
         """The output with a float16 weight, computed in fp32."""
         self._require_shape(x)
-        y = F.linear(x.float(), self._integers().float(), self._buffers["_bias"])
-        return (F.relu_(y) if self._RELU else y).to(x.dtype)
+        weight, bias = self._buffers["_packed_weight"], self._buffers["_bias"]
+        return half_linear(x.float(), weight, bias, self._RELU).to(x.dtype)  # type: ignore[no-any-return]
