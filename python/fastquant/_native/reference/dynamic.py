@@ -116,8 +116,11 @@ def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> T
     _check(
         x.dtype == torch.float32 and weight.dtype == torch.float16, "x must be fp32, weight fp16"
     )
-    rows = F.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % _SUMS)).unflatten(1, (-1, _SUMS))
-    weights = F.pad(weight.float(), (0, -weight.shape[1] % _SUMS)).unflatten(1, (-1, _SUMS))
+    more = (0, -x.shape[-1] % _SUMS)
+    rows, weights = (
+        F.pad(t.float(), more).reshape(len(t), -1, _SUMS)
+        for t in (x.reshape(-1, x.shape[-1]), weight)
+    )
     y = x.new_zeros((rows.shape[0], weight.shape[0], _SUMS))
     for step in range(rows.shape[1]):
         y = multiplied_and_added(rows[:, None, step], weights[None, :, step], y)
