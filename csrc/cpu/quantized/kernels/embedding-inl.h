@@ -21,7 +21,8 @@ struct EmbeddingRow {
     __builtin_memcpy(numbers, row + rows.value_bytes, sizeof(float));
     __builtin_memcpy(numbers + 1, row + rows.value_bytes + sizeof(float), sizeof(float));
     scale = F::set1(numbers[0]);
-    bias = F::mul(F::set1(numbers[1]), scale);
+    // The same as their product, which compilers would compute of scalars and broadcast by shuffles.
+    bias = F::madd(F::set1(numbers[1]), scale, F::set1(-0.0f));
     values = kBits == 8 ? row + first : row + first / 2;
     odd = kBits == 8 ? 0 : first % 2;
   }
@@ -41,13 +42,16 @@ struct EmbeddingRow {
   int64_t odd;  // where the first element is the upper half of a byte, as only vectors of one element begin
 };
 
-// Prefetches the lines of a row that is looked up soon, but for one that few rows reach into.
-FASTQUANT_INLINE void fetch_row(const EmbeddingRows& rows, const RowNumbers& numbers, int64_t k) {
-  constexpr int64_t kRowsAhead = 16;
-  const uint8_t* const row =
-      rows.data + numbers.data[smaller(k + kRowsAhead, numbers.readable - 1)] * rows.row_bytes;
-  __builtin_prefetch(row);
-  for (int64_t byte = 64; byte + 32 < rows.row_bytes; byte += 64) __builtin_prefetch(row + byte);
+constexpr int64_t kRowsAhead = 16;
+
+// Prefetches kBytes bytes of a row that is looked up soon, and what is behind its values.
+template <int kBytes>
+FASTQUANT_INLINE void fetch_row(const EmbeddingRows& rows, const RowNumbers& numbers, int64_t k,
+                                int64_t begin) {
+  const int64_t number = numbers.data[smaller(k + kRowsAhead, numbers.readable - 1)];
+  const uint8_t* const row = rows.data + number * rows.row_bytes;
+  unrolled<(kBytes + 63) / 64>([&](auto line)
+                                   FASTQUANT_INLINE_LAMBDA { __builtin_prefetch(row + begin + 64 * line); });
   __builtin_prefetch(row + rows.row_bytes - 1);
 }
 
@@ -66,7 +70,7 @@ FASTQUANT_INLINE bool reduce(const EmbeddingRows& given_rows, const RowNumbers& 
   for (int64_t k = 0; k < numbers.count; ++k) {
     const int64_t number = numbers.data[k];
     if (!has_row(rows, number)) return false;
-    if (first == 0) fetch_row(rows, numbers, k);
+    fetch_row<kVectors * F::N * kBits / 8>(rows, numbers, k, first * kBits / 8);
     const EmbeddingRow<B, kBits> row(rows, number, first);
     const auto weight = of.weight(k);
     unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
@@ -173,7 +177,7 @@ bool expand_rows(const EmbeddingRows& rows, const RowNumbers& numbers, float* ou
   for (int64_t k = 0; k < numbers.count; ++k, out += dim) {
     const int64_t number = numbers.data[k];
     if (!has_row(rows, number)) return false;
-    fetch_row(rows, numbers, k);
+    for (int64_t byte = 0; byte < rows.value_bytes; byte += 128) fetch_row<128>(rows, numbers, k, byte);
     for (int64_t i = 0; i < whole; i += F::N) {
       F::store(out + i, EmbeddingRow<B, kBits>(rows, number, i).at(Index<0>()));
     }
