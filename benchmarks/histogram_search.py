@@ -18,7 +18,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda x: x,
     "after ReLU": torch.relu,
     "uniform": torch.special.ndtr,
-    # Nearly all bins are empty, and the search walks through every one.
+    # Nearly all bins are empty.
     "one far outlier": lambda x: torch.cat([x.flatten(), torch.tensor([1e4])]),
 }
 SETTINGS = (

@@ -77,6 +77,18 @@ def test_search_for_one_value_finds_it(kind: str) -> None:
     assert_same(ops.search_histogram_range(histogram, low, high, 16), (low, high))
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 63), st.floats(0, 6)), max_size=5),
+    st.sampled_from([0, 1000, 1984]),
+)
+def test_search_among_empty_bins_as_reference(few: list[tuple[int, float]], first: int) -> None:
+    histogram = torch.zeros(2048)
+    for place, digits in few:
+        histogram[first + place] = round(10**digits)
+    ends = torch.tensor(-1.0), torch.tensor(7.0)
+    assert_as_reference("search_histogram_range", histogram, *ends, 256)
+
+
 @searches
 @spread
 def test_search_as_torch_ao(kind: str, bins: int, levels: int) -> None:

@@ -49,10 +49,13 @@ template <int kBytes>
 FASTQUANT_INLINE void fetch_row(const EmbeddingRows& rows, const RowNumbers& numbers, int64_t k,
                                 int64_t begin) {
   const int64_t number = numbers.data[smaller(k + kRowsAhead, numbers.readable - 1)];
-  const uint8_t* const row = rows.data + number * rows.row_bytes;
-  unrolled<(kBytes + 63) / 64>([&](auto line)
-                                   FASTQUANT_INLINE_LAMBDA { __builtin_prefetch(row + begin + 64 * line); });
-  __builtin_prefetch(row + rows.row_bytes - 1);
+  // No arithmetic of pointers, because there may be no row of this number.
+  const uintptr_t row = reinterpret_cast<uintptr_t>(rows.data) +
+                        static_cast<uintptr_t>(number) * static_cast<uintptr_t>(rows.row_bytes);
+  unrolled<(kBytes + 63) / 64>([&](auto line) FASTQUANT_INLINE_LAMBDA {
+    __builtin_prefetch(reinterpret_cast<const void*>(row + static_cast<uintptr_t>(begin + 64 * line)));
+  });
+  __builtin_prefetch(reinterpret_cast<const void*>(row + static_cast<uintptr_t>(rows.row_bytes - 1)));
 }
 
 FASTQUANT_INLINE bool has_row(const EmbeddingRows& rows, int64_t number) {
