@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -321,8 +321,46 @@ def test_sensitivity_takes_two_forwards_for_each_layer() -> None:
     cheap = count(sensitivity=False)
     # One in float for each batch; one quantized for every third.
     assert cheap == 3 + 1
-    # And one in float, to compare with.
-    assert count(sensitivity=True) == cheap + 2 * 5 + 1
+    # And one in float, to compare with, and one quantized.
+    assert count(sensitivity=True) == cheap + 2 * 5 + 2
+
+
+class Reusing(nn.Module):
+    """Calls a layer twice, changes outputs in place, and adds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = fq.QuantStub(), fq.DeQuantStub()
+        self.first, self.twice, self.last = (nn.Linear(6, 6) for _ in range(3))
+        self.functional = fq.nn.quantized.FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.quant(x)).clamp_(-1, 1)
+        y = self.twice(x).mul_(0.5)
+        y = self.functional.add(self.twice(y), x)
+        return self.dequant(self.last(y))
+
+
+def test_sensitivity_is_that_of_every_layer_alone_and_of_all_but_it() -> None:
+    torch.manual_seed(0)
+    model, batch = Reusing().eval(), torch.randn(16, 6)
+    names = ("quant", "first", "twice", "functional", "last")
+
+    def prepared(quantized: Collection[str]) -> Any:
+        net: Any = copy.deepcopy(model)
+        for name in names:
+            getattr(net, name).qconfig = with_bits(3) if name in quantized else None
+        observed = fq.prepare(net)
+        observed(batch)
+        return observed
+
+    analysis = of(model, prepared(names), [batch])
+    for name in names:
+        sensitivity = analysis[name].sensitivity
+        others = set(names) - {name}
+        for kept, found in (({name}, sensitivity.only_sqnr), (others, sensitivity.without_sqnr)):
+            expected = of(model, prepared(kept), [batch], sensitivity=False).sqnr
+            assert found == pytest.approx(expected, abs=1e-3), name
 
 
 def test_progress_is_shown_on_stderr_only_where_asked_for(

@@ -52,6 +52,9 @@ def sensitivities(
 ) -> dict[str, Sensitivity]:
     """The sensitivity of every layer, by two forwards of each batch and two calls of the metric.
 
+    Both forwards take from the float model, or from the one with all layers quantized, what the
+    layers before this one gave: it is the same.
+
     Args:
         simulation: is left with all layers in float.
         batches: inputs.
@@ -62,17 +65,19 @@ def sensitivities(
     only = {name: OutputError() for name in simulation.sites}
     without = {name: OutputError() for name in simulation.sites}
     for batch in batches:
-        simulation.set(FLOAT)
-        reference = run(simulation.model, batch)
-        for name in simulation.sites:
-            simulation.set(FLOAT)
-            simulation.set(QUANTIZED, [name])
-            only[name].add(reference, run(simulation.model, batch))
-            advance()
-            simulation.set(QUANTIZED)
-            simulation.set(FLOAT, [name])
-            without[name].add(reference, run(simulation.model, batch))
-            advance()
+        reference: Any = None
+        for state, other, errors in ((FLOAT, QUANTIZED, only), (QUANTIZED, FLOAT, without)):
+            simulation.set(state)
+            output, recording = simulation.record(run, batch)
+            reference = output if state == FLOAT else reference
+            for name in simulation.sites:
+                known = recording.before(name)
+                simulation.set(state)
+                simulation.set(other, [name])
+                simulation.set(FLOAT, known)
+                with simulation.replaying(known):
+                    errors[name].add(reference, run(simulation.model, batch))
+                advance()
     scores: dict[str, tuple[float | None, float | None]] = {}
     for name in simulation.sites:
         pair: list[float | None] = [None, None]

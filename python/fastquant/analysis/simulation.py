@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -221,3 +221,64 @@ class Simulation:
             yield
         finally:
             self.listener = None
+
+    def record(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[Any, Recording]:
+        """What the model returns for a batch, and what its layers gave meanwhile."""
+        recording = Recording()
+        with self.listening(recording.note):
+            return run(self.model, batch), recording
+
+    @contextmanager
+    def replaying(self, outputs: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
+        """In here, these layers give what they gave before, and compute nothing.
+
+        They must be in float: what they give was rounded before.
+        """
+        with ExitStack() as stack:
+            for name, given in outputs.items():
+                stack.enter_context(_returning(self.sites[name].module, given))
+            yield
+
+
+class Recording:
+    """What layers gave in a run of the model, and in which order."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, list[Tensor]] = {}
+        self._first: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        self._calls = 0
+
+    def note(self, site: Site, call: Call | None, output: Any) -> None:
+        """The listener that records."""
+        self._first.setdefault(site.name, self._calls)
+        self._last[site.name] = self._calls
+        self._calls += 1
+        # A FloatFunctional has methods instead of a forward, and takes little time.
+        if call is not None and isinstance(output, Tensor):
+            self._outputs.setdefault(site.name, []).append(output.clone())
+
+    def before(self, name: str) -> dict[str, list[Tensor]]:
+        """The outputs of layers that are done before this one begins: it does not change them."""
+        first = self._first.get(name, 0)
+        return {
+            other: outputs
+            for other, outputs in self._outputs.items()
+            if self._last[other] < first and not other.startswith(f"{name}.")
+        }
+
+
+@contextmanager
+def _returning(module: nn.Module, outputs: Sequence[Tensor]) -> Iterator[None]:
+    """In here, the module's calls return copies of these tensors, one after the other."""
+    # Copies, because an operation that follows may change its input in place.
+    rest = iter(outputs)
+    attributes = vars(module)
+    before = attributes.get("forward")
+    attributes["forward"] = lambda *args, **kwargs: next(rest).clone()
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        if before is not None:
+            attributes["forward"] = before
