@@ -109,7 +109,7 @@ def _native(model: nn.Module) -> tuple[nn.Module, set[str]]:
             "export: the model has neither observers nor quantized modules; prepare it (prepare or "
             "prepare_qat) and run data through it first"
         )
-    return quantized.eval(), set(checks.uncalibrated(plan))
+    return quantized.eval(), set(checks.uncalibrated(plan, functionals=True))
 
 
 # Classes of quantized modules that stand for layers, whatever they are made of.
