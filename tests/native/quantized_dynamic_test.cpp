@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/half_linear.h"
 #include "cpu/quantized/dynamic.h"
 #include "cpu/quantized/packing.h"
 #include "cpu/quantized/recurrent.h"
@@ -82,6 +83,25 @@ void check_linear() {
   expect(kept, "a row that is not finite");
 }
 
+void check_half_linear() {
+  const int64_t rows = pick({1, 2, 4, 5, 9}), in = pick({1, 15, 16, 40}), out = pick({1, 3, 4, 70});
+  const bool relu = rng() % 2 == 0;
+  const Buffer<float> x = random_floats(rows * in), bias = random_floats(out);
+  Buffer<Half> weight(out * in);
+  for (int64_t i = 0; i < out * in; ++i) from_compute(&weight[i], float(between(-64, 64)) / 32.0f);
+  Buffer<float> y(rows * out);
+  half_linear({x.data(), weight.data(), bias.data(), relu, y.data(), rows, in, out});
+  bool same = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < out; ++o) {
+      double sum = double(bias[o]);
+      for (int64_t i = 0; i < in; ++i) sum += double(x[r * in + i]) * double(to_compute(weight[o * in + i]));
+      same &= close(y[r * out + o], relu ? std::max(sum, 0.0) : sum);
+    }
+  }
+  expect(same, "linear layer of fp16 weights");
+}
+
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 // One step of the first rows of h and c (of an LSTM).
@@ -147,6 +167,7 @@ int run(int rounds) {
   return run_everywhere([&] {
     for (int round = 0; round < rounds; ++round) {
       check_linear();
+      check_half_linear();
       check_recurrent(true);
       check_recurrent(false);
     }
