@@ -32,7 +32,9 @@ def called(module: nn.Module, x: Tensor) -> Case:
 def quantized(module: nn.Module, backend: str, dtype: torch.dtype = torch.qint8) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fq.quantize_dynamic(nn.Sequential(module), dtype=dtype, backend=backend)[0]
+        return fq.quantize_dynamic(
+            nn.Sequential(module), {type(module)}, dtype=dtype, backend=backend
+        )[0]
 
 
 def torchao_linear() -> Callable[[nn.Linear], nn.Module] | None:
