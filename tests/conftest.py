@@ -25,6 +25,11 @@ settings.register_profile(
 settings.load_profile("fastquant")
 
 
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    if not ao.has_quantized_modules and item.get_closest_marker("torch_ao"):
+        pytest.skip("is about torch.ao or torch's quantized modules, and there are none")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object]:
     """Skip a test that asks for torch's quantized modules where there are none."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from fastquant import checkpoints
+from fastquant._core.dtypes import QUINT8
 from oracle import quiet
 from test_without_torch_ao import alone
 
@@ -155,6 +156,7 @@ def test_unknown_classes_are_named(module: str, name: str, advice: str) -> None:
 def test_what_can_be_imported_is_itself() -> None:
     assert checkpoints.loads(named("torch.nn.modules.linear", "Linear")) is nn.Linear
     assert checkpoints.loads(named("fastquant.observer", "MinMaxObserver")) is fq.MinMaxObserver
+    assert checkpoints.loads(named("torch", "quint8")) is QUINT8
     assert checkpoints.loads(checkpoints.dumps({"a": [1.5]})) == {"a": [1.5]}
 
 

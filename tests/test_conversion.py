@@ -562,6 +562,7 @@ def test_whatever_goes_wrong_the_layer_is_named(kind: str, shortcuts: bool) -> N
         assert isinstance(ours.value, raised)
 
 
+@pytest.mark.torch_ao
 def test_the_error_can_be_pickled() -> None:
     model = nn.Sequential(fq.QuantStub(), nn.Conv2d(3, 4, 3, padding="same")).eval()
     model.qconfig = fq.get_default_qconfig("x86")
@@ -574,6 +575,7 @@ def test_the_error_can_be_pickled() -> None:
     assert str(again) == str(error.value)
 
 
+@pytest.mark.torch_ao
 def test_transposed_convolutions_after_training_are_named() -> None:
     model = Stubbed(fq, nn.Sequential(nn.ConvTranspose2d(3, 4, 3))).train()
     model.qconfig = fq.get_default_qat_qconfig("x86")
@@ -651,6 +653,7 @@ def test_warnings_point_at_the_users_line() -> None:
 # ------------------------------------------------------------------------------------- warnings
 
 
+@pytest.mark.torch_ao
 def test_averages_that_crossed_by_rounding_count_as_calibrated() -> None:
     model = Stubbed(fq, nn.Linear(2, 2)).eval()
     average = fq.MovingAverageMinMaxObserver.with_args(averaging_constant=0.01)
@@ -677,6 +680,7 @@ def messages(recorded: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in recorded if "QuantStub" in str(w.message)]
 
 
+@pytest.mark.torch_ao
 @pytest.mark.parametrize("body", [nn.Linear(4, 4), Residual()])
 def test_a_model_without_quantstub_is_warned_of(
     body: nn.Module, recorded: list[warnings.WarningMessage]
@@ -729,6 +733,7 @@ def test_a_users_own_targets_may_quantize(recorded: list[warnings.WarningMessage
     assert not messages(recorded)
 
 
+@pytest.mark.torch_ao
 def test_torchs_own_converts_inside_a_patched_one_do_not_warn(
     recorded: list[warnings.WarningMessage],
 ) -> None:
@@ -829,6 +834,7 @@ def test_embedding_bags_whose_setting_makes_no_difference_are_quantized(setting:
     torch.testing.assert_close(quantized[0](indices, offsets), expected, atol=0.1, rtol=0)
 
 
+@pytest.mark.torch_ao
 def test_embeddings_with_rows_beyond_max_norm_are_refused() -> None:
     spec = {nn.Embedding: fq.float_qparams_weight_only_qconfig}
     with pytest.raises(fq.QuantizationError, match="max_norm"):
@@ -837,6 +843,7 @@ def test_embeddings_with_rows_beyond_max_norm_are_refused() -> None:
     assert type(quantized[0]) is nnq.Embedding
 
 
+@pytest.mark.torch_ao
 @pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
 def test_instance_norms_with_running_statistics_are_refused(kind: type[nn.Module]) -> None:
     dims = int(kind.__name__[-2])

@@ -122,6 +122,7 @@ def test_a_bare_module_cannot_be_swapped_and_is_warned_of(call: Callable[[Any], 
         call(model)
 
 
+@pytest.mark.torch_ao
 def test_a_module_that_cannot_be_converted_is_named() -> None:
     model = Stubbed(fq, nn.Sequential(nn.Linear(2, 2))).eval()
     model.qconfig = fq.QConfig(fq.default_observer, fq.default_observer)  # unsigned weights
@@ -131,6 +132,7 @@ def test_a_module_that_cannot_be_converted_is_named() -> None:
         fq.convert(model)
 
 
+@pytest.mark.torch_ao
 def test_nothing_is_said_about_what_users_did_not_do() -> None:
     # In a process of its own: torch says some of it once per process.
     script = """

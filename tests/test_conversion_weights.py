@@ -66,6 +66,7 @@ def test_weights_are_quantized_as_torch_does_it(any_isa: list[str], data: st.Dat
             assert_same(getattr(got, part)(), getattr(expected, part)())
 
 
+@pytest.mark.torch_ao
 @pytest.mark.parametrize("threads_used", [1, 2])
 def test_large_weights_are_quantized_as_torch_does_it(threads_used: int, threads: None) -> None:
     torch.set_num_threads(threads_used)

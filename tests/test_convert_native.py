@@ -295,6 +295,7 @@ def test_a_layer_without_a_native_form_stays_floating_and_is_named_once() -> Non
     assert not foreign(converted)
 
 
+@pytest.mark.torch_ao
 def test_a_stub_that_cannot_quantize_is_an_error() -> None:
     model: Any = nn.Sequential(fq.QuantStub(), nn.Linear(3, 3))
     model.qconfig = NATIVE
@@ -319,6 +320,7 @@ class Sequence(nn.Module):
         return self.dequant(self.layer(x, x, x)[0] if attends else self.layer(x)[0])
 
 
+@pytest.mark.torch_ao
 @torch.no_grad()
 @pytest.mark.parametrize(
     "layer",

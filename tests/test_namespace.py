@@ -12,6 +12,8 @@ import torch.ao.quantization as tq
 
 import fastquant as fq
 
+pytestmark = pytest.mark.torch_ao
+
 SUBMODULES = [
     "",
     "observer",

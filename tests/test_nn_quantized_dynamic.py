@@ -476,6 +476,7 @@ def bad(call: Any, error: type[Exception], message: str) -> None:
         call()
 
 
+@pytest.mark.torch_ao
 def test_bad_input_is_refused_in_words() -> None:
     linear = nnqd.Linear(6, 3)
     bad(lambda: linear(torch.randn(2, 5)), ValueError, "6 features.*shape \\[2, 5\\]")
@@ -499,6 +500,7 @@ def test_bad_input_is_refused_in_words() -> None:
     bad(lambda: conv(torch.randn(1, 2, 6, 6)), ValueError, "C = 3.*\\[1, 2, 6, 6\\]")
 
 
+@pytest.mark.torch_ao
 def test_modules_that_cannot_be_quantized_are_named() -> None:
     bad(lambda: nnqd.Linear.from_float(nn.Conv1d(1, 1, 1)), TypeError, "Linear.*got.*Conv1d")
     bad(lambda: nnqd.Linear.from_float(nn.Linear(2, 2)), QuantizationError, "qconfig")

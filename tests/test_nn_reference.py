@@ -205,6 +205,7 @@ def dictionary(layer: Any, observer: str) -> dict[str, Any]:
 RECURRENT = ["uint8", "int8", "channels", "float16"]
 
 
+@pytest.mark.torch_ao
 @pytest.mark.parametrize("observer", RECURRENT)
 @pytest.mark.parametrize("bias", [False, True])
 def test_cells_are_torch_ao_s(observer: str, bias: bool) -> None:

@@ -309,6 +309,7 @@ def test_a_subclass_reaches_torchs_method_by_super() -> None:
     assert_same(model(x, y), expected)
 
 
+@pytest.mark.torch_ao
 def test_methods_are_replaced_by_prepare_qat_where_they_are_torchs() -> None:
     code = """
         import torch

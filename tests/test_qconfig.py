@@ -39,6 +39,7 @@ def test_named_configs_are_torchs(name: str) -> None:
     assert type(ours) is fq.QConfig
 
 
+@pytest.mark.torch_ao
 def test_there_are_named_configs_to_compare() -> None:
     assert len(NAMED) > 20
     for name in ("_default_fp32_placeholder_qconfig", "_default_quint8_placeholder_qconfig"):

@@ -60,6 +60,7 @@ def test_averages_that_crossed_by_rounding_have_a_scale() -> None:
     assert zero_point.item() == 0
 
 
+@pytest.mark.torch_ao
 def test_convert_does_not_say_that_a_crossed_average_saw_no_data() -> None:
     crossed = crossed_average()
     prepared = quantize_stub_with(

@@ -318,6 +318,7 @@ def test_modules_convert_to_other_dtypes(name: str, dtype: torch.dtype, when: st
     assert bool((scale > 0).all())
 
 
+@pytest.mark.torch_ao
 def test_fixed_qparams_stay_shared_in_a_copy() -> None:
     copied = copy.deepcopy(ours("default_fixed_qparams_range_0to1_fake_quant"))
     assert copied.scale is copied.activation_post_process.scale
@@ -377,6 +378,7 @@ def test_models_that_torch_pickled_work_under_the_patch() -> None:
 PICKLED = Path(__file__).parent / "data" / "pickled_modules.pt"
 
 
+@pytest.mark.torch_ao
 def test_modules_that_an_older_version_pickled_go_on_where_they_were() -> None:
     with quiet():
         read = torch.load(PICKLED, weights_only=False)
@@ -537,6 +539,7 @@ class Model(nn.Module):
         return self.second.activation_post_process(self.second(x))
 
 
+@pytest.mark.torch_ao
 @both_ways
 def test_observer_states_move_between_models(
     source: Callable[[str], Any], target: Callable[[str], Any]
@@ -558,6 +561,7 @@ def test_observer_states_move_between_models(
     assert_same(read.first.weight, linear)
 
 
+@pytest.mark.torch_ao
 def test_torchs_functions_take_our_observers() -> None:
     written, read = calibrate(Model(ours)), Model(ours)
     with quiet():
@@ -580,6 +584,7 @@ def test_an_eps_of_ones_own_survives() -> None:
     assert float(read[0].activation_post_process.eps) == 2**-12  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.torch_ao
 def test_an_observers_state_must_be_whole_and_fit() -> None:
     state = get_observer_state_dict(calibrate(Model(ours)))
     partial = OrderedDict(state)
@@ -592,6 +597,7 @@ def test_an_observers_state_must_be_whole_and_fit() -> None:
         load_observer_state_dict(Model(ours), wrong)
 
 
+@pytest.mark.torch_ao
 def test_observers_without_an_entry_keep_their_state() -> None:
     read = calibrate(Model(ours))
     before = snapshot(read)

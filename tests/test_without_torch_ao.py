@@ -219,5 +219,3 @@ def test_what_needs_torch_ao_says_so() -> None:
         fq.patch_torch_ao()
     with pytest.raises(NotImplementedError, match="cannot be scripted"):
         torch.jit.script(fq.MinMaxObserver())
-    with pytest.raises(fq.QuantizationError, match=r"is_reference=True needs"):
-        fq.convert(prepared, is_reference=True)

@@ -237,7 +237,7 @@ def _times(subject: Subject, notes: list[str]) -> tuple[dict[str, float], dict[s
             if is_prepared(converted):
                 converted = convert(converted)
             quantized_ms = times(converted, names, lambda model: subject.run(model, batch))
-    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         notes.append(f"The quantized layers were not timed: {type(error).__name__}: {reason}")
         quantized_ms = {}
