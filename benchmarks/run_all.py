@@ -25,6 +25,7 @@ import int8_layers
 import int8_models
 import memory
 import observers
+import onnx_models
 import ranges
 import roofline
 import threads
@@ -55,6 +56,7 @@ BENCHMARKS: dict[str, Measure] = {
         int8_embedding,
         int8_layers,
         int8_models,
+        onnx_models,
     )
 }
 

@@ -157,7 +157,8 @@ def test_convolutions(name: str, per_channel: bool) -> None:
 @pytest.mark.parametrize("channels", range(1, 10))
 def test_every_number_of_channels(channels: int) -> None:
     layers = nn.Conv2d(channels, channels, 3), nn.Flatten(), nn.Linear(channels * 9, channels)
-    proto = assert_one_step_apart(*calibrated(chain(*layers), (12, channels, 5, 5)))
+    # One element more or less is a large part of so few.
+    proto = assert_one_step_apart(*calibrated(chain(*layers), (12, channels, 5, 5)), fraction=0.15)
     assert ops_of(proto)["QuantizeLinear"] == 3
 
 
@@ -547,6 +548,38 @@ def test_activations_of_16_bits(prepare: str) -> None:
     assert "BatchNormalization" not in ops_of(proto)
     # Trained models evaluate so; observers leave the numbers of others as they are.
     assert (run(proto, x) - y).abs().max() < 0.05 * y.abs().max()
+
+
+def test_dynamic_linear_layers_are_quantized_at_each_call() -> None:
+    torch.manual_seed(0)
+    with quiet():
+        model = fq.quantize_dynamic(
+            nn.Sequential(nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 4, bias=False)).eval(),
+            backend="native",
+        )
+    for part in model:
+        part.reduce_range = False  # ONNX's op uses all 8 bits
+    x = torch.randn(5, 3, 16)
+    proto = exported(model, x, dynamic_shapes=({0: "batch"},))
+    assert ops_of(proto)["DynamicQuantizeLinear"] == ops_of(proto)["MatMulInteger"] == 2
+    for each in (x, torch.randn(2, 3, 16)):
+        y = model(each)
+        assert (run(proto, each) - y).abs().max() < 0.01 * y.abs().max()
+
+
+def test_recurrent_and_embedding_layers_are_refused_by_name() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.lstm(x)[0]
+            return y
+
+    with quiet():
+        model = fq.quantize_dynamic(Tagger().eval(), backend="native")
+    refused(model, torch.randn(3, 2, 8), "lstm calls dynamic_lstm, which has no ONNX form")
 
 
 # --- what cannot be exported ------------------------------------------------------------------

@@ -168,7 +168,7 @@ def _shapes_of_axes(
 def _without_names(shapes: Any) -> Any:
     """`dynamic_shapes` for torch.export, which lacks the names that torch.onnx gives dimensions."""
     if isinstance(shapes, str):
-        return torch.export.Dim.AUTO
+        return torch.export.Dim.DYNAMIC
     if isinstance(shapes, Mapping):
         return {key: _without_names(value) for key, value in shapes.items()}
     if isinstance(shapes, (tuple, list)):

@@ -207,3 +207,42 @@ class Linear(_Layer):
             node("Gemm", operands, (rows.shape[0], outputs), attributes={"transB": 1})
         )
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], outputs)
+
+
+class DynamicLinear(nn.Module):
+    """The op `dynamic_linear`, whose input gets a scale at each call: one of all 8 bits."""
+
+    values: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        x: Tensor,
+        packed_weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        relu: bool,
+        reduce_range: bool,
+    ) -> None:
+        super().__init__()
+        weight = unpack_weight(packed_weight, (out_features, x.shape[-1]), 1, False)
+        self.register_buffer("values", weight.t().contiguous())
+        self.register_buffer("scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self._relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        integers, scale, zero_point = torch.onnx.ops.symbolic_multi_out(
+            "DynamicQuantizeLinear",
+            (x.to(torch.float32),),
+            dtypes=(torch.uint8, torch.float32, torch.uint8),
+            shapes=(x.shape, (), ()),
+        )
+        shape = (*x.shape[:-1], self.values.shape[1])
+        sums = node("MatMulInteger", (integers, self.values, zero_point), shape, torch.int32)
+        y = sums.to(torch.float32) * (scale * self.scale)
+        if self.bias is not None:
+            y = y + self.bias
+        return (y.relu() if self._relu else y).to(x.dtype)

@@ -12,6 +12,9 @@ from .._core.errors import QuantizationError
 from .._torch.ao import nnq
 from ..fake_quantize import FakeQuantizeBase
 from ..nn.quantized import DeQuantize, QFunctional
+from ..nn.quantized.dynamic.rnn import RNNBase, RNNCellBase
+from ..nn.quantized.dynamic.weighted import DynamicWeighted
+from ..nn.quantized.embedding import Embedding
 from ..nn.quantized.scaled import Scaled
 from ..observer import ObserverBase
 from ..quantization_mappings import get_default_native_quant_module_mappings
@@ -52,7 +55,8 @@ def exportable(model: nn.Module, opset: int | None, dynamo: bool) -> nn.Module:
 
 def is_native(model: nn.Module) -> bool:
     """Whether a model has native modules, whose ops torch.onnx does not know."""
-    return any(isinstance(module, (Scaled, DeQuantize)) for module in model.modules())
+    kinds = (Scaled, DeQuantize, Embedding, DynamicWeighted, RNNBase, RNNCellBase)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def require_no_torch_ao_modules(model: nn.Module) -> None:
