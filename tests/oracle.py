@@ -229,3 +229,18 @@ def run(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def assert_runs_same(actual: nn.Module, expected: nn.Module, x: Tensor) -> None:
     assert_same(run(actual, x), run(expected, x), "output and gradient")
+
+
+def torch_rounds_once() -> bool:
+    """Whether torch.quantize_per_tensor adds the zero point before it rounds, as fastquant does.
+
+    torch's CUDA builds round before they add: at ties, results differ by one.
+    """
+    tie = torch.quantize_per_tensor(torch.tensor([0.5] * 64), 1.0, 1, torch.quint8)
+    return int(tie.int_repr()[0]) == 2
+
+
+def needs_torch_to_round_once() -> None:
+    """Skip a test of bit-equality with torch.quantize_per_tensor where its ties are others."""
+    if not torch_rounds_once():
+        pytest.skip("this build of torch rounds before it adds the zero point")

@@ -20,7 +20,7 @@ import fastquant.nn.quantized as nnq
 from fastquant import _C
 from fastquant.bench.models import torchvision_model
 from fastquant.quantization_mappings import DEFAULT_BACKEND
-from oracle import quiet
+from oracle import quiet, torch_rounds_once
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -439,7 +439,8 @@ def test_torchvisions_models_agree_with_torch_ao(name: str) -> None:
         assert not foreign(ours)
         a, b = theirs(x), ours(x)
     scale = [m for m in ours.modules() if isinstance(m, nnq.Linear)][-1].scale
-    assert steps_apart(a, b, scale) <= 2
+    # Where torch's ties are others, steps add up over the layers.
+    assert round(steps_apart(a, b, scale)) <= (2 if torch_rounds_once() else 4)
     assert len(b.unique()) > 30
 
 

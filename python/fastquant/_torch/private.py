@@ -204,11 +204,12 @@ global_forward_pre_hooks = _find("nn.modules.module._global_forward_pre_hooks", 
 _call_impl = _find("nn.Module._call_impl", None)
 _module_call = nn.Module.__call__
 _is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
-# torch.fx.symbolic_trace replaces nn.Module.__call__ while it traces. We read its flag, because
-# is_fx_tracing() logs a warning.
+# torch.fx.symbolic_trace replaces nn.Module.__call__ while it traces. Its state is a flag, and from
+# torch 2.15 on, a function; the public is_fx_tracing() logs a warning.
 _fx: Any = SimpleNamespace(_is_fx_tracing_flag=False)
 if _find("fx._symbolic_trace._is_fx_tracing_flag", None) is not None:
     _fx = torch.fx._symbolic_trace
+_is_fx_tracing = _find("fx._symbolic_trace._get_is_fx_tracing", lambda: _fx._is_fx_tracing_flag)
 
 
 def is_called_plainly(module: nn.Module) -> bool:
@@ -221,7 +222,7 @@ def is_called_plainly(module: nn.Module) -> bool:
     own, cls = module.__dict__, type(module)
     return (
         # These wrap it to record the module path of each call.
-        (cls.__call__ is _module_call or _fx._is_fx_tracing_flag or is_exporting())
+        (cls.__call__ is _module_call or _is_fx_tracing() or is_exporting())
         and cls._call_impl is _call_impl
         and "forward" not in own
         and "_call_impl" not in own
