@@ -619,7 +619,10 @@ RUN_WITH_EXECUTORCH = """
     nodes = lowered.exported_program().graph.nodes
     left = [str(node.target) for node in nodes if node.op == "call_function"]
     x, expected, step = torch.load({data!r})
-    method = Runtime.get().load_program(lowered.to_executorch().buffer).load_method("forward")
+    # The runtime reads the program where it lies, so all of this has to stay alive.
+    buffer = lowered.to_executorch().buffer
+    loaded = Runtime.get().load_program(buffer)
+    method = loaded.load_method("forward")
     (found,) = method.execute([x])
     assert not any("conv" in name or "linear" in name or "quantize" in name for name in left), left
     assert (found - expected).abs().max() / step <= 2.001, (found - expected).abs().max() / step
