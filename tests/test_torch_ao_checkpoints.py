@@ -362,6 +362,6 @@ def test_what_torch_ao_cannot_hold_is_refused() -> None:
     model = nn.Sequential(nnq.Embedding(4, 5, dtype=torch.quint4x2))
     with pytest.raises(fq.QuantizationError, match="0 has an odd embedding_dim, 5"):
         nnq.to_torch_ao_state_dict(model)
-    state = nnq.to_torch_ao_state_dict(nn.Sequential(nnq.Embedding(4, 6)))
+    state = {"0._packed_params._packed_weight": nnq.Embedding(4, 6).weight()}
     with pytest.raises(fq.QuantizationError, match=r"^0: the weight must have shape \[4, 5\]"):
         nnq.load_torch_ao_state_dict(model, state)
