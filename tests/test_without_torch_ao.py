@@ -210,6 +210,15 @@ def test_models_are_copied_pickled_and_saved(tmp_path: Path) -> None:
             assert torch.equal(loaded(x), output)
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not ALONE, reason="torch.ao's reference modules take no quantized tensors")
+def test_reference_modules_compute_in_floating_point() -> None:
+    model, prepared, x = calibrated(fq.get_default_qconfig("x86"))
+    reference = fq.convert(prepared, is_reference=True)
+    assert reference.second.get_quantized_weight().int_repr().dtype == torch.int8
+    assert noise(reference(x), model(x)) < 0.1
+
+
 @pytest.mark.skipif(not ALONE, reason="torch.ao is there")
 def test_what_needs_torch_ao_says_so() -> None:
     _, prepared, _ = calibrated(fq.default_qconfig)

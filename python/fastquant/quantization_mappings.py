@@ -38,6 +38,7 @@ from .nn.intrinsic.quantized import dynamic as native_fused_dynamic
 from .nn.qat import dynamic as nnqatd
 from .nn.quantized import dynamic as native_dynamic
 from .nn.quantized import reference
+from .nn.quantized.reference import stubs as reference_stubs
 from .stubs import DeQuantStub, QuantStub
 from .utils import QuantizationError
 
@@ -133,7 +134,11 @@ def _static(plain: Any, fused: Any) -> Mapping:
 
 
 DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS: Mapping = {
-    **_stubs(nnq if has_quantized_modules else native),
+    **(
+        _stubs(nnq)
+        if has_quantized_modules
+        else {**_stubs(reference_stubs), native.FloatFunctional: reference_stubs.FloatFunctional}
+    ),
     **_same_names(nn, reference, f"Linear {_CONVOLUTIONS} Embedding EmbeddingBag"),
     **_same_names(nn, reference, "GRUCell LSTMCell RNNCell LSTM"),
 }

@@ -10,6 +10,10 @@ from ..._torch.counterparts import prefer_torch_ao
 from .attention import MultiheadAttention
 from .rnn import LSTM, LSTMCell
 
+# What an LSTM consists of: pickles of torch.ao's hold these by name.
+from .rnn import _LSTMLayer as _LSTMLayer
+from .rnn import _LSTMSingleLayer as _LSTMSingleLayer
+
 __all__ = ["LSTM", "LSTMCell", "MultiheadAttention"]
 
 prefer_torch_ao(globals(), ao.nnquantizable, ("LSTM", "LSTMCell"))
