@@ -612,6 +612,7 @@ def test_models_that_take_or_return_quantized_tensors_are_refused() -> None:
     refused(converted[1], converted[0](x), "args has a quantized tensor")
 
 
+@pytest.mark.torch_ao
 def test_models_of_torch_aos_quantized_modules_are_refused_by_name() -> None:
     model, x = calibrated(chain(nn.Conv2d(3, 4, 3)), (2, 3, 5, 5))
     with quiet():

@@ -9,9 +9,8 @@ from torch import nn
 from .._conversion.checks import uncalibrated
 from .._conversion.plan import Plan
 from .._core.errors import QuantizationError
-from .._torch.ao import nnq
 from ..fake_quantize import FakeQuantizeBase
-from ..nn.quantized import DeQuantize, QFunctional
+from ..nn.quantized import DeQuantize, FloatFunctional, QFunctional
 from ..nn.quantized.dynamic.rnn import RNNBase, RNNCellBase
 from ..nn.quantized.dynamic.weighted import DynamicWeighted
 from ..nn.quantized.embedding import Embedding
@@ -66,7 +65,7 @@ def require_no_torch_ao_modules(model: nn.Module) -> None:
         quantized = package.startswith(
             ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized")
         )
-        if quantized and not isinstance(module, nnq.FloatFunctional):
+        if quantized and not isinstance(module, FloatFunctional):
             raise QuantizationError(
                 f"{FUNCTION}: {path or 'the model itself'} is one of torch.ao's quantized modules "
                 f"({type(module).__name__}), which have no ONNX form: export the model before it "
