@@ -4,7 +4,6 @@ programs say what is quantized: whoever has registered them, else this file.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import ao
+from . import ao, private
 
 _SCHEMAS = {
     "quantize_per_tensor": "(Tensor input, float scale, int zero_point, int quant_min, "
@@ -107,10 +106,7 @@ def _registered_elsewhere() -> bool:
     """Whether torch registers the ops when it is asked to: with torch.ao, or with Inductor."""
     if _are_registered():
         return True
-    for register in (
-        ao.register_decomposed_ops,
-        lambda: importlib.import_module("torch._inductor.decomposition"),
-    ):
+    for register in (ao.register_decomposed_ops, private.register_decomposed_ops):
         try:
             register()
         except ImportError:

@@ -361,6 +361,18 @@ NAMES.append(DYNAMO.removeprefix("torch."))
 if importlib.util.find_spec(DYNAMO) is None:
     raise ImportError(_unsupported(f"it has no {DYNAMO}"))
 
+
+def register_decomposed_ops() -> None:
+    """Have Inductor register the ops of `torch.ops.quantized_decomposed`, as it does for itself.
+
+    This one is looked up when an export needs it, because importing Inductor takes seconds.
+
+    Raises:
+        ImportError: this torch has no such module; `decomposed` then registers ops of its own.
+    """
+    importlib.import_module("torch._inductor.decomposition")
+
+
 # --- names that files of torch.save hold ----------------------------------------------------
 
 # Module and name of what makes a tensor from its parts. They stand in files that exist, so a newer

@@ -149,7 +149,7 @@ class Embedding(nn.Module):
             error_msgs += problems
             if not problems:
                 assign = local_metadata.get("assign_to_params_buffers", False)
-                device = given[0].device if assign else self._packed_weight.device
+                device = given[0].device if assign else self.get_buffer("_packed_weight").device
                 weight, scales, zero_points = (value.detach().to(device) for value in given)
                 values = from_bytes(weight, self.embedding_dim, self._bits)
                 self._pack(values, scales, zero_points)
