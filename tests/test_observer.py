@@ -49,6 +49,10 @@ def is_per_channel(name: str) -> bool:
     return "PerChannel" in name
 
 
+def symmetric(name: str) -> torch.qscheme:
+    return torch.per_channel_symmetric if is_per_channel(name) else torch.per_tensor_symmetric
+
+
 def make(name: str, **kwargs: Any) -> Any:
     return getattr(observer, name)(**kwargs)
 
@@ -345,6 +349,24 @@ def test_what_cannot_be_configured_is_refused(
 def test_torchs_errors_can_still_be_caught() -> None:
     with pytest.raises(AssertionError, match="quant_min"):
         observer.MinMaxObserver(quant_min=5, quant_max=9)
+
+
+@pytest.mark.torch_ao
+@pytest.mark.parametrize("name", MIN_MAX)
+def test_a_symmetric_quint8_range_cannot_be_reduced(name: str) -> None:
+    with pytest.raises(NotImplementedError, match="reduce_range"):
+        make(name, dtype=torch.quint8, qscheme=symmetric(name), reduce_range=True)
+
+
+@pytest.mark.parametrize("name", RANGE_OBSERVERS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_a_symmetric_range_of_a_plain_dtype_is_reduced(name: str, dtype: torch.dtype) -> None:
+    scales = []
+    for reduced in (False, True):
+        ours = make(name, dtype=dtype, qscheme=symmetric(name), reduce_range=reduced)
+        ours(torch.linspace(-1, 1, 12).reshape(3, 4))
+        scales.append(ours.calculate_qparams()[0])
+    torch.testing.assert_close(scales[1] / scales[0], torch.full_like(scales[0], 255 / 127))
 
 
 def test_reduce_range_does_not_nag() -> None:

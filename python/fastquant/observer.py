@@ -35,7 +35,7 @@ from ._core.arguments import (
     nonfinite_error,
     width_error,
 )
-from ._core.dtypes import QINT8, QUINT4X2, QUINT8
+from ._core.dtypes import QINT8, QUINT4X2, QUINT8, is_quantized_dtype
 from ._core.errors import naming_its_layer
 from ._core.factories import _PartialWrapper as _PartialWrapper
 from ._core.factories import _with_args as _with_args
@@ -556,7 +556,9 @@ class _MinMax(_RangeObserver):
     def __init__(
         self, *, dtype: torch.dtype, qscheme: torch.qscheme, reduce_range: bool, **kwargs: Any
     ) -> None:
-        if reduce_range and dtype == QUINT8 and SCHEME_CODES.get(qscheme) == Scheme.SYMMETRIC:
+        # torch.ao takes torch.uint8, which is also what QUINT8 is where torch has no quint8.
+        is_quint8 = dtype == QUINT8 and is_quantized_dtype(dtype)
+        if reduce_range and is_quint8 and SCHEME_CODES.get(qscheme) == Scheme.SYMMETRIC:
             raise NotImplementedError("reduce_range does not go with a symmetric quint8 range")
         super().__init__(dtype=dtype, qscheme=qscheme, reduce_range=reduce_range, **kwargs)
 
