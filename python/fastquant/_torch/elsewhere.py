@@ -16,16 +16,19 @@ from typing import NoReturn
 
 _PACKAGE = "fastquant"
 _FX = (
-    "FX graph mode is torch.ao.quantization.quantize_fx, whose prepare_fx and prepare_qat_fx take "
-    "fastquant's observers, for example by fastquant.get_default_qconfig_mapping()"
+    "FX graph mode is torch.ao.quantization.quantize_fx, in releases of torch that have torch.ao; "
+    "its prepare_fx and prepare_qat_fx take fastquant's observers, for example by "
+    "fastquant.get_default_qconfig_mapping()"
 )
 _PT2E = (
-    "PT2E quantization of exported programs is torchao.quantization.pt2e; its quantizers take "
-    "fastquant's observers in their QuantizationSpec"
+    "PT2E quantization of exported programs is torchao.quantization.pt2e, whose quantizers take "
+    "fastquant's observers in their QuantizationSpec; fastquant.export makes such programs of "
+    "eager models"
 )
 _JIT = (
-    "quantization of TorchScript is torch.ao.quantization.quantize_jit, with torch.ao's own "
-    "observers; a model that fastquant.convert returns can be scripted or traced"
+    "quantization of TorchScript is torch.ao.quantization.quantize_jit, in releases of torch that "
+    "have torch.ao, with torch.ao's own observers; of what fastquant.convert returns, models of "
+    "torch's quantized modules can be scripted, native ones traced or exported by torch.export"
 )
 _ELSEWHERE = {
     "backend_config": _FX,
