@@ -70,18 +70,20 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The tests of everything that has to do with torch.ao, quantized dtypes or tensors, with a torch that has
-# none of them: see tests/alone. Left out are kernels, compilers and tools, which are tested above.
+# none of them: see tests/alone. Left out are kernels, tools, and what takes long to compile, which are
+# tested above.
 ALONE := without_torch_ao checkpoints arguments analysis calibrate conversion conversion_checks \
-	conversion_copies convert_native dtypes elsewhere fake_quantize functional \
+	conversion_copies convert_native dtypes elsewhere export_quantized fake_quantize functional \
 	fuse_modules fuser_method_mappings histogram_observer hooks learnable_fake_quantize merging \
 	namespace nn_float_functional nn_intrinsic nn_intrinsic_qat nn_qat nn_quantizable nn_quantized \
-	nn_quantized_dynamic nn_quantized_embedding nn_reference observer prepare qat_batch_norm \
+	nn_quantized_dynamic nn_quantized_embedding nn_reference onnx_models observer prepare qat_batch_norm \
 	qat_float_functional qat_plain qconfig qconfig_mapping qparams quantization_mappings quantize \
-	quantized_calls quantized_dynamic quantized_elementwise quantized_embedding quantized_layers \
+	quantized_calls quantized_compile quantized_dynamic quantized_elementwise quantized_embedding quantized_layers \
 	quantized_norms quantized_pooling quantized_tensor range_methods ranges set_qconfig state stubs utils
 test-alone: $(VENV)/.dev
 	FASTQUANT_ALONE=1 PYTHONPATH=tests/alone OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest $(PYTEST_ARGS) -k "not compile" $(ALONE:%=tests/test_%.py)
+		$(BIN)/python -m pytest $(PYTEST_ARGS) \
+		-k "not compile or quantized_compile and not (aot or same_in_graphs)" $(ALONE:%=tests/test_%.py)
 
 native-test: $(VENV)/.installed
 	cmake -B $(NATIVE_BUILD) $(CMAKE_OPTIONS) \

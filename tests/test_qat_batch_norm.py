@@ -21,8 +21,6 @@ import fastquant.nn.intrinsic.qat as nniqat
 from fastquant.nn.intrinsic.qat.with_batch_norm import ConvBn2d as OwnBlock
 from oracle import quiet
 
-pytestmark = pytest.mark.torch_ao
-
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
 
 

@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from fastquant._torch.private import torch_release
 from fastquant.nn import quantized as nnq
 from fastquant.nn.intrinsic import quantized as nniq
-from fastquant.quantized_tensor import QuantizedTensor, is_quantized, quantize_per_channel
+from fastquant.quantized_tensor import (
+    QuantizedTensor,
+    is_quantized,
+    quantize_per_channel,
+    quantize_per_tensor,
+)
 from test_quantized_tensor import (
     BOUNDS,
     FACTS,
@@ -23,8 +28,6 @@ from test_quantized_tensor import (
     ROUNDED,
     SHAPES,
     Function,
-    assert_same,
-    pair,
 )
 
 # What depends on the values, so that no graph can have it.
@@ -38,6 +41,10 @@ def _no_earlier_graphs() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def quantized(*shape: int, dtype: torch.dtype = torch.uint8) -> QuantizedTensor:
+    return quantize_per_tensor(torch.randn(shape) * 5, 0.1, 3, dtype)
 
 
 def same(found: Any, expected: Any) -> None:
@@ -68,7 +75,7 @@ def test_functions_are_the_same_in_graphs(
         if name in OF_VALUES | REFUSED:
             continue
         torch._dynamo.reset()
-        x, _ = pair(2, 8, 6, 6, dtype=dtype)
+        x = quantized(2, 8, 6, 6, dtype=dtype)
         compiled = torch.compile(lambda x, f=function: f(x), fullgraph=True, backend="eager")
         try:
             found = compiled(x.clone())
@@ -205,7 +212,7 @@ def test_quantized_tensors_enter_and_leave_graphs(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_graph_may_change_its_input(backend: str) -> None:
-    x, _ = pair(2, 3, 4, 4)
+    x = quantized(2, 3, 4, 4)
     expected = x.clone().relu_()
     found = torch.compile(lambda x: x.relu_(), fullgraph=True, backend=backend)(x)
     same(found, expected)
@@ -228,7 +235,7 @@ def test_a_graph_may_change_its_input(backend: str) -> None:
 )
 def test_graphs_refuse_what_has_no_meaning(function: Callable[[Any], Any]) -> None:
     """A function must not get the integers only because it is called in a graph."""
-    x, _ = pair(2, 8)
+    x = quantized(2, 8)
     with pytest.raises(Exception, match="does not take quantized tensors"):
         torch.compile(function, fullgraph=True, backend="eager")(x)
 
@@ -264,4 +271,4 @@ def test_what_export_passes_on_answers_as_a_quantized_tensor() -> None:
         "qparams": (0.1, 3),
         "sizes": (8, 8, 2, 2, torch.uint8),
     }
-    assert_same(found, torch.quantize_per_tensor(x, 0.1, 3, torch.quint8).t().dequantize())
+    same(found, quantize_per_tensor(x, 0.1, 3).t().dequantize())
