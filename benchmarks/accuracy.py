@@ -281,8 +281,8 @@ def freeze(model: nn.Module) -> None:
             module.eval()
 
 
-def fine_tuned(study: Study, library: Any, seed: int) -> Scores:
-    """Train a copy of the network, in float or prepared by a library; what it then reaches."""
+def fine_tuned(study: Study, library: Any, seed: int) -> Any:
+    """A copy of the network, trained on in float or prepared by a library."""
     model: Any = copy.deepcopy(study.trained).train()
     if library is not None:
         model = library.fuse_modules_qat(model, study.fused)
@@ -296,6 +296,12 @@ def fine_tuned(study: Study, library: Any, seed: int) -> Scores:
         optimizer.zero_grad()
         study.loss(model(x), y).backward()
         optimizer.step()
+    return model
+
+
+def reached(study: Study, library: Any, seed: int) -> Scores:
+    """What the network reaches when it has been fine-tuned, and converted by the library."""
+    model = fine_tuned(study, library, seed)
     scores = study.scores(model)
     if library is None:
         return scores
@@ -358,7 +364,7 @@ def compare(study: Study, runs: int) -> list[Comparison]:
     with tqdm(total=runs * len(SIDES), unit="run", leave=False, disable=None) as bar:
         for seed in range(runs):
             for side, library in SIDES.items():
-                for measure, value in fine_tuned(study, library, seed).items():
+                for measure, value in reached(study, library, seed).items():
                     found[measure][side].append(value)
                 bar.update()
     return [Comparison(measure, dict(values)) for measure, values in found.items()]

@@ -18,6 +18,7 @@ from rows import OURS, ROOT, THEIRS, Row, load, mostly_disturbed, value_text
 README = ROOT / "README.md"
 QAT_PAGE = ROOT / "docs" / "qat.md"
 TABLES_PAGE = ROOT / "docs" / "measurements.md"
+ONNX_PAGE = ROOT / "docs" / "onnx.md"
 
 SIDES = (OURS, THEIRS)
 # torch.ao's engines, where each is timed; the better one counts.
@@ -267,6 +268,29 @@ def tables(path: Path, result: dict[str, Any]) -> str:
     return filled(lines).rstrip("\n")
 
 
+def exported_models(result: dict[str, Any]) -> str:
+    """What onnxruntime takes for exported models, beside float there and native int8."""
+    times: dict[tuple[str, int], dict[str, str]] = {}
+    for row in result["rows"]:
+        if row["benchmark"] == "onnx_models" and row["unit"] == "µs":
+            model, case = row["work"].split(": ")
+            times.setdefault((model, row["threads"]), {})[case] = value_text(row)
+    if not times:
+        return ""
+    columns = list(dict.fromkeys(case for of_model in times.values() for case in of_model))
+    lines = [
+        f"{machine_text(result)} One image of 224 x 224.",
+        "",
+        f"| model | threads | {' | '.join(columns)} |",
+        "|---|--:|" + "--:|" * len(columns),
+    ]
+    for (model, threads), of_model in times.items():
+        name, kind = model.split(", ")
+        cells = [f"{HEADLINE[name]}, {kind}", str(threads), *(of_model[case] for case in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return filled(lines)
+
+
 def between_markers(page: Path, text: str, name: str, contents: str) -> str:
     """The page's text with `contents` between the markers of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -291,6 +315,8 @@ def main() -> None:
         QAT_PAGE: {"bench": fused_ops(result)},
         TABLES_PAGE: {"bench": tables(path, result)},
     }
+    if exported := exported_models(result):
+        pages[ONNX_PAGE] = {"bench": exported}
     for page, parts in pages.items():
         text = wanted = page.read_text()
         for name, contents in parts.items():

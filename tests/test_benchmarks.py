@@ -208,6 +208,26 @@ def test_readme_shows_qat_steps_of_whole_models_first(
     ]
 
 
+def test_exported_models_have_a_row_for_each_number_of_threads(
+    scripts: Scripts, harness: ModuleType
+) -> None:
+    rows = []
+    for threads in (1, 2):
+        suite = harness.Suite("onnx_models", rounds=1, threads=threads)
+        suite.add_value("resnet18, QAT: int8 in onnxruntime", "x", 5000.0 / threads, "µs")
+        suite.add_value("resnet18, QAT: native int8", "x", 4000.0 / threads, "µs")
+        suite.add_value("resnet18, QAT, in onnxruntime: over float there", "x", 4.0, "x")
+        rows += suite.rows
+    result = {"rows": rows, "date": "2026-01-01", "machine": machine()}
+    text = scripts.module("readme_table").exported_models(result)
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        "| model | threads | int8 in onnxruntime | native int8 |",
+        "|---|--:|--:|--:|",
+        "| ResNet-18, QAT | 1 | 5.00 ms | 4.00 ms |",
+        "| ResNet-18, QAT | 2 | 2.50 ms | 2.00 ms |",
+    ]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 @pytest.mark.filterwarnings("ignore")  # torch.ao's own
 def test_qat_trains_as_well_as_with_torch_ao(scripts: Scripts) -> None:

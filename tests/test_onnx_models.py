@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -425,6 +427,48 @@ def test_torchvision_models_run_as_integers(name: str, tmp_path: Path) -> None:
     assert (
         not {"BatchNormalization", "Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"} & ops.keys()
     )
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any, nn.Module]:
+    """examples/demo.py, with its data and the trained network."""
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    path = Path(__file__).parents[1] / "examples" / "demo.py"
+    spec = importlib.util.spec_from_file_location("demo_for_onnx", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    digits = module.load()
+    return module, digits, module.train_float(digits, module.Settings(epochs=6))
+
+
+@pytest.mark.torch_ao  # the example needs it
+@pytest.mark.parametrize("prepare", ["prepare", "prepare_qat"])
+def test_a_trained_network_predicts_as_the_native_one(demo: Any, prepare: str) -> None:
+    example, digits, trained = demo
+    with quiet():
+        model = example.load_into(fq, trained)
+        if prepare == "prepare":
+            model = fq.fuse_modules(model.eval(), example.FUSED)
+            model.qconfig = fq.get_default_qconfig("native")
+            model = fq.prepare(model)
+            fq.calibrate(model, digits.batches(64, seed=0), progress=False)
+        else:
+            model = fq.fuse_modules_qat(model.train(), example.FUSED)
+            model.qconfig = fq.get_default_qat_qconfig("x86")
+            model = fq.prepare_qat(model)
+            optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
+            for x, y in digits.batches(64, seed=1):
+                example.step(model, optimizer, x, y)
+        with torch.no_grad():
+            expected = fq.convert(model.eval(), backend="native")(digits.test_x)
+    found = run(exported(model, digits.test_x), digits.test_x)
+    assert (expected.argmax(1) == digits.test_y).float().mean() > 0.9
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.995
+    off = steps_apart(found, expected)
+    assert off.max() < 1.01
+    assert (off > 0.5).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("how", ["names", "Dim", "dynamic_axes", "dict"])
