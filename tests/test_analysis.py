@@ -190,6 +190,22 @@ def test_the_measures_of_a_layer_are_what_their_names_say() -> None:
     assert sum(output.histogram) == exact.numel()
 
 
+def test_errors_of_large_outputs_are_summed_accurately() -> None:
+    """As fp32 sums of so many squares, they would be off by more than 1e-4 of themselves."""
+    model = nn.Sequential(fq.QuantStub(), fq.DeQuantStub())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1_234_567, generator=generator)
+    configured = copy.deepcopy(model)
+    configured.qconfig = QCONFIG
+    with quiet():
+        prepared = fq.prepare(configured)
+        prepared(x)
+    output = of(model, prepared, [x], sensitivity=False, timing=False)["0"].output
+    levels = ((x / output.scale).round() + output.zero_point).clamp(0, 255)
+    rounded = (levels.double() - output.zero_point) * output.scale
+    assert output.sqnr == pytest.approx(sqnr(x, rounded), abs=2e-5)
+
+
 def test_a_range_that_is_too_narrow_shows_as_clipping() -> None:
     model = float_net()
     prepared = prepared_of(model)
