@@ -34,6 +34,9 @@ _UNITS: dict[str, Callable[[float], str]] = {
     "ns/element": lambda v: f"{v:.3f} ns/element",
     # time beyond the other case's
     "more": lambda v: f"{v:+.0%}",
+    # multiple of the time of one
+    "calibrations": lambda v: f"{v:.2f} calibrations",
+    "forwards": lambda v: f"{v:.2f} forwards",
     "bits/element": lambda v: f"{v:.2f} bits/element",
     "KiB": lambda v: f"{v:.0f} KiB",
     "µs": lambda v: readable_time(v * 1e-6),

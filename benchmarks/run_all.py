@@ -12,6 +12,7 @@ import re
 from collections.abc import Container
 from pathlib import Path
 
+import analysis
 import batch_norm
 import calls
 import compile
@@ -57,6 +58,7 @@ BENCHMARKS: dict[str, Measure] = {
         int8_layers,
         int8_models,
         onnx_models,
+        analysis,
     )
 }
 
