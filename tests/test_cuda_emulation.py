@@ -21,7 +21,9 @@ import op_calls
 from cuda_emulation import Emulation
 from fastquant._native import ops
 from fastquant._native import reference as reference_ops
+from fastquant._native.reference.dynamic import DYNAMIC_OPS
 from fastquant._native.reference.quantized import QUANTIZED_OPS
+from fastquant._native.reference.quantized_embedding import QUANTIZED_EMBEDDINGS
 from fastquant._native.reference.quantized_norms import QUANTIZED_NORMS
 from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps, fused_args, minmax_args
 from strategies import FLOATS, LAYOUTS, random_values
@@ -64,7 +66,8 @@ def assert_as_cpu(emulation: Emulation, call: Call) -> None:
 def test_every_op_has_a_cuda_kernel(emulation: Emulation) -> None:
     # On a GPU, layers on quantized tensors and histograms of channels run the reference, and ranges
     # are searched on the CPU.
-    elsewhere = {op.__name__ for op in (*QUANTIZED_OPS, *QUANTIZED_NORMS)} | {
+    quantized = (*QUANTIZED_OPS, *QUANTIZED_NORMS, *DYNAMIC_OPS, *QUANTIZED_EMBEDDINGS)
+    elsewhere = {op.__name__ for op in quantized} | {
         "observe_channel_histograms_",
         "histogram_range",
         "least_error_range",

@@ -521,15 +521,15 @@ def test_embeddings_stay_small(bits: int) -> None:
 
 
 @torch.no_grad()
-def test_inductor_computes_with_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_computes_with_integers() -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("Inductor's quantized layers are oneDNN's, which this torch does not have")
     prepared, x = block(), images(3)
     program = export(prepared, (x,))
-    monkeypatch.setattr(torch._inductor.config, "freezing", True)
     torch._dynamo.reset()
     compiled = torch.compile(program.module())
-    found, code = run_and_get_code(compiled, x)
+    with torch._inductor.config.patch(freezing=True):
+        found, code = run_and_get_code(compiled, x)
     text = "\n".join(code)
     counts = collections.Counter(
         re.findall(r"^[^\"\n]*torch\.ops\.onednn\.(\w+)", text, re.MULTILINE)

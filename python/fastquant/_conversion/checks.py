@@ -335,7 +335,7 @@ def warn_of_float_layers(function: str, made: Mapping[str, nn.Module]) -> None:
 
 
 def warn_of_layers_left(function: str, reasons: Mapping[str, str]) -> None:
-    """Warn of layers that were to be quantized dynamically and have no native form.
+    """Warn of layers that were to be quantized, have no native form, and take floating inputs.
 
     Args:
         function: what the user called.
@@ -344,7 +344,7 @@ def warn_of_layers_left(function: str, reasons: Mapping[str, str]) -> None:
     if reasons:
         left = [f"{path} ({reason})" for path, reason in reasons.items()]
         warn_user(
-            f"{function}: these layers have no native dynamic form and stay as they are: "
+            f"{function}: these layers have no native form and stay as they are: "
             f"{listed(left)}. Set qconfig = None on them to say so yourself"
         )
 

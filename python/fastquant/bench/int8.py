@@ -157,7 +157,7 @@ def run_int8(
 def _report(
     model: nn.Module, inputs: Any, name: str, qconfig: str, rounds: int, bar: Any
 ) -> Int8Report:
-    steps, outputs, torch_ao_error = _converted(model, inputs, qconfig, bar)
+    steps, outputs, floating, torch_ao_error = _converted(model, inputs, qconfig, bar)
     converted = {key: step for key, step in steps.items() if key != FLOAT}
     bar.reset(total=rounds * (len(steps) + len(converted)))
     bar.set_description("whole model")
@@ -174,19 +174,15 @@ def _report(
         seconds=whole.seconds,
         layers=layers,
         signal_to_noise={key: _decibels(outputs[FLOAT], outputs[key]) for key in converted},
-        floating={
-            path: module.reason
-            for path, module in steps[OURS].model.named_modules()
-            if isinstance(module, FloatLayer)
-        },
+        floating=floating,
         torch_ao_error=torch_ao_error,
     )
 
 
 def _converted(
     model: nn.Module, inputs: Any, qconfig: str, bar: Any
-) -> tuple[dict[str, Step], dict[str, Tensor], str | None]:
-    """Steps and outputs by name, and how torch.ao's model fails, if it does."""
+) -> tuple[dict[str, Step], dict[str, Tensor], dict[str, str], str | None]:
+    """Steps, outputs, layers that stay floating, and how torch.ao's model fails, if it does."""
     ours, _ = libraries()
     model = copy.deepcopy(model).eval()
     base = attempt("the model's fuse_model fails", partial(fused, model, "calibrate"))
@@ -219,7 +215,8 @@ def _converted(
             steps[key] = Step(converted, inputs, "calibrate")
     if not _quantized_layers(steps[OURS].model):
         raise BenchError("nothing in the model is quantized: no layer has a QuantStub before it")
-    return steps, outputs, torch_ao_error
+    floating = _floating_layers(prepared, steps[OURS].model)
+    return steps, outputs, floating, torch_ao_error
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -229,6 +226,20 @@ def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in model.named_modules()
         if hasattr(module, "zero_point") and type(module).__name__ != "QFunctional"
     }
+
+
+def _floating_layers(prepared: nn.Module, converted: nn.Module) -> dict[str, str]:
+    """The layers that convert left floating although they had a qconfig, and why."""
+    floating = {}
+    for path, module in converted.named_modules():
+        if isinstance(module, FloatLayer):
+            floating[path] = module.reason
+        elif (
+            isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            and getattr(prepared.get_submodule(path), "qconfig", None) is not None
+        ):
+            floating[path] = "its qconfig is not one for embeddings"
+    return floating
 
 
 def _output(model: nn.Module, inputs: Any) -> Tensor:
