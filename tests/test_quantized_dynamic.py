@@ -16,26 +16,14 @@ import dynamic_calls
 from elementwise_calls import Call
 from fastquant import _C
 from fastquant._native import ops
-from fastquant._native.reference import OPS
 from layer_calls import random_weight, weight_scales
 from strategies import seeds
-from test_quantized_elementwise import assert_equal
-
-
-def results(returned: Any) -> tuple[Tensor, ...]:
-    return (returned,) if isinstance(returned, Tensor) else tuple(returned)
-
-
-def assert_all_equal(ours: Any, expected: Any) -> None:
-    for got, wanted in zip(results(ours), results(expected), strict=True):
-        assert_equal(got, wanted)
-
-
-def assert_as_reference(isas: list[str], name: str, args: tuple[Any, ...]) -> None:
-    expected = OPS[name](*args)
-    for isa in isas:
-        _C.set_isa(isa)
-        assert_all_equal(getattr(ops, name)(*args), expected)
+from test_quantized_elementwise import (
+    assert_as_reference,
+    assert_equal,
+    assert_same_with_threads,
+    results,
+)
 
 
 @given(dynamic_calls.layers)
@@ -53,15 +41,11 @@ def test_any_number_of_threads_gives_the_same_bytes(every_isa: list[str]) -> Non
     for name, args in dynamic_calls.samples():
         for isa in every_isa[:-1]:  # the last one is scalar, and slow
             _C.set_isa(isa)
-            torch.set_num_threads(1)
-            expected = getattr(ops, name)(*args)
-            for threads in (2, 3, 5):
-                torch.set_num_threads(threads)
-                assert_all_equal(getattr(ops, name)(*args), expected)
+            assert_same_with_threads(2, 3, 5, name=name, args=args)
 
 
 @given(call=dynamic_calls.layers)
-def test_compilers_know_theresults(call: Call) -> None:
+def test_compilers_know_the_results(call: Call) -> None:
     name, args = call
     op = getattr(torch.ops.fastquant, name).default
     checks = ("test_schema", "test_faketensor")

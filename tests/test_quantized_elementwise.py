@@ -30,11 +30,30 @@ def assert_equal(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def results(returned: Any) -> tuple[Tensor, ...]:
+    """The tensors that an op returns, one or several."""
+    return (returned,) if isinstance(returned, Tensor) else tuple(returned)
+
+
+def assert_all_equal(ours: Any, expected: Any) -> None:
+    for got, wanted in zip(results(ours), results(expected), strict=True):
+        assert_equal(got, wanted)
+
+
 def assert_as_reference(isas: list[str], name: str, args: tuple[Any, ...]) -> None:
     expected = OPS[name](*args)
     for isa in isas:
         _C.set_isa(isa)
-        assert_equal(getattr(ops, name)(*args), expected)
+        assert_all_equal(getattr(ops, name)(*args), expected)
+
+
+def assert_same_with_threads(*counts: int, name: str, args: tuple[Any, ...]) -> None:
+    """The op gives with these numbers of threads what it gives with one: the same bytes."""
+    torch.set_num_threads(1)
+    expected = getattr(ops, name)(*args)
+    for threads in counts:
+        torch.set_num_threads(threads)
+        assert_all_equal(getattr(ops, name)(*args), expected)
 
 
 @given(elementwise_calls.elementwise)
@@ -46,11 +65,7 @@ def test_as_reference(every_isa: list[str], call: elementwise_calls.Call) -> Non
 @pytest.mark.usefixtures("threads")
 def test_any_number_of_threads_gives_the_same_bytes(channels: int) -> None:
     for name, args in elementwise_calls.samples(channels):
-        torch.set_num_threads(1)
-        expected = getattr(ops, name)(*args)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert_equal(getattr(ops, name)(*args), expected)
+        assert_same_with_threads(2, 3, name=name, args=args)
 
 
 def test_large_tensors_as_reference(every_isa: list[str]) -> None:

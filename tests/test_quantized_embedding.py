@@ -15,7 +15,11 @@ from embedding_calls import MAX, MEAN, SUM, Call, random_rows
 from fastquant._native import ops
 from fastquant._native.packed_rows import pack_rows, unpack_rows
 from strategies import seeds
-from test_quantized_elementwise import assert_as_reference, assert_equal
+from test_quantized_elementwise import (
+    assert_as_reference,
+    assert_equal,
+    assert_same_with_threads,
+)
 
 
 @given(embedding_calls.lookups())
@@ -31,11 +35,7 @@ def test_bags_as_reference(every_isa: list[str], call: Call) -> None:
 @pytest.mark.usefixtures("threads")
 def test_any_number_of_threads_gives_the_same_bytes(every_isa: list[str]) -> None:
     for name, args in embedding_calls.samples(4000):
-        torch.set_num_threads(1)
-        expected = getattr(ops, name)(*args)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert_equal(getattr(ops, name)(*args), expected)
+        assert_same_with_threads(2, 3, name=name, args=args)
 
 
 def test_many_indices_as_reference(every_isa: list[str]) -> None:

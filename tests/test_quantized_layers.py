@@ -18,7 +18,11 @@ from fastquant import _C
 from fastquant._native import ops
 from fastquant._native.reference import OPS
 from layer_calls import random_weight, weight_scales
-from test_quantized_elementwise import assert_as_reference, assert_equal
+from test_quantized_elementwise import (
+    assert_as_reference,
+    assert_equal,
+    assert_same_with_threads,
+)
 
 
 @given(layer_calls.layers)
@@ -36,11 +40,7 @@ def test_any_number_of_threads_gives_the_same_bytes(every_isa: list[str]) -> Non
     for name, args in layer_calls.samples():
         for isa in every_isa[:-1]:  # the last one is scalar, and slow
             _C.set_isa(isa)
-            torch.set_num_threads(1)
-            expected = getattr(ops, name)(*args)
-            for threads in (2, 3, 5):
-                torch.set_num_threads(threads)
-                assert_equal(getattr(ops, name)(*args), expected)
+            assert_same_with_threads(2, 3, 5, name=name, args=args)
 
 
 @pytest.mark.parametrize("call", [layer_calls.linears(), layer_calls.convolutions()])
