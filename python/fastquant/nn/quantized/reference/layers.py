@@ -294,7 +294,19 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     _function = staticmethod(F.conv_transpose3d)
 
 
-class Embedding(ReferenceModule, nn.Embedding):
+class _Table(ReferenceModule):
+    """The constructor of the embeddings, which takes the arguments of torch.nn's and one more."""
+
+    _NAME = "Embedding"
+
+    def __init__(
+        self, *args: Any, weight_qparams: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_weight_qparams(weight_qparams, kwargs.get("device"))
+
+
+class Embedding(_Table, nn.Embedding):
     """`torch.nn.Embedding` with the values of a quantized weight.
 
     Args:
@@ -304,13 +316,6 @@ class Embedding(ReferenceModule, nn.Embedding):
     """
 
     _LIKE = layers.Embedding
-    _NAME = "Embedding"
-
-    def __init__(
-        self, *args: Any, weight_qparams: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_weight_qparams(weight_qparams, kwargs.get("device"))
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(
@@ -319,7 +324,7 @@ class Embedding(ReferenceModule, nn.Embedding):
         )
 
 
-class EmbeddingBag(ReferenceModule, nn.EmbeddingBag):
+class EmbeddingBag(_Table, nn.EmbeddingBag):
     """`torch.nn.EmbeddingBag` with the values of a quantized weight.
 
     Args:
@@ -329,13 +334,6 @@ class EmbeddingBag(ReferenceModule, nn.EmbeddingBag):
     """
 
     _LIKE = layers.EmbeddingBag
-    _NAME = "Embedding"
-
-    def __init__(
-        self, *args: Any, weight_qparams: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_weight_qparams(weight_qparams, kwargs.get("device"))
 
     def forward(
         self,
