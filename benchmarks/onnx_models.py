@@ -94,16 +94,24 @@ def cases(name: str, kind: str, threads: int) -> dict[str, Case]:
     def run_native() -> None:
         native(x)
 
-    def until_threads_sleep() -> None:
-        if threads > 1:  # torch's spin for some milliseconds after a call
+    def until_threads_are_its_own(run: Callable[[], object]) -> None:
+        if threads > 1:
+            # The others' threads spin for some milliseconds after a call. Its own share a core when
+            # they wake up, until the system moves one of them.
             time.sleep(0.02)
+            end = time.perf_counter() + 0.03
+            while time.perf_counter() < end:
+                run()
 
     runs = {
         OURS: in_onnxruntime(exported, threads),
         FLOAT: in_onnxruntime(float_model, threads),
         NATIVE: run_native,
     }
-    return {case: Case(run, until_threads_sleep) for case, run in runs.items()}
+    return {
+        case: Case(run, functools.partial(until_threads_are_its_own, run))
+        for case, run in runs.items()
+    }
 
 
 def measure(suite: Suite) -> None:
