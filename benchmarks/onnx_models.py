@@ -82,6 +82,21 @@ def in_onnxruntime(model: bytes, threads: int) -> Callable[[], object]:
     return lambda: session.run(None, inputs)
 
 
+def with_threads_of_its_own(run: Callable[[], object], threads: int) -> Case:
+    """A case that is timed once no other runtime's threads run, and its own have a core each."""
+
+    def until_then() -> None:
+        if threads > 1:
+            # The others' threads spin for some milliseconds after a call. Its own share a core when
+            # they wake up, until the system moves one of them.
+            time.sleep(0.02)
+            end = time.perf_counter() + 0.03
+            while time.perf_counter() < end:
+                run()
+
+    return Case(run, until_then)
+
+
 def cases(name: str, kind: str, threads: int) -> dict[str, Case]:
     """The exported model, the exported float model, and the native one, of a batch of 1."""
     x = normal(*SHAPE)
@@ -94,24 +109,12 @@ def cases(name: str, kind: str, threads: int) -> dict[str, Case]:
     def run_native() -> None:
         native(x)
 
-    def until_threads_are_its_own(run: Callable[[], object]) -> None:
-        if threads > 1:
-            # The others' threads spin for some milliseconds after a call. Its own share a core when
-            # they wake up, until the system moves one of them.
-            time.sleep(0.02)
-            end = time.perf_counter() + 0.03
-            while time.perf_counter() < end:
-                run()
-
     runs = {
         OURS: in_onnxruntime(exported, threads),
         FLOAT: in_onnxruntime(float_model, threads),
         NATIVE: run_native,
     }
-    return {
-        case: Case(run, functools.partial(until_threads_are_its_own, run))
-        for case, run in runs.items()
-    }
+    return {case: with_threads_of_its_own(run, threads) for case, run in runs.items()}
 
 
 def measure(suite: Suite) -> None:

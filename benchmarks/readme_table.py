@@ -18,7 +18,11 @@ from rows import OURS, ROOT, THEIRS, Row, load, mostly_disturbed, value_text
 README = ROOT / "README.md"
 QAT_PAGE = ROOT / "docs" / "qat.md"
 TABLES_PAGE = ROOT / "docs" / "measurements.md"
-ONNX_PAGE = ROOT / "docs" / "onnx.md"
+# The pages on exported models, and the benchmarks that time these.
+EXPORT_PAGES = {
+    ROOT / "docs" / "onnx.md": "onnx_models",
+    ROOT / "docs" / "export.md": "export_models",
+}
 
 SIDES = (OURS, THEIRS)
 # torch.ao's engines, where each is timed; the better one counts.
@@ -268,11 +272,11 @@ def tables(path: Path, result: dict[str, Any]) -> str:
     return filled(lines).rstrip("\n")
 
 
-def exported_models(result: dict[str, Any]) -> str:
-    """What onnxruntime takes for exported models, beside float there and native int8."""
+def exported_models(result: dict[str, Any], benchmark: str) -> str:
+    """What other runtimes take for exported models, beside float there and native int8."""
     times: dict[tuple[str, int], dict[str, str]] = {}
     for row in result["rows"]:
-        if row["benchmark"] == "onnx_models" and row["unit"] == "µs":
+        if row["benchmark"] == benchmark and row["unit"] == "µs":
             model, case = row["work"].split(": ")
             times.setdefault((model, row["threads"]), {})[case] = value_text(row)
     if not times:
@@ -315,8 +319,9 @@ def main() -> None:
         QAT_PAGE: {"bench": fused_ops(result)},
         TABLES_PAGE: {"bench": tables(path, result)},
     }
-    if exported := exported_models(result):
-        pages[ONNX_PAGE] = {"bench": exported}
+    for page, benchmark in EXPORT_PAGES.items():
+        if exported := exported_models(result, benchmark):
+            pages[page] = {"bench": exported}
     for page, parts in pages.items():
         text = wanted = page.read_text()
         for name, contents in parts.items():

@@ -17,6 +17,7 @@ import batch_norm
 import calls
 import compile
 import convolution
+import export_models
 import fake_quant
 import histogram_search
 import int8_dynamic
@@ -58,6 +59,7 @@ BENCHMARKS: dict[str, Measure] = {
         int8_layers,
         int8_models,
         onnx_models,
+        export_models,
         analysis,
     )
 }

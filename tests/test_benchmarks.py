@@ -219,7 +219,7 @@ def test_exported_models_have_a_row_for_each_number_of_threads(
         suite.add_value("resnet18, QAT, in onnxruntime: over float there", "x", 4.0, "x")
         rows += suite.rows
     result = {"rows": rows, "date": "2026-01-01", "machine": machine()}
-    text = scripts.module("readme_table").exported_models(result)
+    text = scripts.module("readme_table").exported_models(result, "onnx_models")
     assert [line for line in text.splitlines() if line.startswith("|")] == [
         "| model | threads | int8 in onnxruntime | native int8 |",
         "|---|--:|--:|--:|",

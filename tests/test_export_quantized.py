@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ def calls(program: Any) -> collections.Counter[str]:
 
 def steps_apart(a: Tensor, b: Tensor, step: float) -> float:
     return float((a - b).abs().max() / step)
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
 
 
 def assert_close(program: Any, converted: Any, x: Tensor, steps: int) -> None:
@@ -419,17 +424,32 @@ def test_hooks_of_users_are_traced() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("qat", [False, True], ids=["calibrated", "trained"])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    ("name", "qat"),
+    [
+        ("resnet18", False),
+        ("resnet18", True),
+        ("mobilenet_v2", False),
+        ("mobilenet_v2", True),
+        ("mobilenet_v3_large", False),
+        ("shufflenet_v2_x1_0", False),
+        ("googlenet", False),
+        ("inception_v3", False),
+    ],
+)
 def test_torchvisions_models(name: str, qat: bool) -> None:
     if not ao.has_quantized_modules:
         pytest.skip("torchvision's models have stubs of torch.ao, and there is no torch.ao")
     model: Any = torchvision_model(name)
-    x = torch.randn(2, 3, 64, 64)
+    if hasattr(model, "aux_logits"):  # classifiers that only train
+        model.aux_logits = False
+        model.aux1 = model.aux2 = model.AuxLogits = None
+    size = 80 if name == "inception_v3" else 64
+    x = torch.randn(2, 3, size, size)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
-    model.train()(torch.randn(8, 3, 64, 64))
+    model.train()(torch.randn(8, 3, size, size))
     if qat:
         model.fuse_model(is_qat=True)
         model.qconfig = fq.get_default_qat_qconfig("x86")
@@ -445,10 +465,12 @@ def test_torchvisions_models(name: str, qat: bool) -> None:
     assert calls(program)["dequantize_per_channel"] == sum(
         isinstance(module, Weighted) for module in converted.modules()
     )
-    # One value in a thousand is rounded to the next integer, which untrained layers amplify.
     found, expected = program.module()(x), converted(x)
-    noise = (expected - floating).square().mean().sqrt()
-    assert (found - expected).square().mean().sqrt() < noise / 2
+    noise = rms(expected - floating)
+    assert rms(found - floating) < noise * 1.1
+    # One value in a thousand is rounded to the next integer, which untrained layers amplify; more
+    # in ShuffleNet, whose parts of concatenations a program rounds once and native int8 twice.
+    assert rms(found - expected) < (noise if name.startswith("shufflenet") else noise / 2)
 
 
 class Natives(nn.Module):
@@ -540,6 +562,35 @@ def test_inductor_computes_with_integers() -> None:
     assert "aten.convolution" not in text
     converted = native(prepared)
     assert steps_apart(found, converted(x), converted.classifier.scale) <= 2.001
+
+
+RUN_COMPILED_WITHOUT_FASTQUANT = """
+    import sys
+    sys.modules["fastquant"] = None  # import fastquant fails
+    import torch
+    run = torch._inductor.aoti_load_package({package!r})
+    x, expected, step = torch.load({data!r})
+    assert (run(x) - expected).abs().max() / step <= 2.001
+    print("ran")
+"""
+
+
+@torch.no_grad()
+def test_aot_inductor_compiles_a_program(tmp_path: Path) -> None:
+    prepared, x = block(), images(3)
+    program = export(prepared, (images(2),), dynamic_shapes=BATCH)
+    with torch._inductor.config.patch(freezing=True):
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+    with zipfile.ZipFile(package) as files:
+        code = "".join(files.read(n).decode() for n in files.namelist() if n.endswith(".cpp"))
+    assert "aoti_torch_cpu__qconv_pointwise" in code
+    assert "aten_convolution" not in code
+    converted = native(prepared)
+    torch.save((x, converted(x), converted.classifier.scale), tmp_path / "data.pt")
+    code = RUN_COMPILED_WITHOUT_FASTQUANT.format(package=package, data=str(tmp_path / "data.pt"))
+    assert printed(code).endswith("ran")
 
 
 RUN_WITHOUT_FASTQUANT = """
