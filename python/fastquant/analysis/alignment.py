@@ -40,9 +40,16 @@ def aligned(
             model.set_submodule(name, observed)
     for module in model.modules():
         if parametrize.is_parametrized(module):
+            # torch removes the parameter's property from the class, which copies share.
+            module.__class__ = _copy_of_class(type(module))
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name)
     return model
+
+
+def _copy_of_class(cls: type) -> type:
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, cls.__bases__, members)
 
 
 def _fuse_as(model: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], object]) -> None:

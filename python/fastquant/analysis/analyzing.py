@@ -19,7 +19,7 @@ from .._torch import ao
 from ..quantize import convert
 from ..utils import _assert_and_get_unique_device
 from .alignment import aligned
-from .errors import AnalysisError
+from .errors import RUN_ERRORS, AnalysisError, first_line
 from .measuring import Measuring, bytes_of_weight, first, weight_report
 from .reading import is_prepared, left_out, read
 from .result import Analysis, LayerReport
@@ -128,8 +128,9 @@ def analyze(
     """Measure what quantization did to a model and to each of its layers.
 
     The models are not changed. The float model may be unfused where the quantized one is fused.
-    Of a prepared model, the quantized layers are computed in float with rounded weights and
-    outputs; a converted model is run as well, and its outputs are those compared.
+    Each quantized layer alone is computed in float, with rounded weights and outputs. What the whole
+    model gives, and its layers in it, is that of the converted model; a prepared one is converted
+    for that, to native kernels, where they can run it.
 
     Args:
         float_model: the model before prepare.
@@ -167,16 +168,20 @@ def analyze(
         raise ValueError(f"sensitivity_batches must be at least 1, got {sensitivity_batches}")
     subject = Subject.of(float_model, quantized, data, batches, forward)
     simulation, walked, run = subject.simulation, subject.data, subject.run
-    converted = None if is_prepared(quantized) else subject.quantized
     notes = [
         f"{part} was not measured: its quantized layers have no counterparts in the float module. "
         "Pass the prepared model to see them"
         for part in left_out(quantized)
     ]
     with torch.no_grad():
-        measuring = Measuring(simulation, converted, run)
+        converted = _converted(subject, notes)
+        may_fail = converted is not subject.quantized
+        measuring = Measuring(simulation, converted, run, may_fail)
         with tqdm(walked, "measuring", unit="batch", disable=not progress, leave=False) as bar:
             measuring.walk(bar)
+        if measuring.failure is not None:
+            notes.append(_SIMULATED.format(measuring.failure))
+            converted = None
         found = {}
         if sensitivity:
             few = list(islice(walked, sensitivity_batches))
@@ -225,6 +230,34 @@ def analyze(
     )
 
 
+_SIMULATED = (
+    "The converted model could not be run, so that its outputs were simulated, in float with "
+    "rounded values: {}"
+)
+
+
+def _converted(subject: Subject, notes: list[str]) -> nn.Module | None:
+    """The model whose outputs are compared with the float one's; None to simulate it.
+
+    Of a prepared model, that is what convert makes of it for the native kernels, where all layers
+    have eight bits as these do.
+    """
+    model = subject.quantized
+    if not is_prepared(model):
+        return model
+    ways = (site.way for site in subject.simulation.sites.values())
+    grids = [grid for way in ways for grid in (way.weight_grid, way.output) if grid is not None]
+    if not grids or not all(grid.fills_a_byte for grid in grids):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return convert(model, backend="native")
+    except RUN_ERRORS as error:
+        notes.append(_SIMULATED.format(first_line(error)))
+        return None
+
+
 def _times(subject: Subject, notes: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of the layers in float, and converted."""
     batch = first(subject.data)
@@ -237,8 +270,7 @@ def _times(subject: Subject, notes: list[str]) -> tuple[dict[str, float], dict[s
             if is_prepared(converted):
                 converted = convert(converted)
             quantized_ms = times(converted, names, lambda model: subject.run(model, batch))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        notes.append(f"The quantized layers were not timed: {type(error).__name__}: {reason}")
+    except RUN_ERRORS as error:
+        notes.append(f"The quantized layers were not timed: {first_line(error)}")
         quantized_ms = {}
     return float_ms, quantized_ms

@@ -46,6 +46,11 @@ class Grid:
         """Bits that the integers need."""
         return (self.levels - 1).bit_length()
 
+    @property
+    def fills_a_byte(self) -> bool:
+        """Whether int8 kernels have these integers, no fewer and no more."""
+        return (self.quant_min, self.quant_max) in ((0, 255), (-128, 127), (-127, 127))
+
     def ends(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest value, one element or one per channel."""
         scale, zero_point = self.scale.double(), self.zero_point.double()

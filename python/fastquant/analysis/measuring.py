@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .._core.batches import batch_size
 from ..nn.quantized import FloatFunctional
 from .clippings import clippings
-from .errors import AnalysisError
+from .errors import RUN_ERRORS, AnalysisError, first_line
 from .grids import Grid
-from .reading import CONVOLUTIONS, TRANSPOSED, core
+from .reading import CONVOLUTIONS, TRANSPOSED, core, left_out
 from .result import OutputReport, WeightReport
 from .simulation import FLOAT, QUANTIZED, Call, Simulation, Site
 from .sums import ErrorSums, OutputError, Values, as_float, require_same_shape
@@ -45,6 +45,8 @@ class _Measured:
     accumulated: ErrorSums = field(default_factory=ErrorSums)
     # Float outputs of the present batch, to compare the quantized ones with.
     outputs: list[Tensor] = field(default_factory=list)
+    # How many of them have been compared.
+    compared: int = 0
     # Whether something changes the outputs in place after the layer has returned them.
     changed_later: bool = True
 
@@ -56,11 +58,13 @@ class Measuring:
         simulation: of the float model.
         converted: the model whose outputs are compared with the float one's; None simulates it.
         run: runs a model on a batch.
+        may_fail: whether to simulate the model, too, if `converted` cannot be run.
 
     Attributes:
         error: of the model's output.
         batches: how many were run.
         samples: sum of the batches' first dimensions.
+        failure: why `converted` could not be run; None where it was.
     """
 
     def __init__(
@@ -68,10 +72,16 @@ class Measuring:
         simulation: Simulation,
         converted: nn.Module | None,
         run: Callable[[nn.Module, Any], Any],
+        may_fail: bool = False,
     ) -> None:
         self._simulation = simulation
         self._converted = converted
         self._run = run
+        self._may_fail = may_fail
+        # Layers of modules that convert swaps whole: the converted model does not have them.
+        whole = () if converted is None else tuple(f"{name}." for name in left_out(converted))
+        self._inner = [name for name in simulation.sites if whole and name.startswith(whole)]
+        self.failure: str | None = None
         self.error = OutputError()
         self.batches = self.samples = 0
         self._with_errors = True
@@ -119,16 +129,41 @@ class Measuring:
                     original._version or not torch.equal(original, copied)
                     for original, copied in zip(originals, measured.outputs, strict=True)
                 )
-        if self._converted is not None:
-            output = self._run_converted(self._converted, batch)
-        else:
-            self._simulation.set(QUANTIZED)
-            with self._simulation.listening(self._quantized):
-                output = self._run(self._simulation.model, batch)
-        self.error.add(reference, output)
+        self.error.add(reference, self._run_quantized(batch))
         for measured in self._layers.values():
             measured.outputs.clear()
+            measured.compared = 0
         self._simulation.set(FLOAT)
+
+    def _run_quantized(self, batch: Any) -> Any:
+        """The quantized model's output; adds the errors of its layers."""
+        if self._converted is not None:
+            try:
+                output = self._run_converted(self._converted, batch)
+                if self._inner:
+                    self._run_simulated(batch, self._inner)
+                return output
+            except AnalysisError:
+                raise
+            except RUN_ERRORS as error:
+                if not self._may_fail or self.batches:
+                    raise
+                self.failure = first_line(error)
+                self._converted = None
+                for measured in self._layers.values():
+                    measured.accumulated, measured.compared = ErrorSums(), 0
+        return self._run_simulated(batch, self._layers)
+
+    def _run_simulated(self, batch: Any, names: Collection[str]) -> Any:
+        """What the simulation gives; adds the errors of these layers."""
+
+        def note(site: Site, call: Call | None, output: Any) -> None:
+            if site.name in names:
+                self._compare(site.name, output)
+
+        self._simulation.set(QUANTIZED)
+        with self._simulation.listening(note):
+            return self._run(self._simulation.model, batch)
 
     def _in_float(self, site: Site, call: Call | None, output: Any) -> None:
         measured = self._layers[site.name]
@@ -146,21 +181,20 @@ class Measuring:
         else:
             measured.outputs.append(output.clone() if measured.changed_later else output)
 
-    def _quantized(self, site: Site, call: Call | None, output: Any) -> None:
-        self._compare(site.name, output)
-
     def _compare(self, name: str, output: Any) -> None:
         measured = self._layers[name]
         output = as_float(output)
-        if measured.outputs and isinstance(output, Tensor) and output.is_floating_point():
-            reference = measured.outputs.pop(0)
+        left = measured.compared < len(measured.outputs)
+        if left and isinstance(output, Tensor) and output.is_floating_point():
+            reference = measured.outputs[measured.compared]
+            measured.compared += 1
             require_same_shape(f"the output of {name}", reference, output)
             measured.accumulated.add(reference, output)
 
     def _run_converted(self, model: nn.Module, batch: Any) -> Any:
         modules = dict(model.named_modules())
         with ExitStack() as stack:
-            for name in self._layers:
+            for name in self._layers.keys() - set(self._inner):
                 module, note = modules[name], partial(self._compare, name)
                 if isinstance(self._simulation.sites[name].module, FloatFunctional):
                     stack.enter_context(_results_told(module, note))
