@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from analysis_cases import QCONFIG, data, float_net, of, prepared_of, with_bits
-from fastquant.analysis import Analysis, AnalysisError, analyze
+from fastquant.analysis import Analysis, AnalysisError, analyze, search
 from oracle import quiet
 from zoo import QAT_QCONFIGS, STATIC_CASES, STATIC_QCONFIGS, Case, Residual, Stubbed
 
@@ -85,6 +85,56 @@ def test_a_report_on_a_prepared_model_shows_what_the_converted_one_does(name: st
         found = before[layer.name].output
         assert found.accumulated_sqnr == pytest.approx(layer.output.accumulated_sqnr, abs=1e-3)
         assert found.sqnr == pytest.approx(layer.output.sqnr, abs=0.01)
+
+
+class Between(nn.Module):
+    """Two convolutions, with a function of torch between the second and the end."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.quant, self.dequant = fq.QuantStub(), fq.DeQuantStub()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.function(self.conv(self.quant(x)))
+        return self.dequant(x).exp()
+
+
+def relu_in_place(x: Tensor) -> Tensor:
+    nn.functional.relu_(x)
+    return x
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg_pool": lambda x: nn.functional.avg_pool2d(x, 3),
+    "adaptive": lambda x: nn.functional.adaptive_avg_pool2d(x, 1).flatten(1),
+    "mean": lambda x: x.mean((2, 3)),
+    "interpolate": lambda x: nn.functional.interpolate(x, scale_factor=1.5, mode="bilinear"),
+    "moved, then pooled": lambda x: x.permute(0, 2, 3, 1).mean(3).unsqueeze(1),
+    "parts": lambda x: torch.cat([part.mean(2) for part in x.chunk(2, 1)], 1),
+    "sigmoid": torch.sigmoid,
+    "hardtanh": lambda x: nn.functional.hardtanh(x, -0.305, 0.305),
+    "in place": lambda x: relu_in_place(x).mean((2, 3)),
+    "padded": lambda x: nn.functional.pad(x, (1, 1, 1, 1), value=0.123),
+    "module": nn.Sequential(nn.AvgPool2d(2), nn.GELU()),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_between_layers_round_in_the_simulation_as_when_converted(name: str) -> None:
+    torch.manual_seed(0)
+    model = Between(FUNCTIONS[name]).eval()
+    model.qconfig = QCONFIG
+    if name == "module":
+        model.function.qconfig = None
+    with quiet():
+        prepared = fq.prepare(model)
+        fq.calibrate(prepared, data(), progress=False)
+        converted = fq.convert(prepared, backend="native")
+        # What is searched is simulated.
+        simulated = search(model, prepared, data(), -100.0, progress=False).score
+    assert simulated == pytest.approx(of(model, converted, data()).sqnr, abs=0.05)
 
 
 def test_the_metric_of_a_prepared_model_is_that_of_the_converted_one() -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def coarse(net: Any) -> None:
     net.conv1.qconfig = with_bits(2)
-    net.conv3.qconfig = with_bits(3)
+    net.conv2.qconfig = with_bits(3)
 
 
 def searched(target: float, **options: Any) -> Assignment:
@@ -36,7 +36,7 @@ def test_nothing_is_kept_where_the_target_is_reached_already() -> None:
 
 
 def test_the_spoilt_layers_are_kept_and_no_others() -> None:
-    assert searched(40.0).kept == ("conv1", "conv3")
+    assert searched(40.0).kept == ("conv1", "conv2")
 
 
 def test_one_layer_is_kept_where_one_is_enough() -> None:
@@ -48,7 +48,7 @@ def test_one_layer_is_kept_where_one_is_enough() -> None:
 
 def test_the_assignment_prepares_a_model_that_reaches_the_target() -> None:
     found = searched(40.0)
-    assert found.qconfigs == {"conv1": None, "conv3": None}
+    assert found.qconfigs == {"conv1": None, "conv2": None}
 
     def configure(net: Any) -> None:
         coarse(net)
@@ -64,7 +64,7 @@ def test_layers_may_be_kept_at_more_bits() -> None:
     model = float_net()
     wider = prepared_of(model)
     found = searched(40.0, wider=wider)
-    assert found.kept == ("conv1", "conv3")
+    assert found.kept == ("conv1", "conv2")
     assert found.qconfigs["conv1"].activation is wider.conv1.qconfig.activation
 
     def configure(net: Any) -> None:

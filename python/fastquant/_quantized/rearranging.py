@@ -126,12 +126,15 @@ _WAYS: tuple[tuple[Callable[[Any], Handler], tuple[str, ...]], ...] = (
     ),
     (_shaped_like, ("expand_as", "view_as", "reshape_as")),
 )
+# Functions whose results hold elements of their input, and nothing else.
+MOVES: set[Any] = set()
 for _way, _names in _WAYS:
     for _name in _names:
         for _function in functions_named(_name):
             # Tensor.unfold takes windows along a dimension, F.unfold makes columns of patches.
             if _function is not F.unfold:
                 handles(_function)(_way(_function))
+                MOVES.add(_function)
 
 
 # By methods, because torch.compile cannot make another class of an attribute of a graph's input.
@@ -152,6 +155,9 @@ def _check_same_dtype(input: QuantizedTensor, dtype: Any, function: Any) -> None
 
 
 _reshape = HANDLERS[Tensor.reshape]
+
+
+MOVES.add(Tensor.view)
 
 
 @handles(Tensor.view)

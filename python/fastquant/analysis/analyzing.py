@@ -21,9 +21,10 @@ from ..utils import _assert_and_get_unique_device
 from .alignment import aligned
 from .errors import RUN_ERRORS, AnalysisError, first_line
 from .measuring import Measuring, bytes_of_weight, first, weight_report
+from .metrics import Metric, score
 from .reading import is_prepared, left_out, read
 from .result import Analysis, LayerReport
-from .sensitivity import Metric, score, sensitivities
+from .sensitivity import sensitivities
 from .simulation import FLOAT, QUANTIZED, Simulation
 from .timing import times
 
@@ -128,9 +129,9 @@ def analyze(
     """Measure what quantization did to a model and to each of its layers.
 
     The models are not changed. The float model may be unfused where the quantized one is fused.
-    Each quantized layer alone is computed in float, with rounded weights and outputs. What the whole
-    model gives, and its layers in it, is that of the converted model; a prepared one is converted
-    for that, to native kernels, where they can run it.
+    Each quantized layer alone is computed in float, with rounded weights and outputs. What the
+    whole model gives, and its layers in it, is that of the converted model; a prepared one is
+    converted for that, to native kernels, where they can run it.
 
     Args:
         float_model: the model before prepare.
@@ -195,8 +196,11 @@ def analyze(
             simulation.set(FLOAT)
             float_metric = score(metric, simulation.model, "the float model")
             simulation.set(QUANTIZED)
-            model = simulation.model if converted is None else converted
-            quantized_metric = score(metric, model, "the quantized model")
+            which = "the quantized model"
+            if converted is None:
+                quantized_metric = simulation.score(metric, which)
+            else:
+                quantized_metric = score(metric, converted, which)
             simulation.set(FLOAT)
         float_ms, quantized_ms = _times(subject, notes) if timing else ({}, {})
     layers = []

@@ -19,15 +19,13 @@ from .errors import RUN_ERRORS, AnalysisError, first_line
 from .grids import Grid
 from .reading import CONVOLUTIONS, TRANSPOSED, core, left_out
 from .result import OutputReport, WeightReport
-from .simulation import FLOAT, QUANTIZED, Call, Simulation, Site
+from .simulation import FLOAT, OBSERVED, QUANTIZED, Call, Simulation, Site
 from .sums import ErrorSums, OutputError, Values, as_float, require_same_shape
 
 _CHANNELS_FIRST = (
     *CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm,
 )  # fmt: skip
-# The operations of a FloatFunctional whose results are observed.
-_OBSERVED = ("add", "mul", "cat", "add_relu", "matmul")
 # The page draws this many bars.
 _BARS = 128
 # Errors take two more forwards than values, and differ less from batch to batch: they, and the
@@ -163,7 +161,7 @@ class Measuring:
 
         self._simulation.set(QUANTIZED)
         with self._simulation.listening(note):
-            return self._run(self._simulation.model, batch)
+            return self._simulation.run(self._run, batch)
 
     def _in_float(self, site: Site, call: Call | None, output: Any) -> None:
         measured = self._layers[site.name]
@@ -267,7 +265,7 @@ def _results_told(functional: Any, note: Callable[[Any], None]) -> Iterator[None
 
         return call
 
-    methods = [name for name in _OBSERVED if callable(getattr(functional, name, None))]
+    methods = [name for name in OBSERVED if callable(getattr(functional, name, None))]
     before = {name: vars(functional)[name] for name in methods if name in vars(functional)}
     for name in methods:
         vars(functional)[name] = told(getattr(functional, name))

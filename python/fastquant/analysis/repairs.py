@@ -51,7 +51,7 @@ def quality(subject: Subject) -> float:
             simulation.set(FLOAT)
             exact = subject.run(simulation.model, batch)
             simulation.set(QUANTIZED)
-            error.add(exact, subject.run(simulation.model, batch))
+            error.add(exact, simulation.run(subject.run, batch))
     simulation.set(FLOAT)
     return error.sqnr
 
@@ -91,7 +91,7 @@ def _means(
     try:
         with torch.no_grad():
             for batch in batches:
-                subject.run(subject.simulation.model, batch)
+                subject.simulation.run(subject.run, batch)
     finally:
         for handle in handles:
             handle.remove()

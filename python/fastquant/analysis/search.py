@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from .._conversion.checks import listed
 from .analyzing import Forward, Subject
 from .errors import AnalysisError
+from .metrics import Metric
 from .reading import is_prepared, read
-from .sensitivity import Metric, score
 from .simulation import FLOAT, QUANTIZED, Simulation
 from .sums import OutputError
 
@@ -131,7 +131,7 @@ class _Search:
         """Of the model as it is set."""
         error = OutputError()
         for batch, reference in zip(self._batches, self._references, strict=True):
-            error.add(reference, self._run(self._simulation.model, batch))
+            error.add(reference, self._simulation.run(self._run, batch))
         self._advance()
         return error.sqnr
 
@@ -145,7 +145,7 @@ class _Search:
                 self._tried[key] = self._sqnr()
             else:
                 which = f"the model without {listed(kept)} quantized" if kept else "the model"
-                self._tried[key] = score(self._metric, self._simulation.model, which)
+                self._tried[key] = self._simulation.score(self._metric, which)
                 self._advance()
         return self._tried[key]
 

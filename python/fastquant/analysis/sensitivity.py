@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .errors import AnalysisError
+from .metrics import Metric
 from .result import Sensitivity
 from .simulation import FLOAT, QUANTIZED, Simulation
 from .sums import OutputError
-
-Metric = Callable[[nn.Module], Any]
-
-
-def score(metric: Metric, model: nn.Module, which: str) -> float:
-    """A user's metric of a model, as a number.
-
-    Args:
-        metric: called with the model.
-        model: in eval mode.
-        which: names the model in an error.
-
-    Raises:
-        AnalysisError: it returns no number.
-    """
-    value = metric(model)
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    try:
-        if isinstance(value, str | bytes):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise AnalysisError(
-            f"metric must return a number, and returned {value!r} for {which}"
-        ) from None
-    if math.isnan(number):
-        raise AnalysisError(f"metric must return a number, and returned NaN for {which}")
-    return number
 
 
 def sensitivities(
@@ -76,7 +46,7 @@ def sensitivities(
                 simulation.set(other, [name])
                 simulation.set(FLOAT, known)
                 with simulation.replaying(known):
-                    errors[name].add(reference, run(simulation.model, batch))
+                    errors[name].add(reference, simulation.run(run, batch))
                 advance()
     scores: dict[str, tuple[float | None, float | None]] = {}
     for name in simulation.sites:
@@ -84,11 +54,11 @@ def sensitivities(
         if metric is not None:
             simulation.set(FLOAT)
             simulation.set(QUANTIZED, [name])
-            pair[0] = score(metric, simulation.model, f"the model with only {name} quantized")
+            pair[0] = simulation.score(metric, f"the model with only {name} quantized")
             advance()
             simulation.set(QUANTIZED)
             simulation.set(FLOAT, [name])
-            pair[1] = score(metric, simulation.model, f"the model with all but {name} quantized")
+            pair[1] = simulation.score(metric, f"the model with all but {name} quantized")
             advance()
         scores[name] = (pair[0], pair[1])
     simulation.set(FLOAT)

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from .. import functional as F
 from .._conversion.checks import listed
 from ..nn.quantized import FloatFunctional
+from .between import Between, copied, remember_grid
 from .errors import AnalysisError
-from .reading import Quantized, core
+from .metrics import Metric, score
+from .reading import CUSTOM, Quantized, core
 
 FLOAT, QUANTIZED = 0, 1
+
+OBSERVED = ("add", "mul", "cat", "add_relu", "matmul")
+"""The operations of a FloatFunctional whose results are observed."""
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -75,6 +80,9 @@ class Site:
         self.add_way(way)
         if isinstance(module, FloatFunctional):
             module.activation_post_process = _OutputOf(self)
+            for method in OBSERVED:
+                within = simulation.between.within(getattr(module, method))
+                vars(module)[method] = within
         else:
             self.module.register_forward_pre_hook(self._before, with_kwargs=True)
             self.module.register_forward_hook(self._hook, with_kwargs=True)
@@ -135,7 +143,9 @@ class Site:
         grid = self.ways[self.state - 1].output if self.state else None
         if grid is None or not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        return grid.quantized(x)
+        rounded = grid.quantized(x)
+        remember_grid(rounded, grid)
+        return rounded
 
     def alone(self, call: Call | None, output: Any) -> Any:
         """What the quantized layer gives for a float input.
@@ -161,10 +171,13 @@ class Site:
         return args, kwargs
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._simulation.between.begin()
         return self._rounded_input((args, kwargs))
 
     def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        return self.after((args, kwargs), output)
+        output = self.after((args, kwargs), output)
+        self._simulation.between.end()
+        return output
 
     def after(self, call: Call | None, output: Any) -> Any:
         """What the layer's output becomes; tells the listener of it."""
@@ -189,6 +202,7 @@ class Simulation:
         model: computes what the states of the sites say.
         sites: by name.
         listener: is called with each output of each site, if any.
+        between: the context in which what lies between the sites rounds as in a converted model.
 
     Raises:
         AnalysisError: the float model lacks a layer, or a shape differs.
@@ -204,6 +218,7 @@ class Simulation:
                 f"the float model has no {listed(missing)}, which the quantized model has: both "
                 "must come from one model, whose modules keep their names"
             )
+        self.between = Between(model, (m for m in modules.values() if isinstance(m, CUSTOM)))
         self.sites = {
             name: Site(self, name, modules[name], layer) for name, layer in layers.items()
         }
@@ -222,11 +237,21 @@ class Simulation:
         finally:
             self.listener = None
 
+    def run(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """What the model returns for a batch, as the sites' states are."""
+        with self.between:
+            return run(self.model, batch)
+
+    def score(self, metric: Metric, which: str) -> float:
+        """A user's metric of the model, as the sites' states are; `which` names it in an error."""
+        with self.between:
+            return score(metric, self.model, which)
+
     def record(self, run: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[Any, Recording]:
         """What the model returns for a batch, and what its layers gave meanwhile."""
         recording = Recording()
         with self.listening(recording.note):
-            return run(self.model, batch), recording
+            return self.run(run, batch), recording
 
     @contextmanager
     def replaying(self, outputs: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
@@ -256,7 +281,7 @@ class Recording:
         self._calls += 1
         # A FloatFunctional has methods instead of a forward, and takes little time.
         if call is not None and isinstance(output, Tensor):
-            self._outputs.setdefault(site.name, []).append(output.clone())
+            self._outputs.setdefault(site.name, []).append(copied(output))
 
     def before(self, name: str) -> dict[str, list[Tensor]]:
         """The outputs of layers that are done before this one begins: it does not change them."""
@@ -275,7 +300,7 @@ def _returning(module: nn.Module, outputs: Sequence[Tensor]) -> Iterator[None]:
     rest = iter(outputs)
     attributes = vars(module)
     before = attributes.get("forward")
-    attributes["forward"] = lambda *args, **kwargs: next(rest).clone()
+    attributes["forward"] = lambda *args, **kwargs: copied(next(rest))
     try:
         yield
     finally:
