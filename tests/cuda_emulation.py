@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,13 @@ RACES = os.environ.get("FASTQUANT_EMULATION_RACES") == "1"
 def why_not() -> str | None:
     """The reason not to emulate, if there is one."""
     missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool) is None]
-    return f"needs {', '.join(missing)}" if missing else None
+    if missing:
+        return f"needs {', '.join(missing)}"
+    # The emulated ops are registered under another name, by a macro that replaces `fastquant`.
+    header = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "stable" / "library.h"
+    if re.search(r"^ +#ns, ", header.read_text(), re.MULTILINE):
+        return "this torch's headers register ops under the name before macros replace it"
+    return None
 
 
 def _run(*command: str) -> None:

@@ -5,7 +5,6 @@ Each builder takes the namespace that stubs come from, `fastquant` or `torch.ao.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -20,6 +19,7 @@ from torch.nn.utils import parametrize
 
 import fastquant as fq
 import fastquant.nn.quantized as nnq
+from fastquant import bench
 from fastquant._torch import ao
 from oracle import quiet
 
@@ -376,22 +376,11 @@ def torchvision_model(name: str) -> nn.Module:
     """A quantizable model of torchvision, randomly initialised; skips where there is none."""
     if not ao.has_quantized_modules:
         pytest.skip("torchvision's quantizable models consist of torch.ao's modules")
-    try:
-        # Without its compiled library, torchvision fails to import for want of its ops' schemas.
-        if not hasattr(torch.ops.torchvision, "nms"):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for schema in (
-                "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            ):
-                library.define(schema)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torchvision.models import quantization
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision does not import: {error}")
     torch.manual_seed(0)
-    return getattr(quantization, name)(weights=None, quantize=False)
+    try:
+        return bench.torchvision_model(name)
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 # The observers and fake-quantizers whose names are in both namespaces.
