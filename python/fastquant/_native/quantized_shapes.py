@@ -215,7 +215,7 @@ def _embedding_bag(
     include_last_offset: bool,
     padding_idx: int | None,
 ) -> Tensor:
-    bags = indices.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
+    bags = indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
     return packed.new_empty((bags, dim), dtype=torch.float32)
 
 
