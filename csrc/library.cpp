@@ -163,7 +163,7 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
   m.def(
       "dynamic_linear(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, int out_features, "
       "bool relu, bool reduce_range) -> Tensor");
-  m.def("half_linear(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor");
+  m.def("half_linear(Tensor x, Tensor packed_weight, Tensor? bias, int out_features, bool relu) -> Tensor");
   m.def(
       "dynamic_conv(Tensor x, Tensor packed_weight, Tensor weight_scale, Tensor? bias, int[] weight_shape, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool reduce_range) -> Tensor");

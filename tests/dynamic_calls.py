@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elementwise_calls import Call
 from fastquant._native import ops
+from fastquant._native.half_weights import pack_half
 from fastquant._native.reference import OPS
 from layer_calls import in_layout, random_weight, scales_of_layer, weight_scales
 from strategies import seeds
@@ -86,7 +87,7 @@ def half_linears(draw: st.DrawFn) -> Call:
     x = values((*leading, inputs), kind, torch.float32, draw(seeds))
     weight = values((channels, inputs), "normal", torch.float16, draw(seeds))
     bias = torch.randn(channels) if draw(st.booleans()) else None
-    return "half_linear", (x, weight, bias, draw(st.booleans()))
+    return "half_linear", (x, pack_half(weight), bias, channels, draw(st.booleans()))
 
 
 def recurrent_args(
@@ -133,9 +134,10 @@ def samples() -> Iterator[Call]:
             weight = ops.pack_weight(random_weight((channels, inputs), 1), 1, False)
             scales = (weight_scales(channels, 2), torch.ones(channels))
             yield "dynamic_linear", (x, weight, *scales, channels, False, True)
-    x = values((300, 260), "normal", torch.float32, 3)
-    weight = values((130, 260), "normal", torch.float16, 5)
-    yield "half_linear", (x, weight, torch.ones(130), False)
+    for rows, channels in ((1, 1000), (75, 330), (300, 130)):
+        x = values((rows, 260), "normal", torch.float32, 3)
+        weight = pack_half(values((channels, 260), "normal", torch.float16, 5))
+        yield "half_linear", (x, weight, torch.ones(channels), channels, False)
     for gates in (3, 4):
         # What the input gives for the gates is computed for some steps at once.
         x = values((12, 40, 130), "normal", torch.float32, 3)

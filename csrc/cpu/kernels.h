@@ -175,8 +175,10 @@ struct KernelsFor {
                               const NormColumns<T>& norm, const Range<T>& passing);
 };
 
-// A linear layer, all of whose tensors are contiguous: x is [rows, inputs], weight [outputs, inputs], and y
-// [rows, outputs]. bias may be null.
+// A linear layer, all of whose tensors are contiguous: x is [rows, inputs], and y [rows, outputs]. The weight
+// is packed in panels of outputs: [outputs / kHalfPanel, rounded up][inputs][kHalfPanel]
+// (python/fastquant/_native/ half_weights.py). bias may be null.
+constexpr int64_t kHalfPanel = 16;
 struct HalfLinear {
   const float* x;
   const Half* weight;
@@ -205,8 +207,9 @@ struct Kernels {
   // out = quantized_to_int8(x) (math/fake_quantize.h).
   void (*quantize)(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high);
 
-  // The outputs [first, last) of all rows, computed in fp32.
-  void (*half_linear)(const HalfLinear& layer, int64_t first, int64_t last);
+  // The outputs [first, last) of the rows [begin, end), computed in fp32. Both are where panels begin, or
+  // `last` is the last output.
+  void (*half_linear)(const HalfLinear& layer, int64_t begin, int64_t end, int64_t first, int64_t last);
 };
 
 // The number of entries in one table of counts: the bins, one for elements outside the range, and padding.

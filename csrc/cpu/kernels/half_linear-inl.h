@@ -1,4 +1,7 @@
 // Linear layers with fp16 weights on fp32 rows, computed in fp32.
+//
+// Each output is one chain of fused multiplications and additions, from its first input to its last, whatever
+// the tile: so results are the same on every instruction set and for any number of rows.
 #pragma once
 
 #include "../kernels.h"
@@ -7,110 +10,91 @@
 namespace fastquant {
 namespace {
 
-// Every product is summed up in one of so many sums, that of its index, so that all instruction sets round the
-// same sums. They are added in pairs at the end.
-constexpr int kSumsOfProduct = 16;
+// The tallest tile of so many panels whose sums stay in registers, beside the weights of one input.
+template <class V, int kPanels>
+constexpr int kMostHalfRows = V::N == kHalfPanel         ? 6
+                              : V::N == 1 || kPanels > 1 ? 1
+                                                         : 6;
 
-// Rows and outputs of a tile, so that its sums stay in registers.
+// The panels of one row, and of several rows.
+constexpr int kWidestHalfTile = 4;
 template <class V>
-constexpr int kTileSide = V::N == kSumsOfProduct ? 4
-                          : V::N == 1            ? 1
-                                                 : 2;
+constexpr int kHalfPanelsOfRows = V::N == kHalfPanel ? kWidestHalfTile : 1;
 
-// Sums of the products of kRows rows with the weights of kOutputs outputs, for whole vectors of inputs.
-template <class V, int kRows, int kOutputs>
-FASTQUANT_INLINE void add_products(const float* const (&x)[kRows], const Half* const (&w)[kOutputs],
-                                   int64_t inputs,
-                                   typename V::Reg (&sums)[kRows * kOutputs][kSumsOfProduct / V::N]) {
-  for (int64_t i = 0; i < inputs; i += kSumsOfProduct) {
-    unrolled<kSumsOfProduct / V::N>([&](auto part) FASTQUANT_INLINE_LAMBDA {
-      typename V::Reg weights[kOutputs];
-      unrolled<kOutputs>([&](auto o) FASTQUANT_INLINE_LAMBDA { weights[o] = V::load(w[o] + i + part * V::N); });
-      unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
-        const auto values = V::load(x[r] + i + part * V::N);
-        unrolled<kOutputs>([&](auto o) FASTQUANT_INLINE_LAMBDA {
-          auto& sum = sums[r * kOutputs + o][part];
-          sum = V::madd(values, weights[o], sum);
-        });
+template <class V, int kRows, int kPanels>
+void half_tile(const HalfLinear& layer, int64_t row, int64_t output) {
+  constexpr int kParts = kHalfPanel / V::N, kVectors = kPanels * kParts;
+  typename V::Reg sums[kRows * kVectors];
+  unrolled<kRows * kVectors>([&](auto i) FASTQUANT_INLINE_LAMBDA { sums[i] = V::set1(0.0f); });
+  const Half* const w = layer.weight + output * layer.inputs;
+  const float* const x = layer.x + row * layer.inputs;
+  const int64_t panel = kHalfPanel * layer.inputs;
+  for (int64_t i = 0; i < layer.inputs; ++i) {
+    typename V::Reg weights[kVectors];
+    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+      weights[v] = V::load(w + v / kParts * panel + i * kHalfPanel + v % kParts * V::N);
+    });
+    unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
+      const auto value = V::set1(x[r * layer.inputs + i]);
+      unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+        auto& sum = sums[r * kVectors + v];
+        sum = V::madd(value, weights[v], sum);
       });
     });
   }
-}
-
-// Leaves the sum of all of them in the first. Loops of a known length are vectorized.
-template <int kHalf = kSumsOfProduct / 2>
-FASTQUANT_INLINE void add_pairs(float (&sums)[kSumsOfProduct]) {
-  for (int k = 0; k < kHalf; ++k) sums[k] += sums[k + kHalf];
-  if constexpr (kHalf > 1) add_pairs<kHalf / 2>(sums);
-}
-
-template <class V, int kRows, int kOutputs>
-void half_tile(const HalfLinear& layer, int64_t row, int64_t output) {
-  constexpr int kParts = kSumsOfProduct / V::N, kTile = kRows * kOutputs;
-  typename V::Reg sums[kTile][kParts];
-  unrolled<kTile>([&](auto t) FASTQUANT_INLINE_LAMBDA {
-    unrolled<kParts>([&](auto part) FASTQUANT_INLINE_LAMBDA { sums[t][part] = V::set1(0.0f); });
+  float results[kRows][kPanels * kHalfPanel];
+  unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
+    unrolled<kVectors>(
+        [&](auto v) FASTQUANT_INLINE_LAMBDA { V::store(results[r] + v * V::N, sums[r * kVectors + v]); });
   });
-  const float* x[kRows];
-  const Half* w[kOutputs];
-  for (int r = 0; r < kRows; ++r) x[r] = layer.x + (row + r) * layer.inputs;
-  for (int o = 0; o < kOutputs; ++o) w[o] = layer.weight + (output + o) * layer.inputs;
-  const int64_t left = layer.inputs % kSumsOfProduct, whole = layer.inputs - left;
-  add_products<V, kRows, kOutputs>(x, w, whole, sums);
-  if (left > 0) {
-    float last_x[kRows][kSumsOfProduct] = {};
-    Half last_w[kOutputs][kSumsOfProduct] = {};
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_memcpy(last_x[r], x[r] + whole, left * sizeof(float));
-      x[r] = last_x[r];
-    }
-    for (int o = 0; o < kOutputs; ++o) {
-      __builtin_memcpy(last_w[o], w[o] + whole, left * sizeof(Half));
-      w[o] = last_w[o];
-    }
-    add_products<V, kRows, kOutputs>(x, w, kSumsOfProduct, sums);
-  }
-  float pairs[kTile][kSumsOfProduct];
-  unrolled<kTile>([&](auto t) FASTQUANT_INLINE_LAMBDA {
-    unrolled<kParts>([&](auto part)
-                         FASTQUANT_INLINE_LAMBDA { V::store(pairs[t] + part * V::N, sums[t][part]); });
-  });
-  for (int t = 0; t < kTile; ++t) add_pairs(pairs[t]);
+  const int64_t left = layer.outputs - output,
+                count = left < kPanels * kHalfPanel ? left : kPanels * kHalfPanel;
   for (int r = 0; r < kRows; ++r) {
-    for (int o = 0; o < kOutputs; ++o) {
-      const float bias = layer.bias == nullptr ? 0.0f : layer.bias[output + o];
-      const float y = pairs[r * kOutputs + o][0] + bias;
-      layer.y[(row + r) * layer.outputs + output + o] = layer.relu && y < 0.0f ? 0.0f : y;
+    float* const to = layer.y + (row + r) * layer.outputs + output;
+    for (int64_t o = 0; o < count; ++o) {
+      const float y = results[r][o] + (layer.bias == nullptr ? 0.0f : layer.bias[output + o]);
+      to[o] = layer.relu && y < 0.0f ? 0.0f : y;
     }
   }
 }
 
-// All rows, for kOutputs outputs.
-template <class V, int kOutputs>
-void half_rows(const HalfLinear& layer, int64_t output, int64_t begin, int64_t end) {
-  constexpr int kSide = kTileSide<V>;
-  for (; begin + kSide <= end; begin += kSide) half_tile<V, kSide, kOutputs>(layer, begin, output);
-  if constexpr (kSide > 1) {
-    for (; begin < end; ++begin) half_tile<V, 1, kOutputs>(layer, begin, output);
+// Calls the tile of `rows` rows.
+template <class V, int kPanels, int kRows = kMostHalfRows<V, kPanels>>
+void half_tile_of(int64_t rows, const HalfLinear& layer, int64_t row, int64_t output) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return half_tile_of<V, kPanels, kRows - 1>(rows, layer, row, output);
+  }
+  half_tile<V, kRows, kPanels>(layer, row, output);
+}
+
+// The rows [begin, end), in tiles of nearly the same size.
+template <class V, int kPanels>
+void half_rows(const HalfLinear& layer, int64_t begin, int64_t end, int64_t output) {
+  constexpr int64_t kMost = kMostHalfRows<V, kPanels>;
+  for (int64_t tiles = (end - begin + kMost - 1) / kMost; tiles > 0; --tiles) {
+    const int64_t rows = (end - begin) / tiles;
+    half_tile_of<V, kPanels>(rows, layer, begin, output);
+    begin += rows;
+  }
+}
+
+// The panels that begin at the outputs [first, last), in tiles of at most kPanels.
+template <class V, int kPanels>
+void half_panels(const HalfLinear& layer, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  for (; first + (kPanels - 1) * kHalfPanel < last; first += kPanels * kHalfPanel) {
+    half_rows<V, kPanels>(layer, begin, end, first);
+  }
+  if constexpr (kPanels > 1) {
+    if (first < last) half_panels<V, kPanels - 1>(layer, begin, end, first, last);
   }
 }
 
 template <class V>
-void half_linear(const HalfLinear& layer, int64_t first, int64_t last) {
-  // The weights of so many outputs stay in the L2 cache while they meet all rows.
-  constexpr int64_t kBytesOfWeights = 131072, kSide = kTileSide<V>;
-  const int64_t fitting = kBytesOfWeights / (static_cast<int64_t>(sizeof(Half)) * layer.inputs + 1);
-  const int64_t at_once = fitting < 16 ? 16 : fitting / 16 * 16;
-  for (; first < last; first += at_once) {
-    const int64_t end = first + at_once < last ? first + at_once : last;
-    for (int64_t row = 0; row < layer.rows; row += kSide) {
-      const int64_t rows = layer.rows - row < kSide ? layer.rows - row : kSide;
-      int64_t output = first;
-      for (; output + kSide <= end; output += kSide) half_rows<V, kSide>(layer, output, row, row + rows);
-      if constexpr (kSide > 1) {
-        for (; output < end; ++output) half_rows<V, 1>(layer, output, row, row + rows);
-      }
-    }
+void half_linear(const HalfLinear& layer, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  if (end - begin == 1) {
+    half_panels<V, kWidestHalfTile>(layer, begin, end, first, last);
+  } else {
+    half_panels<V, kHalfPanelsOfRows<V>>(layer, begin, end, first, last);
   }
 }
 

@@ -42,53 +42,62 @@ Tensor floating_tensor(int64_t dims, const int64_t* sizes, const int64_t* stride
 
 // ----------------------------------------------------------------------------- linear
 
+// The output of a linear layer: contiguous, with the sizes of x but for the last.
+struct LinearOutput {
+  LinearOutput(const Tensor& x, int64_t out_features) : rows(1) {
+    check(x.dim() <= kMaxDims, "x has ", x.dim(), " dimensions");
+    const int64_t last = x.dim() - 1;
+    for (int64_t d = last, stride = 1; d >= 0; --d) {
+      sizes[d] = d == last ? out_features : x.sizes()[d];
+      strides[d] = stride;
+      stride *= std::max<int64_t>(sizes[d], 1);
+      if (d != last) rows *= sizes[d];
+    }
+  }
+
+  int64_t sizes[kMaxDims], strides[kMaxDims], rows;
+};
+
 Tensor dynamic_linear_op(const Tensor x, const Tensor packed_weight, const Tensor weight_scale,
                          const std::optional<Tensor> bias, int64_t out_features, bool relu, bool reduce_range) {
-  check(x.dim() >= 1 && x.dim() <= kMaxDims, "x has ", x.dim(), " dimensions");
+  check(x.dim() >= 1, "x has no dimensions");
   const Tensor input = torch::stable::contiguous(readable(x));
-  const int64_t last = x.dim() - 1, in_features = x.sizes()[last];
+  const int64_t in_features = x.sizes()[x.dim() - 1];
   const int64_t shape[] = {out_features, in_features};
   const PackedLayout layout(shape, 2, 1, false);
   const uint8_t* const packed = packed_data(packed_weight, layout);
   const LayerScales scales = scales_of(weight_scale, bias, out_features);
-  int64_t sizes[kMaxDims], strides[kMaxDims], rows = 1;
-  for (int64_t d = last, stride = 1; d >= 0; --d) {
-    sizes[d] = d == last ? out_features : x.sizes()[d];
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-    if (d != last) rows *= sizes[d];
-  }
-  return floating_tensor(x.dim(), sizes, strides, x, [&](void* y, OutputType type) {
-    dynamic_linear(input.const_data_ptr(), element(input.scalar_type()), rows, in_features, out_features,
+  const LinearOutput output(x, out_features);
+  return floating_tensor(x.dim(), output.sizes, output.strides, x, [&](void* y, OutputType type) {
+    dynamic_linear(input.const_data_ptr(), element(input.scalar_type()), output.rows, in_features, out_features,
                    packed, scales, relu, reduce_range, y, type);
   });
 }
 
-Tensor half_linear_op(const Tensor x, const Tensor weight, const std::optional<Tensor> bias, bool relu) {
-  check(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() >= 1 && x.dim() <= kMaxDims,
+Tensor half_linear_op(const Tensor x, const Tensor packed_weight, const std::optional<Tensor> bias,
+                      int64_t out_features, bool relu) {
+  check(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() >= 1,
         "x must be a float32 tensor on the CPU");
-  check(weight.is_cpu() && weight.scalar_type() == ScalarType::Half && weight.dim() == 2,
-        "weight must be a float16 matrix on the CPU");
-  const int64_t last = x.dim() - 1, inputs = x.sizes()[last], outputs = weight.sizes()[0];
-  check(weight.sizes()[1] == inputs, "weight takes ", weight.sizes()[1], " inputs, x has ", inputs);
+  const int64_t inputs = x.sizes()[x.dim() - 1];
+  check(out_features >= 0 && packed_weight.is_cpu() && packed_weight.scalar_type() == ScalarType::Half &&
+            packed_weight.is_contiguous() && packed_weight.dim() == 3 &&
+            packed_weight.sizes()[0] == rounded_up(out_features, kHalfPanel) / kHalfPanel &&
+            packed_weight.sizes()[1] == inputs && packed_weight.sizes()[2] == kHalfPanel,
+        "packed_weight is not the float16 weight of a layer with ", inputs, " inputs and ", out_features,
+        " outputs");
   const float* b = nullptr;
   if (bias.has_value()) {
     check(bias->is_cpu() && bias->scalar_type() == ScalarType::Float && bias->is_contiguous() &&
-              bias->numel() == outputs,
-          "bias must be a contiguous float32 tensor of ", outputs, " elements on the CPU");
+              bias->numel() == out_features,
+          "bias must be a contiguous float32 tensor of ", out_features, " elements on the CPU");
     b = static_cast<const float*>(bias->const_data_ptr());
   }
-  const Tensor rows = torch::stable::contiguous(x), w = torch::stable::contiguous(weight);
-  int64_t sizes[kMaxDims], strides[kMaxDims], count = 1;
-  for (int64_t d = last, stride = 1; d >= 0; --d) {
-    sizes[d] = d == last ? outputs : x.sizes()[d];
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-    if (d != last) count *= sizes[d];
-  }
-  Tensor y = empty_strided(x.dim(), sizes, strides, ScalarType::Float, x);
-  half_linear({static_cast<const float*>(rows.const_data_ptr()), static_cast<const Half*>(w.const_data_ptr()),
-               b, relu, static_cast<float*>(y.mutable_data_ptr()), count, inputs, outputs});
+  const Tensor rows = torch::stable::contiguous(x);
+  const LinearOutput output(x, out_features);
+  Tensor y = empty_strided(x.dim(), output.sizes, output.strides, ScalarType::Float, x);
+  half_linear({static_cast<const float*>(rows.const_data_ptr()),
+               static_cast<const Half*>(packed_weight.const_data_ptr()), b, relu,
+               static_cast<float*>(y.mutable_data_ptr()), output.rows, inputs, out_features});
   return y;
 }
 

@@ -179,8 +179,10 @@ def _dynamic_linear(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _half_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _half_linear(
+    x: Tensor, packed_weight: Tensor, bias: Tensor | None, out_features: int, *_: Any
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _dynamic_conv(x: Tensor, *args: Any) -> Tensor:

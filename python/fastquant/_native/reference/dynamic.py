@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..half_weights import unpack_half
 from .basics import _check
 from .quantized import (
     _channels_last,
@@ -108,28 +108,22 @@ def dynamic_linear(
     return _dynamic(quantized_linear, x, 1, args, relu, reduce_range)
 
 
-_SUMS = 16
-
-
-def half_linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """A float16 weight on fp32 rows: 16 sums of products, then those of pairs of them."""
+def half_linear(
+    x: Tensor, packed_weight: Tensor, bias: Tensor | None, out_features: int, relu: bool
+) -> Tensor:
+    """A float16 weight on fp32 rows: products are added one after the other, each rounded once."""
     _check(
-        x.dtype == torch.float32 and weight.dtype == torch.float16, "x must be fp32, weight fp16"
+        x.dtype == torch.float32 and packed_weight.dtype == torch.float16,
+        "x must be fp32, packed_weight fp16",
     )
-    more = (0, -x.shape[-1] % _SUMS)
-    rows, weights = (
-        F.pad(t.float(), more).reshape(len(t), -1, _SUMS)
-        for t in (x.reshape(-1, x.shape[-1]), weight)
-    )
-    y = x.new_zeros((rows.shape[0], weight.shape[0], _SUMS))
-    for step in range(rows.shape[1]):
-        y = multiplied_and_added(rows[:, None, step], weights[None, :, step], y)
-    while y.shape[-1] > 1:
-        first, second = y.chunk(2, -1)
-        y = first + second
-    y = y.squeeze(-1) + (0.0 if bias is None else bias)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    weight = unpack_half(packed_weight, out_features).float()
+    y = x.new_zeros((rows.shape[0], out_features))
+    for k in range(rows.shape[1]):
+        y = multiplied_and_added(rows[:, k, None], weight[:, k], y)
+    y = y + (0.0 if bias is None else bias)
     y = torch.where(y < 0, 0.0, y) if relu else y
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y.reshape(*x.shape[:-1], out_features)
 
 
 def dynamic_conv(x: Tensor, *args: Any) -> Tensor:

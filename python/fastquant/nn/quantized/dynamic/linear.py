@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...._core.dtypes import QINT8
+from ...._native.half_weights import pack_half, unpack_half
 from ...._native.ops import dynamic_linear, half_linear
 from ...._quantized import calls
 from ...._quantized.tensor import check_floating
@@ -62,6 +63,12 @@ class Linear(DynamicWeighted):
             f"{super().extra_repr()}"
         )
 
+    def _pack_half(self, weight: Tensor) -> Tensor:
+        return pack_half(weight)
+
+    def _unpack_half(self, packed: Tensor) -> Tensor:
+        return unpack_half(packed, self.out_features)
+
     def forward(self, x: Tensor) -> Tensor:
         buffers = self._buffers
         if self.weight_dtype == torch.float16:
@@ -90,4 +97,5 @@ class Linear(DynamicWeighted):
         """The output with a float16 weight, computed in fp32."""
         self._require_shape(x)
         weight, bias = self._buffers["_packed_weight"], self._buffers["_bias"]
-        return half_linear(x.float(), weight, bias, self._RELU).to(x.dtype)  # type: ignore[no-any-return]
+        y = half_linear(x.float(), weight, bias, self.out_features, self._RELU)
+        return y.to(x.dtype)  # type: ignore[no-any-return]

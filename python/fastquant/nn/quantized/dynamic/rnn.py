@@ -19,7 +19,7 @@ from ...._quantized.tensor import check_floating
 from ..observed import NoNativeFormError
 from ..weighted import require_source
 from .linear import Linear
-from .weighted import check_weight_dtype, weight_observer_of
+from .weighted import DynamicWeighted, check_weight_dtype, weight_observer_of
 
 _GATES = {"LSTM": 4, "GRU": 3}
 
@@ -32,9 +32,16 @@ class _Gates(Linear):
         buffers = self._buffers
         return buffers["_packed_weight"], buffers["weight_scale"], buffers["_bias"]
 
+    # torch's functions take float16 weights as they are, widened at each call.
+    _pack_half = DynamicWeighted._pack_half
+    _unpack_half = DynamicWeighted._unpack_half
+
     def float_weight(self) -> Tensor:
         """A float16 weight, for torch's functions of fp32."""
         return self._integers().float()
+
+    def _floating(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.float_weight(), self.bias())
 
 
 def _require(holds: bool, message: str) -> None:

@@ -80,14 +80,22 @@ class DynamicWeighted(PackedWeight):
         if not self._is_half:
             super()._pack(values, scales, bias)
             return
-        self._buffers["_packed_weight"] = half(values)
+        self._buffers["_packed_weight"] = self._pack_half(half(values))
         self._buffers["weight_scale"] = None
         self._buffers["_bias"] = bias
 
     def _integers(self) -> Tensor:
         if self._is_half:
-            return self._buffers["_packed_weight"]  # type: ignore[return-value]
+            return self._unpack_half(self._buffers["_packed_weight"])  # type: ignore[arg-type]
         return super()._integers()
+
+    def _pack_half(self, weight: Tensor) -> Tensor:
+        """A float16 weight in the form in which the layer computes with it."""
+        return weight
+
+    def _unpack_half(self, packed: Tensor) -> Tensor:
+        """The weight that `_pack_half` was given."""
+        return packed
 
     def weight(self) -> Any:
         """The weight as a quantized tensor, unpacked at each call; a float16 one as it is."""
