@@ -626,7 +626,22 @@ def test_recurrent_and_embedding_layers_are_refused_by_name() -> None:
 
     with quiet():
         model = fq.quantize_dynamic(Tagger().eval(), backend="native")
-    refused(model, torch.randn(3, 2, 8), "lstm calls dynamic_lstm, which has no ONNX form")
+    refused(model, torch.randn(3, 2, 8), "lstm calls dynamic_lstm, .*: leave it floating")
+
+
+def test_linear_layers_of_float16_weights_keep_them() -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(130, 70), fq.nn.intrinsic.LinearReLU(nn.Linear(70, 3), nn.ReLU())
+    with quiet():
+        model = fq.quantize_dynamic(
+            nn.Sequential(*layers).eval(), dtype=torch.float16, backend="native"
+        )
+    x = torch.randn(5, 130)
+    proto = exported(model, x, dynamic_shapes=({0: "batch"},))
+    of_weight = [i for i in proto.graph.initializer if list(i.dims) == [70, 130]]
+    assert [i.data_type for i in of_weight] == [standard.TensorProto.FLOAT16]
+    for each in (x, torch.randn(2, 130)):
+        torch.testing.assert_close(run(proto, each), model(each))
 
 
 # --- what cannot be exported ------------------------------------------------------------------
@@ -675,6 +690,24 @@ def test_ops_without_an_onnx_form_are_named_with_their_module() -> None:
     refused(model, x, r"1 calls .*linalg_qr, which has no ONNX form")
 
 
+def test_arithmetic_between_quantized_layers_is_refused_as_in_eager_mode() -> None:
+    class Swish(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.sigmoid()
+
+    model, x = calibrated(chain(nn.Conv2d(3, 4, 3), Swish()), (2, 3, 5, 5))
+    with quiet(), pytest.raises(NotImplementedError, match="FloatFunctional, whose mul"):
+        onnx.export(model, (x,), verbose=False)
+
+
+def test_opsets_that_torch_cannot_convert_a_model_to_are_refused() -> None:
+    model, x = calibrated(
+        chain(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)), (2, 3, 5, 5)
+    )
+    assert exported(model, x, opset_version=17).opset_import[0].version == 17
+    refused(model, x, "opset_version=13: .* pass opset_version=", opset_version=13)
+
+
 def test_the_older_exporter_is_refused_for_converted_models() -> None:
     model, x = calibrated(chain(nn.Conv2d(3, 4, 3)), (2, 3, 5, 5))
     with quiet():
@@ -699,6 +732,7 @@ def test_torch_onnx_export_says_what_to_call_for_converted_models(dynamo: bool) 
     ("options", "message"),
     [
         ({"opset_version": 12}, "opset_version must be at least 13, got 12"),
+        ({"opset_version": 99}, "opset_version must be at most .* got 99"),
         ({"dynamic_axes": {"y": {0: "batch"}}}, "dynamic_axes must name inputs"),
         ({"verify": True}, "verify=True"),
     ],

@@ -68,9 +68,9 @@ def export(
     """
     check_is_module(FUNCTION, model)
     opset = options.get("opset_version")
-    if opset is not None and opset < _MINIMUM_OPSET:
-        raise ValueError(f"opset_version must be at least {_MINIMUM_OPSET}, got {opset}")
     _require_onnx()
+    if opset is not None:
+        _check_opset(opset)
     require_no_torch_ao_modules(model)
     args, options["kwargs"] = _arguments(args, options.get("kwargs"))
     dynamo = options.setdefault("dynamo", True)
@@ -88,6 +88,7 @@ def export(
     except Exception as error:
         raise_named(error, model)
         raise
+    _require_opset(program, options.get("opset_version"))
     store_four_bits(program)
     _save(program, f, **to_file)
     return program
@@ -100,6 +101,30 @@ def _require_onnx() -> None:
         raise ImportError(
             f"ONNX export needs onnx and onnxscript ({error}): pip install onnx onnxscript"
         ) from error
+
+
+def _check_opset(opset: Any) -> None:
+    from onnx.defs import onnx_opset_version
+
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise TypeError(f"opset_version must be an int, got {opset!r}")
+    if opset < _MINIMUM_OPSET:
+        raise ValueError(f"opset_version must be at least {_MINIMUM_OPSET}, got {opset}")
+    if opset > onnx_opset_version():
+        raise ValueError(
+            f"opset_version must be at most {onnx_opset_version()}, the newest of the installed "
+            f"onnx, got {opset}"
+        )
+
+
+def _require_opset(program: Any, opset: int | None) -> None:
+    """Raise if torch wrote another opset than it was asked for, of which it only warns."""
+    written = program.model.opset_imports[""]
+    if opset is not None and written != opset:
+        raise QuantizationError(
+            f"{FUNCTION}: opset_version={opset}: an op of this model has no form there that torch "
+            f"could convert it to; pass opset_version={written} or a newer one"
+        )
 
 
 def _arguments(args: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:

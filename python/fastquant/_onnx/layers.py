@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._native.half_weights import unpack_half
 from .._native.ops import unpack_weight
 from .grids import Grid, Output, RealOutput, node
 
@@ -246,3 +247,22 @@ class DynamicLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return (y.relu() if self._relu else y).to(x.dtype)
+
+
+class HalfLinear(nn.Module):
+    """A linear layer whose weight is stored as float16, and widened where it is used."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, x: Tensor, packed_weight: Tensor, bias: Tensor | None, out_features: int, relu: bool
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", unpack_half(packed_weight, out_features))
+        self.register_buffer("bias", bias)
+        self._relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.float(), self.bias)
+        return y.relu() if self._relu else y

@@ -116,7 +116,10 @@ def _replace(graph_module: fx.GraphModule, op: fx.Node, four_bits: bool) -> None
     if name not in PATTERNS:
         if not op.users:
             return  # of its schema alone, such as a packed weight that patterns have unpacked
-        raise QuantizationError(f"{FUNCTION}: {named(path)} calls {name}, which has no ONNX form")
+        raise QuantizationError(
+            f"{FUNCTION}: {named(path)} calls {name}, which has no ONNX form: leave it floating, "
+            "with None as its qconfig, or out of the classes that quantize_dynamic is given"
+        )
     normalized: Any = op.normalized_arguments(graph_module, normalize_to_only_use_kwargs=True)
     arguments = dict(normalized.kwargs)
     inputs = [arguments.pop(key) for key in ("x", "a", "b", "tensors") if key in arguments]

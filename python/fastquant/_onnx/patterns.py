@@ -19,7 +19,7 @@ from .._core.errors import QuantizationError
 from .._native.reference.quantized import LINEAR, NEAREST, NEAREST_EXACT, nearest
 from .._quantized.calls import UNBOUNDED
 from .grids import Grid, Output, node
-from .layers import Conv, ConvTranspose, DynamicLinear, Linear
+from .layers import Conv, ConvTranspose, DynamicLinear, HalfLinear, Linear
 
 Function = Callable[..., Tensor]
 
@@ -427,6 +427,7 @@ def _softmax(x: Tensor, x_scale: float, dim: int, scale: float, zero_point: int)
 PATTERNS: Mapping[str, Callable[..., nn.Module]] = {
     "dequantize": _dequantize,
     "dynamic_linear": DynamicLinear,
+    "half_linear": HalfLinear,
     "lookup": _Lookup,
     "quantize": _quantize,
     "quantized_adaptive_avg_pool": _adaptive_avg_pool,

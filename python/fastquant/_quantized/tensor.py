@@ -154,6 +154,24 @@ class ExportedQuantizedTensor:
         raise AttributeError(f"'QuantizedTensor' object has no attribute {name!r}")
 
 
+def _refusing(function: Any) -> Any:
+    def operator(*_: Any) -> Any:
+        raise not_supported(function)
+
+    return operator
+
+
+# Python looks for operators at the class. Handlers that are registered replace these.
+for _name in ("add", "sub", "mul", "matmul", "div", "pow"):
+    for _prefix in ("", "r", "i"):
+        _operator = "truediv" if _name == "div" else _name
+        setattr(
+            ExportedQuantizedTensor,
+            f"__{_prefix}{_operator}__",
+            _refusing(getattr(Tensor, _name)),
+        )
+setattr(ExportedQuantizedTensor, "__neg__", _refusing(Tensor.neg))  # noqa: B010
+
 _CLASSES: tuple[type, ...] = (QuantizedTensor, ExportedQuantizedTensor)
 
 
