@@ -16,6 +16,7 @@ import browser
 import fastquant as fq
 from browser import Browser
 from fastquant.analysis import Analysis, analyze
+from fastquant.analysis.text import sizes
 from oracle import quiet
 
 VOID = {"meta", "link", "input"}
@@ -98,6 +99,12 @@ def test_the_page_names_nothing_outside_itself(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"https?://|//\w+\.|@import|url\(", text)
     assert set(re.findall(r"(?:src|href)=\"([^#\"]*)", text)) <= {"", "data:,"}
+
+
+def test_sizes_that_are_compared_have_one_unit() -> None:
+    assert sizes(2_100_000, 529_700) == "2.1 → 0.5 MB"
+    assert sizes(900, 225) == "900 → 225 B"
+    assert sizes(0, 0) == "0 → 0 B"
 
 
 def test_names_are_escaped(page: Path) -> None:
@@ -260,6 +267,21 @@ CONTRASTS = """(() => {
       .map((e) => ratio(getComputedStyle(e).stroke, paper)),
   };
 })()"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390], ids=["laptop", "phone"])
+def test_names_of_the_ranking_stand_beside_their_bars(
+    opened: Browser, tmp_path: Path, width: int
+) -> None:
+    opened.look(tmp_path / "page.png", width, 900)
+    gaps = opened.run(
+        "[...document.querySelectorAll('.ranking tr')].filter(row => row.querySelector('a'))"
+        ".map(row => row.querySelector('.room').getBoundingClientRect().left"
+        " - row.querySelector('a').getBoundingClientRect().left)"
+    )
+    assert gaps
+    assert max(gaps) < 0.45 * width if width < 500 else max(gaps) < 0.25 * width
 
 
 @needs_browser

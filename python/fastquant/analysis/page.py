@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .._version import __version__
 from . import drawings
-from .text import number, percent, reasons, significant, size, summary, verdict
+from .text import number, percent, reasons, significant, sizes, summary, verdict
 
 if TYPE_CHECKING:
     from .result import Analysis, LayerReport, OutputReport
@@ -77,9 +77,7 @@ def _summary(analysis: Analysis) -> str:
         )
     float_bytes = sum(layer.float_bytes for layer in analysis.layers)
     quantized_bytes = sum(layer.quantized_bytes for layer in analysis.layers)
-    tiles.append(
-        (f"{size(float_bytes)} → {size(quantized_bytes)}", "weights and outputs, float → quantized")
-    )
+    tiles.append((sizes(float_bytes, quantized_bytes), "weights and outputs, float → quantized"))
     timed = [layer for layer in analysis.layers if layer.float_ms and layer.quantized_ms]
     if timed:
         before = sum(layer.float_ms or 0 for layer in timed)

@@ -36,12 +36,28 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.1f} %"
 
 
+_UNITS = (("MB", 1e6), ("kB", 1e3), ("B", 1.0))
+
+
 def size(count: int) -> str:
     """A number of bytes."""
-    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"
+    unit, factor = _unit(count)
+    return f"{number(count / factor, _digits(unit))} {unit}"
+
+
+def sizes(before: int, after: int) -> str:
+    """Two numbers of bytes in one unit, to be compared."""
+    unit, factor = _unit(max(before, after))
+    digits = _digits(unit)
+    return f"{number(before / factor, digits)} → {number(after / factor, digits)} {unit}"
+
+
+def _unit(count: int) -> tuple[str, float]:
+    return next(((unit, factor) for unit, factor in _UNITS if count >= factor), _UNITS[-1])
+
+
+def _digits(unit: str) -> int:
+    return 0 if unit == "B" else 1
 
 
 def summary(analysis: Analysis) -> list[str]:
