@@ -77,7 +77,8 @@ def every_isa() -> Iterator[list[str]]:
 @pytest.fixture
 def any_isa(every_isa: list[str]) -> list[str]:
     """Of those, the ones that differ in the kernels on floating-point values."""
-    return [isa for isa in every_isa if isa not in ("avx512_vnni", "avx_vnni", "neon_dot")]
+    quantized_only = ("avx512_amx", "avx512_vnni", "avx_vnni", "neon_dot")
+    return [isa for isa in every_isa if isa not in quantized_only]
 
 
 @pytest.fixture

@@ -185,3 +185,16 @@ def test_cuda_check_without_a_gpu() -> None:
     assert done.returncode == 1
     assert "needs an NVIDIA GPU" in done.stderr
     assert "nothing was checked" in done.stderr
+
+
+def without_amx() -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return not cpu.exists() or "amx_int8" not in cpu.read_text()
+
+
+@pytest.mark.skipif(not without_amx(), reason="is about processors without AMX")
+def test_checking_amx_needs_no_gpu() -> None:
+    command = (sys.executable, str(ROOT / "tools" / "cuda_check.py"), "--only", "amx")
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no AMX here" in done.stdout

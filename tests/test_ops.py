@@ -232,6 +232,14 @@ def test_the_environment_names_an_instruction_set() -> None:
     )
 
 
+def test_instruction_sets_that_do_not_run_here_are_refused(every_isa: list[str]) -> None:
+    for isa in sorted(set(_C.built_isas()) - set(every_isa)):
+        with pytest.raises(ValueError, match=isa):
+            _C.set_isa(isa)
+        assert f"and is '{isa}'" in imported_with(isa).stderr
+    assert _C.isa() in every_isa
+
+
 def test_set_isa_knows_its_names(every_isa: list[str]) -> None:
     with pytest.raises(ValueError, match="isas"):
         _C.set_isa("z80")

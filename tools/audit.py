@@ -7,7 +7,8 @@ Exits with 1 and the reasons if
 - the extension uses libtorch in another way than through the LibTorch Stable ABI, needs a newer
   torch than the package declares, or uses more than Python's limited API;
 - an object that was compiled for one instruction set exports a weak symbol. The linker keeps one of
-  several copies of those, so an older processor could run code for a newer one.
+  several copies of those, so an older processor could run code for a newer one;
+- an object has instructions of AMX and is not that of its kernels, or this one has none.
 """
 
 from __future__ import annotations
@@ -74,9 +75,29 @@ def audit_symbols(objects: list[Path]) -> list[str]:
     return objections
 
 
+def audit_amx(objects: list[Path]) -> list[str]:
+    """The objects that have instructions of AMX and should not, or the other way round."""
+    objections = []
+    for path in objects:
+        listing = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", path],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        found = set(re.findall(r"\t(tdp\w+|ldtilecfg|sttilecfg|tile\w+)", listing))
+        if path.name.startswith("kernels_matrix_avx512_amx"):
+            if not {"ldtilecfg", "tileloadd", "tdpbusd", "tilestored", "tilerelease"} <= found:
+                objections.append(f"{path.name} lacks instructions of AMX, it has {sorted(found)}")
+        elif found:
+            objections.append(f"{path.name} has instructions of AMX: {sorted(found)}")
+    return objections
+
+
 def main() -> int:
-    objects = sorted(ROOT.glob("build/*-abi3-*/CMakeFiles/fastquant_tables.dir/**/kernels_*.o"))
-    objections = audit_abi(fastquant._C.__file__) + audit_symbols(objects)
+    objects = sorted(ROOT.glob("build/*-abi3-*/CMakeFiles/**/*.o"))
+    kernels = [path for path in objects if path.name.startswith("kernels_")]
+    objections = audit_abi(fastquant._C.__file__) + audit_symbols(kernels) + audit_amx(objects)
     for objection in objections:
         print(f"audit: {objection}", file=sys.stderr)
     return 1 if objections else 0

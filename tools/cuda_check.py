@@ -2,11 +2,17 @@
 
     python tools/cuda_check.py                      # all stages; or: make cuda-check
     python tools/cuda_check.py --only build,test    # some of them
+    python tools/cuda_check.py --only amx           # needs no GPU
 
 The stages: `build` builds a separate package in build/cuda-check, `test` runs `pytest -m cuda`,
 `sanitize` runs kernels under compute-sanitizer, `bench` measures and stores the result in
 benchmarks/results. The machine must have a GPU, a CUDA build of torch, nvcc, a C++ compiler, cmake,
 ninja, pytest and hypothesis; and torchvision for the models that are measured.
+
+Machines with GPUs often have processors with AMX. There, `amx` builds a package without CUDA in
+build/amx-check, runs the native tests and the int8 tests on AMX, measures int8 layers with it and
+without, beside torch.ao's, and stores the results in benchmarks/results/amx. It does nothing on
+other processors.
 """
 
 from __future__ import annotations
@@ -25,14 +31,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda-check"
 PACKAGE = BUILD / "package"
+AMX_BUILD = ROOT / "build" / "amx-check"
+AMX_PACKAGE = AMX_BUILD / "package"
 
 # Tests that reach every kernel in every layout; the sanitizer is too slow for all tests.
 SANITIZED = "geometries or any_place or empty or histograms_of"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
-def run(*command: str | Path, **environment: str) -> None:
-    """Run a command with the package that was built.
+def run(*command: str | Path, package: Path = PACKAGE, **environment: str) -> None:
+    """Run a command with a package that was built.
 
     Raises:
         SystemExit: it failed; the message says how.
@@ -41,7 +49,7 @@ def run(*command: str | Path, **environment: str) -> None:
     code = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE), **environment},
+        env={**os.environ, "PYTHONPATH": str(package), **environment},
         check=False,
     ).returncode
     if code != 0:
@@ -56,11 +64,16 @@ def build(architectures: str = "native") -> None:
         *("-DFASTQUANT_WERROR=ON", f"-DPython_EXECUTABLE={sys.executable}"),
     )
     run("cmake", "--build", BUILD, "--target", "_C", "_cuda")
-    shutil.rmtree(PACKAGE, ignore_errors=True)
-    run("cmake", "--install", BUILD, "--prefix", PACKAGE)
+    install(BUILD, PACKAGE)
+
+
+def install(directory: Path, package: Path) -> None:
+    """Make a package of what was built in a directory."""
+    shutil.rmtree(package, ignore_errors=True)
+    run("cmake", "--install", directory, "--prefix", package)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     source = ROOT / "python" / "fastquant"
-    shutil.copytree(source, PACKAGE / "fastquant", ignore=ignored, dirs_exist_ok=True)
+    shutil.copytree(source, package / "fastquant", ignore=ignored, dirs_exist_ok=True)
 
 
 def check_package() -> None:
@@ -102,8 +115,45 @@ def bench() -> None:
     run(sys.executable, "benchmarks/gpu.py", "--json", result)
 
 
+NATIVE_TESTS = ("quantized_layers_test", "quantized_dynamic_test", "quantized_amx_test")
+INT8_TESTS = ("quantized_layers", "quantized_dynamic", "convert_native", "ops")
+
+
+def amx() -> None:
+    """Test AMX and measure it, where the processor has it."""
+    cpu = Path("/proc/cpuinfo")
+    if not cpu.exists() or "amx_int8" not in cpu.read_text():
+        print("cuda_check: no AMX here")
+        return
+    run(
+        *("cmake", "-S", ROOT, "-B", AMX_BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *("-DFASTQUANT_CUDA=off", "-DFASTQUANT_BUILD_TESTS=ON"),
+        *("-DFASTQUANT_WERROR=ON", f"-DPython_EXECUTABLE={sys.executable}"),
+    )
+    run("cmake", "--build", AMX_BUILD, "--target", "_C", *NATIVE_TESTS)
+    install(AMX_BUILD, AMX_PACKAGE)
+    for name in NATIVE_TESTS:
+        run(AMX_BUILD / name)
+    run(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(f"tests/test_{name}.py" for name in INT8_TESTS),
+        package=AMX_PACKAGE,
+        FASTQUANT_ISA="avx512_amx",
+    )
+    results = ROOT / "benchmarks" / "results" / "amx"
+    results.mkdir(parents=True, exist_ok=True)
+    # Without a name, the faster kernel for each size of product.
+    for isa in ("avx512_vnni", "avx512_amx", ""):
+        run(
+            *(sys.executable, "benchmarks/int8_layers.py", "--threads", "1", "--rounds", "20"),
+            *("--json", results / f"{isa or 'measured'}.json"),
+            package=AMX_PACKAGE,
+            FASTQUANT_ISA=isa,
+        )
+
+
 STAGES: dict[str, Callable[[], None]] = {
-    stage.__name__: stage for stage in (build, test, sanitize, bench)
+    stage.__name__: stage for stage in (build, test, sanitize, bench, amx)
 }
 
 
@@ -135,14 +185,14 @@ def main() -> None:
     )
     parser.add_argument("--only", type=chosen, default=list(STAGES), metavar="STAGE[,STAGE...]")
     stages = parser.parse_args().only
-    reason = why_not()
+    reason = why_not() if stages != ["amx"] else None
     if reason is not None:
         raise SystemExit(f"cuda_check: {reason}; nothing was checked")
     for name in stages:
-        if name != "build":
+        if name not in ("build", "amx"):
             check_package()
         STAGES[name]()
-    print(f"cuda_check: {', '.join(stages)}: all well on {torch.cuda.get_device_name()}")
+    print(f"cuda_check: {', '.join(stages)}: all well")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@
 #include <sys/sysctl.h>
 #endif
 
+#if defined(FASTQUANT_AMX)
+#include "amx.h"
+#include "quantized/matrix_amx.h"
+#endif
 #include "kernels.h"
 #include "quantized/depthwise_kernels.h"
 #include "quantized/elementwise_kernels.h"
@@ -45,6 +49,10 @@ bool has_avx512() {
 
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
+#if defined(FASTQUANT_AMX)
+bool has_avx512_amx() { return has_avx512_vnni() && amx_is_usable(); }
+#endif
+
 #if defined(FASTQUANT_AVX_VNNI)
 // By cpuid, because not every compiler that has these instructions can test for them.
 bool has_avx_vnni() {
@@ -77,6 +85,13 @@ struct InstructionSet {
 // Best first.
 const InstructionSet kBuilt[] = {
 #if defined(FASTQUANT_X86)
+#if defined(FASTQUANT_AMX)
+    {"avx512_amx",
+     has_avx512_amx,
+     &kAvx512Kernels,
+     {&kMatrixAvx512Amx, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512,
+      &kRecurrentAvx512, &kEmbeddingAvx512}},
+#endif
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Kernels,
@@ -132,8 +147,22 @@ const InstructionSet* best() {
   return set;
 }
 
+// What is used until set_isa names an instruction set. With AMX, each size of matrix product then takes the
+// faster of two kernels.
+const InstructionSet* initial() {
+  const InstructionSet* const set = best();
+#if defined(FASTQUANT_AMX)
+  if (set->quantized.matrix == &kMatrixAvx512Amx) {
+    static InstructionSet measured = *set;
+    measured.quantized.matrix = &kMatrixMeasured;
+    return &measured;
+  }
+#endif
+  return set;
+}
+
 std::atomic<const InstructionSet*>& current() {
-  static std::atomic<const InstructionSet*> set{best()};
+  static std::atomic<const InstructionSet*> set{initial()};
   return set;
 }
 

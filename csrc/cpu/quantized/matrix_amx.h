@@ -1,0 +1,21 @@
+// The matrix kernels for AMX.
+#pragma once
+
+#include "matrix_kernels.h"
+
+namespace fastquant {
+
+// By tiles, where they are worth their set-up and would not be nearly empty; else as kMatrixAvx512Vnni.
+extern const MatrixKernels kMatrixAvx512Amx;
+
+// The faster of kMatrixAvx512Amx and kMatrixAvx512Vnni for each size of product (measured_matrix.cpp).
+extern const MatrixKernels kMatrixMeasured;
+
+constexpr int64_t kFewestTileRows = 8, kFewestTileSteps = 4;
+
+static inline bool fits_tiles(const MatrixRows& rows, const MatrixWeights& weights) {
+  const int64_t steps = weights.first_steps != nullptr ? rows.steps : rows.segments * rows.steps;
+  return rows.rows >= kFewestTileRows && steps >= kFewestTileSteps;
+}
+
+}  // namespace fastquant

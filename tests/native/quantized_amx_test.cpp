@@ -1,0 +1,147 @@
+// The kernels for AMX, and the choice between them and those for AVX-512 VNNI, on products that are larger than
+// those of quantized_layers_test.cpp. On processors without AMX, its instructions are emulated; without
+// AVX-512 VNNI, nothing is tested.
+#include <cstdlib>
+#include <string>
+
+#include "amx_emulation.h"
+#include "cpu/quantized/convolution.h"
+#include "cpu/quantized/packing.h"
+#include "cpu/quantized/transposed.h"
+#include "quantized_testing.h"
+
+namespace fastquant {
+namespace {
+
+constexpr const char* kAmx = "avx512_amx";
+
+// A layer of unsigned bytes, whose outputs are its sums in fp32.
+struct Layer {
+  Layer(const ConvShape& its_shape, bool is_transposed)
+      : shape(its_shape),
+        transposed(is_transposed),
+        x(random_bytes(shape.batch * shape.in[0] * shape.in[1] * shape.in[2] * shape.in_channels)),
+        packed(0),
+        scale(1) {
+    scale[0] = 1;
+    const int64_t first = transposed ? shape.in_channels : shape.out_channels;
+    const int64_t second = (transposed ? shape.out_channels : shape.in_channels) / shape.groups;
+    const int64_t sizes[] = {first, second, shape.kernel[0], shape.kernel[1], shape.kernel[2]};
+    const PackedLayout layout(sizes, 5, shape.groups, transposed);
+    packed = Buffer<uint8_t>(layout.bytes());
+    const auto weight =
+        random_bytes<int8_t>(first * second * shape.kernel[0] * shape.kernel[1] * shape.kernel[2]);
+    pack_weight(weight.data(), layout, packed.data());
+  }
+
+  std::vector<float> output() const {
+    std::vector<float> y(size_t(shape.positions() * shape.out_channels));
+    const double infinity = std::numeric_limits<double>::infinity();
+    (transposed ? quantized_conv_transpose : quantized_conv)(
+        {x.data(), 1, 3, false}, shape, packed.data(), {scale.data(), false, nullptr},
+        {y.data(), OutputType::f32, 1, 0, -infinity, infinity});
+    return y;
+  }
+
+  ConvShape shape;
+  bool transposed;
+  Buffer<uint8_t> x, packed;
+  Buffer<float> scale;
+};
+
+Layer linear(int64_t rows, int64_t in, int64_t out) {
+  return {{rows, in, out, 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}}, false};
+}
+
+Layer convolution(int64_t size, int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t groups) {
+  const int64_t y = (size + 2 * (kernel / 2) - kernel) / stride + 1;
+  return {{1,
+           in,
+           out,
+           groups,
+           {1, size, size},
+           {1, y, y},
+           {1, kernel, kernel},
+           {1, stride, stride},
+           {0, kernel / 2, kernel / 2},
+           {1, 1, 1}},
+          false};
+}
+
+Layer transposed(int64_t size, int64_t in, int64_t out) {
+  const int64_t y = (size - 1) * 2 + 3;
+  return {{1, in, out, 1, {1, size, size}, {1, y, y}, {1, 3, 3}, {1, 2, 2}, {0, 0, 0}, {1, 1, 1}}, true};
+}
+
+Layer random_layer() {
+  const int64_t in = pick({16, 17, 60, 64, 80, 96, 130, 256}), out = pick({16, 24, 48, 64, 100, 130});
+  const int64_t size = between(3, 14);
+  switch (rng() % 5) {
+    case 0:
+      return convolution(size, in, out, pick({1, 3}), pick({1, 2}), 1);
+    case 1:
+      return convolution(size, 2 * in, 2 * out, 3, 1, 2);
+    case 2:
+      return transposed(size, in, out);
+    case 3:
+      return linear(between(8, 60), pick({700, 1024, 1500}), out);
+    default:
+      // More rows than are copied together.
+      return linear(between(100, 400), pick({31, 250, 448}), out);
+  }
+}
+
+// Nobody has named an instruction set: both kernels are tried, then one is used. Emulated tiles are slower.
+void check_choice() {
+  expect(std::string(isa()) == kAmx, "AMX is the best instruction set");
+  const Layer layer = linear(48, 256, 64);
+  const auto first = layer.output();
+  for (int i = 0; i < 16; ++i) expect(layer.output() == first, "the same by both kernels");
+  const long before = emulated_products();
+  expect(!amx_is_emulated() || before > 0, "tiles were tried");
+  for (int i = 0; i < 16; ++i) expect(layer.output() == first, "the same by the faster kernel");
+  expect(emulated_products() == before, "slow tiles are not used any more");
+}
+
+void check_threads_choosing() {
+  threads = 4;
+  const Layer layer = linear(1000, 512, 130);
+  const auto first = layer.output();
+  for (int i = 0; i < 20; ++i) expect(layer.output() == first, "the same with threads that choose");
+  threads = 1;
+}
+
+void check_layers(int rounds) {
+  for (int i = 0; i < rounds; ++i) {
+    const Layer layer = random_layer();
+    threads = pick({1, 3});
+    set_isa("avx512_vnni");
+    const auto expected = layer.output();
+    const long before = emulated_products();
+    set_isa(kAmx);
+    expect(layer.output() == expected, "the same as by AVX-512 VNNI");
+    expect(!amx_is_emulated() || emulated_products() > before, "tiles were used");
+  }
+}
+
+int run(int rounds) {
+  if (!set_isa("avx512_vnni")) {
+    std::printf("skipped: this processor has no AVX-512 VNNI\n");
+    return 0;
+  }
+  check_layers(rounds);
+  std::printf("%ld comparisons, %ld failed, AMX %s\n", long(compared), long(failed),
+              amx_is_emulated() ? "emulated" : "of the processor");
+  return failed == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fastquant
+
+int main(int argc, char** argv) {
+  if (std::string(fastquant::isa()) == fastquant::kAmx) {
+    fastquant::check_choice();
+    fastquant::check_threads_choosing();
+  }
+  return fastquant::run(argc > 1 ? std::atoi(argv[1]) : 60);
+}
