@@ -161,12 +161,15 @@ const InstructionSet* initial() {
   return set;
 }
 
-std::atomic<const InstructionSet*>& current() {
-  static std::atomic<const InstructionSet*> set{initial()};
-  return set;
-}
+// What is used; null before the first use, so that a set which is named before is the only one looked for.
+std::atomic<const InstructionSet*> current{nullptr};
 
-const InstructionSet& selected() { return *current().load(std::memory_order_relaxed); }
+const InstructionSet& selected() {
+  const InstructionSet* set = current.load(std::memory_order_acquire);
+  if (set != nullptr) return *set;
+  const InstructionSet* const found = initial();
+  return current.compare_exchange_strong(set, found, std::memory_order_acq_rel) ? *found : *set;
+}
 
 }  // namespace
 
@@ -188,7 +191,7 @@ const char* usable_isa(int i) {
 bool set_isa(const char* name) {
   const InstructionSet* set = find(name);
   if (set == nullptr) return false;
-  current().store(set, std::memory_order_relaxed);
+  current.store(set, std::memory_order_release);
   return true;
 }
 
