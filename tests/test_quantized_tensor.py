@@ -306,6 +306,24 @@ def test_more_functions_do_what_they_do_with_the_real_numbers(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [F.silu, nn.SiLU(), nn.SiLU(inplace=True)])
+def test_silu_is_within_half_a_step(function: Function, dtype: torch.dtype) -> None:
+    x, theirs = pair(2, 8, 6, 6, dtype=dtype)
+    expected = F.silu(theirs.dequantize().double())
+    y = function(x)
+    assert (y.q_scale(), y.q_zero_point()) == (x.q_scale(), x.q_zero_point())
+    assert ((y.dequantize().double() - expected).abs() <= 0.501 * y.q_scale()).all()
+    assert (y is x) == getattr(function, "inplace", False)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_silu_in_a_graph_is_as_in_eager() -> None:
+    x, _ = pair(2, 8, 6, 6)
+    y = torch.compile(nn.SiLU(), backend="eager", fullgraph=True)(x)
+    assert y.equal(nn.SiLU()(x))
+
+
 def test_view_takes_any_layout() -> None:
     """Layers give channels_last, which forwards that view their outputs need not know."""
     x = pair(2, 8, 6, 6)[0]

@@ -154,6 +154,12 @@ def _gelu(input: QuantizedTensor, *, approximate: str = "none") -> QuantizedTens
     return _with_own_scale("gelu", input, approximate)
 
 
+@handles(F.silu)
+def _silu(input: QuantizedTensor, inplace: bool = False) -> QuantizedTensor:
+    # Between 0 and the input, so whatever range this has is wide enough.
+    return _with_own_scale("silu", input, inplace=inplace)
+
+
 @handles(F.threshold, torch.threshold)
 def _threshold(
     input: QuantizedTensor, threshold: float, value: float, inplace: bool = False

@@ -25,6 +25,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "hardswish": F.hardswish,
     "leaky_relu": F.leaky_relu,
     "sigmoid": torch.sigmoid,
+    "silu": F.silu,
     "tanh": torch.tanh,
     "threshold": F.threshold,
 }
