@@ -47,7 +47,7 @@ struct MatrixKernels {
 // How work is cut for the kernels: products that a thread must have to compute for its start to pay off; bytes
 // to read and write at once, which stay in the L2 cache; a number of rows that all tiles divide; and pointers
 // to rows at once.
-constexpr int64_t kProductsOfThread = 400000, kSecondCache = 262144, kRowUnit = 24, kMostPointers = 8192;
+constexpr int64_t kProductsOfThread = 390000, kSecondCache = 262144, kRowUnit = 24, kMostPointers = 8192;
 
 extern const MatrixKernels kMatrixScalar;
 extern const MatrixKernels kMatrixAvx2;
