@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import socket
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[1]
 # Paths relative to the repository, as they are in links and in the names of tests.
@@ -50,6 +52,9 @@ def skip_without_what_is_needed(code: str) -> None:
         pytest.importorskip("torch.ao.quantization", reason=why)
     for package in ("onnx", "onnxscript") if "fastquant.onnx" in code else ():
         pytest.importorskip(package)
+    of_ddp = inspect.signature(DistributedDataParallel).parameters
+    if "forward_sync_buffers" in code and "forward_sync_buffers" not in of_ddp:
+        pytest.skip("the page shows an argument that DistributedDataParallel has from 2.13 on")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, about its own future

@@ -145,10 +145,12 @@ class FakeQuantizeBase(ActivationPostProcess):
         self.register_buffer(name, torch.tensor([int(on)], dtype=self._flag_dtype))
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe and fake-quantize `x`, as far as the flags say; returns a tensor like `x`."""
 
     @abstractmethod
-    def calculate_qparams(self, *args: Any, **kwargs: Any) -> Any: ...
+    def calculate_qparams(self, *args: Any, **kwargs: Any) -> Any:
+        """Scale and zero point of what was observed."""
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Fake-quantize from now on, or leave tensors as they are."""

@@ -183,10 +183,12 @@ class ObserverBase(ActivationPostProcess):
         self.is_dynamic = is_dynamic
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor) -> Tensor:
+        """Update the statistics with `x`; returns `x` itself."""
 
     @abstractmethod
-    def calculate_qparams(self, *args: Any, **kwargs: Any) -> Any: ...
+    def calculate_qparams(self, *args: Any, **kwargs: Any) -> Any:
+        """Scale and zero point of what was observed."""
 
     with_args = classmethod(_with_args)
     with_callable_args = classmethod(_with_callable_args)
@@ -382,7 +384,16 @@ class _RangeObserver(UniformQuantizationObserverBase):
         return True
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the range; see :meth:`_calculate_qparams`."""
+        """Scale and zero point of the range, both 1-D, one element per tensor or channel.
+
+        Returns:
+            The scale in the dtype of the range; the zero point as int64 (symmetric), int32
+            (affine) or in the scale's dtype (float qparams). ([1.0], [0]) and a warning where
+            nothing was observed.
+
+        Raises:
+            QuantizationError: the minimum lies above the maximum, or is NaN or infinite.
+        """
         return self._calculate_qparams(self.min_val, self.max_val)
 
     def reset_min_max_vals(self) -> None:
@@ -663,7 +674,13 @@ class MinMaxObserver(_MinMax):
         )
 
     def forward(self, x_orig: Tensor) -> Tensor:
-        """Update the range; see :meth:`_observe`."""
+        """Extend the range to hold `x_orig` (any shape and layout); returns `x_orig` itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor, not dense, or complex.
+            ValueError: it lies on another device, or has a non-finite element under
+                `nonfinite="raise"`. The range keeps what it had.
+        """
         return self._observe(x_orig, None, None)
 
 
@@ -711,7 +728,13 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
         )
 
     def forward(self, x_orig: Tensor) -> Tensor:
-        """Move the averages; see :meth:`_observe`."""
+        """Move the averages by `x_orig` (any shape and layout); returns `x_orig` itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor, not dense, or complex.
+            ValueError: it lies on another device, or has a non-finite element under
+                `nonfinite="raise"`. The averages keep what it had.
+        """
         return self._observe(x_orig, None, self.averaging_constant)
 
     def _measures_anew(self) -> bool:
@@ -769,7 +792,14 @@ class PerChannelMinMaxObserver(_MinMax):
         self.ch_axis = check_integer("ch_axis", ch_axis)
 
     def forward(self, x_orig: Tensor) -> Tensor:
-        """Update the range; see :meth:`_observe`."""
+        """Extend each channel's range to hold `x_orig`; returns `x_orig` itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor, not dense, or complex.
+            ValueError: it has no such channel axis, another number of channels than before or a
+                non-finite element under `nonfinite="raise"`, or lies on another device. The
+                ranges keep what it had.
+        """
         return self._forward(x_orig)
 
     def _forward(self, x_orig: Tensor) -> Tensor:
@@ -820,7 +850,14 @@ class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
         self.averaging_constant = averaging_constant
 
     def forward(self, x_orig: Tensor) -> Tensor:
-        """Move the averages; see :meth:`_observe`."""
+        """Move each channel's averages by `x_orig`; returns `x_orig` itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor, not dense, or complex.
+            ValueError: it has no such channel axis, another number of channels than before or a
+                non-finite element under `nonfinite="raise"`, or lies on another device. The
+                averages keep what it had.
+        """
         return self._observe(x_orig, self.ch_axis, self.averaging_constant)
 
 
@@ -866,7 +903,13 @@ class MSEObserver(_LeastErrorRange, MinMaxObserver):
     """
 
     def forward(self, x_orig: Tensor) -> Tensor:
-        """Update the range; see :meth:`_observe_least_error`."""
+        """Extend the range to hold the best one for `x_orig`; returns `x_orig` itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor, not dense, or complex.
+            ValueError: it lies on another device, or has a non-finite element under
+                `nonfinite="raise"`. The range keeps what it had.
+        """
         return self._observe_least_error(x_orig, None)
 
 
@@ -878,7 +921,14 @@ class PerChannelMSEObserver(_LeastErrorRange, PerChannelMinMaxObserver):
     """
 
     def forward(self, x_orig: Tensor) -> Tensor:
-        """Update the range; see :meth:`_observe_least_error`."""
+        """Extend each channel's range to hold the best one for it; returns `x_orig` itself.
+
+        Raises:
+            TypeError: `x_orig` is no tensor, not dense, or complex.
+            ValueError: it has no such channel axis, another number of channels than before or a
+                non-finite element under `nonfinite="raise"`, or lies on another device. The
+                ranges keep what it had.
+        """
         return self._observe_least_error(x_orig, self.ch_axis)
 
 
@@ -1210,7 +1260,9 @@ class HistogramObserver(_HistogramObserver):
         return moved.to(histogram.dtype)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the chosen range; see :meth:`_calculate_qparams`.
+        """Scale and zero point of the range that the method chooses, both `[1]`.
+
+        Their dtypes are those of :meth:`MinMaxObserver.calculate_qparams`.
 
         Raises:
             QuantizationError: the histogram does not have `bins` bins, or the span is no range.
@@ -1373,7 +1425,13 @@ class PerChannelHistogramObserver(_HistogramObserver):
         super()._set_channels(channels)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each channel's range; see :meth:`_calculate_qparams`."""
+        """Scale and zero point of the range that the method chooses, both `[channels]`.
+
+        Their dtypes are those of :meth:`MinMaxObserver.calculate_qparams`.
+
+        Raises:
+            QuantizationError: a histogram does not have `bins` bins, or a span is no range.
+        """
         if is_unobserved(self.min_val, self.max_val):
             return self._calculate_qparams(self.min_val, self.max_val)
         return self._calculate_qparams(*self.calculate_range())
@@ -1463,9 +1521,11 @@ class FixedQParamsObserver(ObserverBase):
         self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x` itself."""
         return x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """The given scale and zero point: the buffers themselves."""
         return self.scale, self.zero_point
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -1602,6 +1662,7 @@ class RecordingObserver(_UnobservingObserver):
         self.tensor_val: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        """Keep a detached copy of `x`; returns `x` itself."""
         # Detached: a record must not keep the graphs of all steps alive.
         self.tensor_val.append(x.detach().clone())
         return x
@@ -1649,7 +1710,11 @@ def _names_observer(mod: nn.Module) -> str:
 
 
 def get_observer_state_dict(mod: nn.Module) -> OrderedDict[str, Any]:
-    """The entries of `mod.state_dict()` that belong to observers."""
+    """The entries of `mod.state_dict()` that belong to observers.
+
+    The names are those of `mod`'s modules, so :func:`load_observer_state_dict` loads them into
+    another model that was prepared alike, and :func:`fastquant.merge` combines those of several.
+    """
     part = _names_observer(mod)
     state = mod.state_dict()
     result = OrderedDict((key, value) for key, value in state.items() if part in key)

@@ -238,27 +238,27 @@ MADE_FROM_OBSERVER = {
 
 
 def no_observer_set() -> set[Any]:
-    """Modules that get no observer of their own: those inside them are observed."""
+    """Classes of modules that get no observer of their own: those inside them are observed."""
     return {quantizable.LSTM, _AnyAttention}
 
 
 def get_default_static_quant_module_mappings() -> Mapping:
-    """A copy of the mapping for static quantization."""
+    """A copy of `DEFAULT_STATIC_QUANT_MODULE_MAPPINGS`, which `convert` uses."""
     return dict(DEFAULT_STATIC_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_native_quant_module_mappings() -> Mapping:
-    """A copy of the mapping for static quantization to modules of this package."""
+    """A copy of `DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS`: `convert` with `backend="native"`."""
     return dict(DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_static_quant_reference_module_mappings() -> Mapping:
-    """A copy of the mapping for static quantization to reference modules."""
+    """A copy of `DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS`: `convert` with `is_reference`."""
     return dict(DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS)
 
 
 def get_embedding_static_quant_module_mappings() -> Mapping:
-    """The mapping for static quantization, with embeddings trained by QAT."""
+    """`DEFAULT_STATIC_QUANT_MODULE_MAPPINGS`, and embeddings that were trained by QAT."""
     return {
         **DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
         **_same_names(nnqat, nnq, "EmbeddingBag Embedding"),
@@ -266,17 +266,17 @@ def get_embedding_static_quant_module_mappings() -> Mapping:
 
 
 def get_default_static_sparse_quant_module_mappings() -> Mapping:
-    """A copy of the mapping for static quantization of sparse weights."""
+    """A copy of `DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS`; empty where torch has none."""
     return dict(DEFAULT_STATIC_SPARSE_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_qat_module_mappings() -> Mapping:
-    """A copy of the mapping for quantization-aware training."""
+    """A copy of `DEFAULT_QAT_MODULE_MAPPINGS`, which `prepare_qat` uses."""
     return dict(DEFAULT_QAT_MODULE_MAPPINGS)
 
 
 def get_embedding_qat_module_mappings() -> Mapping:
-    """The mapping for quantization-aware training, with embeddings."""
+    """`DEFAULT_QAT_MODULE_MAPPINGS`, and embeddings."""
     return {
         **DEFAULT_QAT_MODULE_MAPPINGS,
         **_same_names(nn, nnqat, "EmbeddingBag Embedding"),
@@ -284,27 +284,36 @@ def get_embedding_qat_module_mappings() -> Mapping:
 
 
 def get_default_dynamic_quant_module_mappings() -> Mapping:
-    """A copy of the mapping for dynamic quantization."""
+    """A copy of `DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS`, which `quantize_dynamic` uses."""
     return dict(DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_native_dynamic_quant_module_mappings() -> Mapping:
-    """A copy of the mapping for dynamic quantization to modules of this package."""
+    """A copy of `DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS`.
+
+    `quantize_dynamic` with `backend="native"` uses it.
+    """
     return dict(DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_dynamic_sparse_quant_module_mappings() -> Mapping:
-    """A copy of the mapping for dynamic quantization of sparse weights."""
+    """A copy of `DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS`; empty where torch has none."""
     return dict(DEFAULT_DYNAMIC_SPARSE_QUANT_MODULE_MAPPINGS)
 
 
 def get_default_qconfig_propagation_list() -> set[Callable[..., Any]]:
-    """The module types that `prepare` gives observers."""
+    """The classes that `prepare` gives observers if their modules have a qconfig.
+
+    These are all that the mappings of static, dynamic and QAT quantization swap, and `Sequential`.
+    """
     return _keys(_all_mappings()) | _INCLUDE_QCONFIG_PROPAGATE_LIST
 
 
 def get_default_compare_output_module_list() -> set[Callable[..., Any]]:
-    """The module types, float and quantized, whose outputs are worth comparing."""
+    """The classes, float and quantized, whose outputs a comparison of two models looks at.
+
+    These are all that the mappings swap and swap for, and `Sequential`.
+    """
     targets = {target for mapping in _all_mappings() for target in mapping.values()}
     return _keys(_all_mappings()) | targets | _INCLUDE_QCONFIG_PROPAGATE_LIST
 
@@ -322,7 +331,7 @@ def _keys(mappings: Iterable[Mapping]) -> set[Callable[..., Any]]:
 
 
 def get_default_float_to_quantized_operator_mappings() -> dict[Callable[..., Any] | str, Any]:
-    """A copy of the mapping from functions to quantized ops."""
+    """A copy of `DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS`."""
     return dict(DEFAULT_FLOAT_TO_QUANTIZED_OPERATOR_MAPPINGS)
 
 
@@ -338,7 +347,12 @@ def get_static_quant_module_class(
     additional_static_quant_mapping: Mapping | None = None,
     is_reference: bool = False,
 ) -> Any:
-    """The statically quantized class for a float one; the additional mapping goes first.
+    """The statically quantized class that a float, fused or QAT one is swapped for.
+
+    Args:
+        float_module_class: the class to look up; subclasses are not found by their bases.
+        additional_static_quant_mapping: entries that are looked up before the default ones.
+        is_reference: whether to look in the mapping to reference modules.
 
     Raises:
         QuantizationError: there is none.
@@ -356,7 +370,11 @@ def get_dynamic_quant_module_class(
     float_module_class: Callable[..., Any],
     additional_dynamic_quant_mapping: Mapping | None = None,
 ) -> Any:
-    """The dynamically quantized class for a float one; the additional mapping goes first.
+    """The dynamically quantized class that a float, fused or QAT one is swapped for.
+
+    Args:
+        float_module_class: the class to look up; subclasses are not found by their bases.
+        additional_dynamic_quant_mapping: entries that are looked up before the default ones.
 
     Raises:
         QuantizationError: there is none.
@@ -367,7 +385,7 @@ def get_dynamic_quant_module_class(
 
 
 def get_quantized_operator(float_op: Callable[..., Any] | str) -> Any:
-    """The quantized op for a function of `torch.nn.functional`.
+    """The op of `torch.ops.quantized` for a function of `torch.nn.functional`, such as `F.elu`.
 
     Raises:
         QuantizationError: there is none.

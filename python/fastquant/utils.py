@@ -103,22 +103,36 @@ def get_combined_dict(
 
 
 def is_per_tensor(qscheme: torch.qscheme) -> bool:
-    """Whether `qscheme` has one scale and zero point for the whole tensor."""
+    """Whether `qscheme` has one scale and zero point for the whole tensor.
+
+    These are `torch.per_tensor_affine` and `torch.per_tensor_symmetric`.
+    """
     return qscheme in PER_TENSOR
 
 
 def is_per_channel(qscheme: torch.qscheme) -> bool:
-    """Whether `qscheme` has one scale and zero point per channel."""
+    """Whether `qscheme` has one scale and zero point per channel.
+
+    These are `torch.per_channel_affine`, `torch.per_channel_symmetric` and
+    `torch.per_channel_affine_float_qparams`.
+    """
     return qscheme in PER_CHANNEL
 
 
 def getattr_from_fqn(obj: Any, fqn: str) -> Any:
-    """The attribute of `obj` at the dotted path `fqn`."""
+    """The attribute of `obj` at the dotted path `fqn`, such as "layer1.0.conv.weight".
+
+    Raises:
+        AttributeError: a part of the path does not exist.
+    """
     return functools.reduce(getattr, fqn.split("."), obj)
 
 
 def to_underlying_dtype(qdtype: torch.dtype) -> torch.dtype:
     """The plain dtype that stores the values of a quantized dtype.
+
+    For `torch.quint8` it is `torch.uint8`, for a plain integer or fp8 dtype that dtype itself, and
+    for dtypes of 4 and 2 bits `torch.uint8`, whose bytes then hold several values.
 
     Raises:
         QuantizationError: `qdtype` stores no quantized values.
@@ -175,6 +189,11 @@ def get_swapped_custom_module_class(
 ) -> type:
     """The class that `custom_module` is swapped for under `qconfig`.
 
+    Args:
+        custom_module: module whose exact type is looked up.
+        custom_module_class_mapping: for each kind of quantization, original class to new class.
+        qconfig: its dtypes say which kind of quantization it is, see :func:`get_quant_type`.
+
     Raises:
         QuantizationError: the mapping has no entry for the module's type.
     """
@@ -193,65 +212,115 @@ def _observers(qconfig: QConfig | None, purpose: str) -> tuple[Any, Any]:
 
 
 def activation_dtype(qconfig: QConfig | None) -> torch.dtype:
-    """The dtype that `qconfig` gives activations."""
+    """The dtype that `qconfig` gives activations: that of the observer which it makes for them.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     if qconfig is None:
         raise QuantizationError("qconfig must be provided to determine activation dtype, got None")
     return cast(torch.dtype, qconfig.activation().dtype)
 
 
 def weight_dtype(qconfig: QConfig | None) -> torch.dtype:
-    """The dtype that `qconfig` gives weights."""
+    """The dtype that `qconfig` gives weights: that of the observer which it makes for them.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     if qconfig is None:
         raise QuantizationError("qconfig must be provided to determine weight dtype, got None")
     return cast(torch.dtype, qconfig.weight().dtype)
 
 
 def activation_is_statically_quantized(qconfig: QConfig | None) -> bool:
-    """Whether activations get a quantized dtype (float16 included) with parameters fixed ahead."""
+    """Whether activations get a quantized dtype, with scale and zero point fixed ahead.
+
+    float16 and fp8 dtypes count as quantized, 4-bit dtypes do not, as in torch.ao.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     return activation_dtype(
         qconfig
     ) in _STATIC_ACTIVATION and not activation_is_dynamically_quantized(qconfig)
 
 
 def activation_is_dynamically_quantized(qconfig: QConfig | None) -> bool:
-    """Whether activations are quantized by ranges measured at each call."""
+    """Whether activations are quantized by ranges measured at each call (`is_dynamic`).
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     return get_qconfig_dtypes(qconfig)[2]
 
 
 def activation_is_int8_quantized(qconfig: QConfig | None) -> bool:
-    """Whether activations get an 8-bit integer dtype."""
+    """Whether activations get an 8-bit integer dtype, signed or unsigned.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     return activation_dtype(qconfig) in (*INT8, *UINT8)
 
 
 def activation_is_int32_quantized(qconfig: QConfig | None) -> bool:
-    """Whether activations get a 32-bit integer dtype."""
+    """Whether activations get a 32-bit integer dtype, `torch.qint32` or `torch.int32`.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     return activation_dtype(qconfig) in INT32
 
 
 def weight_is_quantized(qconfig: QConfig | None) -> bool:
-    """Whether weights get a quantized dtype (float16 included)."""
+    """Whether weights get a quantized dtype; float16, fp8 and 4-bit dtypes count as such.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     return weight_dtype(qconfig) in _QUANTIZED_WEIGHT
 
 
 def weight_is_statically_quantized(qconfig: QConfig | None) -> bool:
-    """Whether weights get an 8-bit integer dtype."""
+    """Whether weights get an 8-bit integer dtype, signed or unsigned.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     return weight_dtype(qconfig) in (*INT8, *UINT8)
 
 
 def op_is_int8_dynamically_quantized(qconfig: QConfig | None) -> bool:
-    """Whether an op has int8 weights and activations quantized to 8 unsigned bits at each call."""
+    """Whether an op has int8 weights and activations quantized to 8 unsigned bits at each call.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     act_dtype, wt_dtype, is_dynamic = get_qconfig_dtypes(qconfig)
     return act_dtype in UINT8 and wt_dtype in INT8 and is_dynamic
 
 
 def get_qconfig_dtypes(qconfig: QConfig | None) -> tuple[torch.dtype, torch.dtype, bool]:
-    """(activation dtype, weight dtype, whether the activation is dynamically quantized)."""
+    """The dtypes of a qconfig.
+
+    Returns:
+        The activation's dtype, the weight's, and whether the activation is quantized by ranges
+        measured at each call.
+
+    Raises:
+        QuantizationError: `qconfig` is None.
+    """
     activation, weight = _observers(qconfig, "dtypes")
     return activation.dtype, weight.dtype, getattr(activation, "is_dynamic", False)
 
 
 def get_quant_type(qconfig: QConfig | None) -> QuantType:
     """The kind of quantization that a qconfig asks for.
+
+    With an integer, fp8 or float16 weight it is `DYNAMIC` where the activation `is_dynamic`;
+    otherwise `STATIC` where both are float16 or both are integer or fp8, and `WEIGHT_ONLY` where
+    only the weight is integer or fp8.
 
     Raises:
         QuantizationError: no qconfig, or a combination of dtypes that is not supported.
@@ -273,6 +342,11 @@ def get_quant_type(qconfig: QConfig | None) -> QuantType:
 
 def check_min_max_valid(min_val: Tensor, max_val: Tensor) -> bool:
     """Whether the range has been observed; warns where it has not.
+
+    Args:
+        min_val: smallest value seen, 0-dim, `[1]` or `[channels]`; empty, or infinite and 0-dim,
+            where nothing was observed.
+        max_val: largest value seen, like `min_val`.
 
     Raises:
         QuantizationError: a minimum lies above its maximum.
@@ -297,6 +371,16 @@ def calculate_qmin_qmax(
 
     As in torch.ao, `reduce_range` halves a customized range whatever its dtype, and a default
     range only where it has 8 bits.
+
+    Args:
+        quant_min: smallest quantized value of a customized range; else not used.
+        quant_max: largest quantized value of a customized range; else not used.
+        has_customized_qrange: whether the two above are the range.
+        dtype: quantized dtype; any that has no range of its own counts as 4 unsigned bits.
+        reduce_range: leave out one bit, for kernels whose sums may overflow.
+
+    Returns:
+        The smallest and the largest quantized value.
 
     Raises:
         QuantizationError: a customized range is empty or wider than its dtype.
@@ -341,6 +425,9 @@ def determine_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Scale (float64) and zero point (int64) of a range, one element per channel.
 
+    The formulas are those of :class:`fastquant.observer.MinMaxObserver` and, for float
+    parameters, :class:`fastquant.observer.PerChannelMinMaxObserver`.
+
     Args:
         min_val: smallest value seen, 0-dim or `[channels]`, floating.
         max_val: largest value seen, like `min_val`.
@@ -352,7 +439,8 @@ def determine_qparams(
         qscheme: affine, symmetric or affine with floating parameters.
 
     Returns:
-        Both tensors; ([1.0], [0]), with a warning, where nothing was observed.
+        Scale and zero point, `[1]` or `[channels]`, on the device of `min_val`. Where nothing was
+        observed, a warning and ([1.0], [0]), in float32 and int64 as in torch.ao.
 
     Raises:
         QuantizationError: a minimum lies above its maximum.
@@ -376,7 +464,7 @@ def determine_qparams(
 
 
 def has_no_children_ignoring_parametrizations(module: nn.Module) -> bool:
-    """Whether the module is a leaf; parametrizations of its own parameters do not count."""
+    """Whether the module has no submodules but the parametrizations of its own parameters."""
     children = module._modules.keys()
     return not children or (is_parametrized(module) and set(children) == {"parametrizations"})
 

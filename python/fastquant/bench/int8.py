@@ -33,13 +33,22 @@ _BACKENDS = {OURS: "native", THEIRS: "torch.ao"}
 class Int8Report:
     """What :func:`fastquant.bench.run_int8` found.
 
-    ``seconds``: times of one forward in "float", converted by "fastquant" with backend="native",
-    and to "torch.ao"'s modules: one number per round.
-    ``signal_to_noise``: of each converted model's output, in dB over its difference from the float
-    model's; on random weights it says little.
-    ``floating``: layers without a native form, and why.
-    ``torch_ao_error``: how torch.ao's model fails; None where it does not.
-    ``undisturbed``: how many of the ``rounds`` had the processors to themselves.
+    Attributes:
+        model: the model's name.
+        qconfig: the backend whose default qconfig was used.
+        inputs: shape and dtype of each input.
+        threads: torch's threads meanwhile.
+        rounds: how often everything was measured.
+        undisturbed: during how many of the rounds no other work took the processors away.
+        seconds: time of one forward in each round, in "float", converted by "fastquant" with
+            `backend="native"`, and converted to the modules of "torch.ao".
+        layers: what each converted layer cost, costliest first.
+        signal_to_noise: of each converted model's output, against its difference from the float
+            model's, in dB: `10 log10(sum of squared outputs / sum of squared differences)`. With
+            random weights it says little.
+        floating: layers without a native form, and why each has none.
+        torch_ao_error: how torch.ao's model fails; None where it does not.
+        machine: processor, instruction set and versions.
     """
 
     model: str
@@ -56,7 +65,11 @@ class Int8Report:
     machine: dict[str, Any] = field(default_factory=machine)
 
     def speed(self, name: str, base: str) -> Summary:
-        """How many times as fast `name` is as `base`, in the same round."""
+        """How many times as fast `name` is as `base`: median and quartiles of the rounds' ratios.
+
+        Raises:
+            KeyError: `name` or `base` was not timed.
+        """
         pairs = zip(self.seconds[base], self.seconds[name], strict=True)
         return Summary.of([slow / fast for slow, fast in pairs])
 
@@ -65,7 +78,7 @@ class Int8Report:
         return caveats(self.seconds, self.rounds, self.undisturbed)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; times are seconds."""
+        """Plain values for JSON: times in seconds, as median and quartiles of the rounds."""
         return {
             "model": self.model,
             "mode": "int8",
@@ -88,7 +101,7 @@ class Int8Report:
         }
 
     def table(self, top: int = 10) -> str:
-        """The same for people, with the `top` costliest layers."""
+        """The same as text in lines, with the `top` costliest layers."""
         lines = [
             f"{self.model}, {', '.join(self.inputs)}; int8, {self.qconfig} qconfig; "
             f"{self.threads} thread{'s' * (self.threads != 1)}, {self.machine['isa']}, "
@@ -142,6 +155,10 @@ def run_int8(
         threads: torch's threads meanwhile; None leaves them as they are.
         rounds: how often everything is measured, interleaved.
         progress: show a progress bar on stderr.
+
+    Returns:
+        The times of all rounds, in seconds, and how close the outputs are;
+        `print(report.table())` shows them.
 
     Raises:
         BenchError: the model does not run on the input, or cannot be converted natively.

@@ -18,7 +18,10 @@ from .steps import Library, Step, fused, libraries
 from .timing import Case, measuring, time_rounds
 
 MODES = ("calibrate", "qat")
+"""What :func:`run` can measure."""
+
 QCONFIGS = ("x86", "fbgemm", "qnnpack", "onednn")
+"""The backends whose default qconfigs :func:`run` can use."""
 
 
 def run(
@@ -49,6 +52,9 @@ def run(
         threads: torch's threads meanwhile; None leaves them as they are.
         rounds: how often everything is measured, interleaved.
         progress: show a progress bar on stderr.
+
+    Returns:
+        The times of all rounds, in seconds; `print(report.table())` shows them.
 
     Raises:
         BenchError: the model does not run on the input, or gets no observers.

@@ -60,6 +60,7 @@ def torchvision_model(name: str) -> nn.Module:
 
     Raises:
         ImportError: torchvision is not installed or does not import.
+        AttributeError: it has no quantizable model of this name.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -26,8 +26,13 @@ _ALONE = (
 class Layer:
     """What one layer, or its observers or its weight's, cost in one forward.
 
-    ``shape`` is that of the first tensor that it, or its observer, gets; ``seconds`` holds a
-    summary for "fastquant" and, where torch.ao ran, "torch.ao".
+    Attributes:
+        name: path in the model.
+        kind: its class.
+        shape: of the first tensor that the layer, or its observer, gets.
+        calls: how many calls one forward makes.
+        seconds: time of all these calls, as median and quartiles over the rounds, for "fastquant"
+            and, where torch.ao ran, "torch.ao".
     """
 
     name: str
@@ -37,7 +42,7 @@ class Layer:
     seconds: dict[str, Summary]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; times are seconds."""
+        """Plain values for JSON: times in seconds, as median and quartiles of the rounds."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -120,14 +125,23 @@ def _total(layers: Sequence[Layer], names: Sequence[str]) -> Layer:
 class Report:
     """What :func:`fastquant.bench.run` found.
 
-    ``undisturbed``: how many of the ``rounds`` had the processors to themselves; other work took
-    them away during the others.
-    ``seconds``: times of one forward (mode "calibrate") or training step ("qat") of the model
-    in "float", and prepared by "fastquant" and "torch.ao": one number per round.
-    ``same_ranges``: whether both observed the same ranges: bit for bit in calibration, up to the
-    rounding of QAT modules in training; None where torch.ao failed, and ``torch_ao_error``
-    says how. ``largest_difference`` is a fraction of the range's width; ``differences`` names the
-    layers whose ranges are not the same.
+    Attributes:
+        model: the model's name.
+        mode: "calibrate" or "qat".
+        qconfig: the backend whose default qconfig was used.
+        inputs: shape and dtype of each input.
+        threads: torch's threads meanwhile.
+        rounds: how often everything was measured.
+        undisturbed: during how many of the rounds no other work took the processors away.
+        seconds: time of one forward (mode "calibrate") or training step ("qat") in each round, of
+            the model in "float", and prepared by "fastquant" and "torch.ao".
+        layers: what the observers of each layer cost, costliest first.
+        same_ranges: whether both observed the same ranges: bit for bit in calibration, up to the
+            rounding of QAT modules in training; None where torch.ao failed.
+        largest_difference: of the ranges' ends, as a fraction of the range's width.
+        differences: the layers whose ranges are not the same.
+        torch_ao_error: how torch.ao failed; None where it did not.
+        machine: processor, instruction set and versions.
     """
 
     model: str
@@ -146,7 +160,17 @@ class Report:
     machine: dict[str, Any] = field(default_factory=machine)
 
     def overhead(self, name: str) -> Summary:
-        """Time beyond the float model's in the same round, as a fraction of it."""
+        """Time beyond the float model's in the same round, as a fraction of it.
+
+        Args:
+            name: "fastquant" or "torch.ao".
+
+        Returns:
+            Median and quartiles over the rounds: 0.25 is a quarter more.
+
+        Raises:
+            KeyError: `name` was not timed.
+        """
         pairs = zip(self.seconds[name], self.seconds[FLOAT], strict=True)
         return Summary.of([prepared / plain - 1 for prepared, plain in pairs])
 
@@ -155,7 +179,7 @@ class Report:
         return caveats(self.seconds, self.rounds, self.undisturbed)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; times are seconds."""
+        """Plain values for JSON: times in seconds, as median and quartiles of the rounds."""
         apart = math.inf if self.largest_difference is None else self.largest_difference
         return {
             "model": self.model,
@@ -178,7 +202,7 @@ class Report:
         }
 
     def table(self, top: int = 10) -> str:
-        """The same for people, with the `top` costliest layers."""
+        """The same as text in lines, with the `top` costliest layers."""
         lines = [
             f"{self.model}, {', '.join(self.inputs)}; {self.mode}, {self.qconfig} qconfig; "
             f"{self.threads} thread{'s' * (self.threads != 1)}, {self.machine['isa']}, "

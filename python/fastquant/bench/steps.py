@@ -54,7 +54,13 @@ def libraries() -> tuple[Library, Library]:
 
 
 def fused(model: nn.Module, mode: str) -> nn.Module:
-    """A copy, fused by its own `fuse_model` where it has one that knows of the mode."""
+    """A copy of a model, fused by its own `fuse_model` where it has one.
+
+    Args:
+        model: float model, in the training mode that its `fuse_model` needs.
+        mode: "calibrate" or "qat". For "qat", a `fuse_model` without a parameter `is_qat` is not
+            called, because it fuses for calibration.
+    """
     model = copy.deepcopy(model)
     fuse = getattr(model, "fuse_model", None)
     if callable(fuse):
@@ -66,7 +72,20 @@ def fused(model: nn.Module, mode: str) -> nn.Module:
 
 
 class Step:
-    """One forward without gradients (mode "calibrate"), or one training step ("qat")."""
+    """One forward without gradients (mode "calibrate"), or one training step ("qat").
+
+    Calling it does the work once. A training step minimises the mean square of the outputs by SGD.
+
+    Args:
+        model: the model, which training steps change.
+        inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword
+            arguments.
+        mode: "calibrate" or "qat".
+
+    Raises:
+        BenchError: mode "qat" of a model without parameters to train or, when it is called,
+            without an output that has a gradient.
+    """
 
     def __init__(self, model: nn.Module, inputs: Any, mode: str) -> None:
         self.model = model
