@@ -117,6 +117,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert set(linked) >= in_docs - {"index.md"}
 
 
+def test_api_page_lists_every_public_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    listed = re.findall(r"^- `([\w.]+)`$", text_of("docs/api.md"), re.M)
+    assert sorted(listed) == importlib.import_module("build_docs").public_modules()
+
+
 def test_names_of_torch_ao_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each name is there, and said to be fastquant's, torch.ao's or missing as it is."""
     pytest.importorskip("torch.ao.quantization")

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "fastquant"
 # Pages outside docs/, and their names on the site.
 OUTSIDE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+# A module in the list of docs/api.md.
+LISTED_MODULE = r"^- `(fastquant[\w.]*)`$"
 # Methods of these bases are torch's and Python's, and not described again.
 FOREIGN_BASES = "Module, Tensor, tuple, dict, str, int, Exception, RuntimeError"
 
@@ -192,17 +194,26 @@ def reference(name: str, homes: dict[int, tuple[str, str]]) -> str:
 
 
 def write_reference(folder: Path, contents: Path) -> None:
-    """Write a page for each public module, and add a list of them to the page `contents`."""
+    """Write a page for each public module, and link it where the page `contents` names it."""
     modules = public_modules()
     homes: dict[int, tuple[str, str]] = {}
     folder.mkdir()
     # The package itself comes last: objects are described where they are defined.
     for name in sorted(modules, key=lambda each: (each == "fastquant", each)):
         (folder / f"{name}.rst").write_text(reference(name, homes))
-    lines = ["", "| module | |", "|---|---|"]
-    lines += [f"| [`{name}`](api/{name}.rst) | {first_sentence(load(name))} |" for name in modules]
-    lines += ["", "```{toctree}", ":hidden:", "", *(f"api/{name}" for name in modules), "```", ""]
-    contents.write_text(contents.read_text() + "\n".join(lines))
+    text = contents.read_text()
+    listed = re.findall(LISTED_MODULE, text, flags=re.MULTILINE)
+    if sorted(listed) != modules:
+        wrong = ", ".join(sorted(set(listed) ^ set(modules))) or "one name twice"
+        raise SystemExit(f"docs/api.md does not list the public modules: {wrong}")
+    text = re.sub(
+        LISTED_MODULE,
+        lambda name: f"- [`{name[1]}`](api/{name[1]}.rst): {first_sentence(load(name[1]))}",
+        text,
+        flags=re.MULTILINE,
+    )
+    lines = ["", "```{toctree}", ":hidden:", "", *(f"api/{name}" for name in listed), "```", ""]
+    contents.write_text(text + "\n".join(lines))
 
 
 def navigation(index: str) -> str:

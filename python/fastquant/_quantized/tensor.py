@@ -70,12 +70,13 @@ def not_supported(function: Any, why: str = "") -> NotImplementedError:
     method = _ARITHMETIC.get(name.rpartition(".")[2])
     if method is not None:
         remedy = (
-            f"give the model a torch.ao.nn.quantized.FloatFunctional, whose {method}() gets a "
+            f"give the model a fastquant.nn.quantized.FloatFunctional, whose {method}() gets a "
             "scale and a zero point of its own for the result when the model is converted; or "
         )
     return NotImplementedError(
         f"{name} does not take quantized tensors{why}: {remedy}call it with x.dequantize(), the "
-        "real numbers, or with x.int_repr(), the integers that stand for them"
+        "real numbers, or with x.int_repr(), the integers that stand for them; a layer can stand "
+        "between a DeQuantStub and a QuantStub"
     )
 
 

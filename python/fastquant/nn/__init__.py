@@ -1,1 +1,1 @@
-"""Modules of our own."""
+"""Packages of modules, as in torch.ao.nn."""
