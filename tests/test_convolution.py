@@ -72,6 +72,22 @@ def test_large_batches_have_the_gradients_that_are_needed(needed: list[bool]) ->
     check_against_torch(convolution, torch.randn(7, 32, 112, 112), weight, bias, needed)
 
 
+@pytest.mark.parametrize("shape", LARGE)
+@torch.no_grad()
+def test_the_gradient_may_take_the_place_of_the_incoming_one(shape: Any) -> None:
+    convolution, weight, _ = layer(*shape, bias=False)
+    x = torch.randn(7, shape[0], 112, 112)
+    grad = torch.randn_like(convolution(x, weight, None))
+    expected = convolution.gradients(grad, x, weight, None, [True, True, False])
+    place = grad.clone()
+    of_x, of_weight, _ = convolution.gradients(place, x, weight, None, [True, True, False], True)
+    assert torch.equal(of_x, expected[0])
+    assert torch.equal(of_weight, expected[1])
+    fits = grad.size() == x.size()
+    assert (of_x.data_ptr() == place.data_ptr()) == fits
+    assert fits or torch.equal(place, grad)
+
+
 @pytest.mark.filterwarnings("ignore:TF32:UserWarning")  # of mkldnn.flags
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("images", [0, 1, 5])

@@ -46,7 +46,8 @@ def test_values_far_from_zero_as_reference(layout: str) -> None:
 
 
 # Every way of walking over memory: rows in parts, short rows together, columns in whole and in
-# overlapping vectors, and fewer columns than a vector has elements.
+# overlapping vectors, in one block of vectors and in several, and fewer columns than a vector has
+# elements.
 WALKS = [
     ((4, 3, 2_500), "contiguous"),
     ((40, 5, 49), "contiguous"),
@@ -55,6 +56,8 @@ WALKS = [
     ((300, 41), "contiguous"),
     ((300, 3), "contiguous"),
     ((5, 24, 9, 9), "channels_last"),
+    ((70, 150), "contiguous"),
+    ((3, 1_050), "contiguous"),
 ]
 
 

@@ -143,6 +143,23 @@ def test_gradients_of_gradients_are_not_overwritten() -> None:
     assert Overwriting.spoiled == [False]
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_gradient_of_a_large_fake_quantized_tensor_is_overwritten_unless_kept(
+    kept: bool,
+) -> None:
+    learn_counts()
+    x = torch.linspace(-2, 2, 100_000, requires_grad=True)
+    y = fq.FakeQuantize(fq.MovingAverageMinMaxObserver)(x)
+    seen: list[Any] = []
+    y.register_hook(lambda g: seen.append(g if kept else g.data_ptr()))
+    x.register_hook(lambda g: seen.append(g.data_ptr()))
+    (y * 2).sum().backward()
+    first = seen[0].data_ptr() if kept else seen[0]
+    assert (first == seen[1]) == (not kept)
+    assert not kept or torch.equal(seen[0], torch.full_like(x, 2.0))
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))
+
+
 FIRST_STEP_UNDER = {
     "checkpoint": """
         from torch.utils.checkpoint import checkpoint

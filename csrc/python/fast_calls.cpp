@@ -102,6 +102,13 @@ PyObject* is_on_call(PyObject*, PyObject* object) {
   }
 }
 
+PyObject* prefer_huge_pages_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 1, [](Arguments args) {
+    const DLTensor t = tensor(args.next());
+    prefer_huge_pages(t.data, numel(t) * (t.bits / 8));
+  });
+}
+
 PyObject* observe_minmax_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 7, [](Arguments args) {
     const DLTensor t = tensor(args.next());

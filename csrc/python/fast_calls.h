@@ -21,6 +21,7 @@ inline PyCFunction as_method(FastCall f) {
 
 PyObject* set_up_fast_calls(PyObject* self, PyObject* args);
 PyObject* is_on_call(PyObject* self, PyObject* flag);
+PyObject* prefer_huge_pages_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* observe_minmax_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* observe_histogram_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* histogram_qparams_call(PyObject* self, PyObject* const* args, Py_ssize_t count);

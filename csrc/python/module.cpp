@@ -54,6 +54,10 @@ PyMethodDef methods[] = {
     {"is_on", fastquant::is_on_call, METH_O,
      "is_on(flag) -> bool | None\n\nWhether a CPU tensor of one element is not zero; None for anything else."},
     fast_call(
+        "prefer_huge_pages", fastquant::prefer_huge_pages_call,
+        "prefer_huge_pages(x) -> True | None\n\nAsks the system for huge pages for the memory of a new tensor, "
+        "if it is large. None: of this kind of tensor\nit is not known where its memory lies."),
+    fast_call(
         "observe_minmax_", fastquant::observe_minmax_call,
         "observe_minmax_(...) -> True | int | None\n\nRuns the op of this name without torch's dispatcher, and "
         "returns True. Returns None, and\nchanges nothing, where it does not support the arguments: the "

@@ -5,6 +5,8 @@
 // matrix (channels come last). Sums are taken in a fixed order: the same bits on every instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "../../math/batch_norm.h"
 #include "../kernels.h"
 #include "../vec_scalar.h"
@@ -422,17 +424,67 @@ struct ColumnVectors {
 
   int64_t slots() const { return (columns + V::N - 1) / V::N * V::N; }
 
-  // Calls f(slot, column) for each vector.
-  template <class F>
-  void each(const F& f) const {
-    for (int64_t slot = 0; slot < columns; slot += V::N) f(slot, smaller(slot, columns - V::N));
-  }
+  // The first column of the vector of a slot.
+  int64_t column(int64_t slot) const { return smaller(slot, columns - V::N); }
 
   // The slot of a column.
   int64_t slot_of(int64_t c) const {
     const int64_t last = columns / V::N * V::N;
     return c < last ? c : last + c - (columns - V::N);
   }
+};
+
+// Rows whose sums are taken in T before they are added to a double.
+constexpr int64_t kSummedRows = 32;
+
+// Vectors side by side whose parameters and sums fit in registers.
+constexpr int kMostVectors = 4;
+
+template <int kMost, class F>
+void with_count(int64_t count, const F& f) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, f);
+  }
+  f(std::integral_constant<int, kMost>{});
+}
+
+// Calls f(count, slot) for blocks of vectors; count has the number of vectors, at most kMostVectors, in its
+// type.
+template <class V, class F>
+void for_blocks(const ColumnVectors<V>& vectors, const F& f) {
+  int64_t slot = 0;
+  for (int64_t left = vectors.slots() / V::N; left > 0;) {
+    const int64_t blocks = (left + kMostVectors - 1) / kMostVectors, count = (left + blocks - 1) / blocks;
+    with_count<kMostVectors>(count, [&](auto n) { f(n, slot); });
+    slot += count * V::N;
+    left -= count;
+  }
+}
+
+// Rows of S of which one block of columns is worked on after the other, so few that all tensors' rows stay in
+// the L1 cache until the last block. They divide kSummedRows.
+template <class S>
+class RowGroups {
+ public:
+  explicit RowGroups(int64_t columns) : bytes_of_row_(columns * static_cast<int64_t>(sizeof(S))) {
+    constexpr int64_t kBytes = 4096;
+    while (at_once_ > 1 && at_once_ * bytes_of_row_ > kBytes) at_once_ /= 2;
+  }
+
+  // The distance of the rows to fetch ahead.
+  int64_t ahead() const {
+    constexpr int64_t kGroups = 4;
+    return kGroups * at_once_ * bytes_of_row_;
+  }
+
+  // Calls f(begin, end) for the rows of each group.
+  template <class F>
+  void each(int64_t rows, const F& f) const {
+    for (int64_t r = 0; r < rows; r += at_once_) f(r, smaller(r + at_once_, rows));
+  }
+
+ private:
+  int64_t bytes_of_row_, at_once_ = kSummedRows;
 };
 
 // Calls f with a vector type that is no wider than the matrix.
@@ -444,9 +496,6 @@ void with_columns(int64_t columns, const F& f) {
     f(ColumnVectors<V>{columns});
   }
 }
-
-// Rows whose sums are taken in T before they are added to a double.
-constexpr int64_t kSummedRows = 32;
 
 // Adds the sums in T to those in double, and sets them to zero.
 template <class V, class T>
@@ -471,27 +520,49 @@ void moments_of_vectors(const ColumnVectors<V>& vectors, const S* x, int64_t row
   }
   for (int64_t c = 0; c < 2 * columns; ++c) totals[c] = 0;
   for (int64_t r = 0; r < first; ++r) {
-    vectors.each([&](int64_t slot, int64_t c) {
-      V::store(centre + slot, V::add(V::load(centre + slot), V::load(x + r * columns + c)));
-    });
+    for (int64_t slot = 0; slot < slots; slot += V::N) {
+      const auto e = V::load(x + r * columns + vectors.column(slot));
+      V::store(centre + slot, V::add(V::load(centre + slot), e));
+    }
   }
   for (int64_t i = 0; i < slots; ++i) centre[i] /= static_cast<T>(first);
-  for (int64_t r = 0; r < rows; ++r) {
-    const S* const row = x + r * columns;
-    vectors.each([&](int64_t slot, int64_t c) {
-      fetch_ahead<V::N>(row + c);
-      const auto e = V::load(row + c);
-      const auto d = V::sub(e, V::load(centre + slot));
-      V::store(distance + slot, V::add(V::load(distance + slot), d));
-      V::store(square + slot, V::add(V::load(square + slot), V::mul(d, d)));
-      V::store(lows + slot, V::min(e, V::load(lows + slot)));
-      V::store(highs + slot, V::max(e, V::load(highs + slot)));
+  const RowGroups<S> groups(columns);
+  const int64_t ahead = groups.ahead();
+  groups.each(rows, [&](int64_t begin, int64_t end) {
+    for_blocks(vectors, [&](auto count, int64_t slot) {
+      constexpr int kCount = decltype(count)::value;
+      typename V::Reg about[kCount], sum[kCount], squares_sum[kCount], low[kCount], high[kCount];
+      const S* column[kCount];
+      for (int k = 0; k < kCount; ++k) {
+        const int64_t at = slot + k * V::N;
+        about[k] = V::load(centre + at);
+        sum[k] = V::load(distance + at), squares_sum[k] = V::load(square + at);
+        low[k] = V::load(lows + at), high[k] = V::load(highs + at);
+        column[k] = x + vectors.column(at);
+      }
+      for (int64_t r = begin; r < end; ++r) {
+        for (int k = 0; k < kCount; ++k) {
+          const S* const p = column[k] + r * columns;
+          fetch_ahead<V::N>(p, ahead);
+          const auto e = V::load(p);
+          const auto d = V::sub(e, about[k]);
+          sum[k] = V::add(sum[k], d);
+          squares_sum[k] = V::add(squares_sum[k], V::mul(d, d));
+          low[k] = V::min(e, low[k]);
+          high[k] = V::max(e, high[k]);
+        }
+      }
+      for (int k = 0; k < kCount; ++k) {
+        const int64_t at = slot + k * V::N;
+        V::store(distance + at, sum[k]), V::store(square + at, squares_sum[k]);
+        V::store(lows + at, low[k]), V::store(highs + at, high[k]);
+      }
     });
-    if ((r + 1) % kSummedRows == 0 || r + 1 == rows) {
+    if (end % kSummedRows == 0 || end == rows) {
       flush_columns(vectors, distance, distances);
       flush_columns(vectors, square, squares);
     }
-  }
+  });
   for (int64_t c = 0; c < columns; ++c) {
     const int64_t slot = vectors.slot_of(c);
     const MomentsAbout<T> about = {centre[slot], distances[c], squares[c], lows[slot], highs[slot]};
@@ -512,14 +583,28 @@ void normalize_columns_by(const S* x, S* y, int64_t rows, int64_t columns, const
                           const Way& way) {
   using V = typename Way::Vector;
   const ColumnVectors<V> vectors = {columns};
-  for (int64_t r = 0; r < rows; ++r, x += columns, y += columns) {
-    vectors.each([&](int64_t, int64_t c) {
-      fetch_ahead<V::N>(x + c);
-      fetch_ahead<V::N>(y + c);
-      const auto n = normalizer_at<V>(norm, c);
-      V::store(y + c, same_nan<V, kSameNan>(way(n.normalized(n.centred(V::load(x + c))))));
+  const RowGroups<S> groups(columns);
+  const int64_t ahead = groups.ahead();
+  groups.each(rows, [&](int64_t begin, int64_t end) {
+    for_blocks(vectors, [&](auto count, int64_t slot) {
+      constexpr int kCount = decltype(count)::value;
+      Normalizer<V> normalizer[kCount];
+      int64_t column[kCount];
+      for (int k = 0; k < kCount; ++k) {
+        column[k] = vectors.column(slot + k * V::N);
+        normalizer[k] = normalizer_at<V>(norm, column[k]);
+      }
+      for (int64_t r = begin; r < end; ++r) {
+        for (int k = 0; k < kCount; ++k) {
+          const int64_t i = r * columns + column[k];
+          fetch_ahead<V::N>(x + i, ahead);
+          fetch_ahead<V::N>(y + i, ahead);
+          const auto& n = normalizer[k];
+          V::store(y + i, same_nan<V, kSameNan>(way(n.normalized(n.centred(V::load(x + i))))));
+        }
+      }
     });
-  }
+  });
 }
 
 template <class V, class S, class T>
@@ -544,21 +629,41 @@ void gradient_sums_of_vectors(const ColumnVectors<V>& vectors, const S* grad, co
   T *const bias_sums = scratch, *const gain_sums = scratch + slots;
   for (int64_t i = 0; i < 2 * slots; ++i) scratch[i] = 0;
   const auto gradients = gradients_of<V>(range);
-  for (int64_t r = 0; r < rows; ++r, grad += columns, x += columns) {
-    vectors.each([&](int64_t slot, int64_t c) {
-      fetch_ahead<V::N>(grad + c);
-      fetch_ahead<V::N>(x + c);
-      const auto n = normalizer_at<V>(norm, c);
-      const auto centred = n.centred(V::load(x + c));
-      const auto passed = gradients.passed(V::load(grad + c), n.normalized(centred));
-      V::store(bias_sums + slot, V::add(V::load(bias_sums + slot), passed));
-      V::store(gain_sums + slot, V::add(V::load(gain_sums + slot), V::mul(passed, centred)));
+  const RowGroups<S> groups(columns);
+  const int64_t ahead = groups.ahead();
+  groups.each(rows, [&](int64_t begin, int64_t end) {
+    for_blocks(vectors, [&](auto count, int64_t slot) {
+      constexpr int kCount = decltype(count)::value;
+      Normalizer<V> normalizer[kCount];
+      typename V::Reg bias_sum[kCount], gain_sum[kCount];
+      int64_t column[kCount];
+      for (int k = 0; k < kCount; ++k) {
+        column[k] = vectors.column(slot + k * V::N);
+        normalizer[k] = normalizer_at<V>(norm, column[k]);
+        bias_sum[k] = V::load(bias_sums + slot + k * V::N);
+        gain_sum[k] = V::load(gain_sums + slot + k * V::N);
+      }
+      for (int64_t r = begin; r < end; ++r) {
+        for (int k = 0; k < kCount; ++k) {
+          const int64_t i = r * columns + column[k];
+          fetch_ahead<V::N>(grad + i, ahead);
+          fetch_ahead<V::N>(x + i, ahead);
+          const auto centred = normalizer[k].centred(V::load(x + i));
+          const auto passed = gradients.passed(V::load(grad + i), normalizer[k].normalized(centred));
+          bias_sum[k] = V::add(bias_sum[k], passed);
+          gain_sum[k] = V::add(gain_sum[k], V::mul(passed, centred));
+        }
+      }
+      for (int k = 0; k < kCount; ++k) {
+        V::store(bias_sums + slot + k * V::N, bias_sum[k]);
+        V::store(gain_sums + slot + k * V::N, gain_sum[k]);
+      }
     });
-    if ((r + 1) % kSummedRows == 0 || r + 1 == rows) {
+    if (end % kSummedRows == 0 || end == rows) {
       flush_columns(vectors, bias_sums, of_bias);
       flush_columns(vectors, gain_sums, of_gain);
     }
-  }
+  });
 }
 
 template <class V, class S, class T>
@@ -576,25 +681,48 @@ void gradient_of_vectors(const ColumnVectors<V>& vectors, const S* grad, const S
   const int64_t columns = vectors.columns;
   const auto gradients = gradients_of<V>(range);
   // The last vector of a row is read first where it overlaps the one before: grad_x may be grad.
-  S last[V::N] = {};
+  S last[kSummedRows][V::N] = {};
+  const int64_t last_column = columns - V::N;
   const bool overlaps = columns % V::N != 0;
-  for (int64_t r = 0; r < rows; ++r, grad += columns, x += columns, grad_x += columns) {
-    if (overlaps) copy_elements<V::N>(grad + columns - V::N, last);
-    vectors.each([&](int64_t slot, int64_t c) {
-      fetch_ahead<V::N>(grad + c);
-      fetch_ahead<V::N>(x + c);
-      fetch_ahead<V::N>(grad_x + c);
-      const auto n = normalizer_at<V>(norm, c);
-      const auto centred = n.centred(V::load(x + c));
-      auto of_x = gradients.passed(V::load(slot == c ? grad + c : last), n.normalized(centred));
-      if constexpr (kTraining) {
-        of_x = gradient_of_x<V>(of_x, centred, n.gain, V::load(norm.offset + c), V::load(norm.slope + c));
-      } else {
-        of_x = V::mul(n.gain, of_x);
+  const RowGroups<S> groups(columns);
+  const int64_t ahead = groups.ahead();
+  groups.each(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; overlaps && r < end; ++r) {
+      copy_elements<V::N>(grad + r * columns + last_column, last[r - begin]);
+    }
+    for_blocks(vectors, [&](auto count, int64_t slot) {
+      constexpr int kCount = decltype(count)::value;
+      Normalizer<V> normalizer[kCount];
+      typename V::Reg offset[kCount], slope[kCount];
+      int64_t column[kCount];
+      for (int k = 0; k < kCount; ++k) {
+        column[k] = vectors.column(slot + k * V::N);
+        normalizer[k] = normalizer_at<V>(norm, column[k]);
+        if constexpr (kTraining) {
+          offset[k] = V::load(norm.offset + column[k]);
+          slope[k] = V::load(norm.slope + column[k]);
+        }
       }
-      V::store(grad_x + c, same_nan<V, kSameNan>(of_x));
+      for (int64_t r = begin; r < end; ++r) {
+        for (int k = 0; k < kCount; ++k) {
+          const int64_t i = r * columns + column[k];
+          fetch_ahead<V::N>(grad + i, ahead);
+          fetch_ahead<V::N>(x + i, ahead);
+          fetch_ahead<V::N>(grad_x + i, ahead);
+          const auto& n = normalizer[k];
+          const bool is_whole = slot + k * V::N == column[k];
+          const auto centred = n.centred(V::load(x + i));
+          auto of_x = gradients.passed(V::load(is_whole ? grad + i : last[r - begin]), n.normalized(centred));
+          if constexpr (kTraining) {
+            of_x = gradient_of_x<V>(of_x, centred, n.gain, offset[k], slope[k]);
+          } else {
+            of_x = V::mul(n.gain, of_x);
+          }
+          V::store(grad_x + i, same_nan<V, kSameNan>(of_x));
+        }
+      }
     });
-  }
+  });
 }
 
 template <class V, class S, class T>

@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _C
+from .fast_calls import may_skip_dispatcher
+
 __all__ = ["Convolution", "Gradients"]
 
 # Of x, weight and bias, where needed.
@@ -56,17 +59,26 @@ class Convolution(NamedTuple):
                 return of_part
             if y is None:
                 size, stride = of_part.size(), of_part.stride()
-                y = of_part.new_empty_strided(
-                    (x.shape[0], *size[1:]), (math.prod(size[1:]), *stride[1:])
+                y = _for_parts(
+                    of_part.new_empty_strided(
+                        (x.shape[0], *size[1:]), (math.prod(size[1:]), *stride[1:])
+                    )
                 )
             y[part] = of_part
         assert y is not None
         return y
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: list[bool],
+        reuse: bool = False,
     ) -> Gradients:
-        """Of x, weight and bias, where needed."""
+        """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
+        reuse = reuse and grad.size() == x.size() and grad.stride() == x.stride()
         sizes = None if bias is None else list(bias.shape)
         geometry = self._geometry(x, weight)
         of_x = None
@@ -78,8 +90,9 @@ class Convolution(NamedTuple):
             if part == _WHOLE:
                 return of_part, *of_its_parameters
             if needed[0]:
-                of_x = torch.empty_like(x) if of_x is None else of_x
-                of_x[part] = of_part
+                if of_x is None:
+                    of_x = grad if reuse else _for_parts(torch.empty_like(x))
+                of_x[part] = of_part  # grad[part] has been read
             of_parameters = [
                 b if a is None else a.add_(b)
                 for a, b in zip(of_parameters, of_its_parameters, strict=True)
@@ -137,6 +150,13 @@ class Convolution(NamedTuple):
             )
         )
         return weight.shape[0] * math.prod(sizes)
+
+
+def _for_parts(x: Tensor) -> Tensor:
+    """Memory to write the results of parts to."""
+    if may_skip_dispatcher(x):
+        _C.prefer_huge_pages(x)
+    return x
 
 
 def _is_measured(x: Tensor) -> bool:

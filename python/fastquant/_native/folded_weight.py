@@ -19,6 +19,7 @@ from . import gradients, ops
 from .convolution import Gradients
 from .fake_kernels import empty_folded
 from .fast_calls import may_skip_dispatcher
+from .ownership import is_sole_owner, learn_counts
 from .settings import FusedSettings
 
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -162,9 +163,15 @@ class Layer(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: list[bool],
+        reuse: bool = False,
     ) -> Gradients:
-        """Of x, weight and bias, where needed."""
+        """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
 
 
 class Linear(NamedTuple):
@@ -174,7 +181,13 @@ class Linear(NamedTuple):
         return F.linear(x, weight, bias)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool]
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: list[bool],
+        reuse: bool = False,
     ) -> Gradients:
         return (
             grad.mm(weight) if needed[0] else None,
@@ -200,10 +213,12 @@ class _LayerWithFoldedWeight(torch.autograd.Function):
         kept = None if folded.weight.dtype == weight.dtype else folded.weight
         ctx.save_for_backward(x, weight, bn_weight, bias, folded.fold, kept)
         ctx.quant_range, ctx.layer = (folded.quant_min, folded.quant_max), layer
+        learn_counts()
         return layer(x, folded.weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        reuse = is_sole_owner(grad)
         x, weight, bn_weight, bias, fold, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range).to(x.dtype)
@@ -217,7 +232,7 @@ class _LayerWithFoldedWeight(torch.autograd.Function):
         else:
             folded = weight  # its own gradient needs only its shape
         needed = [of_x, of_weight or of_bn_weight, of_bias]
-        grad_x, grad_folded, grad_bias = ctx.layer.gradients(grad, x, folded, bias, needed)
+        grad_x, grad_folded, grad_bias = ctx.layer.gradients(grad, x, folded, bias, needed, reuse)
         del folded
         of_parameters: tuple[Tensor | None, ...] = (None, None)
         if grad_folded is not None:

@@ -20,6 +20,8 @@ from .ownership import is_sole_owner, learn_counts
 from .reference import batch_norm
 
 _empty_like = torch.empty_like
+# Elements of a gradient from which on its memory is worth being used again.
+_LARGE = 32768
 # Returns a result that was made already, with a gradient.
 _Attach = Callable[..., Tensor]
 
@@ -102,11 +104,14 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, made: tuple[Tensor, Tensor]) -> Tensor:
         _save_mask(ctx, (x, made), made)
+        learn_counts()
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _straight_through(ctx, grad), None
+        # Of a small gradient the question takes longer than an allocation.
+        reuse = grad.numel() >= _LARGE and is_sole_owner(grad)
+        return _straight_through(ctx, grad, reuse), None
 
 
 with_straight_through: _Attach = _StraightThrough.apply
