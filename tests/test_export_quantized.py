@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import fastquant as fq
 import fastquant.nn.quantized as nnq
 from fastquant._torch import ao, decomposed
+from fastquant._torch.private import torch_release
 from fastquant.export import export
 from fastquant.nn.intrinsic import quantized as nniq
 from fastquant.nn.quantized.weighted import Weighted
@@ -542,10 +543,17 @@ def test_embeddings_stay_small(bits: int) -> None:
 # --- where programs run -------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_inductor_computes_with_integers() -> None:
+def needs_int8_kernels_of_inductor() -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("Inductor's quantized layers are oneDNN's, which this torch does not have")
+    if torch_release >= (2, 14):
+        # Importing it registers the patterns that torch had itself before.
+        pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+
+
+@torch.no_grad()
+def test_inductor_computes_with_integers() -> None:
+    needs_int8_kernels_of_inductor()
     prepared, x = block(), images(3)
     program = export(prepared, (x,))
     torch._dynamo.reset()
@@ -577,6 +585,7 @@ RUN_COMPILED_WITHOUT_FASTQUANT = """
 
 @torch.no_grad()
 def test_aot_inductor_compiles_a_program(tmp_path: Path) -> None:
+    needs_int8_kernels_of_inductor()
     prepared, x = block(), images(3)
     program = export(prepared, (images(2),), dynamic_shapes=BATCH)
     with torch._inductor.config.patch(freezing=True):
