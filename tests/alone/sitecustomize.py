@@ -47,8 +47,12 @@ FUNCTIONS = (
 TESTS = str(Path(__file__).parent.parent)
 
 
+# No generator at each call: Dynamo, where it meets an import, cannot trace one.
+HIDDEN = tuple([f"{name}." for name in MODULES])
+
+
 def is_hidden(module: str) -> bool:
-    return f"{module}.".startswith(tuple(f"{name}." for name in MODULES))
+    return f"{module}.".startswith(HIDDEN)
 
 
 def may_see(caller: dict[str, Any]) -> bool:
@@ -139,7 +143,7 @@ def hide(torch: Any) -> None:
         # `from ..ao import x` in torch.nn.modules has the level 2.
         package = str(caller.get("__package__")).rsplit(".", level - 1)[0] if level else ""
         path = ".".join(filter(None, (package, name)))
-        wanted = (path, *(f"{path}.{attribute}" for attribute in fromlist or ()))
+        wanted = (path, *[f"{path}.{attribute}" for attribute in fromlist or ()])
         if not any(map(is_hidden, wanted)):
             return import_module(name, globals, locals, fromlist, level)
         if is_test(caller):
