@@ -76,18 +76,22 @@ def install(directory: Path, package: Path) -> None:
     shutil.copytree(source, package / "fastquant", ignore=ignored, dirs_exist_ok=True)
 
 
-def check_package() -> None:
-    """Stop unless Python imports the package built here, with its CUDA kernels loaded."""
+def check_package(package: Path = PACKAGE, fault: str = "info['cuda']['why_not']") -> None:
+    """Stop unless Python imports the package built here and finds no fault with its `info`.
+
+    That is what fastquant.build_info() returns; without another expression, CUDA kernels must be
+    loaded.
+    """
     code = (
         "import fastquant, pathlib, sys\n"
         "found = pathlib.Path(fastquant.__file__).parent\n"
-        f"if found != pathlib.Path({str(PACKAGE / 'fastquant')!r}):\n"
+        f"if found != pathlib.Path({str(package / 'fastquant')!r}):\n"
         "    sys.exit(f'another fastquant comes first, {found}: pip uninstall fastquant')\n"
         "info = fastquant.build_info()\n"
         "print(info)\n"
-        "sys.exit(info['cuda']['why_not'])"
+        f"sys.exit({fault})"
     )
-    run(sys.executable, "-c", code)
+    run(sys.executable, "-c", code, package=package)
 
 
 def test() -> None:
@@ -132,6 +136,8 @@ def amx() -> None:
     )
     run("cmake", "--build", AMX_BUILD, "--target", "_C", *NATIVE_TESTS)
     install(AMX_BUILD, AMX_PACKAGE)
+    usable = "'avx512_amx' in info['isas_usable']"
+    check_package(AMX_PACKAGE, f"None if {usable} else 'the system does not permit AMX'")
     for name in NATIVE_TESTS:
         run(AMX_BUILD / name)
     run(
