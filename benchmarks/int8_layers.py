@@ -74,6 +74,8 @@ def layers() -> list[Layer]:
         conv("stem 7x7 stride 2 3->64 @224", 3, 64, 7, 2, 224),
         conv("stem 3x3 stride 2 3->32 @224", 3, 32, 3, 2, 224),
         conv("3x3 128->128 @28, 32 groups", 128, 128, 3, 1, 28, groups=32),
+        conv("3x3 256->256 @28, 32 groups", 256, 256, 3, 1, 28, groups=32),
+        conv("3x3 512->512 @14, 32 groups", 512, 512, 3, 1, 14, groups=32),
         conv("3x3 240->240 @28, 10 groups", 240, 240, 3, 1, 28, groups=10),
         conv("depthwise 3x3 144 @56", 144, 144, 3, 1, 56, groups=144, target=1.4),
         conv("depthwise 3x3 stride 2 96 @112", 96, 96, 3, 2, 112, groups=96, target=1.4),

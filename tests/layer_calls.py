@@ -82,7 +82,9 @@ def convolutions(draw: st.DrawFn, transposed: bool = False) -> Call:
     inputs = draw(st.sampled_from([1, 3, 4, 6, 16, 17]))
     channels = draw(st.sampled_from([1, 2, 5, 16, 24, 70]))
     if groups == 20:
-        inputs, channels = draw(st.sampled_from([(1, 1), (1, 2), (4, 4)]))
+        inputs, channels = draw(
+            st.sampled_from([(1, 1), (1, 2), (4, 4), (8, 8), (16, 16), (4, 8)])
+        )
 
     def sizes(*choices: int) -> list[int]:
         return [draw(st.sampled_from(choices)) for _ in range(dims)]
@@ -130,6 +132,9 @@ def samples() -> Iterator[Call]:
         (56, (130, 58, 1, 1), 1, 1),
         (28, (96, 24, 3, 3), 1, 4),
         (56, (96, 1, 3, 3), 1, 96),
+        (28, (80, 4, 3, 3), 1, 20),
+        (28, (144, 8, 3, 3), 2, 18),
+        (14, (112, 16, 3, 3), 1, 7),
     ):
         x = random_bytes((2, shape[1] * groups, size, size), torch.uint8, 0)
         x = x.to(memory_format=torch.channels_last)

@@ -39,6 +39,11 @@ ConvShape random_shape(bool transposed, bool depthwise) {
   s.groups = depthwise ? pick({2, 8, 16, 17, 40, 64, 72, 80, 130}) : pick({1, 1, 1, 2, 3});
   s.in_channels = s.groups * (depthwise ? 1 : pick({1, 3, 4, 8, 16, 17, 36}));
   s.out_channels = s.groups * (depthwise ? pick({1, 1, 1, 2, 3}) : pick({1, 4, 16, 31, 64, 70, 129}));
+  if (!depthwise && rng() % 4 == 0) {  // groups that are multiplied together
+    const int64_t channels = pick({4, 8, 16});
+    s.groups = pick({1, 2, 3, 5, 8}) * (16 / channels);
+    s.in_channels = s.out_channels = s.groups * channels;
+  }
   const int64_t kernel = pick({1, 2, 3, 3, 5}), stride = pick({1, 1, 2, 3}), dilation = pick({1, 1, 2});
   for (int d = 0; d < ConvShape::kDims; ++d) {
     const bool there = d >= ConvShape::kDims - dims;

@@ -17,6 +17,9 @@ namespace {
 // Where weights stay in the L1 cache, so should what is read and written beside them.
 constexpr int64_t kFirstCache = 24576, kWeightsInFirstCache = 32768;
 
+// From so many positions on, multiplying groups together saves more time than joining their weights takes.
+constexpr int64_t kRowsOfJoinedGroups = 16;
+
 // A convolution that has the same output, in as few dimensions as can be: where every output position is
 // computed from one input position, in order, all of them are in one row.
 ConvShape simplified(ConvShape s) {
@@ -251,12 +254,20 @@ class Convolution {
 
   void find_taps(int64_t row, int64_t kx, int64_t from, int64_t to, const Margins& m,
                  const uint8_t** at) const {
-    const int64_t first = kx * s_.dilation[2] - s_.padding[2];
-    for (int64_t ox = from; ox < to; ++ox) {
-      const int64_t ix = ox * s_.stride[2] + first;
-      const bool inside = row >= 0 && ix >= 0 && ix < s_.in[2];
-      *at++ = inside ? x_ + row * row_values_ + ix * s_.in_channels : m.padding;
+    if (row < 0) {
+      std::fill(at, at + (to - from), m.padding);
+      return;
     }
+    const int64_t first = kx * s_.dilation[2] - s_.padding[2], stride = s_.stride[2];
+    // Those of the positions [inside_from, inside_to) are in the row.
+    const auto bounded = [&](int64_t ox) { return std::min(std::max(ox, from), to); };
+    const int64_t inside_from = bounded(-floor_divided(first, stride));
+    const int64_t inside_to = std::max(inside_from, bounded(floor_divided(s_.in[2] - 1 - first, stride) + 1));
+    const uint8_t* const inside = x_ + row * row_values_ + first * s_.in_channels;
+    const int64_t step = stride * s_.in_channels;
+    at = std::fill_n(at, inside_from - from, m.padding);
+    for (int64_t ox = inside_from; ox < inside_to; ++ox) *at++ = inside + ox * step;
+    std::fill_n(at, to - inside_to, m.padding);
   }
 
   // ---------------------------------------------------------------- Access::copies
@@ -287,7 +298,7 @@ class Convolution {
 
 // Positions at once, so that what is read and written for them stays in a cache.
 int64_t positions_at_once(const Convolution& conv, const ConvShape& s, const PackedLayout& layout) {
-  const int64_t weights = s.groups * layout.group_bytes();
+  const int64_t weights = layout.groups * layout.group_bytes();
   int64_t values = s.stride[0] * s.stride[1] * s.stride[2] * s.in_channels;
   // Weights that no cache keeps are read once for all these positions, and outputs are written once.
   if (weights <= kSecondCache) values += s.out_channels;
@@ -303,6 +314,38 @@ bool has_seven_bits(const uint8_t* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) all |= x[i];
   return all < 128;
 }
+
+// The weights of groups that are multiplied together, packed as those of one group.
+class JoinedGroups {
+ public:
+  explicit JoinedGroups(const PackedLayout& of_groups) : of_groups_(of_groups), layout_(of_groups) {
+    layout_.groups = 1;
+    layout_.out_channels *= of_groups.groups;
+  }
+
+  const PackedLayout& layout() const { return layout_; }
+
+  std::unique_ptr<uint8_t[]> join(const uint8_t* packed) const {
+    std::unique_ptr<uint8_t[]> joined(new uint8_t[layout_.bytes()]);
+    const int64_t channels = of_groups_.out_channels, step = of_groups_.padded_channels() * kStep;
+    for (int64_t group = 0; group < of_groups_.groups; ++group) {
+      const int64_t first = group * channels, block = first / kBlockChannels;
+      const int64_t width = block_channels(layout_.out_channels, block) * kStep;
+      const uint8_t* from = packed + group * of_groups_.group_bytes();
+      uint8_t* to = joined.get() + layout_.block_at(block) + first % kBlockChannels * kStep;
+      for (int64_t k = 0; k < layout_.steps(); ++k, from += step, to += width)
+        std::memcpy(to, from, channels * kStep);
+      const int64_t sum = static_cast<int64_t>(sizeof(int32_t));
+      std::memcpy(joined.get() + layout_.sums_at() + first * sum,
+                  packed + of_groups_.sums_at() + group * of_groups_.padded_channels() * sum, channels * sum);
+    }
+    return joined;
+  }
+
+ private:
+  const PackedLayout& of_groups_;
+  PackedLayout layout_;
+};
 
 // The outputs at the positions [begin, end) of the blocks [first, last), which are counted over all groups.
 void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& layout, const uint8_t* packed,
@@ -331,6 +374,10 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
                                seven_bits};
       const auto* const data = reinterpret_cast<const int8_t*>(packed + group * layout.group_bytes());
       const MatrixWeights weights = {data, layout.out_channels, layout.steps(), nullptr};
+      if (layout.groups != s.groups) {
+        kernels.multiply_groups(rows, weights, layout.in_channels, first, last, requantization.at(0, from));
+        continue;
+      }
       kernels.multiply(rows, weights, std::max<int64_t>(first - group * blocks, 0),
                        std::min(last - group * blocks, blocks), requantization.at(group, from), scratch.get());
     }
@@ -342,8 +389,8 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
 template <class F>
 void for_parts(const ConvShape& s, const PackedLayout& layout, const F& f) {
   const int64_t positions = s.positions();
-  const int64_t blocks = s.groups * ((layout.out_channels + kBlockChannels - 1) / kBlockChannels);
-  const int64_t weights = s.groups * layout.group_bytes();
+  const int64_t blocks = layout.groups * ((layout.out_channels + kBlockChannels - 1) / kBlockChannels);
+  const int64_t weights = layout.groups * layout.group_bytes();
   const int64_t values = s.batch * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
   const int64_t pieces = piece_count(positions * weights, kProductsOfThread);
   const bool even = blocks % pieces == 0 || blocks >= 8 * pieces;
@@ -365,8 +412,17 @@ void quantized_conv(const QuantizedValues& x, const ConvShape& given, const uint
   const ConvShape s = simplified(given);
   if (s.positions() == 0 || s.out_channels == 0) return;
   const int64_t shape[] = {s.out_channels, s.in_channels / s.groups, s.kernel[0], s.kernel[1], s.kernel[2]};
-  const PackedLayout layout(shape, 5, s.groups, false);
-  if (layout.depthwise()) return depthwise_conv(x, given, packed, scales, format);
+  const PackedLayout of_groups(shape, 5, s.groups, false);
+  if (of_groups.depthwise()) return depthwise_conv(x, given, packed, scales, format);
+  const JoinedGroups together(of_groups);
+  std::unique_ptr<uint8_t[]> joined_weights;
+  const bool joined = s.positions() >= kRowsOfJoinedGroups &&
+                      shares_blocks(s.groups, of_groups.in_channels, of_groups.out_channels);
+  if (joined) {
+    joined_weights = together.join(packed);
+    packed = joined_weights.get();
+  }
+  const PackedLayout& layout = joined ? together.layout() : of_groups;
   // Kernels take values from 0 to 255: those of int8 are moved there, with their zero point.
   const int64_t n = s.batch * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
   const uint8_t* data = x.data;
@@ -379,7 +435,7 @@ void quantized_conv(const QuantizedValues& x, const ConvShape& given, const uint
   const int64_t zero_point = x.zero_point + (x.is_signed ? 128 : 0);
   const MatrixKernels& kernels = *quantized_kernels().matrix;
   const bool seven_bits = kernels.prefers_seven_bits && zero_point < 128 && has_seven_bits(data, n);
-  const Requantization requantization(s.groups, layout.out_channels, layout.padded_channels(),
+  const Requantization requantization(layout.groups, layout.out_channels, layout.padded_channels(),
                                       packed + layout.sums_at(), x.scale, zero_point - kernels.value_offset,
                                       scales, format);
   const Convolution conv(data, static_cast<uint8_t>(zero_point), s, layout);

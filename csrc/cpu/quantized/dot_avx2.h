@@ -78,6 +78,14 @@ struct Avx2Lanes {
     std::memcpy(&bytes, p, sizeof bytes);
     return _mm256_set1_epi32(bytes);
   }
+  // Groups of 4 channels: the four values of the first for the lower half, those of the second for the upper.
+  static __m256i fours_of_groups(const uint8_t* p) {
+    int64_t bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    const __m256i order =
+        _mm256_set_epi64x(0x0706050407060504, 0x0706050407060504, 0x0302010003020100, 0x0302010003020100);
+    return _mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), order);
+  }
 
   static constexpr int64_t kValueOffset = 0;
   static constexpr int kSums = 8;
@@ -99,6 +107,10 @@ struct Avx2Singles : Avx2Lanes {
   using Values = __m256i;
   using Weights = __m256i;
   static Values values(const uint8_t* p) { return four(p); }
+  template <int C>
+  static Values group_values(const uint8_t* p, int64_t) {
+    return fours_of_groups(p);
+  }
   static Weights weights(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 };
 
@@ -113,6 +125,10 @@ struct Avx2Dot : Avx2Lanes {
   };
   using Weights = Values;
   static Values values(const uint8_t* p) { return values(four(p)); }
+  template <int C>
+  static Values group_values(const uint8_t* p, int64_t) {
+    return values(fours_of_groups(p));
+  }
   static Values values(__m256i bytes) {
     return {_mm256_and_si256(bytes, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(bytes, 8)};
   }

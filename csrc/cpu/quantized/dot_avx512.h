@@ -10,6 +10,17 @@
 namespace fastquant {
 namespace {
 
+// Shuffles that spread 16 bytes of each 128 bits over the channels of groups: the four values of groups of 4
+// channels; the first four, and the second, of groups of 8.
+constexpr uint32_t kFour0 = 0x03020100, kFour1 = 0x07060504, kFour2 = 0x0b0a0908, kFour3 = 0x0f0e0d0c;
+alignas(64) constexpr uint32_t kFoursOfGroups[3][16] = {
+    {kFour0, kFour0, kFour0, kFour0, kFour1, kFour1, kFour1, kFour1, kFour2, kFour2, kFour2, kFour2, kFour3,
+     kFour3, kFour3, kFour3},
+    {kFour0, kFour0, kFour0, kFour0, kFour0, kFour0, kFour0, kFour0, kFour2, kFour2, kFour2, kFour2, kFour2,
+     kFour2, kFour2, kFour2},
+    {kFour1, kFour1, kFour1, kFour1, kFour1, kFour1, kFour1, kFour1, kFour3, kFour3, kFour3, kFour3, kFour3,
+     kFour3, kFour3, kFour3}};
+
 struct Avx512Lanes {
   static constexpr int N = 16;
   using Ints = __m512i;
@@ -74,6 +85,11 @@ struct Avx512Lanes {
     std::memcpy(&bytes, p, sizeof bytes);
     return _mm512_set1_epi32(bytes);
   }
+  template <int C>
+  static __m512i fours_of_groups(const uint8_t* p, int64_t k) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_shuffle_epi8(bytes, _mm512_load_si512(kFoursOfGroups[C / 4 - 1 + k]));
+  }
 
   static constexpr int kMostVectors = 4;
   static constexpr int kSums = 16;
@@ -94,6 +110,10 @@ struct Avx512Singles : Avx512Lanes {
   using Values = __m512i;
   using Weights = __m512i;
   static Values values(const uint8_t* p) { return four(p); }
+  template <int C>
+  static Values group_values(const uint8_t* p, int64_t k) {
+    return fours_of_groups<C>(p, k);
+  }
   static Weights weights(const int8_t* p) { return _mm512_loadu_si512(p); }
 };
 
@@ -107,6 +127,10 @@ struct Avx512Dot : Avx512Lanes {
   };
   using Weights = Values;
   static Values values(const uint8_t* p) { return values(four(p)); }
+  template <int C>
+  static Values group_values(const uint8_t* p, int64_t k) {
+    return values(fours_of_groups<C>(p, k));
+  }
   static Values values(__m512i bytes) {
     return {_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(bytes, 8)};
   }

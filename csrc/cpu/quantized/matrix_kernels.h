@@ -42,7 +42,19 @@ struct MatrixKernels {
   // The outputs of all rows, for the channels of the blocks [begin, end).
   void (*multiply)(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
                    const OutputStage& out, void* scratch);
+
+  // The same for groups of `channels` input and as many output channels, whose number shares_blocks accepts.
+  // Rows point at the first channel of all groups, and have the steps of one group. The weights are those of
+  // all groups, as if these were one group of packed weights.
+  void (*multiply_groups)(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
+                          int64_t end, const OutputStage& out);
 };
+
+// Whether so many groups of so many input and output channels can be multiplied together.
+static inline bool shares_blocks(int64_t groups, int64_t in_channels, int64_t out_channels) {
+  const bool width = out_channels == 4 || out_channels == 8 || out_channels == 16;
+  return groups > 1 && width && in_channels == out_channels && groups * out_channels % 16 == 0;
+}
 
 // How work is cut for the kernels: products that a thread must have to compute for its start to pay off; bytes
 // to read and write at once, which stay in the L2 cache; a number of rows that all tiles divide; and pointers

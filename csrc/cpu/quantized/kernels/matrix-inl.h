@@ -11,6 +11,8 @@
 //   values(p)                   four values, for every channel
 //   weights(p)                  four weights of each of N channels
 //   dot(sums, values, weights)  adds the products
+//   group_values<C>(p, k)       where groups of C < N channels share a vector: for each channel, the k-th four
+//                               values of its group; p points at N values, those of the first group first
 //
 // Where products need bytes as 16-bit words, D may also have
 //   Wide                        the same for what these have written: words, two for every byte of four
@@ -38,6 +40,15 @@ constexpr int parallel_sums(int sums, int enough) {
 constexpr int kWeightsAhead = 1024;
 constexpr int64_t kCacheLine = 64;
 
+template <class D, int kRows, int kVectors>
+FASTQUANT_INLINE void start_sums(typename D::Ints (&sums)[kRows * kVectors], int64_t channel,
+                                 const OutputStage& out) {
+  unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+    const auto offset = D::load(out.offset + channel + v * D::N);
+    unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA { sums[r * kVectors + v] = offset; });
+  });
+}
+
 // The outputs of kRows rows from `row` on for kVectors vectors of channels from `channel` on. weights: the
 // first step of these channels; from step to step it is `width` bytes. ahead: weights that the next tiles will
 // read; a cache line of them is fetched at each step.
@@ -47,10 +58,7 @@ void multiply_tile(const MatrixRows& a, int64_t row, const int8_t* weights, int6
                    int64_t count) {
   constexpr int kTile = kRows * kVectors, kParallel = parallel_sums(kTile, D::kSums);
   typename D::Ints sums[kParallel][kTile];
-  unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
-    const auto offset = D::load(out.offset + channel + v * D::N);
-    unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA { sums[0][r * kVectors + v] = offset; });
-  });
+  start_sums<D, kRows, kVectors>(sums[0], channel, out);
   unrolled<kParallel - 1>([&](auto k) FASTQUANT_INLINE_LAMBDA {
     unrolled<kTile>([&](auto i) FASTQUANT_INLINE_LAMBDA { sums[k + 1][i] = D::set1(int32_t{0}); });
   });
@@ -160,6 +168,84 @@ void multiply(const MatrixRows& rows, const MatrixWeights& weights, int64_t begi
                            });
 }
 
+// ----------------------------------------------------------------------------------------- groups
+
+// As multiply_tile, for groups of kGroup channels.
+template <class D, int kGroup, int kRows, int kVectors>
+void multiply_tile_of_groups(const MatrixRows& a, int64_t row, const int8_t* weights, int64_t width,
+                             const OutputStage& out, int64_t channel, int64_t count) {
+  constexpr int kSteps = kGroup / kStep;
+  typename D::Ints sums[kRows * kVectors];
+  start_sums<D, kRows, kVectors>(sums, channel, out);
+  const int64_t first_value = a.offset + channel / kGroup * kGroup;
+  for (int64_t segment = 0; segment < a.segments; ++segment, weights += kSteps * width) {
+    const uint8_t* p[kRows];
+    unrolled<kRows>(
+        [&](auto r) FASTQUANT_INLINE_LAMBDA { p[r] = a.pointers[segment * a.stride + row + r] + first_value; });
+    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+      constexpr int kChannel = v * D::N;
+      const int8_t* const w = weights + kChannel * kStep;
+      if constexpr (kGroup < D::N) {  // all values of a row at once, which are loaded once
+        typename D::Weights these[kSteps];
+        unrolled<kSteps>([&](auto k) FASTQUANT_INLINE_LAMBDA { these[k] = D::weights(w + k * width); });
+        unrolled<kRows * kSteps>([&](auto i) FASTQUANT_INLINE_LAMBDA {
+          constexpr int kRow = i / kSteps, k = i % kSteps;
+          auto& sum = sums[kRow * kVectors + v];
+          sum = D::dot(sum, D::template group_values<kGroup>(p[kRow] + kChannel, k), these[k]);
+        });
+      } else {
+        unrolled<kSteps>([&](auto k) FASTQUANT_INLINE_LAMBDA {
+          const auto these = D::weights(w + k * width);
+          unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
+            auto& sum = sums[r * kVectors + v];
+            sum = D::dot(sum, D::values(p[r] + kChannel / kGroup * kGroup + k * kStep), these);
+          });
+        });
+      }
+    });
+  }
+  finish_rows<D, kRows, kVectors>(sums, row, channel, count, out);
+}
+
+// All rows, for kVectors vectors of channels: kMost at once, then fewer.
+template <class D, int kGroup, int kVectors, int kMost = D::template kMostRows<D::kMostVectors>>
+void multiply_rows_of_groups(const MatrixRows& a, int64_t row, const int8_t* weights, int64_t width,
+                             const OutputStage& out, int64_t channel, int64_t count) {
+  for (; row + kMost <= a.rows; row += kMost) {
+    multiply_tile_of_groups<D, kGroup, kMost, kVectors>(a, row, weights, width, out, channel, count);
+  }
+  if constexpr (kMost > 1) {
+    multiply_rows_of_groups<D, kGroup, kVectors, kMost / 2>(a, row, weights, width, out, channel, count);
+  }
+}
+
+// Tiles are of two widths: the widest, and one lane of channels.
+template <class D, int kGroup>
+void multiply_groups_of(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
+                        const OutputStage& out) {
+  constexpr int kMost = D::kMostVectors, kOfLane = kLaneChannels / D::N,
+                kUnit = kOfLane < kMost ? kOfLane : kMost;
+  for_tiles_of_channels<D>(
+      weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
+        if (count == kMost * D::N) {
+          multiply_rows_of_groups<D, kGroup, kMost>(rows, 0, data, width, out, channel, count);
+          return;
+        }
+        for (int64_t c = 0; c < count; c += kUnit * D::N) {
+          multiply_rows_of_groups<D, kGroup, kUnit>(rows, 0, data + c * kStep, width, out, channel + c,
+                                                    kUnit * D::N);
+        }
+      });
+}
+
+template <class D>
+void multiply_groups(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
+                     int64_t end, const OutputStage& out) {
+  if (channels == 4) return multiply_groups_of<D, 4>(rows, weights, begin, end, out);
+  if (channels == 8) return multiply_groups_of<D, 8>(rows, weights, begin, end, out);
+  multiply_groups_of<D, 16>(rows, weights, begin, end, out);
+}
+
 static inline int64_t no_scratch(int64_t) { return 0; }
 
 // ------------------------------------------------------------------------------------------ words
@@ -242,13 +328,20 @@ void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t
 }
 
 template <class D>
+void multiply_groups_of_bytes(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels,
+                              int64_t begin, int64_t end, const OutputStage& out) {
+  (rows.seven_bits ? multiply_groups<typename D::SevenBits> : multiply_groups<D>)(rows, weights, channels,
+                                                                                  begin, end, out);
+}
+
+template <class D>
 constexpr MatrixKernels matrix_table() {
-  return {D::kValueOffset, false, no_scratch, multiply<D>};
+  return {D::kValueOffset, false, no_scratch, multiply<D>, multiply_groups<D>};
 }
 
 template <class D>
 constexpr MatrixKernels widening_matrix_table() {
-  return {D::kValueOffset, true, widened_scratch<D>, multiply_widened<D>};
+  return {D::kValueOffset, true, widened_scratch<D>, multiply_widened<D>, multiply_groups_of_bytes<D>};
 }
 
 }  // namespace
