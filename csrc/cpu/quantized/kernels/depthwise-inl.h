@@ -230,14 +230,13 @@ struct Depthwise {
       unrolled<Q>([&](auto q) FASTQUANT_INLINE_LAMBDA {
         const Column* const source = columns + q * kVectors + j;
         const Column* const w = weights(prepared) + (q * kVectors + j) * K;
-        Column taps[K];
-        unrolled<K>([&](auto k) FASTQUANT_INLINE_LAMBDA { taps[k] = w[k]; });
         unrolled<(kTile - 1) * S + K>([&](auto i) FASTQUANT_INLINE_LAMBDA {
-          const Column column = source[i * (Q * kVectors)];
+          // A reference: gcc copies a Column of two registers by halves, which stalls what reads it whole.
+          const Column& column = source[i * (Q * kVectors)];
           unrolled<K>([&](auto k) FASTQUANT_INLINE_LAMBDA {
             constexpr int kFrom = decltype(i)() - decltype(k)();
             if constexpr (kFrom >= 0 && kFrom % S == 0 && kFrom / S < kTile)
-              sums[kFrom / S] = V::dot(sums[kFrom / S], column, taps[k]);
+              sums[kFrom / S] = V::dot(sums[kFrom / S], column, w[k]);
           });
         });
       });
