@@ -82,9 +82,7 @@ def convolutions(draw: st.DrawFn, transposed: bool = False) -> Call:
     inputs = draw(st.sampled_from([1, 3, 4, 6, 16, 17]))
     channels = draw(st.sampled_from([1, 2, 5, 16, 24, 70]))
     if groups == 20:
-        inputs, channels = draw(
-            st.sampled_from([(1, 1), (1, 2), (4, 4), (8, 8), (16, 16), (4, 8)])
-        )
+        inputs, channels = draw(st.sampled_from([(1, 1), (1, 2), (4, 4), (8, 8), (16, 16), (4, 8)]))
 
     def sizes(*choices: int) -> list[int]:
         return [draw(st.sampled_from(choices)) for _ in range(dims)]
