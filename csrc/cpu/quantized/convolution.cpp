@@ -416,7 +416,8 @@ void quantized_conv(const QuantizedValues& x, const ConvShape& given, const uint
   if (of_groups.depthwise()) return depthwise_conv(x, given, packed, scales, format);
   const JoinedGroups together(of_groups);
   std::unique_ptr<uint8_t[]> joined_weights;
-  const bool joined = s.positions() >= kRowsOfJoinedGroups &&
+  const MatrixKernels& kernels = *quantized_kernels().matrix;
+  const bool joined = kernels.multiply_groups != nullptr && s.positions() >= kRowsOfJoinedGroups &&
                       shares_blocks(s.groups, of_groups.in_channels, of_groups.out_channels);
   if (joined) {
     joined_weights = together.join(packed);
@@ -433,7 +434,6 @@ void quantized_conv(const QuantizedValues& x, const ConvShape& given, const uint
     data = moved.get();
   }
   const int64_t zero_point = x.zero_point + (x.is_signed ? 128 : 0);
-  const MatrixKernels& kernels = *quantized_kernels().matrix;
   const bool seven_bits = kernels.prefers_seven_bits && zero_point < 128 && has_seven_bits(data, n);
   const Requantization requantization(layout.groups, layout.out_channels, layout.padded_channels(),
                                       packed + layout.sums_at(), x.scale, zero_point - kernels.value_offset,

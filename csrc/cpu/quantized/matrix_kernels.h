@@ -45,9 +45,9 @@ struct MatrixKernels {
 
   // The same for groups of `channels` input and as many output channels, whose number shares_blocks accepts.
   // Rows point at the first channel of all groups, and have the steps of one group. The weights are those of
-  // all groups, as if these were one group of packed weights.
+  // all groups, as if these were one group of packed weights. Null where groups are multiplied one by one.
   void (*multiply_groups)(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
-                          int64_t end, const OutputStage& out);
+                          int64_t end, const OutputStage& out) = nullptr;
 };
 
 // Whether so many groups of so many input and output channels can be multiplied together.
