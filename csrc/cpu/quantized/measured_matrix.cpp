@@ -93,11 +93,17 @@ void multiply(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, 
   record->add(kernel, time.count() * 1000 / a.rows);
 }
 
+// Groups of so few channels would leave most of a tile empty.
+void multiply_groups(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
+                     int64_t end, const OutputStage& out) {
+  kMatrixAvx512Vnni.multiply_groups(rows, weights, channels, begin, end, out);
+}
+
 // Of either kernel.
 int64_t scratch_size(int64_t steps) { return kMatrixAvx512Amx.scratch_size(steps); }
 
 }  // namespace
 
-extern const MatrixKernels kMatrixMeasured = {0, false, scratch_size, multiply};
+extern const MatrixKernels kMatrixMeasured = {0, false, scratch_size, multiply, multiply_groups};
 
 }  // namespace fastquant
