@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "float? averaging_constant, int quant_min, int quant_max, int scheme, int symmetric_zero_point, "
       "int nonfinite) -> ()");
 
+  // The error of what quantization made of a tensor, added to sums.
+  m.def(
+      "observe_error_(Tensor reference, Tensor x, float? scale, int zero_point, int quant_min, int quant_max, "
+      "Tensor(a!) sums, Tensor(b!) integers) -> ()");
+
   // From statistics to quantization parameters.
   m.def(
       "search_histogram_range(Tensor histogram, Tensor min_val, Tensor max_val, int dst_nbins) "

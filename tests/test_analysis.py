@@ -174,6 +174,30 @@ def test_a_prepared_model_whose_converted_one_fails_is_simulated_with_a_note() -
     assert all(30 < layer.output.accumulated_sqnr < 60 for layer in analysis)
 
 
+class Fixed(nn.Module):
+    """Takes batches of one size, and its second layer sees only large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = fq.QuantStub(), fq.DeQuantStub()
+        self.first, self.relu1 = nn.Conv2d(3, 4, 1), nn.ReLU()
+        self.second, self.relu2 = nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.first(self.quant(x)))
+        if len(x) > 1:
+            x = self.relu2(self.second(x))
+        return self.dequant(x).reshape(4, -1)
+
+
+def test_unfused_models_may_need_whole_batches() -> None:
+    model = Fixed().eval()
+    fused = fq.fuse_modules(model, [["first", "relu1"], ["second", "relu2"]])
+    analysis = of(model, prepared_of(fused), data())
+    assert [layer.name for layer in analysis] == ["quant", "first", "second"]
+    assert analysis.sqnr > 30
+
+
 def test_models_that_torch_ao_prepared_and_converted_are_measured() -> None:
     import torch.ao.quantization as tq
 

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "kernels/batch_norm-inl.h"
 #include "kernels/clamped_sum-inl.h"
+#include "kernels/errors-inl.h"
 #include "kernels/fake_quantize-inl.h"
 #include "kernels/folded_weight-inl.h"
 #include "kernels/half_linear-inl.h"
@@ -67,6 +68,8 @@ constexpr Kernels kernel_table(const char* isa) {
       {fold_weight<V<float>, float, Half, float>, fold_weight_backward<V<float>, float, Half, float>},
       {fold_weight<V<float>, float, BFloat16, float>, fold_weight_backward<V<float>, float, BFloat16, float>},
       quantization_error<V<float>, V<double>>,
+      error_sums<V<double>>,
+      mark_integers<V<float>>,
       quantize<V<float>>,
       half_linear<V<float>>,
   };

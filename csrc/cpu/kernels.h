@@ -204,6 +204,13 @@ struct Kernels {
   double (*quantization_error)(const float* density, int64_t bins, double bin_width, int64_t start_bin,
                                int64_t end_bin, double levels, float* scratch);
 
+  // The sums over n elements of reference^2, error^2 and reference * error, where error = x - reference.
+  void (*error_sums)(const float* reference, const float* x, int64_t n, double* sums);
+
+  // Sets used[q - quant_min] to 1 for each integer q that an element is quantized to, and the entry after the
+  // last where one is not finite. Returns how many finite elements are beyond the range. Not for params.exact.
+  int64_t (*mark_integers)(const float* x, int64_t n, const QuantParams<float>& params, uint8_t* used);
+
   // out = quantized_to_int8(x) (math/fake_quantize.h).
   void (*quantize)(const float* x, int8_t* out, int64_t n, float inverse_scale, float low, float high);
 

@@ -7,9 +7,11 @@
 #include "../fused_arguments.h"
 #include "batch_norm.h"
 #include "clamped_sum.h"
+#include "errors.h"
 #include "fake_quantize.h"
 #include "folded_weight.h"
 #include "huge_pages.h"
+#include "quantized/elementwise.h"
 #include "ranges.h"
 #include "statistics.h"
 
@@ -79,6 +81,61 @@ void observe_channel_histograms_(const Tensor x, Tensor histogram, Tensor min_va
   observe_channel_histograms(dense(view(t), ch_axis), array(histogram, "histogram"), array(min_val, "min_val"),
                              array(max_val, "max_val"), single(nonfinite_count, "nonfinite_count"),
                              upsample_rate, static_cast<NonFinite>(nonfinite));
+}
+
+// x as it would lie in memory if it had the strides of `like`, which is dense and has its shape.
+Tensor laid_out_as(const Tensor& like, const Tensor& x) {
+  const auto sizes = like.sizes(), s = like.strides(), t = x.strides();
+  bool same = true, last = like.is_contiguous() && like.dim() > 2;
+  int64_t pixels = 1, stride = last ? sizes[1] : 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    same &= sizes[d] == 1 || s[d] == t[d];
+    if (d < 2) continue;
+    last &= sizes[d] == 1 || t[d] == stride;
+    stride *= sizes[d];
+    pixels *= sizes[d];
+  }
+  if (same) return x;
+  Tensor copy = empty_as(like, x.scalar_type());
+  last = last && t[1] == 1 && (sizes[0] == 1 || t[0] == stride);
+  if (last && x.element_size() == 1) {  // channels_last to contiguous
+    transpose(static_cast<const uint8_t*>(x.const_data_ptr()), sizes[0], pixels, sizes[1],
+              static_cast<uint8_t*>(copy.mutable_data_ptr()));
+  } else {
+    torch::stable::copy_(copy, x);
+  }
+  return copy;
+}
+
+void observe_error_op(const Tensor reference, const Tensor x, std::optional<double> scale, int64_t zero_point,
+                      int64_t quant_min, int64_t quant_max, Tensor sums, Tensor integers) {
+  const auto sizes = reference.sizes(), other = x.sizes();
+  check(reference.scalar_type() == ScalarType::Float, "reference must be float32");
+  check(std::equal(sizes.begin(), sizes.end(), other.begin(), other.end()) && x.is_cpu(),
+        "reference and x must have the same shape and device");
+  const Array into = array(sums, "sums");
+  const int64_t used = integers.numel();
+  check(into.type == Element::f64 && into.numel == kErrorSums, "sums must be ", int(kErrorSums), " float64");
+  check(integers.scalar_type() == ScalarType::Byte && integers.is_cpu() && integers.is_contiguous(),
+        "integers must be contiguous uint8 on the CPU");
+  const Tensor a = densified(reference), b = laid_out_as(a, x);
+  const int64_t n = a.numel();
+  auto* const totals = static_cast<double*>(into.data);
+  const auto* const exact = static_cast<const float*>(a.const_data_ptr());
+  if (x.scalar_type() == ScalarType::Float) {
+    std::optional<RoundedTo> grid;
+    if (scale.has_value()) grid = {static_cast<float>(*scale), zero_point, quant_min, quant_max};
+    check(used == 0 || (grid.has_value() && used == grid->levels()),
+          "integers must have an entry for each integer of a grid, or none");
+    observe_error(exact, static_cast<const float*>(b.const_data_ptr()), n, grid, totals,
+                  used == 0 ? nullptr : static_cast<uint8_t*>(integers.mutable_data_ptr()));
+    return;
+  }
+  const bool is_signed = x.scalar_type() == ScalarType::Char;
+  check(is_signed || x.scalar_type() == ScalarType::Byte, "x must be float32, or integers as uint8 or int8");
+  check(scale.has_value() && used == 0, "integers x need a scale, and no others are counted");
+  observe_error(exact, static_cast<const uint8_t*>(b.const_data_ptr()), n, {*scale, zero_point, is_signed},
+                totals);
 }
 
 FusedBuffers buffers_of(const FusedArguments& a) {
@@ -415,6 +472,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
   m.impl("observe_minmax_", TORCH_BOX(&observe_minmax_));
   m.impl("observe_histogram_", TORCH_BOX(&observe_histogram_));
   m.impl("observe_channel_histograms_", TORCH_BOX(&observe_channel_histograms_));
+  m.impl("observe_error_", TORCH_BOX(&observe_error_op));
   m.impl("observe_qparams_", TORCH_BOX(&observe_op<&observe_qparams_>));
   m.impl("search_histogram_range", TORCH_BOX(&search_histogram_range_op));
   m.impl("histogram_range", TORCH_BOX(&histogram_range_op));

@@ -471,6 +471,32 @@ void compare_quantize(const Kernels& k, const Kernels& ref, int rounds) {
   }
 }
 
+void compare_errors(const Kernels& k, const Kernels& ref, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t n = static_cast<int64_t>(rng() % 300), offset = static_cast<int64_t>(rng() % 5);
+    const bool hostile = rng() % 2 == 0;
+    const auto a = random_buffer<float>(n, offset, hostile), b = random_buffer<float>(n, offset, hostile);
+    float scale = 0.03f;
+    int64_t zero_point = 5;
+    const TensorParams<float> params(n, {&scale, Element::f32, 1, "scale"},
+                                     {&zero_point, Element::i64, 1, "zero_point"}, -20, 40);
+    double sums[2][3];
+    std::vector<uint8_t> used[2];
+    int64_t clipped[2];
+    for (int t = 0; t < 2; ++t) {
+      const Kernels& table = t == 0 ? k : ref;
+      table.error_sums(a.get(), b.get(), n, sums[t]);
+      used[t].assign(62, 0);
+      clipped[t] = table.mark_integers(a.get(), n, params.get(), used[t].data());
+    }
+    ++compared;
+    for (int s = 0; s < 3; ++s) {
+      if (!same_number(sums[0][s], sums[1][s])) report(k.isa, "error_sums", n, offset);
+    }
+    if (used[0] != used[1] || clipped[0] != clipped[1]) report(k.isa, "mark_integers", n, offset);
+  }
+}
+
 // Kernels keep no state. This calls them from several threads at once, so that ThreadSanitizer can check it.
 void run_in_threads(const Kernels& k) {
   std::vector<float> x(100000, 0.25f);
@@ -503,6 +529,7 @@ int run(int rounds) {
     compare_type(k.isa, k.f16, ref.f16, rounds);
     compare_type(k.isa, k.bf16, ref.bf16, rounds);
     compare_search(k, ref, rounds * 20);
+    compare_errors(k, ref, rounds * 20);
     compare_quantize(k, ref, rounds * 20);
     run_in_threads(k);
     std::printf("%s: compared with scalar\n", k.isa);

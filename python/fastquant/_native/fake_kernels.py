@@ -125,6 +125,7 @@ _FAKE_KERNELS: dict[str, Op] = {
     "observe_minmax_": _changes_in_place,
     "observe_histogram_": _changes_in_place,
     "observe_channel_histograms_": _changes_in_place,
+    "observe_error_": _changes_in_place,
     "observe_qparams_": _changes_in_place,
     "search_histogram_range": _empty_range,
     "histogram_range": _empty_chosen_range,

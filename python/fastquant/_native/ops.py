@@ -33,6 +33,7 @@ def _bind(name: str, any_layout: bool = False) -> Op:
 observe_minmax_ = _bind("observe_minmax_", any_layout=True)
 observe_histogram_ = _bind("observe_histogram_", any_layout=True)
 observe_channel_histograms_ = _bind("observe_channel_histograms_", any_layout=True)
+observe_error_ = _bind("observe_error_", any_layout=True)
 observe_qparams_ = _bind("observe_qparams_", any_layout=True)
 search_histogram_range = _bind("search_histogram_range")
 histogram_range = _bind("histogram_range")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +17,22 @@ from ..utils import QuantizationError
 from .errors import AnalysisError
 from .reading import CUSTOM, is_prepared
 
+Run = Callable[[nn.Module], object]
 
-def aligned(
-    float_model: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], object]
-) -> nn.Module:
+
+def aligned(float_model: nn.Module, quantized: nn.Module, runs: Sequence[Run]) -> nn.Module:
     """A copy of the float model in eval mode, fused as the quantized model is.
 
     Args:
         float_model: stays as it is.
         quantized: prepared or converted.
-        run: runs a model on some data.
+        runs: run a model on some data, the last one on enough to reach all layers.
 
     Raises:
         AnalysisError: it cannot be fused alike.
     """
-    model = copy.deepcopy(float_model).eval()
-    _fuse_as(model, quantized, run)
+    model = copy_on_same_weights(float_model).eval()
+    _fuse_as(model, quantized, runs)
     for name, module in quantized.named_modules():
         if isinstance(module, CUSTOM) and is_prepared(module):
             observed = copy.deepcopy(module).eval()
@@ -47,12 +47,22 @@ def aligned(
     return model
 
 
+def copy_on_same_weights(model: nn.Module) -> nn.Module:
+    """A copy with parameters of its own in the model's memory, which nothing writes into."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter
+    }
+    return copy.deepcopy(model, memo)
+
+
 def _copy_of_class(cls: type) -> type:
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, cls.__bases__, members)
 
 
-def _fuse_as(model: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], object]) -> None:
+def _fuse_as(model: nn.Module, quantized: nn.Module, runs: Sequence[Run]) -> None:
     """Fuse, in place, what is an Identity in the quantized model and not in this one."""
     theirs = dict(quantized.named_modules())
     fused_away = {
@@ -62,16 +72,11 @@ def _fuse_as(model: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], 
     }
     if not fused_away:
         return
-    order = _order_of_calls(model, run)
-    runs: dict[str, list[str]] = {}
-    root = ""
-    for name in order:
-        if name not in fused_away:
-            root = name
-        elif root and name not in runs.setdefault(root, [root]):
-            runs[root].append(name)
-    groups = [group for group in runs.values() if len(group) > 1]
-    missed = fused_away - {name for group in groups for name in group}
+    for run in runs:
+        groups = _groups(_order_of_calls(model, run), fused_away)
+        missed = fused_away.difference(*groups)
+        if not missed:
+            break
     if missed:
         raise AnalysisError(
             f"the quantized model was fused where the float one was not, in {listed(missed)}, "
@@ -85,7 +90,19 @@ def _fuse_as(model: nn.Module, quantized: nn.Module, run: Callable[[nn.Module], 
         ) from error
 
 
-def _order_of_calls(model: nn.Module, run: Callable[[nn.Module], object]) -> list[str]:
+def _groups(order: Iterable[str], fused_away: Collection[str]) -> list[list[str]]:
+    """Each module that others were fused into, with these, by the order of calls."""
+    groups: dict[str, list[str]] = {}
+    root = ""
+    for name in order:
+        if name not in fused_away:
+            root = name
+        elif root and name not in groups.setdefault(root, [root]):
+            groups[root].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _order_of_calls(model: nn.Module, run: Run) -> list[str]:
     """Names of the modules without children, in the order in which they are called."""
     order: list[str] = []
     handles = []

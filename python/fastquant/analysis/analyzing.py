@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .._core.batches import checked_data, run_batch, to_device
 from .._torch import ao
 from ..quantize import convert
 from ..utils import _assert_and_get_unique_device
-from .alignment import aligned
+from .alignment import aligned, copy_on_same_weights
 from .errors import RUN_ERRORS, AnalysisError, first_line
 from .measuring import Measuring, bytes_of_weight, first, weight_report
 from .metrics import Metric, score
@@ -79,14 +79,29 @@ class Subject:
                 f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
             )
         with ao.quiet():
-            # What is read shares its memory with the copy, not with the user's model.
-            quantized = copy.deepcopy(quantized).eval()
+            quantized = copy_on_same_weights(quantized).eval()
         layers = read(quantized)
         walked = _Batches(data, batches, _assert_and_get_unique_device(float_model))
         run = forward or run_batch
         batch = first(walked)
-        model = aligned(float_model, quantized, lambda model: run(model, batch))
+        runs = [lambda model: run(model, batch)]
+        # The order of calls, which is all that is asked for, shows with one sample as well.
+        sample = _sample(batch) if forward is None else None
+        if sample is not None:
+            runs.insert(0, lambda model: _tried(model, sample))
+        model = aligned(float_model, quantized, runs)
         return cls(Simulation(model, layers), quantized, walked, run)
+
+
+def _sample(batch: Any) -> Tensor | None:
+    """The first of several inputs; None where it is not clear how to take it."""
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return x[:1] if type(x) is Tensor and x.dim() > 2 and len(x) > 1 else None
+
+
+def _tried(model: nn.Module, x: Tensor) -> None:
+    with suppress(*RUN_ERRORS):  # such as that of a forward for batches of one size
+        model(x)
 
 
 class _Batches:

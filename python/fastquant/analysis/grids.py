@@ -47,6 +47,13 @@ class Grid:
         return (self.levels - 1).bit_length()
 
     @property
+    def counts(self) -> bool:
+        """Whether the integers are few enough, and of one ordinary scale, to be counted."""
+        is_single = self.ch_axis is None and not self.zero_point.is_floating_point()
+        normal = torch.finfo(torch.float32).tiny
+        return is_single and self.levels <= 1 << 16 and bool(self.scale.float().abs() >= normal)
+
+    @property
     def fills_a_byte(self) -> bool:
         """Whether int8 kernels have these integers, no fewer and no more."""
         return (self.quant_min, self.quant_max) in ((0, 255), (-128, 127), (-127, 127))

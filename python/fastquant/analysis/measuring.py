@@ -20,7 +20,7 @@ from .grids import Grid
 from .reading import CONVOLUTIONS, TRANSPOSED, core, left_out
 from .result import OutputReport, WeightReport
 from .simulation import FLOAT, OBSERVED, QUANTIZED, Call, Simulation, Site
-from .sums import ErrorSums, OutputError, Values, as_float, require_same_shape
+from .sums import ErrorSums, OutputError, Values, as_float, as_integers, require_same_shape
 
 _CHANNELS_FIRST = (
     *CONVOLUTIONS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
@@ -168,12 +168,12 @@ class Measuring:
         measured.calls += 1
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
-        measured.values.add(output, integers=self._with_errors)
+        measured.values.add(output)
         if not self._with_errors:
             return
         alone = site.alone(call, output)
         require_same_shape(f"the output of {site.name}", output, alone)
-        measured.alone.add(output, alone)
+        measured.values.add_error(measured.alone, output, alone)
         if self.batches == 0:
             measured.outputs += [output, output.clone()]
         else:
@@ -181,9 +181,11 @@ class Measuring:
 
     def _compare(self, name: str, output: Any) -> None:
         measured = self._layers[name]
-        output = as_float(output)
         left = measured.compared < len(measured.outputs)
-        if left and isinstance(output, Tensor) and output.is_floating_point():
+        if as_integers(output) is None:
+            output = as_float(output)
+            left = left and isinstance(output, Tensor) and output.is_floating_point()
+        if left:
             reference = measured.outputs[measured.compared]
             measured.compared += 1
             require_same_shape(f"the output of {name}", reference, output)
@@ -303,6 +305,7 @@ def weight_report(site: Site) -> WeightReport | None:
     sums.add(weight, quantized)
     values = Values(grid, axis)
     values.add(weight)
+    values.add_clipped(weight)
     assert values.channels is not None
     low, high = values.channels.min_val, values.channels.max_val
     used = None

@@ -148,7 +148,7 @@ class Site:
         return rounded
 
     def alone(self, call: Call | None, output: Any) -> Any:
-        """What the quantized layer gives for a float input.
+        """What the quantized layer gives for a float input, before its output is rounded.
 
         Args:
             call: arguments of the float layer; None for a FloatFunctional.
@@ -160,7 +160,7 @@ class Site:
             if call is not None and self.way.weight is not None:
                 args, kwargs = self._rounded_input(call)
                 output = self.module.forward(*args, **kwargs)
-            return self.round_output(output)
+            return output
         finally:
             self.set(state)
 

@@ -9,36 +9,72 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from .._core.dtypes import is_torch_quantized
+from .._native import ops
+from .._quantized.tensor import QuantizedTensor, parts
 from .._torch.private import tree_leaves
+from ..utils import is_per_channel
 from .errors import AnalysisError
 from .grids import Grid
 
 HISTOGRAM_BINS = 2048
-# Elements of which dot products are taken at once: a megabyte and a half of three fp32 tensors.
-_BLOCK = 1 << 17
 
 
 class ErrorSums:
     """What signal-to-noise ratio and cosine of two streams of tensors are computed from."""
 
     def __init__(self) -> None:
-        self.elements = 0
-        self.signal = self.noise = self.other = self.product = 0.0
+        # As the op observe_error_ adds them.
+        self._sums: Tensor | None = None
 
-    def add(self, reference: Tensor, other: Tensor) -> None:
-        """Count a tensor and what became of it; elements that are not finite are left out."""
-        a, b = reference.detach().float().flatten(), other.detach().float().flatten()
-        sums = _products(a, b)
-        if not math.isfinite(sum(sums)):
-            finite = a.isfinite() & b.isfinite()
-            sums = _products(a[finite].double(), b[finite].double())
-        signal, noise, shared = sums
-        self.elements += a.numel()
-        self.signal += signal
-        self.noise += noise
-        # Of reference + error with itself, and with the reference.
-        self.other += signal + 2 * shared + noise
-        self.product += signal + shared
+    def add(
+        self, reference: Tensor, other: Tensor, grid: Grid | None = None, used: Tensor | None = None
+    ) -> None:
+        """Count a tensor and what became of it; elements that are not finite are left out.
+
+        Args:
+            reference: floating.
+            other: floating, or quantized with one scale.
+            grid: what `other` is rounded to first; one that `counts`.
+            used: where to note which integers of the grid the reference takes, if given.
+        """
+        reference = reference.detach().float()
+        if self._sums is None:
+            self._sums = torch.zeros(5, dtype=torch.float64, device=reference.device)
+        settings: tuple[float | None, int, int, int] = (None, 0, 0, 0)
+        integers = as_integers(other)
+        if integers is not None:
+            values, scale, zero_point = integers
+            settings = (scale, zero_point, 0, 0)
+        else:
+            values = other.detach().float()
+            if grid is not None:
+                settings = (float(grid.scale), int(grid.zero_point), grid.quant_min, grid.quant_max)
+        counts = reference.new_empty(0, dtype=torch.uint8) if used is None else used
+        ops.observe_error_(reference, values, *settings, self._sums, counts)
+
+    def _sum(self, which: int) -> float:
+        return 0.0 if self._sums is None else float(self._sums[which])
+
+    @property
+    def elements(self) -> float:
+        """How many pairs were counted."""
+        return self._sum(0)
+
+    @property
+    def signal(self) -> float:
+        """The sum of the reference's squares."""
+        return self._sum(1)
+
+    @property
+    def noise(self) -> float:
+        """The sum of the error's squares."""
+        return self._sum(2)
+
+    @property
+    def clipped(self) -> int:
+        """How many of the reference's elements were beyond the grid, where integers were noted."""
+        return int(self._sum(4))
 
     @property
     def noise_ratio(self) -> float:
@@ -59,25 +95,12 @@ class ErrorSums:
         """Cosine of the angle between both, as vectors; NaN where nothing was counted."""
         if self.elements == 0:
             return math.nan
-        norm = math.sqrt(self.signal) * math.sqrt(max(self.other, 0.0))
+        shared = self._sum(3)
+        other = self.signal + 2 * shared + self.noise
+        norm = math.sqrt(self.signal) * math.sqrt(max(other, 0.0))
         if norm == 0:
-            return 1.0 if self.signal == self.other else 0.0
-        return max(-1.0, min(1.0, self.product / norm))
-
-
-def _products(a: Tensor, b: Tensor) -> list[float]:
-    """The dot products of the reference, the error, and both with each other.
-
-    They are summed in fp64 over blocks, whose error stays in the cache and whose fp32 sums are
-    short enough to be accurate.
-    """
-    error = torch.empty_like(a[:_BLOCK])
-    products = []
-    for x, y in zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True):
-        e = torch.sub(y, x, out=error[: x.numel()])
-        products += [torch.dot(x, x), torch.dot(e, e), torch.dot(x, e)]
-    result: list[float] = torch.stack(products).double().reshape(-1, 3).sum(0).tolist()
-    return result
+            return 1.0 if self.signal == other else 0.0
+        return max(-1.0, min(1.0, (self.signal + shared) / norm))
 
 
 def decibels(noise_ratio: float) -> float:
@@ -138,6 +161,17 @@ def as_float(x: Any) -> Any:
     return x
 
 
+def as_integers(x: Any) -> tuple[Tensor, float, int] | None:
+    """Integers, scale and zero point of a quantized tensor of 8 bits, of whatever class."""
+    if isinstance(x, QuantizedTensor):
+        return parts(x)
+    if not isinstance(x, Tensor) or not is_torch_quantized(x) or is_per_channel(x.qscheme()):
+        return None
+    values = x.int_repr()
+    is_byte = values.element_size() == 1  # int32 where dtype is qint32
+    return (values, x.q_scale(), x.q_zero_point()) if is_byte else None
+
+
 def require_same_shape(what: str, a: Tensor, b: Tensor) -> None:
     """Raise AnalysisError, in which `what` names the tensor, for two of different shapes."""
     if a.shape != b.shape:
@@ -154,18 +188,13 @@ class Values:
         self.grid = grid
         self.ch_axis = ch_axis
         self._elements = self._clipped = 0
-        self._levels: Tensor | None = None
+        self._used: Tensor | None = None
         self.shape: tuple[int, ...] = ()
         self.histogram: F.HistogramState | None = None
         self.channels: F.MinMaxState | None = None
 
-    def add(self, x: Tensor, integers: bool = True) -> None:
-        """Count a tensor.
-
-        Args:
-            x: its values.
-            integers: whether to count what the grid makes of it, too.
-        """
+    def add(self, x: Tensor) -> None:
+        """Count a tensor."""
         if x.numel() == 0:
             return
         x = x.detach().float()
@@ -185,31 +214,34 @@ class Values:
             self.channels.max_val.clamp_(min=everything.max_val)
             self.channels.nonfinite_count.add_(everything.nonfinite_count)
         F.observe_histogram_(x, *self.histogram)
-        if integers and self.grid is not None:
-            self._elements += x.numel()
-            if self.grid.ch_axis is None:
-                self._add_integers(x, self.grid)
-            else:
-                q = self.grid.integers(x)
-                outside = (q < self.grid.quant_min) | (q > self.grid.quant_max)
-                self._clipped += int((outside & q.isfinite()).sum())
 
-    def _add_integers(self, x: Tensor, grid: Grid) -> None:
-        """Count how often each integer occurs: in a histogram with a bin for each of them."""
-        half = grid.scale.double() / 2
-        low, high = (end.item() for end in (grid.ends()[0] - half, grid.ends()[1] + half))
-        if self._levels is None:
-            self._levels = torch.zeros(grid.levels, device=x.device)
-        assert self.channels is not None
-        if self.channels.min_val.min() < low or self.channels.max_val.max() > high:
-            inside = x.clamp(low, high)
-            changed = inside != x
-            if self.nonfinite():
-                changed &= x.isfinite()
-            self._clipped += int(changed.sum())
-            x = inside
-        ends = torch.tensor([low, high], dtype=torch.float32, device=x.device)
-        F.observe_histogram_(x, self._levels, ends[0], ends[1])
+    def add_clipped(self, x: Tensor) -> None:
+        """Count which elements of a tensor are beyond the grid."""
+        if self.grid is not None:
+            q = self.grid.integers(x.detach())
+            outside = (q < self.grid.quant_min) | (q > self.grid.quant_max)
+            self._elements += x.numel()
+            self._clipped += int((outside & q.isfinite()).sum())
+
+    def add_error(self, sums: ErrorSums, x: Tensor, other: Tensor) -> None:
+        """Count the error of x rounded to the grid, and what the grid makes of x.
+
+        Args:
+            sums: to which the error is added; belongs to these values.
+            x: floating.
+            other: what is rounded: x, or what a quantized layer gives in its place.
+        """
+        grid = self.grid
+        if grid is None or not grid.counts or other.dtype != torch.float32:
+            sums.add(x, other if grid is None else grid.quantized(other))
+            self.add_clipped(x)
+            return
+        if self._used is None:
+            self._used = torch.zeros(grid.levels, dtype=torch.uint8, device=x.device)
+        before = sums.clipped
+        sums.add(x, other, grid, self._used)
+        self._elements += x.numel()
+        self._clipped += sums.clipped - before
 
     def clipped_share(self) -> float:
         """The share of elements more than half a step beyond the grid's ends."""
@@ -217,7 +249,7 @@ class Values:
 
     def levels_used(self) -> float | None:
         """The share of the grid's integers that occur; None where they are not counted."""
-        return None if self._levels is None else float((self._levels > 0).float().mean())
+        return None if self._used is None else float(self._used.float().mean())
 
     def low(self) -> float:
         """The smallest value."""

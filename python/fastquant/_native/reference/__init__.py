@@ -33,6 +33,7 @@ from .batch_norm import (
 )
 from .clamped_sum import add_observe_fake_quantize
 from .dynamic import DYNAMIC_OPS
+from .errors import observe_error_
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
 from .quantized import QUANTIZED_OPS
 from .quantized_embedding import QUANTIZED_EMBEDDINGS
@@ -46,6 +47,7 @@ OPS: dict[str, Callable[..., Any]] = {
         observe_histogram_,
         observe_channel_histograms_,
         observe_qparams_,
+        observe_error_,
         search_histogram_range,
         histogram_range,
         least_error_range,
