@@ -49,8 +49,11 @@ bool has_avx512() {
 
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
+bool has_avx512_vnni_and_vbmi() { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
+
 #if defined(FASTQUANT_AMX)
-bool has_avx512_amx() { return has_avx512_vnni() && amx_is_usable(); }
+// Every processor with AMX has VBMI.
+bool has_avx512_amx() { return has_avx512_vnni_and_vbmi() && amx_is_usable(); }
 #endif
 
 #if defined(FASTQUANT_AVX_VNNI)
@@ -82,16 +85,22 @@ struct InstructionSet {
   QuantizedKernels quantized;
 };
 
-// Best first.
+// Best first. One may be there twice: first with instructions that not every processor has which it names, and
+// that only some kernels use.
 const InstructionSet kBuilt[] = {
 #if defined(FASTQUANT_X86)
 #if defined(FASTQUANT_AMX)
     {"avx512_amx",
      has_avx512_amx,
      &kAvx512Kernels,
-     {&kMatrixAvx512Amx, &kDepthwiseAvx512Vnni, &kElementwiseAvx512, &kPoolingAvx512, &kNormAvx512,
+     {&kMatrixAvx512Amx, &kDepthwiseAvx512Vnni, &kElementwiseAvx512Vbmi, &kPoolingAvx512, &kNormAvx512,
       &kRecurrentAvx512, &kEmbeddingAvx512}},
 #endif
+    {"avx512_vnni",
+     has_avx512_vnni_and_vbmi,
+     &kAvx512Kernels,
+     {&kMatrixAvx512Vnni, &kDepthwiseAvx512Vnni, &kElementwiseAvx512Vbmi, &kPoolingAvx512, &kNormAvx512,
+      &kRecurrentAvx512, &kEmbeddingAvx512}},
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Kernels,
@@ -132,7 +141,6 @@ const InstructionSet kBuilt[] = {
      {&kMatrixScalar, &kDepthwiseScalar, &kElementwiseScalar, &kPoolingScalar, &kNormScalar, &kRecurrentScalar,
       &kEmbeddingScalar}},
 };
-constexpr int kBuiltCount = sizeof(kBuilt) / sizeof(kBuilt[0]);
 
 const InstructionSet* find(const char* name) {
   for (const InstructionSet& set : kBuilt) {
@@ -161,6 +169,18 @@ const InstructionSet* initial() {
   return set;
 }
 
+// The i-th name of the sets that `counts` is true of, or null.
+template <class Counts>
+const char* name_of_nth(int i, const Counts& counts) {
+  const char* before = "";
+  for (const InstructionSet& set : kBuilt) {
+    if (!counts(set) || std::strcmp(set.name, before) == 0) continue;
+    before = set.name;
+    if (i-- == 0) return set.name;
+  }
+  return nullptr;
+}
+
 // What is used; null before the first use, so that a set which is named before is the only one looked for.
 std::atomic<const InstructionSet*> current{nullptr};
 
@@ -179,13 +199,12 @@ const QuantizedKernels& quantized_kernels() { return selected().quantized; }
 
 const char* isa() { return selected().name; }
 
-const char* built_isa(int i) { return i < kBuiltCount ? kBuilt[i].name : nullptr; }
+const char* built_isa(int i) {
+  return name_of_nth(i, [](const InstructionSet&) { return true; });
+}
 
 const char* usable_isa(int i) {
-  for (const InstructionSet& set : kBuilt) {
-    if (set.runs_here() && i-- == 0) return set.name;
-  }
-  return nullptr;
+  return name_of_nth(i, [](const InstructionSet& set) { return set.runs_here(); });
 }
 
 bool set_isa(const char* name) {

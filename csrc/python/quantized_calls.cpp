@@ -437,6 +437,7 @@ PyObject* quantized_cat_call(PyObject*, PyObject* const* given, Py_ssize_t count
     const OutputQParams q(&args);
     const Bounds bounds(&args);
     Quantized parts[kMost];
+    Slice slices[kMost];
     int64_t sizes[kMostDims], strides[kMostDims];
     for (int64_t i = 0; i < n; ++i) {
       parts[i] = quantized(is_tuple ? PyTuple_GetItem(tensors, i) : PyList_GetItem(tensors, i));
@@ -451,26 +452,19 @@ PyObject* quantized_cat_call(PyObject*, PyObject* const* given, Py_ssize_t count
       require(has_channels_last(t.ndim, t.shape, t.strides));
       for (int d = 0; d < t.ndim; ++d) require(d == dim || t.shape[d] == sizes[d]);
       sizes[dim] += t.shape[dim];
+      slices[i] = {t.shape, {parts[i].data(), t.strides}, operand_of(parts[i].quantization(), q.scale)};
     }
     const int dims = parts[0].t.ndim;
     const bool is_signed = parts[0].is_signed;
     channels_last_strides(dims, sizes, strides);
     NewBytes y(dims, sizes, strides, is_signed);
     const Output output = output_of({q.scale, q.zero_point, is_signed}, bounds.low, bounds.high);
-    bool done = true;
+    int64_t all = 1;
+    for (int d = 0; d < dims; ++d) all *= sizes[d];
     {
-      int64_t all = 1;
-      for (int d = 0; d < dims; ++d) all *= sizes[d];
       const WithoutGil released(all);
-      uint8_t* to = y.data();
-      for (int64_t i = 0; done && i < n; ++i) {
-        const DLTensor& t = parts[i].t;
-        done = requantize(dims, t.shape, {parts[i].data(), t.strides},
-                          operand_of(parts[i].quantization(), q.scale), {to, strides}, output);
-        to += t.shape[dim] * strides[dim];
-      }
+      require(concatenate(dims, dim, slices, n, {y.data(), strides}, output));
     }
-    require(done);
     return y.quantized(q);
   });
 }

@@ -101,24 +101,45 @@ void two_operands() {
   }
 }
 
-void requantized_slices() {
-  const Quantization qx = random_quantization(random_sign()), qy = random_quantization(qx.is_signed);
-  const int64_t rows = pick({1, 3, 50}), columns = random_size(), wide = columns + between(0, 70);
-  const auto x = random_bytes(rows * columns);
-  Buffer<uint8_t> y(rows * wide);
-  const int64_t sizes[] = {rows, columns}, of_x[] = {columns, 1}, of_y[] = {wide, 1};
-  const Quantization& to = rng() % 3 == 0 ? qx : qy;
-  bool same = requantize(2, sizes, {x.data(), of_x}, operand_of(qx, to.scale), {y.data(), of_y},
-                         output_of(to, -kInf, kInf));
-  for (int64_t i = 0; i < rows * wide; ++i) {
-    const int64_t column = i % wide;
-    const uint8_t expected = column >= columns ? 0
-                                               : level(steps(x[i / wide * columns + column], qx, to.scale),
-                                                       to.scale, to.zero_point, -kInf, kInf, qx.is_signed);
-    same &= y[i] == expected;
+// Slices of a matrix, side by side or one above the other.
+void concatenated(int64_t most_rows) {
+  const bool is_signed = random_sign();
+  const Quantization to = random_quantization(is_signed);
+  const int64_t axis = between(0, 2), count = between(1, 5);
+  int64_t sizes[4][2], strides[4][2], whole[] = {0, 0};
+  std::vector<Buffer<uint8_t>> x;
+  std::vector<Quantization> q;
+  const int64_t others = axis == 1 ? pick({1, 3, most_rows}) : random_size();
+  for (int64_t k = 0; k < count; ++k) {
+    sizes[k][axis] = axis == 1 ? random_size() : pick({1, 3, most_rows});
+    sizes[k][1 - axis] = whole[1 - axis] = others;
+    whole[axis] += sizes[k][axis];
+    strides[k][0] = sizes[k][1];
+    strides[k][1] = 1;
+    x.push_back(random_bytes(sizes[k][0] * sizes[k][1]));
+    q.push_back(rng() % 3 == 0 ? to : random_quantization(is_signed));
   }
-  expect(same, "requantize");
+  std::vector<Slice> slices;
+  for (int64_t k = 0; k < count; ++k) {
+    slices.push_back({sizes[k], {x[k].data(), strides[k]}, operand_of(q[k], to.scale)});
+  }
+  Buffer<uint8_t> y(whole[0] * whole[1]);
+  const int64_t of_y[] = {whole[1], 1};
+  bool same = concatenate(2, axis, slices.data(), count, {y.data(), of_y}, output_of(to, -kInf, kInf));
+  int64_t before = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t i = 0; i < sizes[k][0] * sizes[k][1]; ++i) {
+      int64_t at[] = {i / sizes[k][1], i % sizes[k][1]};
+      at[axis] += before;
+      same &= y[at[0] * whole[1] + at[1]] ==
+              level(steps(x[k][i], q[k], to.scale), to.scale, to.zero_point, -kInf, kInf, is_signed);
+    }
+    before += sizes[k][axis];
+  }
+  expect(same, "concatenate");
 }
+
+void concatenated_slices() { concatenated(50); }
 
 void tables() {
   const int64_t n = random_size();
@@ -269,10 +290,11 @@ void embeddings() {
 
 void everything() {
   for (int i = 0; i < 150; ++i) {
-    for (auto test : {floats, two_operands, requantized_slices, tables, pools, resized, norms, embeddings})
+    for (auto test : {floats, two_operands, concatenated_slices, tables, pools, resized, norms, embeddings})
       test();
   }
-  // Enough for several threads.
+  // Enough for several threads, and for several blocks of rows.
+  for (int i = 0; i < 6; ++i) concatenated(3000);
   const int64_t n = 300'001;
   const auto x = random_bytes(n), table = random_bytes(256);
   expect_as_scalar(n, "look up, large", [&](uint8_t* y) { look_up(x.data(), n, table.data(), y); });

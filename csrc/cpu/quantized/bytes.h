@@ -22,6 +22,7 @@
 //   widen(x, center, y)    y = x - center, exactly, where center is from center_of(zero_point)
 //   narrow(y, zero_point)  y rounded to nearest, ties to even, plus the zero point, from words1(zero_point),
 //                          limited to 0 and 255. Any y; NaN gives 255
+//   narrow_few(y, zero_point)  the same for -2^20 <= y <= 2^20, which may take less time
 //   add_bytes(x, words)    adds x to the unsigned words
 //   add_words(words, ints) adds unsigned words to the ints
 //   squares(x, words)      the squares, as unsigned words
@@ -66,7 +67,8 @@ constexpr bool has_bytes_interface() {
   [[maybe_unused]] constexpr Reg (*kBinary[])(Reg, Reg) = {B::flip, B::min, B::max};
   [[maybe_unused]] constexpr Words (*kWords1)(int) = B::words1;
   [[maybe_unused]] constexpr void (*kWiden)(Reg, Float, Float*) = B::widen;
-  [[maybe_unused]] constexpr Reg (*kNarrow[])(const Float*, Words) = {B::narrow, B::narrow_in_order};
+  [[maybe_unused]] constexpr Reg (*kNarrow[])(const Float*, Words) = {B::narrow, B::narrow_few,
+                                                                      B::narrow_in_order};
   [[maybe_unused]] constexpr void (*kToWords[])(Reg, Words*) = {B::add_bytes, B::squares};
   [[maybe_unused]] constexpr void (*kAddWords)(const Words*, Ints*) = B::add_words;
   [[maybe_unused]] constexpr Float (*kToFloat)(Ints) = B::to_float;

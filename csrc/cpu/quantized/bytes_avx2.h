@@ -32,7 +32,7 @@ struct Avx2Bytes {
   static Reg min(Reg a, Reg b) { return _mm256_min_epu8(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_epu8(a, b); }
 
-  // Both directions as in bytes_avx512.h.
+  // Both directions as in bytes_avx512.h, except that bytes are unpacked twice: below the upper half of 2^23.
   static __m256 center_of(int zero_point) { return _mm256_set1_ps(0x1p23f + static_cast<float>(zero_point)); }
   static Words words1(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
   static void widen(Reg x, __m256 center, __m256* y) {
@@ -47,8 +47,13 @@ struct Avx2Bytes {
   static Reg narrow(const __m256* y, Words zero_point) {
     // Below -2^31, the conversion gives the least integer, which is right; above 2^31 it would, too.
     const __m256 most = _mm256_set1_ps(0x1p20f);
-    __m256i q[4];
-    for (int k = 0; k < 4; ++k) q[k] = _mm256_cvtps_epi32(_mm256_min_ps(y[k], most));
+    __m256 limited[kParts];
+    for (int k = 0; k < kParts; ++k) limited[k] = _mm256_min_ps(y[k], most);
+    return narrow_few(limited, zero_point);
+  }
+  static Reg narrow_few(const __m256* y, Words zero_point) {
+    __m256i q[kParts];
+    for (int k = 0; k < kParts; ++k) q[k] = _mm256_cvtps_epi32(y[k]);
     const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), zero_point);
     const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), zero_point);
     return _mm256_packus_epi16(low, high);

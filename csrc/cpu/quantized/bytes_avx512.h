@@ -24,24 +24,28 @@ struct Avx512Bytes {
   static Reg min(Reg a, Reg b) { return _mm512_min_epu8(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_epu8(a, b); }
 
-  // A byte becomes the fp32 number 2^23 + x by putting the upper half of 2^23 before it. Unpacking stays inside
-  // lanes of 128 bits, and the packing of narrow() is its exact reverse.
+  // A byte becomes the fp32 number 2^23 + x by replacing the lowest byte of 2^23. Part k has bytes 4k to 4k + 3
+  // of each lane of 128 bits, and the packing of narrow() is the exact reverse.
   static __m512 center_of(int zero_point) { return _mm512_set1_ps(0x1p23f + static_cast<float>(zero_point)); }
   static Words words1(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
   static void widen(Reg x, __m512 center, __m512* y) {
-    const __m512i upper = _mm512_set1_epi16(0x4b00);
-    Words w[2];
-    to_words(x, w);
-    for (int k = 0; k < 2; ++k) {
-      y[2 * k] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(w[k], upper)), center);
-      y[2 * k + 1] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(w[k], upper)), center);
+    constexpr __mmask64 kLowest = 0x1111111111111111u;
+    const __m512i upper = _mm512_set1_epi32(0x4b000000);
+    for (int k = 0; k < kParts; ++k) {
+      const __m512i from = _mm512_broadcast_i32x4(_mm_set_epi32(4 * k + 3, 4 * k + 2, 4 * k + 1, 4 * k));
+      y[k] = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_mask_shuffle_epi8(upper, kLowest, x, from)), center);
     }
   }
   static Reg narrow(const __m512* y, Words zero_point) {
     // Below -2^31, the conversion gives the least integer, which is right; above 2^31 it would, too.
     const __m512 most = _mm512_set1_ps(0x1p20f);
-    __m512i q[4];
-    for (int k = 0; k < 4; ++k) q[k] = _mm512_cvtps_epi32(_mm512_min_ps(y[k], most));
+    __m512 limited[kParts];
+    for (int k = 0; k < kParts; ++k) limited[k] = _mm512_min_ps(y[k], most);
+    return narrow_few(limited, zero_point);
+  }
+  static Reg narrow_few(const __m512* y, Words zero_point) {
+    __m512i q[kParts];
+    for (int k = 0; k < kParts; ++k) q[k] = _mm512_cvtps_epi32(y[k]);
     const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(q[0], q[1]), zero_point);
     const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(q[2], q[3]), zero_point);
     return _mm512_packus_epi16(low, high);
@@ -91,8 +95,8 @@ struct Avx512Bytes {
     return _mm512_cvtepi32_ps(_mm512_and_si512(own, _mm512_set1_epi32(15)));
   }
 
-  // Without AVX512_VBMI, only words can be looked up in two registers: the word that holds entry x is at x / 2,
-  // and the lowest bit of x says which half of it is wanted.
+  // Without AVX512_VBMI (bytes_avx512_vbmi.h), only words can be looked up in two registers: the word that
+  // holds entry x is at x / 2, and the lowest bit of x says which half of it is wanted.
   static constexpr bool kLooksUpFast = true;
   struct Table {
     explicit Table(const uint8_t* entries) {

@@ -50,6 +50,7 @@ struct NeonBytes {
     const int16x8_t high = vqaddq_s16(vcombine_s16(q[2], q[3]), z);
     return vcombine_u8(vqmovun_s16(low), vqmovun_s16(high));
   }
+  static Reg narrow_few(const float32x4_t* y, Words zero_point) { return narrow(y, zero_point); }
   static void add_bytes(Reg x, Words* words) {
     words[0] = vaddw_u8(words[0], vget_low_u8(x));
     words[1] = vaddw_high_u8(words[1], x);

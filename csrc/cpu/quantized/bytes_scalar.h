@@ -32,6 +32,7 @@ struct ScalarBytes {
     const int32_t q = static_cast<int32_t>(Floats::round(limited)) + zero_point;
     return static_cast<Reg>(q < 0 ? 0 : q > 255 ? 255 : q);
   }
+  static Reg narrow_few(const float* y, Words zero_point) { return narrow(y, zero_point); }
   static void add_bytes(Reg x, Words* words) { *words += x; }
   static void squares(Reg x, Words* words) { *words = x * x; }
   static void add_words(const Words* words, Ints* ints) { *ints += *words; }

@@ -1,6 +1,7 @@
 #include "elementwise.h"
 
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 #include "loops.h"
@@ -50,6 +51,35 @@ void for_pixels(int64_t images, int64_t channels, int64_t pixels, const F& f) {
     }
   });
 }
+
+bool is_aligned(const Loops<1>& loops) { return loops.columns() == 1 || loops.inner(1) == 1; }
+
+// One slice of a concatenation.
+struct Copy {
+  Loops<1> loops;
+  const uint8_t* data;
+  Operand operand;
+  uint8_t* out;
+  Output output;
+
+  bool keeps_steps() const {
+    return operand.ratio == 1.0f && operand.zero_point == output.zero_point && operand.flip == output.flip &&
+           output.low == 0 && output.high == 255;
+  }
+  int64_t grain() const { return keeps_steps() ? kGrainOfMoving : kGrain; }
+
+  void operator()(const int64_t* offsets, int64_t rows, int64_t columns) const {
+    const uint8_t* const from = data + offsets[1];
+    uint8_t* const to = out + offsets[0];
+    if (!keeps_steps()) {
+      table().requantize({from, loops.outer(1)}, {to, loops.outer(0)}, rows, columns, operand, output);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(to + r * loops.outer(0), from + r * loops.outer(1), static_cast<size_t>(columns));
+    }
+  }
+};
 
 }  // namespace
 
@@ -138,21 +168,39 @@ bool binary(Binary op, int dims, const int64_t* sizes, const Bytes& a, const Ope
   return true;
 }
 
-bool requantize(int dims, const int64_t* sizes, const Bytes& x, const Operand& operand, const BytesOut& out,
-                const Output& output) {
-  const Loops<1> loops(dims, sizes, {out.strides, x.strides});
-  if (loops.columns() != 1 && loops.inner(1) != 1) return false;
-  const bool same = operand.ratio == 1.0f && operand.zero_point == output.zero_point &&
-                    operand.flip == output.flip && output.low == 0 && output.high == 255;
-  loops.run(same ? kGrainOfMoving : kGrain, [&](const int64_t* offsets, int64_t rows, int64_t columns) {
-    const uint8_t* from = x.data + offsets[1];
-    uint8_t* to = out.data + offsets[0];
-    if (same) {
-      for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(to + r * loops.outer(0), from + r * loops.outer(1), static_cast<size_t>(columns));
-      }
-    } else {
-      table().requantize({from, loops.outer(1)}, {to, loops.outer(0)}, rows, columns, operand, output);
+bool is_aligned(int dims, const int64_t* sizes, const Bytes& x, const BytesOut& out) {
+  return is_aligned(Loops<1>(dims, sizes, {out.strides, x.strides}));
+}
+
+bool concatenate(int dims, int64_t axis, const Slice* slices, int64_t count, const BytesOut& out,
+                 const Output& output) {
+  std::vector<Copy> copies;
+  copies.reserve(static_cast<size_t>(count));
+  uint8_t* to = out.data;
+  for (int64_t i = 0; i < count; ++i) {
+    const Slice& s = slices[i];
+    copies.push_back({Loops<1>(dims, s.sizes, {out.strides, s.x.strides}), s.x.data, s.operand, to, output});
+    if (!is_aligned(copies.back().loops)) return false;
+    to += s.sizes[axis] * out.strides[axis];
+  }
+  // Rows of a few slices follow each other in memory, so they are written together.
+  const int64_t rows = copies.front().loops.rows();
+  int64_t columns = 0;
+  bool together = rows > 1;
+  for (const Copy& copy : copies) {
+    together = together && copy.loops.rows() == rows;
+    columns += copy.loops.columns();
+  }
+  if (!together) {
+    for (const Copy& copy : copies) copy.loops.run(copy.grain(), copy);
+    return true;
+  }
+  constexpr int64_t kBlock = int64_t{1} << 17;
+  const int64_t step = std::max<int64_t>(kBlock / columns, 1);
+  const int64_t pieces = std::min(piece_count(rows * columns, copies.front().grain()), rows);
+  for_pieces(rows, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {
+    for (; begin < end; begin += step) {
+      for (const Copy& copy : copies) copy.loops.run_rows(begin, std::min(begin + step, end), copy);
     }
   });
   return true;

@@ -43,10 +43,20 @@ BinaryOperands operands_of(Binary op, const Quantization& a, const Quantization&
 bool binary(Binary op, int dims, const int64_t* sizes, const Bytes& a, const Operand& of_a, const Bytes& b,
             const Operand& of_b, const BytesOut& out, const Output& output);
 
-// Copies x to a slice of a tensor with no gaps, as other steps where they are not the same. Returns false,
-// having done nothing, where x has another innermost dimension.
-bool requantize(int dims, const int64_t* sizes, const Bytes& x, const Operand& operand, const BytesOut& out,
-                const Output& output);
+// A tensor that becomes a slice of another one.
+struct Slice {
+  const int64_t* sizes;
+  Bytes x;
+  Operand operand;
+};
+
+// Whether x has the innermost dimension of `out`.
+bool is_aligned(int dims, const int64_t* sizes, const Bytes& x, const BytesOut& out);
+
+// Concatenates tensors along `axis`, in an output without gaps, as other steps where they are not the same.
+// Returns false, having done nothing, where one is not aligned.
+bool concatenate(int dims, int64_t axis, const Slice* slices, int64_t count, const BytesOut& out,
+                 const Output& output);
 
 void look_up(const uint8_t* x, int64_t n, const uint8_t* table, uint8_t* out);
 void look_up(const uint8_t* x, int64_t n, const float* table, float* out);

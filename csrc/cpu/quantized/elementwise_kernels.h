@@ -65,6 +65,7 @@ struct ElementwiseKernels {
 extern const ElementwiseKernels kElementwiseScalar;
 extern const ElementwiseKernels kElementwiseAvx2;
 extern const ElementwiseKernels kElementwiseAvx512;
+extern const ElementwiseKernels kElementwiseAvx512Vbmi;
 extern const ElementwiseKernels kElementwiseNeon;
 
 }  // namespace fastquant

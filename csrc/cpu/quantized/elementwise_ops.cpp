@@ -216,16 +216,21 @@ Tensor cat_op(const std::vector<Tensor> tensors, const std::vector<double> scale
   const Shape strides = channels_last ? channels_last_strides(sizes) : contiguous_strides(sizes);
   const Output output = output_of(quantization(scale, zero_point, first.scalar_type()), low, high);
   Tensor y = empty(sizes, strides, first.scalar_type(), first);
-  uint8_t* to = bytes(y);
+  const BytesOut out = {bytes(y), strides.data()};
+  std::vector<Tensor> aligned;
+  std::vector<Slice> slices;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Operand operand = operand_of(quantization(scales[i], zero_points[i], first.scalar_type()), scale);
-    const auto run = [&](const Tensor& x) {
-      return requantize(static_cast<int>(dims), x.sizes().data(), {bytes(x), x.strides().data()}, operand,
-                        {to, strides.data()}, output);
-    };
-    if (!run(tensors[i])) check(run(aligned_with(tensors[i], strides)), "tensors cannot be aligned");
-    to += tensors[i].size(axis) * strides[axis];
+    const Tensor& x = tensors[i];
+    const bool is = is_aligned(static_cast<int>(dims), x.sizes().data(), {bytes(x), x.strides().data()}, out);
+    aligned.push_back(is ? x : aligned_with(x, strides));
+    const Tensor& a = aligned.back();
+    slices.push_back({a.sizes().data(),
+                      {bytes(a), a.strides().data()},
+                      operand_of(quantization(scales[i], zero_points[i], first.scalar_type()), scale)});
   }
+  check(concatenate(static_cast<int>(dims), axis, slices.data(), static_cast<int64_t>(slices.size()), out,
+                    output),
+        "tensors cannot be aligned");
   return y;
 }
 

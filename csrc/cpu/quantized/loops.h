@@ -43,6 +43,8 @@ class Loops {
   }
 
   int64_t columns() const { return sizes_[dims_ - 1]; }
+  // 0 where there are no elements.
+  int64_t rows() const { return numel_ == 0 ? 0 : numel_ / columns(); }
   // The stride of a tensor inside a row, and from row to row.
   int64_t inner(int t) const { return strides_[t][dims_ - 1]; }
   int64_t outer(int t) const { return dims_ < 2 ? 0 : strides_[t][dims_ - 2]; }
@@ -61,20 +63,25 @@ class Loops {
       });
       return;
     }
-    const int64_t rows = numel_ / columns(), height = sizes_[dims_ - 2];
-    for_pieces(rows, std::min(pieces, rows), 1, [&](int64_t, int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t here = std::min(end - begin, height - begin % height);
-        int64_t offsets[kTensors] = {}, rest = begin;
-        for (int d = dims_ - 2; d >= 0; --d) {
-          const int64_t at = rest % sizes_[d];
-          rest /= sizes_[d];
-          for (int t = 0; t < kTensors; ++t) offsets[t] += at * strides_[t][d];
-        }
-        f(offsets, here, columns());
-        begin += here;
+    for_pieces(rows(), std::min(pieces, rows()), 1,
+               [&](int64_t, int64_t begin, int64_t end) { run_rows(begin, end, f); });
+  }
+
+  // The same for the rows [begin, end), on this thread. There must be elements, and more than one dimension.
+  template <class F>
+  void run_rows(int64_t begin, int64_t end, const F& f) const {
+    const int64_t height = sizes_[dims_ - 2];
+    while (begin < end) {
+      const int64_t here = std::min(end - begin, height - begin % height);
+      int64_t offsets[kTensors] = {}, rest = begin;
+      for (int d = dims_ - 2; d >= 0; --d) {
+        const int64_t at = rest % sizes_[d];
+        rest /= sizes_[d];
+        for (int t = 0; t < kTensors; ++t) offsets[t] += at * strides_[t][d];
       }
-    });
+      f(offsets, here, columns());
+      begin += here;
+    }
   }
 
  private:

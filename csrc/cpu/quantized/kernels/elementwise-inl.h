@@ -145,7 +145,12 @@ void dequantize(const uint8_t* x, S* out, int64_t n, const Operand& operand) {
 
 template <class B>
 struct Sum {
-  static void steps(typename B::Reg a, typename B::Reg b, const OperandOf<B>& of_a, const OperandOf<B>& of_b,
+  static float most_steps(const Operand& of_a, const Operand& of_b) {
+    return 255.0f * (of_a.ratio + of_b.ratio);
+  }
+
+  template <class OperandOf>
+  static void steps(typename B::Reg a, typename B::Reg b, const OperandOf& of_a, const OperandOf& of_b,
                     typename B::Floats::Reg* y) {
     typename B::Floats::Reg more[B::kParts];
     of_a.steps(a, y);
@@ -156,7 +161,10 @@ struct Sum {
 
 template <class B>
 struct Product {
-  static void steps(typename B::Reg a, typename B::Reg b, const OperandOf<B>& of_a, const OperandOf<B>& of_b,
+  static float most_steps(const Operand& of_a, const Operand&) { return 255.0f * 255.0f * of_a.ratio; }
+
+  template <class OperandOf>
+  static void steps(typename B::Reg a, typename B::Reg b, const OperandOf& of_a, const OperandOf& of_b,
                     typename B::Floats::Reg* y) {
     using F = typename B::Floats;
     typename F::Reg factor[B::kParts];
@@ -166,11 +174,11 @@ struct Product {
   }
 };
 
-template <class B, template <class> class Of>
-void binary(Rows<const uint8_t> a, Rows<const uint8_t> b, bool one_b, Rows<uint8_t> out, int64_t rows,
-            int64_t columns, const Operand& of_a, const Operand& of_b, const Output& output) {
-  const OperandOf<B> left(of_a), right(of_b);
-  const OutputOf<B> to(output);
+template <class B, template <class> class Of, bool kPlain>
+void binary_rows(Rows<const uint8_t> a, Rows<const uint8_t> b, bool one_b, Rows<uint8_t> out, int64_t rows,
+                 int64_t columns, const Operand& of_a, const Operand& of_b, const Output& output) {
+  const OperandOf<B, kPlain> left(of_a), right(of_b);
+  const OutputOf<B, kPlain> to(output);
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* const p = a.data + r * a.stride;
     const uint8_t* const q = b.data + r * b.stride;
@@ -190,6 +198,14 @@ void binary(Rows<const uint8_t> a, Rows<const uint8_t> b, bool one_b, Rows<uint8
       row([q](int64_t i, const auto& load) { return load(q + i); });
     }
   }
+}
+
+template <class B, template <class> class Of>
+void binary(Rows<const uint8_t> a, Rows<const uint8_t> b, bool one_b, Rows<uint8_t> out, int64_t rows,
+            int64_t columns, const Operand& of_a, const Operand& of_b, const Output& output) {
+  const bool plain = (of_a.flip | of_b.flip | output.flip) == 0 && Of<B>::most_steps(of_a, of_b) <= 0x1p20f;
+  const auto run = plain ? binary_rows<B, Of, true> : binary_rows<B, Of, false>;
+  run(a, b, one_b, out, rows, columns, of_a, of_b, output);
 }
 
 // out = f(x), for vectors of each row.
