@@ -635,3 +635,21 @@ def test_a_state_with_values_that_do_not_fit_is_refused(
     layer = nnq.Linear(2, 4)
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict({**layer.state_dict(), name: value})
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nnq.Linear(2, 2), nnq.Conv2d(2, 2, 1), nnq.QFunctional(), nnq.Quantize(1.0, 0, torch.uint8)],
+    ids=lambda module: type(module).__name__,
+)
+def test_scales_and_zero_points_that_are_assigned_are_checked(module: Any) -> None:
+    for scale in (-1, 0.0, float("nan"), float("inf")):
+        with pytest.raises(fq.QuantizationError, match="scale must be finite and greater than 0"):
+            module.scale = scale
+    for zero_point in (300, -129, 0.5, float("nan")):
+        with pytest.raises(fq.QuantizationError, match="zero_point must be an integer from -128"):
+            module.zero_point = zero_point
+    assert (module.scale, module.zero_point) == (1.0, 0)
+    module.scale, module.zero_point = torch.tensor(0.25), torch.tensor(7)
+    assert (module.scale, module.zero_point) == (0.25, 7)
+    assert (type(module.scale), type(module.zero_point)) == (float, int)

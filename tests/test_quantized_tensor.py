@@ -621,9 +621,60 @@ def test_a_data_loader_makes_batches() -> None:
     ours, _ = pair(4, 3)
     batch = next(iter(torch.utils.data.DataLoader(ours, batch_size=4)))  # type: ignore[arg-type]
     assert torch.equal(batch, ours)
-    for join in (torch.cat, torch.stack):
-        with pytest.raises(NotImplementedError, match="with out"):
-            join([ours, ours], out=torch.empty(0))
+
+
+class QuantizedRows(torch.utils.data.Dataset[Tensor]):
+    """Rows of one scale, or each of a scale of its own."""
+
+    def __init__(self, growth: float = 0.0) -> None:
+        self.growth = growth
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        values = torch.arange(3 * i, 3 * i + 3, dtype=torch.uint8)
+        return QuantizedTensor(values, 0.5 + self.growth * i, 3)
+
+
+@pytest.mark.parametrize("strategy", sorted(torch.multiprocessing.get_all_sharing_strategies()))
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_data_loader_send_quantized_tensors(context: str, strategy: str) -> None:
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy(strategy)
+    try:
+        for batch_size, growth in ((None, 0.0), (2, 0.0), (2, 0.25)):
+            data = QuantizedRows(growth)
+            # Without workers, torch.stack makes batches: with the scale of their first row.
+            expected = list(torch.utils.data.DataLoader(data, batch_size))
+            found = list(
+                torch.utils.data.DataLoader(
+                    data, batch_size, num_workers=1, multiprocessing_context=context, timeout=60
+                )
+            )
+            assert len(found) == len(expected)
+            for x, y in zip(found, expected, strict=True):
+                assert type(x) is QuantizedTensor
+                assert (x.q_scale(), x.q_zero_point()) == (y.q_scale(), y.q_zero_point())
+                assert torch.equal(x.int_repr(), y.int_repr())
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+def test_joining_into_a_tensor(join: Function) -> None:
+    ours, _ = pair(4, 3)
+    expected = join([ours, ours], 1)
+    for out in (expected.new(0), ours.new(expected.shape), ours.new(7)):
+        assert join([ours, ours], 1, out=out) is out
+        assert torch.equal(out, expected)
+        assert out.q_scale() == ours.q_scale()
+    with pytest.raises(TypeError, match="out must be a quantized tensor"):
+        join([ours, ours], out=torch.empty(0))
+    with pytest.raises(TypeError, match=r"out must have the dtype.*uint8.*int8"):
+        join([ours, ours], out=QuantizedTensor(torch.zeros(1, dtype=torch.int8), 1.0, 0))
+    with pytest.raises(NotImplementedError, match=r"Tensor\.new .* of other values"):
+        ours.new([1, 2])
 
 
 @pytest.mark.parametrize("function", [F.max_pool2d, F.avg_pool2d])

@@ -68,6 +68,7 @@ Windows sliding_windows(int64_t size, int64_t kernel, int64_t stride, int64_t pa
   // The last window begins inside the input or before it.
   if (ceil_mode && (count - 1) * stride >= size + padding) --count;
   Windows w;
+  w.reserve(count);
   w.step = dilation;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t from = i * stride - padding, to = from + span;
@@ -82,6 +83,7 @@ Windows sliding_windows(int64_t size, int64_t kernel, int64_t stride, int64_t pa
 
 Windows adaptive_windows(int64_t size, int64_t outputs) {
   Windows w;
+  w.reserve(outputs);
   w.step = 1;
   for (int64_t i = 0; i < outputs; ++i) {
     w.begin.push_back(i * size / outputs);

@@ -10,6 +10,11 @@ namespace fastquant {
 
 // Windows along one dimension: of each output, the pixels [begin, end) of the input, every `step`th.
 struct Windows {
+  // For so many outputs.
+  void reserve(int64_t outputs) {
+    for (auto* each : {&begin, &end, &divisor}) each->reserve(static_cast<size_t>(outputs));
+  }
+
   std::vector<int64_t> begin, end, divisor;
   int64_t step;
 };

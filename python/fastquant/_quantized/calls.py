@@ -93,16 +93,18 @@ def mul(x: Any, y: Any, scale: float, zero_point: int, low: float, high: float) 
     return made(values, scale, zero_point)
 
 
+def cat_without_op(tensors: Sequence[Any], *args: Any) -> Any:
+    """`cat`; None where the op has to be called, or the tensors cannot be joined."""
+    return _C.quantized_cat(tensors, *args) if nothing_intervenes() else None
+
+
 def cat(
     tensors: Sequence[Any], dim: int, scale: float, zero_point: int, low: float, high: float
 ) -> QuantizedTensor:
     """clamp(torch.cat(tensors, dim), low, high)"""
-    if nothing_intervenes():
-        result: QuantizedTensor | None = _C.quantized_cat(
-            tensors, dim, scale, zero_point, low, high
-        )
-        if result is not None:
-            return result
+    result: QuantizedTensor | None = cat_without_op(tensors, dim, scale, zero_point, low, high)
+    if result is not None:
+        return result
     given = [parts(x, f"tensors[{i}]") for i, x in enumerate(tensors)]
     values, scales, zero_points = (list(each) for each in zip(*given, strict=True))
     joined = ops.quantized_cat(values, scales, zero_points, dim, scale, zero_point, low, high)

@@ -122,7 +122,10 @@ _WAYS: tuple[tuple[Callable[[Any], Handler], tuple[str, ...]], ...] = (
     ),
     (
         _moving_in_place,
-        ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_"),
+        (
+            *("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_"),
+            "resize_",
+        ),
     ),
     (_shaped_like, ("expand_as", "view_as", "reshape_as")),
 )
@@ -219,14 +222,30 @@ def _dropout(
 # --- one tensor from several ----------------------------------------------------------------
 
 
+def _into(out: Any, x: QuantizedTensor) -> QuantizedTensor:
+    """`out`, made equal to x in shape, integers, scale and zero point."""
+    require_quantized(out, "out")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must have the dtype of the result, {x.dtype}, got {out.dtype}")
+    if out.shape != x.shape:
+        out.resize_(x.shape)
+    return _copy_(out, x)
+
+
 @handles(*functions_named("cat"), torch.concat, torch.concatenate)
 def _cat(
-    tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None, out: None = None
+    tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None, out: Any = None
 ) -> QuantizedTensor:
     """With scale and zero point of the first, as torch does with its quantized tensors."""
     if out is not None:
-        raise not_supported(torch.cat, " with out")
+        return _into(out, _cat(tensors, dim, axis=axis))
     dim = dim if axis is None else axis
+    first = tensors[0]
+    require_quantized(first, "tensors[0]")
+    rest = (dim, first._scale, first._zero_point, -calls.UNBOUNDED, calls.UNBOUNDED)
+    joined: QuantizedTensor | None = calls.cat_without_op(tensors, *rest)
+    if joined is not None:
+        return joined
     for i, x in enumerate(tensors):
         require_quantized(x, f"tensors[{i}]")
     if len({x.dtype for x in tensors}) > 1:
@@ -234,16 +253,15 @@ def _cat(
             "torch.cat takes quantized tensors of one dtype, got "
             + " and ".join(sorted({str(x.dtype) for x in tensors}))
         )
-    first = tensors[0]
-    scale, zero_point = first._scale, first._zero_point
-    return calls.cat(tensors, dim, scale, zero_point, -calls.UNBOUNDED, calls.UNBOUNDED)
+    return calls.cat(tensors, *rest)
 
 
 @handles(torch.stack)
-def _stack(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> QuantizedTensor:
-    if out is not None:
-        raise not_supported(torch.stack, " with out")
-    return _cat([x.unsqueeze(dim) for x in tensors], dim)
+def _stack(tensors: Sequence[Any], dim: int = 0, *, out: Any = None) -> QuantizedTensor:
+    # Workers of a DataLoader stack batches in shared memory, which they give as `out`.
+    for i, x in enumerate(tensors):
+        require_quantized(x, f"tensors[{i}]")
+    return _cat([x.unsqueeze(dim) for x in tensors], dim, out=out)
 
 
 @handles(torch.hstack)
@@ -345,6 +363,14 @@ def _masked_fill(input: QuantizedTensor, mask: Tensor, value: Any) -> QuantizedT
 def _masked_fill_(input: QuantizedTensor, mask: Tensor, value: Any) -> QuantizedTensor:
     integers_of(input).masked_fill_(mask, _levels(input, value))
     return input
+
+
+@handles(Tensor.new)
+def _new(input: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+    """Of a size or on a storage, with the scale and zero point of the input."""
+    if any(isinstance(arg, (Tensor, list)) for arg in args):
+        raise not_supported(Tensor.new, " to make them of other values")
+    return like(input, integers_of(input).new(*args, **kwargs))
 
 
 @handles(torch.empty_like)

@@ -12,14 +12,22 @@ from torch import Tensor, nn
 from ..._core.errors import QuantizationError
 
 
-def check_qparams(scale: Any, zero_point: Any, lowest: int = -128, highest: int = 255) -> None:
-    """Raise unless these can be a quantized tensor's."""
+def _check_scale(scale: Any) -> None:
     if not (math.isfinite(scale) and scale > 0):
         raise QuantizationError(f"scale must be finite and greater than 0, got {scale}")
+
+
+def _check_zero_point(zero_point: Any, lowest: int, highest: int) -> None:
     if not (lowest <= zero_point <= highest and zero_point == int(zero_point)):
         raise QuantizationError(
             f"zero_point must be an integer from {lowest} to {highest}, got {zero_point}"
         )
+
+
+def check_qparams(scale: Any, zero_point: Any, lowest: int = -128, highest: int = 255) -> None:
+    """Raise unless these can be a quantized tensor's."""
+    _check_scale(scale)
+    _check_zero_point(zero_point, lowest, highest)
 
 
 class KeepsDtypes(nn.Module):
@@ -47,9 +55,19 @@ class Scaled(KeepsDtypes):
     scale: float
     zero_point: int
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Here, so that no call of the module has to check them.
+        if name == "scale":
+            _check_scale(value)
+            value = float(value)
+        elif name == "zero_point":
+            _check_zero_point(value, -128, 255)
+            value = int(value)
+        super().__setattr__(name, value)
+
     def _set_qparams(self, scale: Any, zero_point: Any) -> None:
         check_qparams(scale, zero_point)
-        self.scale, self.zero_point = float(scale), int(zero_point)
+        self.scale, self.zero_point = scale, zero_point
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
