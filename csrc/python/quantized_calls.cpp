@@ -301,14 +301,22 @@ PyObject* binary_call(PyObject* const* given, Py_ssize_t count) {
     const OutputQParams q(&args);
     const Bounds bounds(&args);
     require(a.is_signed == b.is_signed && a.t.ndim == b.t.ndim);
-    require(std::equal(a.t.shape, a.t.shape + a.t.ndim, b.t.shape) && has_strides(b.t, a.t.strides));
-    const int64_t n = dense_bytes(a.t).numel(), stride = 1;
-    NewBytes y(a.t.ndim, a.t.shape, a.t.strides, a.is_signed);
+    // The op broadcasts the first operand.
+    const int dims = a.t.ndim;
+    int64_t b_strides[kMostDims];
+    for (int d = 0; d < dims; ++d) {
+      const bool same = b.t.shape[d] == a.t.shape[d];
+      require(same || b.t.shape[d] == 1);
+      b_strides[d] = same ? b.t.strides[d] : 0;
+    }
+    const int64_t n = dense_bytes(a.t).numel();
+    NewBytes y(dims, a.t.shape, a.t.strides, a.is_signed);
     const auto [of_a, of_b] = operands_of(op, a.quantization(), b.quantization(), q.scale);
     const Output output = output_of({q.scale, q.zero_point, a.is_signed}, bounds.low, bounds.high);
     {
       const WithoutGil released(n);
-      binary(op, 1, &n, {a.data(), &stride}, of_a, {b.data(), &stride}, of_b, {y.data(), &stride}, output);
+      require(binary(op, dims, a.t.shape, {a.data(), a.t.strides}, of_a, {b.data(), b_strides}, of_b,
+                     {y.data(), a.t.strides}, output));
     }
     return y.quantized(q);
   });

@@ -104,7 +104,7 @@ _FROM_MINUS_1_TO_1 = (1 / 128, 128)
 
 def _with_range(function: str, x: QuantizedTensor, qparams: tuple[float, int]) -> QuantizedTensor:
     scale, zero_point = qparams
-    return applied(function, x, scale, zero_point - 128 if x.dtype == torch.int8 else zero_point)
+    return applied(function, x, scale, zero_point, zero_point_of_int8=zero_point - 128)
 
 
 def _with_own_scale(

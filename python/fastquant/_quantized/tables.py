@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .._torch.compiling import constant_in_graphs
 from .._torch.private import dispatch_modes
 from . import calls
-from .tensor import QuantizedTensor, is_dynamo_compiling
+from .tensor import QuantizedTensor, dtype_and_device, is_dynamo_compiling
 
 # By name, because names are what a graph's guards compare.
 _FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
@@ -68,17 +68,25 @@ def without_tables() -> Iterator[None]:
 
 
 def applied(
-    function: str, input: Any, scale: float, zero_point: int, *constants: Any
+    function: str,
+    input: Any,
+    scale: float,
+    zero_point: int,
+    *constants: Any,
+    zero_point_of_int8: int | None = None,
 ) -> QuantizedTensor:
     """A function of each element, as integers with this scale and zero point.
 
     The table is made once for each input's scale and zero point.
     """
+    dtype, device = dtype_and_device(input)
+    if dtype == torch.int8 and zero_point_of_int8 is not None:
+        zero_point = zero_point_of_int8
     if not is_dynamo_compiling() and not _uses_tables.get():
         y = _FUNCTIONS[function](calls.dequantize(input), *constants)
-        return calls.quantize(y, scale, zero_point, input.dtype)
+        return calls.quantize(y, scale, zero_point, dtype)
     # What is made while a mode is active, such as export's, may be no real tensor.
     make = _kept_table if is_dynamo_compiling() or not dispatch_modes() else _table
     qparams = (input._scale, input._zero_point, scale, zero_point)
-    table = make(function, constants, input.dtype, input.device, *qparams)
+    table = make(function, constants, dtype, device, *qparams)
     return calls.lookup(input, table, scale, zero_point)
