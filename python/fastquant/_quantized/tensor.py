@@ -215,7 +215,7 @@ def integers_of(x: Any) -> Tensor:
         return Tensor.as_subclass(x, Tensor)
 
 
-_get_dtype, _get_device = Tensor.dtype.__get__, Tensor.device.__get__
+_get_dtype, _get_device = (getattr(Tensor, name).__get__ for name in ("dtype", "device"))
 
 
 def dtype_and_device(x: Any) -> tuple[torch.dtype, torch.device]:
