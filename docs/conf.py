@@ -44,6 +44,8 @@ html_title = f"fastquant {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+# The API page lists the modules; nothing links to an index of its own.
+html_domain_indices = False
 html_show_sphinx = False
 html_show_copyright = False
 html_theme_options = {

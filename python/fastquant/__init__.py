@@ -1,4 +1,4 @@
-"""fastquant: eager-mode quantization for PyTorch, torch.ao.quantization's API on native kernels.
+"""Eager-mode quantization for PyTorch: the API of torch.ao.quantization on native kernels.
 
 `fastquant` and its submodules stand in for `torch.ao.quantization` and its submodules of the
 same names. `fastquant.functional` holds the same kernels as plain functions, `calibrate` runs

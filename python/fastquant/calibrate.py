@@ -1,4 +1,4 @@
-"""Calibration: run data through a prepared model so that its observers see it."""
+"""Run data through a prepared model, so that its observers learn ranges."""
 
 from __future__ import annotations
 
