@@ -114,3 +114,18 @@ def global_hook(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("global_hook")
 def test_a_global_hook_hears_every_call() -> None:
     assert settings_per_tensor(fq.default_fake_quant()) is None
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_sparse_gradients_of_embeddings_are_torch_aos(name: str) -> None:
+    indices, gradients = torch.tensor([[1, 2], [2, 5]]), []
+    for package in (tq, fq):
+        torch.manual_seed(0)
+        module = getattr(torch.ao.nn.qat, name)(
+            10, 4, sparse=True, qconfig=package.default_embedding_qat_qconfig
+        )
+        module(indices).square().sum().backward()
+        gradients.append(module.weight.grad)
+    theirs, ours = gradients
+    assert ours.is_sparse
+    assert torch.equal(ours.to_dense(), theirs.to_dense())

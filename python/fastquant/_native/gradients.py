@@ -78,6 +78,9 @@ def _straight_through(ctx: Any, grad: Tensor, reuse: bool = False) -> Tensor:
 def _masked(grad: Tensor, mask: Tensor, stride: tuple[int, ...], reuse: bool = False) -> Tensor:
     # The mask has its bits in the order of the output's memory.
     if grad.stride() != stride:
+        if grad.is_sparse:  # of an embedding's weight: it stays sparse, as torch.ao's does
+            ones = torch.empty_strided(grad.size(), stride, dtype=grad.dtype, device=grad.device)
+            return grad * ops.fake_quantize_backward(ones.fill_(1.0), mask)  # type: ignore[no-any-return]
         grad = grad.new_empty_strided(grad.size(), stride).copy_(grad)
     if may_skip_dispatcher(grad):
         gradient = grad if reuse else _empty_like(grad)
