@@ -814,6 +814,21 @@ def test_observers_as_layers_are_refused() -> None:
     refused(prepared, "observer .*MovingAverageMinMaxObserver.* calls", torch.randn(2, 5))
 
 
+def test_trained_layers_that_stay_floating_are_refused_by_name() -> None:
+    weight = fq.FakeQuantize.with_args(
+        observer=fq.PerChannelMinMaxObserver,
+        quant_min=-128,
+        quant_max=127,
+        dtype=torch.int8,
+        qscheme=torch.per_channel_affine,
+    )
+    model: Any = conv_then(lambda m, x: x)
+    model.qconfig = fq.QConfig(activation=fq.default_fake_quant, weight=weight)
+    prepared = fq.prepare_qat(model.train())
+    prepared(shaped(*IMAGE))
+    refused(prepared.eval(), r"layer first.* has no quantized form", shaped(*IMAGE))
+
+
 def test_changed_forwards_are_refused() -> None:
     class Mine(nnq.Linear):
         def forward(self, x: Any) -> Any:

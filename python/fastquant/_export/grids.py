@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from .._conversion.checks import listed, warn_user
 from .._core.errors import QuantizationError
 from .._torch import decomposed
+from ..nn.quantized.float_layer import FloatLayer
 from ..nn.quantized.functional_modules import moved_qparams, multiplied_qparams
 
 Grid: TypeAlias = tuple[float, int, int, int, torch.dtype]
@@ -295,6 +296,13 @@ def _require_known_ops(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.name.startswith("fastquant::"):
+            for path, name in _module_stack(node):
+                if name.endswith(FloatLayer.__name__):
+                    raise QuantizationError(
+                        f"export: layer {path} has no quantized form and fake-quantizes its "
+                        "weight, which other runtimes cannot: weights need 8 bits and zero points "
+                        "of 0, as the default configs choose them"
+                    )
             raise QuantizationError(
                 f"export: {_module_of(node)} calls {schema.name.removeprefix('fastquant::')} of "
                 "fastquant, which other runtimes do not have; observers and fake-quantizers that "
@@ -307,7 +315,7 @@ def called_modules(program: ExportedProgram) -> set[str]:
     return {
         ".".join(parts[:depth])
         for node in program.graph.nodes
-        for path, _ in node.meta.get("nn_module_stack", {}).values()
+        for path, _ in _module_stack(node)
         for parts in [path.split(".")]
         for depth in range(1, len(parts) + 1)
     }
@@ -315,8 +323,16 @@ def called_modules(program: ExportedProgram) -> set[str]:
 
 def _module_of(node: Node) -> str:
     """The path and class of the innermost module whose forward made the node."""
-    modules = list(node.meta.get("nn_module_stack", {}).values())
+    modules = _module_stack(node)
     if not modules:
         return "the model"
     path, name = modules[-1]
-    return f"{path or 'the model'} ({name if isinstance(name, str) else name.__name__})"
+    return f"{path or 'the model'} ({name})"
+
+
+def _module_stack(node: Node) -> list[tuple[str, str]]:
+    """Path and class of each module in whose forward the node was made, outermost first."""
+    return [
+        (path, name if isinstance(name, str) else name.__name__)
+        for path, name in node.meta.get("nn_module_stack", {}).values()
+    ]
