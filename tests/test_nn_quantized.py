@@ -646,6 +646,10 @@ def test_scales_and_zero_points_that_are_assigned_are_checked(module: Any) -> No
     for scale in (-1, 0.0, float("nan"), float("inf")):
         with pytest.raises(fq.QuantizationError, match="scale must be finite and greater than 0"):
             module.scale = scale
+    for name in ("scale", "zero_point"):
+        for value in (None, "1", [1], torch.ones(2), 1j):
+            with pytest.raises(fq.QuantizationError, match=f"{name} must be a number, got"):
+                setattr(module, name, value)
     for zero_point in (300, -129, 0.5, float("nan")):
         with pytest.raises(fq.QuantizationError, match="zero_point must be an integer from -128"):
             module.zero_point = zero_point

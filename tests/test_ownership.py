@@ -100,6 +100,30 @@ def test_memory_of_others_stays() -> None:
     assert (array == 3).all()
 
 
+def test_memory_of_other_processes_stays() -> None:
+    hooked(torch.ones(4, requires_grad=True), lambda g: (g * 1).share_memory_())
+    assert Overwriting.spoiled == [False]
+
+
+def test_parts_of_larger_memory_are_not_taken() -> None:
+    # No views as far as autograd knows: they do not refer to the tensor that they are parts of.
+    hooked(torch.ones(4, requires_grad=True), lambda g: torch.cat([g, g]).unsafe_chunk(2)[1])
+    assert Overwriting.spoiled == [False]
+
+
+@pytest.mark.parametrize("elements", [8, 100_000])
+def test_sparse_gradients_pass_through(elements: int) -> None:
+    learn_counts()
+    weight = torch.randn(elements // 4, 4, requires_grad=True)
+    quantized = fq.FakeQuantize(fq.MovingAverageMinMaxObserver)(weight)
+    rows = torch.nn.functional.embedding(torch.tensor([1, 0, 1]), quantized, sparse=True)
+    (rows * 2).sum().backward()
+    assert weight.grad.is_sparse
+    expected = torch.zeros_like(weight)
+    expected[0], expected[1] = 2, 4
+    assert torch.equal(weight.grad.to_dense(), expected)
+
+
 def test_gradients_that_users_give_stay() -> None:
     _, y = applied()
     grad = torch.full((4,), 3.0)
@@ -160,7 +184,19 @@ def test_the_gradient_of_a_large_fake_quantized_tensor_is_overwritten_unless_kep
     assert torch.equal(x.grad, torch.full_like(x, 2.0))
 
 
+KEEPS_LOCALS = """
+        import sys
+        def keep(frame, event, argument):
+            frame.f_locals
+            return keep
+        sys.set{kind}(keep)
+        step(torch.ones(4, requires_grad=True)).sum().backward()
+        sys.set{kind}(None)
+"""
+
 FIRST_STEP_UNDER = {
+    "debugger": KEEPS_LOCALS.format(kind="trace"),
+    "profiler": KEEPS_LOCALS.format(kind="profile"),
     "checkpoint": """
         from torch.utils.checkpoint import checkpoint
         checkpoint(step, torch.ones(4, requires_grad=True), use_reentrant=False).sum().backward()
@@ -201,12 +237,14 @@ def test_counts_are_those_of_a_sole_owner_wherever_the_first_step_is_taken(where
     last = """
         found.clear()
         kept = []
-        for keep in (False, True):
+        def keep_all(gradient):
+            kept.extend([gradient, gradient, gradient, gradient.untyped_storage()])
+        for hook in (None, kept.append, keep_all):
             y = Function.apply(torch.ones(4, requires_grad=True))
-            if keep:
-                y.register_hook(kept.append)
+            if hook is not None:
+                y.register_hook(hook)
             y.neg().sum().backward()
-        assert found == [True, False], found
+        assert found == [True, False, False], found
     """
     parts = (program, FIRST_STEP_UNDER[where], last)
     source = "\n".join(textwrap.dedent(part) for part in parts)
@@ -227,6 +265,21 @@ def batch_norm(x: Tensor) -> Tensor:
 def residual_sum(x: Tensor) -> Tensor:
     observing = (t.clone() for t in OBSERVING)
     return fq.functional.add_observe_fake_quantize(x, torch.ones_like(x), *observing, low=0.0)
+
+
+def fake_quantize(x: Tensor) -> Tensor:
+    return fq.FakeQuantize(fq.MovingAverageMinMaxObserver)(x)
+
+
+@pytest.mark.parametrize("op", [batch_norm, residual_sum, fake_quantize])
+def test_batches_of_gradients_are_those_of_each(op: Callable[[Tensor], Tensor]) -> None:
+    learn_counts()
+    x = torch.randn(8, 4, 33, 33, requires_grad=True)
+    z = op(x) * 2
+    incoming = torch.randn(3, *x.shape)
+    (batched,) = torch.autograd.grad(z, x, incoming, is_grads_batched=True, retain_graph=True)
+    for grad, gradient in zip(incoming, batched, strict=True):
+        assert torch.equal(gradient, *torch.autograd.grad(z, x, grad, retain_graph=True))
 
 
 @pytest.mark.parametrize("op", [batch_norm, residual_sum])

@@ -68,9 +68,11 @@ Layer convolution(int64_t size, int64_t in, int64_t out, int64_t kernel, int64_t
           false};
 }
 
-Layer transposed(int64_t size, int64_t in, int64_t out) {
+// With a kernel smaller than the stride, no tap meets some outputs.
+Layer transposed(int64_t size, int64_t in, int64_t out, int64_t kernel) {
   const int64_t y = (size - 1) * 2 + 3;
-  return {{1, in, out, 1, {1, size, size}, {1, y, y}, {1, 3, 3}, {1, 2, 2}, {0, 0, 0}, {1, 1, 1}}, true};
+  return {{1, in, out, 1, {1, size, size}, {1, y, y}, {1, kernel, kernel}, {1, 2, 2}, {0, 0, 0}, {1, 1, 1}},
+          true};
 }
 
 Layer random_layer() {
@@ -82,7 +84,7 @@ Layer random_layer() {
     case 1:
       return convolution(size, 2 * in, 2 * out, 3, 1, 2);
     case 2:
-      return transposed(size, in, out);
+      return transposed(size, in, out, pick({1, 3}));
     case 3:
       // Rows of values that are equally spaced but for a few.
       return convolution(between(20, 44), pick({16, 64}), out, 1, 2, 1);

@@ -13,9 +13,10 @@ extern const MatrixKernels kMatrixMeasured;
 
 constexpr int64_t kFewestTileRows = 8, kFewestTileSteps = 4;
 
+// Rows may have no segments: in a transposed convolution, outputs that no tap of the kernel meets.
 static inline bool fits_tiles(const MatrixRows& rows, const MatrixWeights& weights) {
   const int64_t steps = weights.first_steps != nullptr ? rows.steps : rows.segments * rows.steps;
-  return rows.rows >= kFewestTileRows && steps >= kFewestTileSteps;
+  return rows.rows >= kFewestTileRows && rows.segments > 0 && steps >= kFewestTileSteps;
 }
 
 }  // namespace fastquant

@@ -10,7 +10,8 @@ reference counts. Here all of them must be as they are for a gradient that was j
 - those of its storage and of the storage's Python object, where views, detached tensors and
   exported arrays show.
 
-Memory that torch has not allocated, or shares until somebody writes, may have other owners.
+Memory that torch has not allocated, that other processes can map, or that is shared until somebody
+writes, may have other owners. Part of a larger storage would keep all of it alive.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from .._torch.private import (
     counts_owners,
+    has_storage,
     is_copied_on_write,
     is_intercepted,
     storage_use_count,
@@ -71,9 +73,17 @@ def learn_counts() -> None:
     """Find out which counts a gradient has that a backward function alone holds.
 
     They depend on the releases of Python and torch. To be called in a forward pass: it runs a
-    backward pass of its own, once, at the first time that nothing else sees the ops.
+    backward pass of its own, once, at the first time that nothing else sees the ops. Debuggers and
+    profilers written in Python may hold what is in the frames that they see, and would be counted.
     """
-    if _Probe.found is not None or not counts_owners or is_compiling() or is_intercepted():
+    if (
+        _Probe.found is not None
+        or not counts_owners
+        or is_compiling()
+        or is_intercepted()
+        or sys.gettrace() is not None
+        or sys.getprofile() is not None
+    ):
         return
     with torch.enable_grad():
         x = torch.ones(2, requires_grad=True)
@@ -90,8 +100,14 @@ def is_sole_owner(grad: Tensor) -> bool:
         and type(grad) is Tensor
         and not is_grad_enabled()
         and not grad.requires_grad
+        and has_storage(grad)
         and _counts(grad, _Probe.found) == _Probe.found
         and weakref.getweakrefcount(grad) == 0
-        and grad.untyped_storage().resizable()
+        and _is_all_of_private_memory(grad)
         and not is_copied_on_write(grad)
     )
+
+
+def _is_all_of_private_memory(grad: Tensor) -> bool:
+    storage = grad.untyped_storage()
+    return storage.resizable() and not storage.is_shared() and storage.nbytes() == grad.nbytes

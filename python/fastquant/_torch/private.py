@@ -138,12 +138,14 @@ ignoring_overrides = _find("_C.DisableTorchFunctionSubclass", None)
 if ignoring_overrides is None:
     raise ImportError(_unsupported("it has no torch._C.DisableTorchFunctionSubclass"))
 
-# How many owners a tensor and its memory have, and whether the memory is shared until somebody
-# writes to it.
+# Whether a tensor has memory (sparse ones and those that vmap has batched have none), how many
+# owners it and its memory have, and whether the memory is shared until somebody writes to it.
+has_storage: Any = _find("_C._has_storage", None)
 tensor_use_count: Any = _find("Tensor._use_count", None)
 is_copied_on_write: Any = _find("_C._is_cow_tensor", None)
 _storage_use_count: Any = _find("_C._storage_Use_Count", None)
 counts_owners = None not in (
+    has_storage,
     tensor_use_count,
     is_copied_on_write,
     _storage_use_count,

@@ -12,22 +12,38 @@ from torch import Tensor, nn
 from ..._core.errors import QuantizationError
 
 
-def _check_scale(scale: Any) -> None:
+def _number(name: str, value: Any) -> Any:
+    """`value`, which may be a tensor or an array of one element, as a Python number."""
+    if isinstance(value, (int, float)):
+        return value
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (RuntimeError, TypeError, ValueError):
+        pass
+    raise QuantizationError(f"{name} must be a number, got {value!r}")
+
+
+def _checked_scale(value: Any) -> float:
+    scale = float(_number("scale", value))
     if not (math.isfinite(scale) and scale > 0):
         raise QuantizationError(f"scale must be finite and greater than 0, got {scale}")
+    return scale
 
 
-def _check_zero_point(zero_point: Any, lowest: int, highest: int) -> None:
+def _checked_zero_point(value: Any, lowest: int, highest: int) -> int:
+    zero_point = _number("zero_point", value)
     if not (lowest <= zero_point <= highest and zero_point == int(zero_point)):
         raise QuantizationError(
             f"zero_point must be an integer from {lowest} to {highest}, got {zero_point}"
         )
+    return int(zero_point)
 
 
 def check_qparams(scale: Any, zero_point: Any, lowest: int = -128, highest: int = 255) -> None:
     """Raise unless these can be a quantized tensor's."""
-    _check_scale(scale)
-    _check_zero_point(zero_point, lowest, highest)
+    _checked_scale(scale)
+    _checked_zero_point(zero_point, lowest, highest)
 
 
 class KeepsDtypes(nn.Module):
@@ -58,11 +74,9 @@ class Scaled(KeepsDtypes):
     def __setattr__(self, name: str, value: Any) -> None:
         # Here, so that no call of the module has to check them.
         if name == "scale":
-            _check_scale(value)
-            value = float(value)
+            value = _checked_scale(value)
         elif name == "zero_point":
-            _check_zero_point(value, -128, 255)
-            value = int(value)
+            value = _checked_zero_point(value, -128, 255)
         super().__setattr__(name, value)
 
     def _set_qparams(self, scale: Any, zero_point: Any) -> None:
