@@ -121,9 +121,8 @@ int64_t thread_count();
 // Calls f(context, i) for all i in [0, count), in parallel.
 void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context);
 
-// How many elements a thread must have for its start to pay off, in an op that writes each element and in one
-// that only reads it.
-constexpr int64_t kGrain = 65536, kGrainOfReading = 131072;
+// How many elements a thread must have for its start to pay off.
+constexpr int64_t kGrain = 65536;
 
 // How many pieces to cut n elements into.
 inline int64_t piece_count(int64_t n, int64_t grain = kGrain) {

@@ -132,7 +132,7 @@ Moments combined_moments(int64_t chunks, int64_t count, const At& at) {
 template <class S>
 std::vector<Moments> moments_of(const S* x, const Dense& d) {
   const auto& kernels = kernels_of(S{});
-  const int64_t pieces = piece_count(d.numel(), kGrainOfReading), count = d.outer * d.inner;
+  const int64_t pieces = piece_count(d.numel()), count = d.outer * d.inner;
   std::vector<Moments> result(d.channels);
   if (has_columns(d)) {
     const ColumnChunks chunks(d);

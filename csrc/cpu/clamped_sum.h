@@ -14,7 +14,11 @@ void observe_clamped_sum(const SumOfTensors& x, const FusedBuffers& buffers, con
 void fake_quantize_clamped_sum(const SumOfTensors& x, const Array& scale, const Array& zero_point,
                                int64_t quant_min, int64_t quant_max, void* y, uint64_t* mask);
 
-// The same without fake-quantizing.
+// Calls observe_clamped_sum, then fake_quantize_clamped_sum with the scale and zero point that it has chosen.
+void observe_fake_quantize_clamped_sum(const SumOfTensors& x, const FusedBuffers& buffers,
+                                       const ObserveSettings& settings, void* y, uint64_t* mask);
+
+// Writes the clamped sum, not fake-quantized, to y, and its mask.
 void clamped_sum(const SumOfTensors& x, void* y, uint64_t* mask);
 
 }  // namespace fastquant

@@ -58,7 +58,7 @@ void for_blocks(int64_t n, int64_t pieces, double* sums, const F& block) {
 
 void observe_error(const float* reference, const float* x, int64_t n, const std::optional<RoundedTo>& grid,
                    double* sums, uint8_t* integers) {
-  const int64_t pieces = piece_count(n, kGrainOfReading);
+  const int64_t pieces = piece_count(n);
   if (!grid.has_value()) {
     for_blocks(n, pieces, sums, [&](int64_t i, int64_t length, Sums* part, int64_t) {
       add_block(reference + i, x + i, length, part);
@@ -91,7 +91,7 @@ void observe_error(const float* reference, const uint8_t* x, int64_t n, const Qu
   const Operand operand = {static_cast<float>(q.scale), zero_point_of_bytes(q.zero_point, q.is_signed),
                            flip_of(q.is_signed)};
   const auto dequantize_block = quantized_kernels().elementwise->f32.dequantize;
-  for_blocks(n, piece_count(n, kGrainOfReading), sums, [&](int64_t i, int64_t length, Sums* part, int64_t) {
+  for_blocks(n, piece_count(n), sums, [&](int64_t i, int64_t length, Sums* part, int64_t) {
     float real[kBlock];
     dequantize_block(x + i, real, length, operand);
     add_block(reference + i, real, length, part);

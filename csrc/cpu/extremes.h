@@ -31,7 +31,7 @@ template <class S, class T>
 bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax = kernels_of(S{}).minmax;
   const int64_t n = d.numel();
-  const int64_t pieces = piece_count(n, kGrainOfReading);
+  const int64_t pieces = piece_count(n);
   const auto fold_piece = [&](int64_t begin, int64_t end, Extremes<T>* into, char* any_nonfinite) {
     for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
       T lo, hi;
@@ -105,7 +105,7 @@ bool extremes_of_columns(const S* x, const Dense& d, Extremes<T>* result) {
   const int64_t repeat = std::min(d.outer, side_by_side(width));
   const int64_t columns = width * repeat;
   const int64_t rows = d.outer / repeat;
-  const int64_t pieces = std::min(piece_count(d.numel(), kGrainOfReading), std::max<int64_t>(rows, 1));
+  const int64_t pieces = std::min(piece_count(d.numel()), std::max<int64_t>(rows, 1));
   std::vector<Extremes<T>> partial(pieces, Extremes<T>(columns));
   std::vector<char> nonfinite(pieces, 0);
   for_pieces(rows, pieces, 1, [&](int64_t piece, int64_t begin, int64_t end) {

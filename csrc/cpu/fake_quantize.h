@@ -1,6 +1,7 @@
 // Fake-quantize on plain memory: forward, straight-through backward, and learnable parameters.
 #pragma once
 
+#include "../settings.h"
 #include "arrays.h"
 
 namespace fastquant {
@@ -14,6 +15,11 @@ inline int64_t mask_words(int64_t numel) { return (numel + kMaskWord - 1) / kMas
 // and clears it otherwise.
 void fake_quantize(const Dense& x, const Array& scale, const Array& zero_point, int64_t quant_min,
                    int64_t quant_max, void* y, uint64_t* mask);
+
+// Calls observe_qparams, then fake_quantize with the scale and zero point that it has chosen. Throws before it
+// changes any buffer.
+void observe_fake_quantize(const Dense& x, const FusedBuffers& buffers, const ObserveSettings& settings,
+                           void* y, uint64_t* mask);
 
 // Quantizes float32 x to int8 with one scale per channel and zero points of zero.
 void quantize_per_channel(const Dense& x, const Array& scale, int64_t quant_min, int64_t quant_max,

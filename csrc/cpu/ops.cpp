@@ -282,20 +282,33 @@ Tensor quantize_per_channel_op(const Tensor x, const Tensor scale, int64_t ch_ax
   return out;
 }
 
+// What both fused ops return first, for x that is already dense. `mask` may be null.
+Tensor observed_and_quantized(const FusedArguments& a, uint64_t* mask) {
+  if (!flag(a.fake_quant_enabled)) {
+    observe_qparams_(a);
+    if (mask != nullptr) fill_mask(mask, a.x.numel());
+    return torch::stable::clone(a.x);
+  }
+  const QParamsConfig& q = a.settings.qparams;
+  if (!flag(a.observer_enabled)) {
+    return quantize_dense(a.x, a.scale, a.zero_point, a.settings.ch_axis, q.quant_min, q.quant_max, mask);
+  }
+  Tensor y = empty_output(a.x);
+  observe_fake_quantize(dense(view(a.x), a.settings.ch_axis), buffers_of(a), a.settings, y.mutable_data_ptr(),
+                        mask);
+  return y;
+}
+
 Tensor fused_observe_fake_quantize(FusedArguments a) {
   a.x = densified(a.x);
-  observe_qparams_(a);
-  const QParamsConfig& q = a.settings.qparams;
-  return quantize_or_copy(a.x, a.scale, a.zero_point, flag(a.fake_quant_enabled), a.settings.ch_axis,
-                          q.quant_min, q.quant_max);
+  return observed_and_quantized(a, nullptr);
 }
 
 std::tuple<Tensor, Tensor> fused_observe_fake_quantize_with_mask(FusedArguments a) {
   a.x = densified(a.x);
-  observe_qparams_(a);
-  const QParamsConfig& q = a.settings.qparams;
-  return quantize_or_copy_with_mask(a.x, a.scale, a.zero_point, flag(a.fake_quant_enabled), a.settings.ch_axis,
-                                    q.quant_min, q.quant_max);
+  Tensor mask = empty_1d(mask_words(a.x.numel()) * 8, ScalarType::Byte, a.x);
+  Tensor y = observed_and_quantized(a, static_cast<uint64_t*>(mask.mutable_data_ptr()));
+  return {y, mask};
 }
 
 std::tuple<Tensor, Tensor> add_observe_fake_quantize(const FusedArguments& of, const Tensor& other, double low,
@@ -314,15 +327,18 @@ std::tuple<Tensor, Tensor> add_observe_fake_quantize(const FusedArguments& of, c
   }
   const SumOfTensors sum = {dense(view(a), std::nullopt), b.const_data_ptr(), low, high};
   const FusedBuffers buffers = buffers_of(of);
-  if (flag(of.observer_enabled)) observe_clamped_sum(sum, buffers, of.settings);
+  const bool observes = flag(of.observer_enabled), quantizes = flag(of.fake_quant_enabled);
   Tensor y = empty_output(a), mask = empty_1d(mask_words(a.numel()) * 8, ScalarType::Byte, a);
   auto* const words = static_cast<uint64_t*>(mask.mutable_data_ptr());
-  if (flag(of.fake_quant_enabled)) {
-    const QParamsConfig& q = of.settings.qparams;
-    fake_quantize_clamped_sum(sum, buffers.scale, buffers.zero_point, q.quant_min, q.quant_max,
-                              y.mutable_data_ptr(), words);
+  void* const to = y.mutable_data_ptr();
+  const QParamsConfig& q = of.settings.qparams;
+  if (observes && quantizes) {
+    observe_fake_quantize_clamped_sum(sum, buffers, of.settings, to, words);
+  } else if (quantizes) {
+    fake_quantize_clamped_sum(sum, buffers.scale, buffers.zero_point, q.quant_min, q.quant_max, to, words);
   } else {
-    clamped_sum(sum, y.mutable_data_ptr(), words);
+    if (observes) observe_clamped_sum(sum, buffers, of.settings);
+    clamped_sum(sum, to, words);
   }
   return {y, mask};
 }

@@ -173,8 +173,11 @@ PyObject* fused_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py
     void* const y = result == Py_None ? nullptr : output(result, t);
     uint64_t* const mask = mask_words_in(args.next(), x.numel());
     const WithoutGil released(x.numel());
-    if (s.observes) observe_qparams(x, s.buffers, s.observe);
-    if (y != nullptr) {
+    if (s.observes && y != nullptr) {
+      observe_fake_quantize(x, s.buffers, s.observe, y, mask);
+    } else if (s.observes) {
+      observe_qparams(x, s.buffers, s.observe);
+    } else if (y != nullptr) {
       const QParamsConfig& q = s.observe.qparams;
       fake_quantize(x, s.buffers.scale, s.buffers.zero_point, q.quant_min, q.quant_max, y, mask);
     }
@@ -192,11 +195,13 @@ PyObject* add_observe_fake_quantize_call(PyObject*, PyObject* const* given, Py_s
     uint64_t* const mask = mask_words_in(args.next(), sum.a.numel());
     const bool quantizes = flag(s.fake_quant_enabled);
     const WithoutGil released(sum.a.numel());
-    if (s.observes) observe_clamped_sum(sum, s.buffers, s.observe);
-    if (quantizes) {
-      const QParamsConfig& q = s.observe.qparams;
+    const QParamsConfig& q = s.observe.qparams;
+    if (s.observes && quantizes) {
+      observe_fake_quantize_clamped_sum(sum, s.buffers, s.observe, y, mask);
+    } else if (quantizes) {
       fake_quantize_clamped_sum(sum, s.buffers.scale, s.buffers.zero_point, q.quant_min, q.quant_max, y, mask);
     } else {
+      if (s.observes) observe_clamped_sum(sum, s.buffers, s.observe);
       clamped_sum(sum, y, mask);
     }
   });

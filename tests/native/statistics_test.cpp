@@ -2,13 +2,16 @@
 // is independent of torch, so that it can run under sanitizers and emulators of other processors.
 #include "cpu/statistics.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "cpu/clamped_sum.h"
 #include "cpu/fake_quantize.h"
 #include "cpu/ranges.h"
 #include "testing.h"
@@ -167,8 +170,79 @@ void test_fake_quantize() {
   expect(gradient, "fake-quantize gradient");
 }
 
+// What observing and fake-quantizing leave behind.
+template <class S>
+struct Outcome {
+  std::vector<float> low{-0.5f}, high{0.25f}, scale{1}, eps{1e-6f};
+  std::vector<int32_t> zero_point{0};
+  std::vector<int64_t> count{0};
+  std::vector<uint64_t> mask;
+  Tensor<S> y;
+  bool raised = false;
+
+  explicit Outcome(const Tensor<S>& x) : mask(mask_words(x.dense.numel()), 0), y(x) {}
+  FusedBuffers buffers() {
+    return {array(low, "low"),         array(high, "high"),   array(scale, "scale"),
+            array(zero_point, "zero"), array(count, "count"), array(eps, "eps")};
+  }
+  template <class F>
+  void attempt(const F& f) {
+    try {
+      f();
+    } catch (const NonfiniteElements&) {
+      raised = true;
+    }
+  }
+  // The same bits, also where there are NaN.
+  bool operator==(const Outcome& o) const {
+    const auto same = [](const auto& a, const auto& b) {
+      return std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0;
+    };
+    return same(low, o.low) && same(high, o.high) && same(scale, o.scale) && zero_point == o.zero_point &&
+           count == o.count && raised == o.raised && mask == o.mask && same(y.memory, o.y.memory);
+  }
+};
+
+// Both passes together do what one after the other does, for a tensor and for a sum of two.
+template <class S>
+void test_observe_fake_quantize() {
+  Tensor<S> x = random_tensor<S>(rng() % 3 == 0), other = x;
+  const int64_t n = x.dense.numel();
+  x.dense = {x.data(), element_of(S{}), 1, 1, n};
+  std::shuffle(other.memory.begin() + other.offset, other.memory.end(), rng);
+  const auto policy = static_cast<NonFinite>(pick({0, 1, 2}));
+  const ObserveSettings settings = {std::nullopt, 0.25, {0, 255, Scheme::affine, 0}, policy};
+  at_once = rng() % 2 == 0;
+
+  Outcome<S> together(x), apart(x);
+  together.attempt([&] {
+    observe_fake_quantize(x.dense, together.buffers(), settings, together.y.data(), together.mask.data());
+  });
+  apart.attempt([&] {
+    const FusedBuffers b = apart.buffers();
+    observe_qparams(x.dense, b, settings);
+    fake_quantize(x.dense, b.scale, b.zero_point, 0, 255, apart.y.data(), apart.mask.data());
+  });
+  expect(together == apart, "observing and fake-quantizing together");
+
+  const SumOfTensors sum = {x.dense, other.data(), 0, kInf};
+  Outcome<S> sum_together(x), sum_apart(x);
+  sum_together.attempt([&] {
+    observe_fake_quantize_clamped_sum(sum, sum_together.buffers(), settings, sum_together.y.data(),
+                                      sum_together.mask.data());
+  });
+  sum_apart.attempt([&] {
+    const FusedBuffers b = sum_apart.buffers();
+    observe_clamped_sum(sum, b, settings);
+    fake_quantize_clamped_sum(sum, b.scale, b.zero_point, 0, 255, sum_apart.y.data(), sum_apart.mask.data());
+  });
+  expect(sum_together == sum_apart, "observing and fake-quantizing a sum together");
+  at_once = true;
+}
+
 template <class S>
 void test_type() {
+  test_observe_fake_quantize<S>();
   test_minmax<S>();
   test_histogram<S>();
   test_fake_quantize<S>();

@@ -14,13 +14,20 @@
 namespace fastquant {
 
 inline int64_t threads = 1;
+// Whether threads run at the same time, or one after the other, as they do where fewer are free than asked for.
+inline bool at_once = true;
 
 int64_t thread_count() { return threads; }
 
 void run_parallel(int64_t count, void (*f)(void* context, int64_t i), void* context) {
   std::vector<std::thread> workers;
-  for (int64_t i = 0; i < count; ++i) workers.emplace_back(f, context, i);
-  for (auto& w : workers) w.join();
+  for (int64_t i = 0; i < count; ++i) {
+    workers.emplace_back(f, context, i);
+    if (!at_once) workers.back().join();
+  }
+  for (auto& w : workers) {
+    if (w.joinable()) w.join();
+  }
 }
 
 namespace {
