@@ -224,6 +224,23 @@ def test_functions_between_layers_are_quantized_as_in_native_models(name: str) -
     assert_close(program, converted, x, steps=2)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    "function",
+    [F.gelu, F.silu, nn.SiLU(inplace=True), F.leaky_relu, torch.sigmoid, torch.special.expit],
+)
+def test_results_of_functions_are_rounded(function: Any, runtime: str) -> None:
+    model = Stubbed(lambda m, x: function(m.layer(x)), layer=nn.Conv2d(3, 8, 3))
+    prepared = calibrated(model, shaped(*IMAGE))
+    x = shaped(*IMAGE)
+    expected = native(prepared)(x)
+    for source in (prepared, native(prepared)):
+        found = export(source, (x,), runtime=runtime).module()(x)
+        # One step is more than 0.001. A number on the border between two steps may go either way.
+        assert ((found - expected).abs() < 1e-5).float().mean() > 0.99
+
+
 class Block(nn.Module):
     """A residual block as torchvision's quantizable models have it, and a classifier."""
 

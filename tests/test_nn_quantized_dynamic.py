@@ -329,6 +329,31 @@ def test_precision_of_scales_and_biases_stays() -> None:
         same(module.half().double()(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0), (0, 0), (1, 16), (1, 3)])
+def test_linear_layers_of_any_size(dtype: torch.dtype, inputs: int, outputs: int) -> None:
+    layer = nnqd.Linear(inputs, outputs, dtype=dtype)
+    weight, bias = torch.full((outputs, inputs), 2.0), torch.arange(float(outputs))
+    if dtype == torch.float16:
+        layer.set_weight_bias(weight, bias)
+    for rows in (0, 1, 5):
+        y = layer(torch.ones(rows, inputs))
+        assert y.shape == (rows, outputs)
+        if dtype == torch.float16:
+            assert torch.equal(y, (bias + 2 * inputs).expand(rows, outputs))
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (1, 16), (5, 3), (32, 16)])
+def test_float16_weights_that_are_read_are_copies(shape: tuple[int, int]) -> None:
+    layer = nnqd.Linear(*shape[::-1], dtype=torch.float16)
+    weight = torch.randn(shape).half()
+    layer.set_weight_bias(weight, None)
+    for copied in (layer.weight(), layer.state_dict()["weight"], weight):
+        expected = copied.clone()
+        copied.zero_()
+        assert torch.equal(layer.weight(), expected)
+
+
 def test_weights_and_biases_are_those_that_were_set() -> None:
     for module, x in models():
         fresh = blank(module)

@@ -286,3 +286,13 @@ def test_what_onnx_cannot_hold_is_refused_in_words(tmp_path: Path) -> None:
     module(torch.randn(6, 5))
     with pytest.raises(fq.QuantizationError, match="from opset 21 on"):
         export_as_user_does(module.eval(), torch.randn(6, 5), tmp_path / "old")
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_models_in_which_nothing_quantizes_are_refused(dynamo: bool, tmp_path: Path) -> None:
+    model = fq.QuantWrapper(nn.Linear(5, 4)).eval()
+    without_config = fq.prepare(model)
+    for plain in (model, without_config, nn.ReLU()):
+        with pytest.raises(fq.QuantizationError, match=r"nothing would be quantized: prepare it"):
+            onnx.export(plain, (torch.randn(6, 5),), tmp_path / "model.onnx", dynamo=dynamo)
+    assert not list(tmp_path.iterdir())

@@ -185,6 +185,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Quantized(lambda x: F.hardsigmoid(F.gelu(F.hardtanh(x, -1.5, 1.0)))),
         (2, 3, 5, 6),
     ),
+    "silu": (lambda: chain(nn.Conv2d(3, 4, 1), nn.SiLU()), (2, 3, 5, 6)),
+    "silu in place": (lambda: chain(nn.Conv2d(3, 4, 1), nn.SiLU(inplace=True)), (2, 3, 5, 6)),
     "max pool": (lambda: chain(nn.MaxPool2d(3, 2, 1)), (2, 3, 8, 9)),
     "max pool, rounded up": (lambda: chain(nn.MaxPool2d(2, 2, ceil_mode=True)), (2, 3, 7, 9)),
     "max pool, dilated": (lambda: chain(nn.MaxPool2d(3, 1, 1, dilation=2)), (3, 8, 9)),

@@ -19,9 +19,9 @@ struct RoundedTo {
   int64_t levels() const { return quant_max - quant_min + 1; }
 };
 
-// Adds the errors of n elements to the sums. Of pairs with an element that is not finite, only the first entry
-// knows: it counts the others. `integers` is null, or has an entry for each level of the grid, and those that
-// the reference takes become 1; the reference's elements beyond the grid are then counted as clipped.
+// Adds the errors of n elements to the sums. Pairs in which an element is not finite are left out; the first
+// entry counts the others. `integers` is null, or has an entry for each level of the grid: the entries of the
+// levels that the reference takes become 1, and its elements beyond the grid are counted as clipped.
 // The sums depend neither on the number of threads nor on the instruction set.
 void observe_error(const float* reference, const float* x, int64_t n, const std::optional<RoundedTo>& grid,
                    double* sums, uint8_t* integers);

@@ -61,9 +61,9 @@ def export(
         The `torch.onnx.ONNXProgram`; None with `dynamo=False`.
 
     Raises:
-        QuantizationError: an observer has seen no data, a range of integers has no ONNX dtype in
-            this opset, an op no ONNX form, or the model is one of torch.ao's quantized modules;
-            what it is about is named.
+        QuantizationError: the model has nothing that quantizes, an observer has seen no data, a
+            range of integers has no ONNX dtype in this opset, an op no ONNX form, or the model is
+            one of torch.ao's quantized modules; what it is about is named.
         ImportError: onnx or onnxscript are not installed.
     """
     check_is_module(FUNCTION, model)

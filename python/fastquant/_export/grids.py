@@ -33,7 +33,7 @@ _KEEP_GRID = """
     hardtanh index index_select leaky_relu lift_fresh_copy max max_pool1d max_pool2d
     max_pool2d_with_indices max_pool3d mean median min movedim narrow pad permute pixel_shuffle
     pixel_unshuffle prelu reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 repeat
-    repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape roll select
+    repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape roll select silu
     slice sort split split_with_sizes squeeze stack std t threshold topk transpose unbind unflatten
     unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
     upsample_nearest2d upsample_nearest3d upsample_trilinear3d view _unsafe_view
@@ -41,7 +41,10 @@ _KEEP_GRID = """
 """
 _KEEPING_GRID = frozenset(_KEEP_GRID.split())
 # Results within a fixed range: scale and zero point for uint8, as native quantized tensors have it.
-_FIXED_GRIDS = {"sigmoid": (1 / 256, 0), "hardsigmoid": (1 / 256, 0), "tanh": (1 / 128, 128)}
+_FIXED_GRIDS = {
+    **dict.fromkeys(("sigmoid", "special_expit", "hardsigmoid"), (1 / 256, 0)),
+    "tanh": (1 / 128, 128),
+}
 # Limiting before quantize does the same as after it.
 _CLAMPS = ("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max")
 _WEIGHTED = (

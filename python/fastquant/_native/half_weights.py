@@ -6,6 +6,7 @@ reads the weights of one input for all outputs of a panel at once (csrc/cpu/kern
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,9 +17,11 @@ def pack_half(weight: Tensor) -> Tensor:
     """A float16 weight [outputs, inputs], packed."""
     outputs, inputs = weight.shape
     padded = F.pad(weight, (0, 0, 0, -outputs % _PANEL))
-    return padded.view(-1, _PANEL, inputs).transpose(1, 2).contiguous()
+    panels = padded.view(len(padded) // _PANEL, _PANEL, inputs)
+    return panels.transpose(1, 2).contiguous()
 
 
 def unpack_half(packed: Tensor, outputs: int) -> Tensor:
-    """The weight that was packed."""
-    return packed.transpose(1, 2).flatten(0, 1)[:outputs].contiguous()
+    """The weight that was packed, in new memory."""
+    weight = packed.transpose(1, 2).flatten(0, 1)[:outputs]
+    return weight.clone(memory_format=torch.contiguous_format)

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from .._conversion.checks import uncalibrated
+from .._conversion.checks import has_observer, uncalibrated
 from .._conversion.plan import Plan
 from .._core.errors import QuantizationError
 from ..fake_quantize import FakeQuantizeBase
@@ -14,6 +14,7 @@ from ..nn.quantized import DeQuantize, FloatFunctional, QFunctional
 from ..nn.quantized.dynamic.rnn import RNNBase, RNNCellBase
 from ..nn.quantized.dynamic.weighted import DynamicWeighted
 from ..nn.quantized.embedding import Embedding
+from ..nn.quantized.float_layer import FloatLayer
 from ..nn.quantized.scaled import Scaled
 from ..observer import ObserverBase
 from ..quantization_mappings import get_default_native_quant_module_mappings
@@ -36,6 +37,12 @@ def exportable(model: nn.Module, opset: int | None, dynamo: bool) -> nn.Module:
         return nn.Identity()
     plan = Plan(FUNCTION, model, get_default_native_quant_module_mappings(), {})
     prepared = any(True for _ in plan.swaps())
+    if not (prepared or is_native(model) or any(map(_quantizes, model.modules()))):
+        raise QuantizationError(
+            f"{FUNCTION}: the model has neither observers nor quantized modules, so nothing would "
+            "be quantized: prepare it (prepare or prepare_qat) and run data through it first, or "
+            "export the floating model with torch.onnx.export"
+        )
     as_native = prepared and dynamo and _is_native_as_a_whole(plan)
     if as_native:
         unseen = uncalibrated(plan, functionals=True)
@@ -56,6 +63,11 @@ def is_native(model: nn.Module) -> bool:
     """Whether a model has native modules, whose ops torch.onnx does not know."""
     kinds = (Scaled, DeQuantize, Embedding, DynamicWeighted, RNNBase, RNNCellBase)
     return any(isinstance(module, kinds) for module in model.modules())
+
+
+def _quantizes(module: nn.Module) -> bool:
+    kinds = (FakeQuantizeBase, ObserverBase, FloatLayer)
+    return isinstance(module, kinds) or has_observer(module)
 
 
 def require_no_torch_ao_modules(model: nn.Module) -> None:
