@@ -170,9 +170,9 @@ def test_common_layers_take_the_short_way() -> None:
         _C.quantized_clamp(x, 0, 9, False),
         _C.quantize(torch.randn(2, 3, 4, 4), 0.1, 3, False),
         _C.dequantize(x),
-        _C.quantized_max_pool(x, [2, 2], [2, 2], [0, 0], [1, 1], False),
-        _C.quantized_avg_pool(x, [2, 2], [2, 2], [0, 0], False, True, None),
-        _C.quantized_adaptive_avg_pool(x, [1, 1]),
+        _C.quantized_max_pool(x, 2, 2, None, 0, (1,), False),
+        _C.quantized_avg_pool(x, 2, [2, 2], [2], (0, 0), False, True, None),
+        _C.quantized_adaptive_avg_pool(x, 2, [1, 1]),
     ):
         assert isinstance(made, Tensor)
 

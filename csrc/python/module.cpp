@@ -123,11 +123,9 @@ PyMethodDef methods[] = {
               "quantized_embedding_bag(packed, dim, bits, indices, offsets, per_sample_weights, mapping, mode, "
               "include_last_offset, padding_idx, y) -> True | None\n\nThe same."),
     {"set_up_quantized_calls", fastquant::set_up_quantized_calls, METH_VARARGS,
-     "set_up_quantized_calls(quantized_type, new_float_tensor)\n\nMust be called, after set_up_fast_calls, "
-     "before "
-     "the functions below. Takes the class of quantized tensors,\nand a function of sizes and strides that "
-     "makes "
-     "a new float32 tensor."},
+     "set_up_quantized_calls(quantized_type, empty_strided, as_float32)\n\nMust be called, after "
+     "set_up_fast_calls, before the functions below. Takes the class of quantized tensors,\nand "
+     "torch.empty_strided with the keyword arguments by which it makes a float32 tensor."},
     fast_call("quantized_conv", fastquant::quantized_conv_call,
               "quantized_conv(x, packed_weight, weight_scale, bias, weight_shape, stride, padding, dilation, "
               "groups, scale, zero_point, low, high) -> Tensor | None\n\nRuns the op of this name on quantized "
@@ -162,13 +160,14 @@ PyMethodDef methods[] = {
               "reduce_range) -> Tensor | "
               "None\n\nThe same; takes and returns ordinary float32 tensors."),
     fast_call("quantized_max_pool", fastquant::quantized_max_pool_call,
-              "quantized_max_pool(x, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor | "
-              "None\n\nThe same."),
+              "quantized_max_pool(x, dims, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor | "
+              "None\n\nThe same, along so many dimensions: sizes are one number or one for each. No stride "
+              "means kernel_size."),
     fast_call("quantized_avg_pool", fastquant::quantized_avg_pool_call,
-              "quantized_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, "
+              "quantized_avg_pool(x, dims, kernel_size, stride, padding, ceil_mode, count_include_pad, "
               "divisor_override) -> Tensor | None\n\nThe same."),
     fast_call("quantized_adaptive_avg_pool", fastquant::quantized_adaptive_avg_pool_call,
-              "quantized_adaptive_avg_pool(x, output_size) -> Tensor | None\n\nThe same."),
+              "quantized_adaptive_avg_pool(x, dims, output_size) -> Tensor | None\n\nThe same."),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -19,7 +19,7 @@ constexpr int64_t kMostDims = 8;
 
 // Set once, by set_up_quantized_calls, and kept for the life of the process.
 PyTypeObject* quantized_type = nullptr;
-PyObject* float_tensor_maker = nullptr;  // f(sizes, strides): a new fp32 tensor
+PyObject *empty_strided = nullptr, *as_float32 = nullptr;  // torch's, and its keyword arguments
 PyObject *class_name = nullptr, *scale_name = nullptr, *zero_point_name = nullptr;
 
 // ------------------------------------------------------------------------- arguments
@@ -87,6 +87,32 @@ Integers integers(PyObject* object) {
     result.values[i] = integer(is_tuple ? PyTuple_GetItem(object, i) : PyList_GetItem(object, i));
   }
   return result;
+}
+
+// What pooling along so many dimensions takes: a number for each, or one for all.
+Integers spans(PyObject* object, int64_t dims) {
+  Integers result;
+  if (PyLong_Check(object)) {
+    result.count = 1;
+    result.values[0] = integer(object);
+  } else {
+    result = integers(object);
+  }
+  if (result.count == 1) std::fill_n(result.values, dims, result.values[0]);
+  require(result.count == 1 || result.count == dims);
+  result.count = dims;
+  return result;
+}
+
+int64_t pooled_dims(PyObject* object) {
+  const int64_t dims = integer(object);
+  require(1 <= dims && dims <= kPoolDims);
+  return dims;
+}
+
+// The stride of windows, which is their size if none is given.
+Integers stride_of(PyObject* object, const Integers& kernel) {
+  return object == Py_None ? kernel : spans(object, kernel.count);
 }
 
 // What a layer's output is to be, as objects, which a quantized tensor has as attributes, and as numbers.
@@ -261,20 +287,21 @@ struct RowsOfOutput {
   int64_t sizes[kMostDims], strides[kMostDims];
 };
 
+PyObject* tuple_of(int64_t count, const int64_t* values) {
+  PyObject* const tuple = PyTuple_New(count);
+  for (int64_t i = 0; tuple != nullptr && i < count; ++i) {
+    PyTuple_SetItem(tuple, i, PyLong_FromLongLong(values[i]));
+  }
+  return tuple;
+}
+
 // A new fp32 tensor that fill(memory) has filled; `work` counts the elements that this reads or writes.
 template <class F>
 PyObject* new_floats(int64_t dims, const int64_t* sizes, const int64_t* strides, int64_t work, const F& fill) {
-  PyObject* const size_tuple = PyTuple_New(dims);
-  PyObject* const stride_tuple = PyTuple_New(dims);
-  for (int64_t d = 0; size_tuple != nullptr && stride_tuple != nullptr && d < dims; ++d) {
-    PyTuple_SetItem(size_tuple, d, PyLong_FromLongLong(sizes[d]));
-    PyTuple_SetItem(stride_tuple, d, PyLong_FromLongLong(strides[d]));
-  }
-  PyObject* const y = size_tuple != nullptr && stride_tuple != nullptr
-                          ? PyObject_CallFunctionObjArgs(float_tensor_maker, size_tuple, stride_tuple, nullptr)
-                          : nullptr;
-  Py_XDECREF(size_tuple);
-  Py_XDECREF(stride_tuple);
+  PyObject* const args = Py_BuildValue("(NN)", tuple_of(dims, sizes), tuple_of(dims, strides));
+  require(args != nullptr);
+  PyObject* const y = PyObject_Call(empty_strided, args, as_float32);
+  Py_DECREF(args);
   require(y != nullptr);
   try {
     const DLTensor out = tensor(y);
@@ -362,13 +389,14 @@ PyObject* pooled(PyObject* object, const Quantized& x, const Windows (&windows)[
 }  // namespace
 
 PyObject* set_up_quantized_calls(PyObject*, PyObject* args) {
-  PyObject *type, *maker;
-  if (!PyArg_ParseTuple(args, "O!O", &PyType_Type, &type, &maker)) return nullptr;
+  PyObject *type, *function, *keywords;
+  if (!PyArg_ParseTuple(args, "O!OO!", &PyType_Type, &type, &function, &PyDict_Type, &keywords)) return nullptr;
   class_name = PyUnicode_InternFromString("__class__");
   scale_name = PyUnicode_InternFromString("_scale");
   zero_point_name = PyUnicode_InternFromString("_zero_point");
   if (class_name == nullptr || scale_name == nullptr || zero_point_name == nullptr) return nullptr;
-  float_tensor_maker = Py_NewRef(maker);
+  empty_strided = Py_NewRef(function);
+  as_float32 = Py_NewRef(keywords);
   quantized_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type));
   Py_RETURN_NONE;
 }
@@ -500,10 +528,14 @@ PyObject* quantized_clamp_call(PyObject*, PyObject* const* given, Py_ssize_t cou
     const int64_t low = integer(args.next()), high = integer(args.next());
     const bool in_place = boolean(args.next());
     const int64_t n = dense_bytes(x.t).numel();
+    require(-128 <= std::min(low, high) && std::max(low, high) <= 255);
+    // In 16 bits, of which a vector has many.
+    const auto least = static_cast<int16_t>(low), most = static_cast<int16_t>(high);
+    const int16_t wrap = x.is_signed ? 256 : 0;
     uint8_t table[256];
-    for (int i = 0; i < 256; ++i) {
-      const int64_t value = x.is_signed && i >= 128 ? i - 256 : i;
-      table[i] = static_cast<uint8_t>(std::min(std::max(value, low), high));
+    for (int16_t i = 0; i < 256; ++i) {
+      const auto value = static_cast<int16_t>(i < 128 ? i : i - wrap);
+      table[i] = static_cast<uint8_t>(std::min(std::max(value, least), most));
     }
     const auto clamp_to = [&](uint8_t* y) {
       const WithoutGil released(n);
@@ -580,57 +612,56 @@ PyObject* dynamic_linear_call(PyObject*, PyObject* const* given, Py_ssize_t coun
 }
 
 PyObject* quantized_max_pool_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return attempt(given, count, 6, [](Arguments args) {
+  return attempt(given, count, 7, [](Arguments args) {
     PyObject* const object = args.next();
     const Quantized x = quantized(object);
-    const Integers kernel = integers(args.next()), stride = integers(args.next());
-    const Integers padding = integers(args.next()), dilation = integers(args.next());
+    const int64_t dims = pooled_dims(args.next());
+    const Integers kernel = spans(args.next(), dims), stride = stride_of(args.next(), kernel);
+    const Integers padding = spans(args.next(), dims), dilation = spans(args.next(), dims);
     const bool ceil_mode = boolean(args.next());
-    require(1 <= kernel.count && kernel.count <= kPoolDims && stride.count == kernel.count &&
-            padding.count == kernel.count && dilation.count == kernel.count);
     Windows windows[kPoolDims];
     for (int k = 0; k < kPoolDims; ++k) {
       windows[k] = sliding_windows(pixels_along(x, k), kernel.at(k, 1), stride.at(k, 1), padding.at(k, 0),
                                    dilation.at(k, 1), ceil_mode, false);
     }
-    return pooled(object, x, windows, kernel.count,
+    return pooled(object, x, windows, dims,
                   [](const Images& images, const auto& w, uint8_t* out) { max_pool(images, w, out); });
   });
 }
 
 PyObject* quantized_avg_pool_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return attempt(given, count, 7, [](Arguments args) {
+  return attempt(given, count, 8, [](Arguments args) {
     PyObject* const object = args.next();
     const Quantized x = quantized(object);
-    const Integers kernel = integers(args.next()), stride = integers(args.next());
-    const Integers padding = integers(args.next());
+    const int64_t dims = pooled_dims(args.next());
+    const Integers kernel = spans(args.next(), dims), stride = stride_of(args.next(), kernel);
+    const Integers padding = spans(args.next(), dims);
     const bool ceil_mode = boolean(args.next()), count_include_pad = boolean(args.next());
     const std::optional<int64_t> divisor = optional_integer(args.next());
-    require(1 <= kernel.count && kernel.count <= kPoolDims && stride.count == kernel.count &&
-            padding.count == kernel.count && divisor.value_or(1) != 0);
+    require(divisor.value_or(1) != 0);
     Windows windows[kPoolDims];
     for (int k = 0; k < kPoolDims; ++k) {
       windows[k] = sliding_windows(pixels_along(x, k), kernel.at(k, 1), stride.at(k, 1), padding.at(k, 0), 1,
                                    ceil_mode, count_include_pad);
     }
-    return pooled(object, x, windows, kernel.count, [&](const Images& images, const auto& w, uint8_t* out) {
+    return pooled(object, x, windows, dims, [&](const Images& images, const auto& w, uint8_t* out) {
       average_pool(images, x.zero_point, w, divisor, out);
     });
   });
 }
 
 PyObject* quantized_adaptive_avg_pool_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  return attempt(given, count, 2, [](Arguments args) {
+  return attempt(given, count, 3, [](Arguments args) {
     PyObject* const object = args.next();
     const Quantized x = quantized(object);
-    const Integers outputs = integers(args.next());
-    require(1 <= outputs.count && outputs.count <= kPoolDims);
+    const int64_t dims = pooled_dims(args.next());
+    const Integers outputs = spans(args.next(), dims);
     Windows windows[kPoolDims];
     for (int k = 0; k < kPoolDims; ++k) {
       require(outputs.at(k, 1) > 0);
       windows[k] = adaptive_windows(pixels_along(x, k), outputs.at(k, 1));
     }
-    return pooled(object, x, windows, outputs.count, [&](const Images& images, const auto& w, uint8_t* out) {
+    return pooled(object, x, windows, dims, [&](const Images& images, const auto& w, uint8_t* out) {
       average_pool(images, x.is_signed ? -128 : 0, w, std::nullopt, out);
     });
   });

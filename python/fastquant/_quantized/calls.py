@@ -28,12 +28,8 @@ from .tensor import CHANGES_CLASS, QuantizedTensor, check_floating, integers_of,
 UNBOUNDED = torch.finfo(torch.float32).max
 
 
-def _new_float_tensor(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    return torch.empty_strided(sizes, strides, dtype=torch.float32, device="cpu")
-
-
 if fast_calls and CHANGES_CLASS:
-    _C.set_up_quantized_calls(QuantizedTensor, _new_float_tensor)
+    _C.set_up_quantized_calls(QuantizedTensor, torch.empty_strided, {"dtype": torch.float32})
 
 
 def conv(input: Any, *args: Any) -> Any:
@@ -154,43 +150,22 @@ def dequantize(input: Any) -> Tensor:
     return ops.dequantize(*parts(input), torch.float32)  # type: ignore[no-any-return]
 
 
-def _pooled(op: Any, input: Any, sizes: Sequence[int], *args: Any) -> QuantizedTensor:
-    """What an op of pooling makes of the input, which may lack the dimension of the batch."""
-    values = integers_of(input)
-    dims = len(sizes)
-    if values.dim() not in (dims + 1, dims + 2):
-        raise ValueError(
-            f"pooling along {dims} dimensions takes a tensor with {dims + 1} or {dims + 2}, got "
-            f"one of shape {list(values.shape)}"
-        )
-    return like(input, op(values, *args))
+def max_pool(input: Any, *args: Any) -> Any:
+    """The op `quantized_max_pool`; None where only that will do.
+
+    Args: the number of dimensions, then torch's, each one number or one for each dimension.
+    """
+    return _C.quantized_max_pool(input, *args) if nothing_intervenes() else None
 
 
-def max_pool(input: Any, *args: Any) -> QuantizedTensor:
-    """The op `quantized_max_pool`."""
-    if nothing_intervenes():
-        result: QuantizedTensor | None = _C.quantized_max_pool(input, *args)
-        if result is not None:
-            return result
-    return _pooled(ops.quantized_max_pool, input, args[0], *args)
+def avg_pool(input: Any, *args: Any) -> Any:
+    """The op `quantized_avg_pool`, whose zero point is that of the input; the same."""
+    return _C.quantized_avg_pool(input, *args) if nothing_intervenes() else None
 
 
-def avg_pool(input: Any, *args: Any) -> QuantizedTensor:
-    """The op `quantized_avg_pool`, whose zero point is that of the input."""
-    if nothing_intervenes():
-        result: QuantizedTensor | None = _C.quantized_avg_pool(input, *args)
-        if result is not None:
-            return result
-    return _pooled(ops.quantized_avg_pool, input, args[0], input._zero_point, *args)
-
-
-def adaptive_avg_pool(input: Any, output_size: Sequence[int]) -> QuantizedTensor:
-    """The op `quantized_adaptive_avg_pool`."""
-    if nothing_intervenes():
-        result: QuantizedTensor | None = _C.quantized_adaptive_avg_pool(input, output_size)
-        if result is not None:
-            return result
-    return _pooled(ops.quantized_adaptive_avg_pool, input, output_size, output_size)
+def adaptive_avg_pool(input: Any, *args: Any) -> Any:
+    """The op `quantized_adaptive_avg_pool`; the same."""
+    return _C.quantized_adaptive_avg_pool(input, *args) if nothing_intervenes() else None
 
 
 def embedding(packed: Tensor, dim: int, bits: int, indices: Any) -> Tensor | None:

@@ -33,6 +33,17 @@ def _tuple(value: Any, dims: int) -> list[int]:
     return list(value) * dims if len(value) == 1 else list(value)
 
 
+def _pooled(op: ops.Op, input: Any, dims: int, *args: Any) -> QuantizedTensor:
+    """What an op of pooling makes of the input, which may lack the dimension of the batch."""
+    values = integers_of(input)
+    if values.dim() not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"pooling along {dims} dimensions takes a tensor with {dims + 1} or {dims + 2}, got "
+            f"one of shape {list(values.shape)}"
+        )
+    return like(input, op(values, *args))
+
+
 def _max_pool(dims: int) -> Handler:
     function = getattr(F, f"max_pool{dims}d")
 
@@ -47,10 +58,14 @@ def _max_pool(dims: int) -> Handler:
     ) -> QuantizedTensor:
         if return_indices:
             raise not_supported(function, " with return_indices=True")
+        y: QuantizedTensor | None
+        y = calls.max_pool(input, dims, kernel_size, stride, padding, dilation, ceil_mode)
+        if y is not None:
+            return y
         size = _tuple(kernel_size, dims)
         steps = _tuple(stride, dims) if stride or stride == 0 else size
         spans = (size, steps, _tuple(padding, dims), _tuple(dilation, dims))
-        return calls.max_pool(input, *spans, ceil_mode)
+        return _pooled(ops.quantized_max_pool, input, dims, *spans, ceil_mode)
 
     return pool
 
@@ -65,21 +80,29 @@ def _avg_pool(dims: int) -> Handler:
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> QuantizedTensor:
+        rest = (ceil_mode, count_include_pad, divisor_override)
+        y: QuantizedTensor | None = calls.avg_pool(input, dims, kernel_size, stride, padding, *rest)
+        if y is not None:
+            return y
         size = _tuple(kernel_size, dims)
         steps = _tuple(stride, dims) if stride or stride == 0 else size
-        rest = (size, steps, _tuple(padding, dims), ceil_mode, count_include_pad, divisor_override)
-        return calls.avg_pool(input, *rest)
+        spans = (size, steps, _tuple(padding, dims))
+        op = ops.quantized_avg_pool
+        return _pooled(op, input, dims, input._zero_point, *spans, *rest)
 
     return pool
 
 
 def _adaptive_avg_pool(dims: int) -> Handler:
     def pool(input: QuantizedTensor, output_size: Any) -> QuantizedTensor:
+        y: QuantizedTensor | None = calls.adaptive_avg_pool(input, dims, output_size)
+        if y is not None:
+            return y
         sizes = _tuple(output_size, dims)
         if None in sizes:
             whole = input.shape[-dims:]
             sizes = [n if size is None else size for size, n in zip(sizes, whole, strict=True)]
-        return calls.adaptive_avg_pool(input, sizes)
+        return _pooled(ops.quantized_adaptive_avg_pool, input, dims, sizes)
 
     return pool
 

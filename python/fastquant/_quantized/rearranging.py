@@ -65,16 +65,27 @@ def _moving(function: Callable[..., Any]) -> Handler:
 
 
 def _moving_to_several(function: Callable[..., Any]) -> Handler:
+    on_ordinary = isinstance(function, FunctionType) or not CHANGES_CLASS
+
     def move(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
-        moved = on_integers(function, input, *args, **kwargs)
-        return type(moved)([like(input, values) for values in moved])
+        if is_dynamo_compiling() or on_ordinary or type(input) is not QuantizedTensor:
+            moved = function(integers_of(input), *args, **kwargs)
+            return type(moved)([like(input, values) for values in moved])
+        with ignoring_overrides():
+            moved = function(input, *args, **kwargs)
+        for values in moved:
+            values.__class__ = QuantizedTensor
+            values._scale, values._zero_point = input._scale, input._zero_point
+        return moved
 
     return move
 
 
 def _moving_in_place(function: Callable[..., Any]) -> Handler:
+    call = on_integers(function)
+
     def move(input: Any, *args: Any, **kwargs: Any) -> QuantizedTensor:
-        moved = on_integers(function, input, *args, **kwargs)
+        moved = call(input, *args, **kwargs)
         if not isinstance(input, Tensor):
             input._integers = moved
         return input  # type: ignore[no-any-return]
@@ -172,6 +183,9 @@ def _view(input: QuantizedTensor, *shape: Any, **kwargs: Any) -> QuantizedTensor
     return _reshape(input, *shape, **kwargs)  # type: ignore[no-any-return]
 
 
+_to_on_integers = on_integers(Tensor.to)
+
+
 @handles(Tensor.to)
 def _to(input: QuantizedTensor, *args: Any, dtype: Any = None, **kwargs: Any) -> QuantizedTensor:
     if args and isinstance(args[0], Tensor):
@@ -180,7 +194,7 @@ def _to(input: QuantizedTensor, *args: Any, dtype: Any = None, **kwargs: Any) ->
     for each in (*given, *([] if dtype is None else [dtype])):
         _check_same_dtype(input, each, Tensor.to)
     args = tuple(arg for arg in args if not isinstance(arg, torch.dtype))
-    moved = on_integers(Tensor.to, input, *args, **kwargs) if args or kwargs else input
+    moved = _to_on_integers(input, *args, **kwargs) if args or kwargs else input
     return input if moved is input else like(input, moved)
 
 

@@ -130,7 +130,7 @@ class QuantizedTensor(Tensor):
         if handler is None:
             raise not_supported(func)
         first = args[0] if args else None
-        plain = isinstance(first, Tensor) and not isinstance(first, _CLASSES)
+        plain = not isinstance(first, _CLASSES) and isinstance(first, Tensor)
         if plain and handler not in _TAKES_PLAIN_FIRST:
             raise not_supported(func, " together with ordinary ones")
         return handler(*args, **kwargs) if kwargs else handler(*args)
@@ -237,12 +237,18 @@ def parts(x: Any, what: str = "input") -> tuple[Tensor, float, int]:
     return integers_of(x), x._scale, x._zero_point
 
 
-def on_integers(function: Handler, x: Any, *args: Any, **kwargs: Any) -> Any:
+def on_integers(function: Handler) -> Handler:
     """What a function makes of a quantized tensor's integers: ordinary tensors, or x itself."""
-    if is_dynamo_compiling() or not isinstance(x, Tensor) or isinstance(function, FunctionType):
-        return function(integers_of(x), *args, **kwargs)
-    with ignoring_overrides():  # a sixth of the time that integers_of(x) takes
-        return function(x, *args, **kwargs)
+    # Functions in Python may call methods of the class that they get.
+    in_python = isinstance(function, FunctionType)
+
+    def call(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling() or in_python or not isinstance(input, QuantizedTensor):
+            return function(integers_of(input), *args, **kwargs)
+        with ignoring_overrides():  # a sixth of the time that integers_of(input) takes
+            return function(input, *args, **kwargs)
+
+    return call
 
 
 def is_quantized(x: Any) -> bool:
@@ -358,7 +364,7 @@ def _of_integers(name: str) -> Callable[[Any], Any]:
     get = getattr(Tensor, name).__get__
 
     def attribute(self: Any) -> Any:
-        if is_dynamo_compiling() or not isinstance(self, Tensor):
+        if is_dynamo_compiling() or not isinstance(self, QuantizedTensor):
             return getattr(integers_of(self), name)
         with ignoring_overrides():
             return get(self)
@@ -388,15 +394,6 @@ def _is_quantized(self: Any) -> bool:
 add_property("is_quantized", _is_quantized)
 
 
-def _answer_of_integers(name: str) -> Handler:
-    method = getattr(Tensor, name)
-
-    def answer(input: QuantizedTensor, *args: Any, **kwargs: Any) -> Any:
-        return on_integers(method, input, *args, **kwargs)
-
-    return answer
-
-
 for _name in (
     *("size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset"),
     *("element_size", "get_device", "is_floating_point", "is_complex", "is_shared", "is_pinned"),
@@ -404,7 +401,7 @@ for _name in (
     # torch.compile asks these of a graph's inputs.
     *("__len__", "_is_view", "is_coalesced", "_is_zerotensor", "_dimI", "_dimV"),
 ):
-    handles(*functions_named(_name))(_answer_of_integers(_name))
+    handles(*functions_named(_name))(on_integers(getattr(Tensor, _name)))
 
 
 @handles(Tensor.is_same_size, plain_first=True)
@@ -561,7 +558,7 @@ class PerChannelQuantizedTensor(Tensor):
 for _name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cpu", "grad_fn"):
     setattr(PerChannelQuantizedTensor, _name, property(_of_integers(_name)))
 for _name in ("size", "dim", "numel", "nelement", "stride", "is_contiguous", "__len__"):
-    setattr(PerChannelQuantizedTensor, _name, _answer_of_integers(_name))
+    setattr(PerChannelQuantizedTensor, _name, on_integers(getattr(Tensor, _name)))
 setattr(PerChannelQuantizedTensor, "is_quantized", property(lambda self: True))  # noqa: B010
 
 # Pickles and users' imports say where the classes are for users.
