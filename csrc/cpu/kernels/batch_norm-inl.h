@@ -578,6 +578,21 @@ void moments_of_columns(const S* x, int64_t rows, int64_t columns, T* scratch, d
                   [&](const auto& vectors) { moments_of_vectors(vectors, x, rows, scratch, totals, out); });
 }
 
+// kCount vectors of columns side by side, from a slot on, and what normalizes them.
+template <class V, int kCount>
+struct NormedColumns {
+  int64_t column[kCount];
+  Normalizer<V> normalizer[kCount];
+
+  template <class T>
+  NormedColumns(const ColumnVectors<V>& vectors, int64_t slot, const NormColumns<T>& norm) {
+    for (int k = 0; k < kCount; ++k) {
+      column[k] = vectors.column(slot + k * V::N);
+      normalizer[k] = normalizer_at<V>(norm, column[k]);
+    }
+  }
+};
+
 template <bool kSameNan, class Way, class S, class T>
 void normalize_columns_by(const S* x, S* y, int64_t rows, int64_t columns, const NormColumns<T>& norm,
                           const Way& way) {
@@ -588,18 +603,13 @@ void normalize_columns_by(const S* x, S* y, int64_t rows, int64_t columns, const
   groups.each(rows, [&](int64_t begin, int64_t end) {
     for_blocks(vectors, [&](auto count, int64_t slot) {
       constexpr int kCount = decltype(count)::value;
-      Normalizer<V> normalizer[kCount];
-      int64_t column[kCount];
-      for (int k = 0; k < kCount; ++k) {
-        column[k] = vectors.column(slot + k * V::N);
-        normalizer[k] = normalizer_at<V>(norm, column[k]);
-      }
+      const NormedColumns<V, kCount> normed(vectors, slot, norm);
       for (int64_t r = begin; r < end; ++r) {
         for (int k = 0; k < kCount; ++k) {
-          const int64_t i = r * columns + column[k];
+          const int64_t i = r * columns + normed.column[k];
           fetch_ahead<V::N>(x + i, ahead);
           fetch_ahead<V::N>(y + i, ahead);
-          const auto& n = normalizer[k];
+          const auto& n = normed.normalizer[k];
           V::store(y + i, same_nan<V, kSameNan>(way(n.normalized(n.centred(V::load(x + i))))));
         }
       }
@@ -634,22 +644,20 @@ void gradient_sums_of_vectors(const ColumnVectors<V>& vectors, const S* grad, co
   groups.each(rows, [&](int64_t begin, int64_t end) {
     for_blocks(vectors, [&](auto count, int64_t slot) {
       constexpr int kCount = decltype(count)::value;
-      Normalizer<V> normalizer[kCount];
+      const NormedColumns<V, kCount> normed(vectors, slot, norm);
       typename V::Reg bias_sum[kCount], gain_sum[kCount];
-      int64_t column[kCount];
       for (int k = 0; k < kCount; ++k) {
-        column[k] = vectors.column(slot + k * V::N);
-        normalizer[k] = normalizer_at<V>(norm, column[k]);
         bias_sum[k] = V::load(bias_sums + slot + k * V::N);
         gain_sum[k] = V::load(gain_sums + slot + k * V::N);
       }
       for (int64_t r = begin; r < end; ++r) {
         for (int k = 0; k < kCount; ++k) {
-          const int64_t i = r * columns + column[k];
+          const int64_t i = r * columns + normed.column[k];
           fetch_ahead<V::N>(grad + i, ahead);
           fetch_ahead<V::N>(x + i, ahead);
-          const auto centred = normalizer[k].centred(V::load(x + i));
-          const auto passed = gradients.passed(V::load(grad + i), normalizer[k].normalized(centred));
+          const auto& n = normed.normalizer[k];
+          const auto centred = n.centred(V::load(x + i));
+          const auto passed = gradients.passed(V::load(grad + i), n.normalized(centred));
           bias_sum[k] = V::add(bias_sum[k], passed);
           gain_sum[k] = V::add(gain_sum[k], V::mul(passed, centred));
         }
@@ -692,25 +700,20 @@ void gradient_of_vectors(const ColumnVectors<V>& vectors, const S* grad, const S
     }
     for_blocks(vectors, [&](auto count, int64_t slot) {
       constexpr int kCount = decltype(count)::value;
-      Normalizer<V> normalizer[kCount];
+      const NormedColumns<V, kCount> normed(vectors, slot, norm);
       typename V::Reg offset[kCount], slope[kCount];
-      int64_t column[kCount];
-      for (int k = 0; k < kCount; ++k) {
-        column[k] = vectors.column(slot + k * V::N);
-        normalizer[k] = normalizer_at<V>(norm, column[k]);
-        if constexpr (kTraining) {
-          offset[k] = V::load(norm.offset + column[k]);
-          slope[k] = V::load(norm.slope + column[k]);
-        }
+      for (int k = 0; kTraining && k < kCount; ++k) {
+        offset[k] = V::load(norm.offset + normed.column[k]);
+        slope[k] = V::load(norm.slope + normed.column[k]);
       }
       for (int64_t r = begin; r < end; ++r) {
         for (int k = 0; k < kCount; ++k) {
-          const int64_t i = r * columns + column[k];
+          const int64_t i = r * columns + normed.column[k];
           fetch_ahead<V::N>(grad + i, ahead);
           fetch_ahead<V::N>(x + i, ahead);
           fetch_ahead<V::N>(grad_x + i, ahead);
-          const auto& n = normalizer[k];
-          const bool is_whole = slot + k * V::N == column[k];
+          const auto& n = normed.normalizer[k];
+          const bool is_whole = slot + k * V::N == normed.column[k];
           const auto centred = n.centred(V::load(x + i));
           auto of_x = gradients.passed(V::load(is_whole ? grad + i : last[r - begin]), n.normalized(centred));
           if constexpr (kTraining) {
