@@ -45,11 +45,13 @@ ConvShape random_shape(bool transposed, bool depthwise) {
     s.in_channels = s.out_channels = s.groups * channels;
   }
   const int64_t kernel = pick({1, 2, 3, 3, 5}), stride = pick({1, 1, 2, 3}), dilation = pick({1, 1, 2});
+  const bool squares = depthwise && dims == 2 && rng() % 2 == 0;  // what stride 2 has a kernel of its own for
   for (int d = 0; d < ConvShape::kDims; ++d) {
     const bool there = d >= ConvShape::kDims - dims;
     s.kernel[d] = there ? (rng() % 4 == 0 ? pick({1, 2, 3, 5}) : kernel) : 1;
     s.stride[d] = there ? (rng() % 4 == 0 ? pick({1, 2, 3}) : stride) : 1;
     s.dilation[d] = there ? dilation : 1;
+    if (there && squares) s.kernel[d] = kernel <= 3 ? 3 : 5, s.stride[d] = 2, s.dilation[d] = 1;
     const int64_t reach = s.dilation[d] * (s.kernel[d] - 1);
     s.padding[d] = there ? between(0, reach) : 0;
     s.in[d] = there ? between(1, dims == 3 ? 5 : 11) : 1;

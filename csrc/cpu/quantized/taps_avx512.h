@@ -15,8 +15,10 @@ struct Avx512Taps {
   static constexpr bool kSigned = false;
   using Bytes = __m512i;
 #if defined(__AVX512VNNI__)
-  using Column = __m512i;  // in each 32 bits, four taps of a channel
+  static constexpr bool kOneInstruction = true;  // of `dot`
+  using Column = __m512i;                        // in each 32 bits, four taps of a channel
 #else
+  static constexpr bool kOneInstruction = false;
   struct Column {  // taps 0 and 2, and 1 and 3, in each 32 bits: their products are summed without saturation
     __m512i even, odd;
   };

@@ -13,6 +13,11 @@ struct NeonTaps {
   static constexpr int kLanes = 1;
   static constexpr int kTile = 4;
   static constexpr bool kSigned = true;
+#if defined(__ARM_FEATURE_DOTPROD)
+  static constexpr bool kOneInstruction = true;  // of `dot`
+#else
+  static constexpr bool kOneInstruction = false;
+#endif
   using Bytes = uint8x16_t;
   using Column = int8x16_t;  // in each 32 bits, four taps of a channel
   using Ints = int32x4_t;

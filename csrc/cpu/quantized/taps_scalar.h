@@ -13,6 +13,7 @@ struct ScalarTaps {
   static constexpr int kLanes = 1;
   static constexpr int kTile = 4;
   static constexpr bool kSigned = false;
+  static constexpr bool kOneInstruction = false;
   struct Bytes {
     uint8_t at[16];
   };

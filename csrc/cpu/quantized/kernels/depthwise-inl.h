@@ -37,9 +37,27 @@ struct Depthwise {
     float bias[kVectors][kSums];
   };
 
-  static int64_t quads(const DepthwiseGeometry& g) { return (g.rows + 3) / 4; }
+  // With a stride of 2, the four taps are those of a square of two rows and two columns, not of four rows: each
+  // square of the input is interleaved once, and serves all outputs that read it, in this row and in the next.
+  // A kernel of 3 x 3 then takes four products for each channel instead of three, which pays off where they are
+  // one instruction.
+  static bool in_squares(const DepthwiseGeometry& g) {
+    return V::kOneInstruction && g.rows == g.columns && (g.rows == 3 || g.rows == 5) && g.stride == 2 &&
+           g.dilation == 1 && bytes_of(g.stage.type) == 1;
+  }
+  // Of the grid of taps in fours.
+  static int64_t quads(const DepthwiseGeometry& g) {
+    return in_squares(g) ? (g.rows + 1) / 2 : (g.rows + 3) / 4;
+  }
+  static int64_t quad_columns(const DepthwiseGeometry& g) { return in_squares(g) ? quads(g) : g.columns; }
+  // The weights of tap i of a four; null where there is none.
+  static const int8_t* tap(const DepthwiseGeometry& g, int64_t quad, int64_t column, int64_t i) {
+    const bool squares = in_squares(g);
+    const int64_t r = squares ? quad * 2 + i % 2 : quad * 4 + i, k = squares ? column * 2 + i / 2 : column;
+    return r < g.rows && k < g.columns ? g.taps[k * g.rows + r] : nullptr;
+  }
   static int64_t weights_size(const DepthwiseGeometry& g) {
-    return quads(g) * kVectors * g.columns * static_cast<int64_t>(sizeof(Column));
+    return quads(g) * kVectors * quad_columns(g) * static_cast<int64_t>(sizeof(Column));
   }
   static int64_t prepared_size(const DepthwiseGeometry& g) {
     return (static_cast<int64_t>(sizeof(Parameters)) + weights_size(g) + 63) / 64 * 64;
@@ -48,8 +66,13 @@ struct Depthwise {
     return (kTile - 1) * g.stride + (g.columns - 1) * g.dilation + 1;
   }
   static int64_t held(const DepthwiseGeometry& g) { return span(g) + (kTilesHeld - 1) * kTile * g.stride; }
+  // Squares in a row of them, for `outputs` outputs.
+  static int64_t row_of_squares(const DepthwiseGeometry& g, int64_t outputs) {
+    return (outputs + kTile - 1) / kTile * kTile + quads(g) - 1;
+  }
   static int64_t scratch_size(const DepthwiseGeometry& g) {
-    return (held(g) * quads(g) * kVectors * static_cast<int64_t>(sizeof(Column)) + 63) / 64 * 64;
+    const int64_t columns = in_squares(g) ? row_of_squares(g, g.outputs) : held(g);
+    return (columns * quads(g) * kVectors * static_cast<int64_t>(sizeof(Column)) + 63) / 64 * 64;
   }
 
   static const Column* weights(const void* prepared) {
@@ -85,18 +108,17 @@ struct Depthwise {
     Sums share[kVectors];
     for (Sums& s : share) s = V::zero();
     for (int64_t q = 0; q < quads(g); ++q) {
-      for (int64_t k = 0; k < g.columns; ++k) {
+      for (int64_t k = 0; k < quad_columns(g); ++k) {
         Bytes row[4];
         for (int64_t i = 0; i < 4; ++i) {
-          const int64_t r = q * 4 + i;
-          row[i] = r < g.rows ? V::template load<G>(
-                                    reinterpret_cast<const uint8_t*>(g.taps[k * g.rows + r]) + block.first, 0)
-                              : V::set1(0);
+          const int8_t* const w = tap(g, q, k, i);
+          row[i] = w != nullptr ? V::template load<G>(reinterpret_cast<const uint8_t*>(w) + block.first, 0)
+                                : V::set1(0);
         }
         Column w[kVectors];
         V::interleave_weights(row, w);
         for (int j = 0; j < kVectors; ++j) {
-          columns[(q * kVectors + j) * g.columns + k] = w[j];
+          columns[(q * kVectors + j) * quad_columns(g) + k] = w[j];
           share[j] = V::dot(share[j], zero_points[j], w[j]);
         }
       }
@@ -218,34 +240,32 @@ struct Depthwise {
 
   // --- tiles of outputs
 
-  // The sums of vector j of kTile outputs. Where K is not 0, it is the number of columns of the grid of taps, Q
-  // that of its quads of rows, and S the stride.
-  template <int K, int Q, int S>
-  static FASTQUANT_INLINE void sum(const DepthwiseGeometry& g, const void* prepared, const Column* columns,
-                                   int j, Sums* sums) {
+  // The sums of vector j of kTile outputs. Where K is not 0, it is the number of columns of taps in fours, Q
+  // that of their rows, and neighbouring outputs read neighbouring columns. sources[q]: the first column of row
+  // q; from one to the next it is `step`.
+  template <int K, int Q>
+  static FASTQUANT_INLINE void sum(const DepthwiseGeometry& g, const void* prepared,
+                                   const Column* const* sources, int64_t step, int j, Sums* sums) {
     const auto p = static_cast<const Parameters*>(prepared);
     const Sums start = V::load_sums(p->start[j]);
     unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA { sums[x] = start; });
     if constexpr (K > 0) {
       unrolled<Q>([&](auto q) FASTQUANT_INLINE_LAMBDA {
-        const Column* const source = columns + q * kVectors + j;
+        const Column* const source = sources[q] + j;
         const Column* const w = weights(prepared) + (q * kVectors + j) * K;
-        unrolled<(kTile - 1) * S + K>([&](auto i) FASTQUANT_INLINE_LAMBDA {
-          // A reference: gcc copies a Column of two registers by halves, which stalls what reads it whole.
-          const Column& column = source[i * (Q * kVectors)];
+        unrolled<kTile - 1 + K>([&](auto i) FASTQUANT_INLINE_LAMBDA {
+          const Column column = source[i * step];
           unrolled<K>([&](auto k) FASTQUANT_INLINE_LAMBDA {
             constexpr int kFrom = decltype(i)() - decltype(k)();
-            if constexpr (kFrom >= 0 && kFrom % S == 0 && kFrom / S < kTile)
-              sums[kFrom / S] = V::dot(sums[kFrom / S], column, w[k]);
+            if constexpr (kFrom >= 0 && kFrom < kTile) sums[kFrom] = V::dot(sums[kFrom], column, w[k]);
           });
         });
       });
     } else {
-      const int64_t all = quads(g), step = all * kVectors;
-      for (int64_t q = 0; q < all; ++q) {
+      for (int64_t q = 0; q < quads(g); ++q) {
         const Column* const w = weights(prepared) + (q * kVectors + j) * g.columns;
         for (int64_t k = 0; k < g.columns; ++k) {
-          const Column* const source = columns + q * kVectors + j + k * g.dilation * step;
+          const Column* const source = sources[0] + q * kVectors + j + k * g.dilation * step;
           unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA {
             sums[x] = V::dot(sums[x], source[x * g.stride * step], w[k]);
           });
@@ -271,9 +291,9 @@ struct Depthwise {
   };
 
   // Computes kTile outputs and stores those that the row has.
-  template <int G, int K, int Q, int S>
+  template <int G, int K, int Q, int kStep>
   static void tile(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
-                   const Column* columns, const Target& target) {
+                   const Column* const* sources, const Target& target) {
     const auto p = static_cast<const Parameters*>(prepared);
     const auto high = V::set1_float(g.stage.high);
     if (g.output_row != 0) {
@@ -282,12 +302,13 @@ struct Depthwise {
           __builtin_prefetch(target.data + (x + k * target.each) * g.output_step + g.output_row, 1);
       }
     }
+    const int64_t step = kStep > 0 ? kStep : quads(g) * kVectors;
     const auto half = [&](int j, typename V::Words* words) FASTQUANT_INLINE_LAMBDA {
       Sums sums[kTile];
       Ints a[kTile], b[kTile];
-      sum<K, Q, S>(g, prepared, columns, j, sums);
+      sum<K, Q>(g, prepared, sources, step, j, sums);
       round(p, j, high, sums, a);
-      sum<K, Q, S>(g, prepared, columns, j + 1, sums);
+      sum<K, Q>(g, prepared, sources, step, j + 1, sums);
       round(p, j + 1, high, sums, b);
       unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA { words[x] = V::words(a[x], b[x]); });
     };
@@ -334,7 +355,7 @@ struct Depthwise {
     const auto p = static_cast<const Parameters*>(prepared);
     for (int j = 0; j < kVectors; ++j) {
       Sums sums[kTile];
-      sum<0, 0, 0>(g, prepared, columns, j, sums);
+      sum<0, 0>(g, prepared, &columns, quads(g) * kVectors, j, sums);
       int32_t values[kTile][kSums];
       unrolled<kTile>([&](auto x) FASTQUANT_INLINE_LAMBDA { V::store_sums(values[x], sums[x]); });
       for (int64_t x = 0; x < kTile; ++x) {
@@ -359,7 +380,7 @@ struct Depthwise {
 
   // --- rows of outputs
 
-  template <int G, int K, int Q, int S>
+  template <int G, int K, int Q>
   static void run_rows(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
                        const DepthwiseLine* lines, void* const* outputs, int64_t count, void* scratch) {
     const auto columns = static_cast<Column*>(scratch);
@@ -383,7 +404,9 @@ struct Depthwise {
         const Column* const source = columns + (first - base) * column_size;
         const Target target = {out + x * g.output_step * element, x, each, g.outputs};
         if (element == 1) {
-          tile<G, K, Q, S>(g, block, prepared, source, target);
+          const Column* sources[Q > 0 ? Q : 1];
+          for (int q = 0; q < (Q > 0 ? Q : 1); ++q) sources[q] = source + q * kVectors;
+          tile<G, K, Q, Q * kVectors>(g, block, prepared, sources, target);
         } else {
           float_tile<G>(g, block, prepared, source, target);
         }
@@ -391,13 +414,70 @@ struct Depthwise {
     }
   }
 
+  // --- rows of outputs in squares
+
+  // Whether the input of the next row of outputs begins two lines further down.
+  static bool follow(const DepthwiseGeometry& g, const DepthwiseLine* lines) {
+    const DepthwiseLine* const next = lines + g.rows;
+    for (int64_t r = 0; r + 2 < g.rows; ++r) {
+      const DepthwiseLine &a = lines[r + 2], &b = next[r];
+      if (a.data != b.data || a.step != b.step || a.begin != b.begin || a.end != b.end) return false;
+    }
+    return true;
+  }
+
+  // Two lines as four: their columns that have even numbers, and odd ones.
+  struct Halves {
+    DepthwiseLine lines[4];
+    Halves(const DepthwiseLine& above, const DepthwiseLine& below)
+        : lines{of(above, 0), of(below, 0), of(above, 1), of(below, 1)} {}
+    static DepthwiseLine of(const DepthwiseLine& line, int64_t odd) {
+      return {line.data + odd * line.step, line.step * 2, (line.begin - odd + 1) >> 1,
+              (line.end - odd + 1) >> 1, line.ahead};
+    }
+  };
+
+  // P: squares in each direction that an output reads. Those of all but the last line, which are also the next
+  // row's, stay in memory; its last line is interleaved with the one below, which only the next row reads.
+  template <int G, int P>
+  static void run_squares(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
+                          const DepthwiseLine* lines, void* const* outputs, int64_t count, void* scratch) {
+    const int64_t each = (g.outputs + G - 1) / G, squares = row_of_squares(g, each);
+    const auto buffer = [&](int64_t row) {
+      return static_cast<Column*>(scratch) + row % P * squares * kVectors;
+    };
+    const auto interleave = [&](const DepthwiseLine& above, const DepthwiseLine& below, int64_t row) {
+      const Halves halves(above, below);
+      interleave_lines<G, 4>(g, block, halves.lines, each, 0, squares, buffer(row), kVectors);
+    };
+    bool followed = false;
+    for (int64_t row = 0; row < count; ++row, lines += g.rows) {
+      for (int64_t p = followed ? P - 1 : 0; p < P - 1; ++p)
+        interleave(lines[2 * p], lines[2 * p + 1], row + p);
+      followed = row + 1 < count && follow(g, lines);
+      const DepthwiseLine& last = lines[g.rows - 1];
+      interleave(last, followed ? lines[g.rows + g.rows - 2] : last, row + P - 1);
+      const auto out = static_cast<uint8_t*>(outputs[row]) + block.first;
+      for (int64_t x = 0; x < each; x += kTile) {
+        const Column* sources[P];
+        for (int64_t p = 0; p < P; ++p) sources[p] = buffer(row + p) + x * kVectors;
+        tile<G, P, P, kVectors>(g, block, prepared, sources, {out + x * g.output_step, x, each, g.outputs});
+      }
+    }
+  }
+
   template <int G>
   static void run_groups(const DepthwiseGeometry& g, const DepthwiseBlock& block, const void* prepared,
                          const DepthwiseLine* lines, void* const* outputs, int64_t count, void* scratch) {
-    auto rows = run_rows<G, 0, 0, 0>;
-    if (g.dilation == 1 && g.stride <= 2) {
-      if (g.columns == 3 && quads(g) == 1) rows = g.stride == 1 ? run_rows<G, 3, 1, 1> : run_rows<G, 3, 1, 2>;
-      if (g.columns == 5 && quads(g) == 2) rows = g.stride == 1 ? run_rows<G, 5, 2, 1> : run_rows<G, 5, 2, 2>;
+    auto rows = run_rows<G, 0, 0>;
+    // Where a column takes two registers, unrolled loops are up to 1.6 times slower.
+    if constexpr (V::kOneInstruction) {
+      if (in_squares(g)) {
+        rows = g.rows == 3 ? run_squares<G, 2> : run_squares<G, 3>;
+      } else if (g.dilation == 1 && g.stride == 1) {
+        if (g.columns == 3 && quads(g) == 1) rows = run_rows<G, 3, 1>;
+        if (g.columns == 5 && quads(g) == 2) rows = run_rows<G, 5, 2>;
+      }
     }
     rows(g, block, prepared, lines, outputs, count, scratch);
   }
