@@ -7,12 +7,15 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
 from fastquant._native.ownership import is_sole_owner, learn_counts
@@ -308,3 +311,70 @@ def test_ops_write_their_gradient_where_the_incoming_one_was(
     assert addresses[2] != addresses[3]
     assert torch.equal(kept[0], factor)
     assert torch.equal(*gradients)
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "batch norm": lambda a, b: batch_norm(a),
+    "sum": lambda a, b: residual_sum(a) + b * 0.5,
+    "fake quantize": lambda a, b: fake_quantize(a),
+    "checkpoint": lambda a, b: checkpoint(fake_quantize, a * 1.5, use_reentrant=False),
+    "relu": lambda a, b: a.relu(),
+    "add": lambda a, b: a + b,
+    "multiply": lambda a, b: a * b,
+    "view": lambda a, b: a.view_as(a),
+    "join": lambda a, b: torch.cat([a[:4], b[4:]]),
+    "expand": lambda a, b: a.mean(0, keepdim=True).expand_as(a) + b,
+}
+
+
+def gradients_of_program(seed: int, keep: bool) -> list[Tensor]:
+    """Of the input and of some results of a random graph; with `keep`, hooks keep all gradients."""
+    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 4, 33, 33, generator=generator)
+    if random.random() < 0.5:
+        x = x.contiguous(memory_format=torch.channels_last)
+    values, kept = [x.requires_grad_()], []
+    retained = [x]
+    for _ in range(random.randint(3, 10)):
+        step = STEPS[random.choice(list(STEPS))]
+        y = step(random.choice(values[-3:]), random.choice(values[-4:]))
+        if keep:
+            y.register_hook(lambda grad: kept.append((grad, grad.clone())))
+        if random.random() < 0.15:
+            y.retain_grad()
+            retained.append(y)
+        values.append(y)
+    z = values[-1] + random.choice(values)
+    incoming = torch.randn(z.shape, generator=generator)
+    given = incoming.clone()
+    z.backward(incoming)
+    assert torch.equal(incoming, given)
+    assert all(torch.equal(grad, copy) for grad, copy in kept)
+    return [t.grad for t in retained if t.grad is not None]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gradients_are_the_same_where_nothing_is_overwritten(seed: int) -> None:
+    learn_counts()
+    overwriting, keeping = (gradients_of_program(seed, keep) for keep in (False, True))
+    assert len(overwriting) == len(keeping)
+    assert all(map(torch.equal, overwriting, keeping))
+
+
+def test_backward_passes_in_threads_do_not_disturb_each_other() -> None:
+    learn_counts()
+    x = torch.randn(8, 4, 33, 33, requires_grad=True)
+    shared = x * 1.5
+    graphs = []
+    for _ in range(4):
+        y = shared
+        for _ in range(3):
+            y = batch_norm(residual_sum(fake_quantize(y)))
+        graphs.append((y, torch.randn_like(y)))
+    expected = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for y, grad in graphs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = pool.map(
+                lambda g: torch.autograd.grad(g[0], x, g[1], retain_graph=True), graphs
+            )
+            assert all(torch.equal(a, *b) for a, b in zip(expected, found, strict=True))

@@ -41,7 +41,8 @@ enum class Access {
   copies,
 };
 
-// Where values lie that are no part of x as it is: padding, and what a kernel reads past the end.
+// Finds the values that output positions need, and makes memory for those that are no part of x: padding, and
+// what kernels read past its end.
 class Convolution {
  public:
   Convolution(const uint8_t* x, uint8_t zero_point, const ConvShape& shape, const PackedLayout& layout)
