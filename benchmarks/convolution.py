@@ -2,9 +2,10 @@
 
     python benchmarks/convolution.py
 
-Forward and backward. Layers of MobileNetV2, batch 8 at 224 x 224: depthwise and expanding
-convolutions of large images, which are computed in parts, and, with one thread, 1x1 convolutions of
-small images, which oneDNN computes.
+Forward and backward. Layers of MobileNetV2, batch 8 at 224 x 224: depthwise convolutions, for which
+there are kernels; expanding convolutions of large images, which are computed in parts; and, with
+one thread, 1x1 convolutions of small images, which oneDNN computes. Depthwise convolutions with
+larger kernels, as EfficientNet has them, and in bf16.
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ from harness import OURS, Case, Suite, at_least, describe, main, normal
 MOST_ROUNDS = 15
 BATCH = 8
 # Inputs, outputs, height and width, kernel, stride, groups.
-LARGE = (
+DEPTHWISE = (
     (32, 32, 112, 3, 1, 32),
     (96, 96, 112, 3, 2, 96),
     (144, 144, 56, 3, 1, 144),
-    (16, 96, 112, 1, 1, 1),  # not with one thread
+    (144, 144, 56, 3, 2, 144),
+    (192, 192, 28, 3, 1, 192),
+    (192, 192, 28, 3, 2, 192),
+    (384, 384, 14, 3, 1, 384),
+    (576, 576, 14, 3, 2, 576),
+    (960, 960, 7, 3, 1, 960),
+    (240, 240, 28, 5, 1, 240),
+    (672, 672, 14, 5, 2, 672),
 )
+LARGE = ((16, 96, 112, 1, 1, 1),)  # not with one thread
 SMALL = (
     (192, 32, 28, 1, 1, 1),
     (64, 384, 14, 1, 1, 1),
@@ -36,6 +45,9 @@ SMALL = (
 
 class AsTorch(Convolution):
     """The same by one call each of torch's functions, which choose by themselves."""
+
+    def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
+        return False
 
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
         return [slice(None)]
@@ -51,14 +63,15 @@ def forward_backward(convolution: Convolution, x: Tensor, weight: Tensor) -> Non
 
 
 def measure(suite: Suite) -> None:
-    shapes = LARGE[:-1] + SMALL if suite.threads == 1 else LARGE
-    for inputs, outputs, size, kernel, stride, groups in shapes:
-        x, weight = (
-            normal(BATCH, inputs, size, size),
-            normal(outputs, inputs // groups, kernel, kernel),
-        )
+    shapes = [
+        (*shape, torch.float32) for shape in DEPTHWISE + (SMALL if suite.threads == 1 else LARGE)
+    ]
+    shapes += [(*shape, torch.bfloat16) for shape in DEPTHWISE[:9:2]]
+    for inputs, outputs, size, kernel, stride, groups, dtype in shapes:
+        x = normal(BATCH, inputs, size, size, dtype=dtype)
+        weight = normal(outputs, inputs // groups, kernel, kernel, dtype=dtype)
         geometry = (stride,) * 2, (kernel // 2,) * 2, (1, 1), groups
-        kind = "depthwise" if groups > 1 else "1x1"
+        kind = f"{kernel}x{kernel}{' depthwise' * (groups > 1)}"
         suite.add(
             f"{kind} convolution to {outputs} channels, stride {stride}, against torch's",
             describe(x),

@@ -1,4 +1,4 @@
-"""Convolutions by the fastest of torch's ways: results are torch's, whichever way is taken."""
+"""Convolutions by the fastest way: results are torch's up to rounding, whichever way is taken."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastquant import _C
 from fastquant._native.convolution import Convolution
+
+on_x86 = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="measured on x86"
+)
+with_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
 
 def ops_called(function: Any, *args: Any) -> list[str]:
@@ -114,7 +122,7 @@ def test_a_kernel_that_does_not_fit_is_torchs_error(size: int) -> None:
 @torch.no_grad()
 def test_large_batches_are_computed_in_parts() -> None:
     convolution, weight, _ = layer(*LARGE[0], bias=False)
-    x = torch.randn(8, 32, 112, 112)
+    x = torch.randn(8, 32, 112, 112).to(memory_format=torch.channels_last)
     one, many = (ops_called(convolution, x[:n], weight, None) for n in (1, 8))
     assert one.count("aten::convolution") == 1
     assert many.count("aten::convolution") > 1
@@ -122,10 +130,8 @@ def test_large_batches_are_computed_in_parts() -> None:
     assert ops_called(compute_bound, x, wide, None).count("aten::convolution") == 1
 
 
-@pytest.mark.skipif(
-    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="measured on x86"
-)
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@on_x86
+@with_onednn
 @pytest.mark.filterwarnings("ignore:TF32:UserWarning")
 @pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
@@ -152,3 +158,117 @@ def test_gradients_of_gradients_are_recorded() -> None:
 
     ours, expected = gradient_of_gradient(convolution), gradient_of_gradient(F.conv2d)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+# ------------------------------------------------------------------------ depthwise convolutions
+
+
+def depthwise(
+    kernel: int, stride: int, channels: int, dtype: torch.dtype = torch.float32
+) -> tuple[Convolution, Tensor, Tensor]:
+    convolution = Convolution((stride,) * 2, (kernel // 2,) * 2, (1, 1), channels)
+    weight = torch.randn(channels, 1, kernel, kernel).to(dtype)
+    return convolution, weight, torch.randn(channels).to(dtype)
+
+
+@given(
+    kernel=st.sampled_from([3, 5, 7]),
+    stride=st.sampled_from([1, 2]),
+    shape=st.tuples(*(st.integers(1, high) for high in (3, 5, 70, 70))),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_depthwise_convolutions_are_exact_up_to_rounding(
+    kernel: int, stride: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    convolution, *parameters = depthwise(kernel, stride, shape[1], dtype)
+    given = [torch.randn(shape).to(dtype), *parameters]
+
+    def in_fp64(function: Any, grad: Any) -> list[Tensor]:
+        leaves = [function(t.double()).requires_grad_() for t in given]
+        y = F.conv2d(leaves[0], leaves[1], leaves[2], *convolution)
+        return [y, *torch.autograd.grad(y, leaves, function(grad(y)))]
+
+    grad = torch.randn_like(in_fp64(torch.clone, torch.zeros_like)[0]).to(dtype)
+    expected = in_fp64(torch.clone, lambda _: grad.double())
+    magnitudes = in_fp64(torch.abs, lambda _: grad.double())  # these bound what rounding may do
+    with torch.no_grad():
+        results = [convolution(*given), *convolution.gradients(grad, *given, [True] * 3)]
+    for result, truth, magnitude in zip(results, expected, magnitudes, strict=True):
+        assert result is not None
+        assert result.dtype is dtype
+        error = (result.double() - truth).abs()
+        assert bool((error <= 2e-6 * magnitude + torch.finfo(dtype).eps * truth.abs()).all())
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.usefixtures("threads")
+@torch.no_grad()
+def test_depthwise_convolutions_have_the_same_bits_everywhere(
+    kernel: int, stride: int, any_isa: list[str]
+) -> None:
+    convolution, weight, bias = depthwise(kernel, stride, 6)
+    x = torch.randn(3, 6, 97, 101)
+    grad = torch.randn_like(F.conv2d(x, weight, bias, *convolution))
+    results = []
+    for isa in any_isa:
+        _C.set_isa(isa)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            gradients = convolution.gradients(grad, x, weight, bias, [True, True, False])
+            results.append((convolution(x, weight, bias), *gradients[:2]))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@on_x86
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_depthwise_convolutions_do_not_call_torchs(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "convolution", None)
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", None)
+    for kernel, stride in ((3, 1), (3, 2), (5, 1), (7, 2)):
+        convolution, weight, bias = depthwise(kernel, stride, 4, dtype)
+        x = torch.randn(2, 4, 56, 56).to(dtype)
+        y = convolution(x, weight, bias)
+        convolution.gradients(torch.ones_like(y), x, weight, bias, [True, True, True])
+
+
+@with_onednn
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolutions_of_nonfinite_values(stride: int) -> None:
+    # Nothing is multiplied beyond an edge: an infinite weight gives no NaN there.
+    for index in range(9):
+        convolution, weight, bias = depthwise(3, stride, 8)
+        weight[0].flatten()[index] = float("inf")
+        weight[1].flatten()[index] = float("nan")
+        x = torch.rand(2, 8, 6, 5) + 1
+        x[0, 2, index % 6, 4] = float("-inf")
+        x[1, 3, 5, index % 5] = float("nan")
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = F.conv2d(leaves[0], leaves[1], leaves[2], *convolution)
+        grad = torch.rand_like(y) + 1
+        grad[0, 4, 0, 0] = float("inf")
+        grad[1, 5, -1, -1] = float("nan")
+        expected = y, *torch.autograd.grad(y, leaves, grad)
+        with torch.no_grad():
+            gradients = convolution.gradients(grad, x, weight, bias, [True] * 3)
+            results = convolution(x, weight, bias), *gradients
+        for result, of_torch in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, of_torch, equal_nan=True)
+
+
+@torch.no_grad()
+def test_depthwise_convolutions_of_tensors_that_are_not_contiguous() -> None:
+    convolution, weight, bias = depthwise(3, 1, 6)
+    x = torch.randn(2, 12, 9, 10)[:, ::2]
+    grad = torch.randn(1, 6, 1, 1).expand(2, 6, 9, 10)
+    torch.testing.assert_close(convolution(x, weight, bias), F.conv2d(x, weight, bias, 1, 1, 1, 6))
+    gradients = convolution.gradients(grad, x, weight, bias, [True] * 3)
+    args = (grad.contiguous(), x.contiguous(), weight, bias, [True] * 3)
+    for result, expected in zip(gradients, convolution.gradients(*args), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)

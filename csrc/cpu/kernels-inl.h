@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "kernels/batch_norm-inl.h"
 #include "kernels/clamped_sum-inl.h"
+#include "kernels/depthwise-inl.h"
 #include "kernels/errors-inl.h"
 #include "kernels/fake_quantize-inl.h"
 #include "kernels/folded_weight-inl.h"
@@ -72,6 +73,8 @@ constexpr Kernels kernel_table(const char* isa) {
       mark_integers<V<float>>,
       quantize<V<float>>,
       half_linear<V<float>>,
+      depthwise_kernels<V<float>, float>(),
+      depthwise_kernels<V<float>, BFloat16>(),
   };
 }
 

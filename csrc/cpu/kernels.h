@@ -188,6 +188,57 @@ struct HalfLinear {
   int64_t rows, inputs, outputs;
 };
 
+// A depthwise convolution. The kernel of each channel is square, of 3, 5 or 7 taps a side, and reaches as far
+// beyond each edge of a plane (one channel of one image) as it reaches from its middle.
+//
+// With a stride of s, a plane consists of s x s phases, each of every s-th element of every s-th row. A phase
+// has the rows and columns of the output (the last may be missing). So a tap is at a constant distance in
+// memory from a position of the output, in a phase that depends on the tap alone, and whole vectors of
+// positions are computed across the ends of rows. Masks leave out the taps that lie beyond an edge.
+constexpr int kTapLanes = 16;  // positions that masks are for, on every instruction set
+
+// Tap k of a row or column: element tap_shift + i of phase tap_phase, for position i of the output.
+constexpr int tap_phase(int k, int kernel, int stride) { return stride == 1 ? 0 : (k + kernel / 2) % 2; }
+constexpr int tap_shift(int k, int kernel, int stride) {
+  return (k - kernel / 2 - tap_phase(k, kernel, stride)) / stride;
+}
+
+// The edges of a plane beyond which taps lie, for some of kTapLanes positions.
+enum class Edges : uint16_t { both, columns, none };
+
+struct DepthwisePlane {
+  int64_t kernel, stride, height, width;
+  int64_t rows, columns;  // of the output, and of a phase
+  // Of each kTapLanes positions (forward of the output, backward of a phase): the edges; then, for each row of
+  // taps, and for each column of them, a bit for each position, which says whether they lie inside the plane.
+  const uint16_t* masks;
+
+  int64_t inputs() const { return height * width; }
+  int64_t outputs() const { return rows * columns; }
+  int64_t lane_groups() const { return (outputs() + kTapLanes - 1) / kTapLanes; }
+  int64_t mask_words() const { return 1 + 2 * kernel; }
+
+  // Small planes are taken several at once: what has just been stored in scratch cannot be loaded at once.
+  int64_t at_once() const { return inputs() < 4096 ? 4096 / inputs() : 1; }
+  // In scratch, each phase of these planes has memory around it, which vectors of taps beyond an edge read.
+  int64_t margin() const { return kernel / 2 * (columns + 1); }
+  int64_t phase_stride() const { return 2 * margin() + at_once() * outputs() + 2 * kTapLanes; }
+  int64_t scratch() const { return (1 + stride * stride) * phase_stride(); }
+};
+
+// For planes of successive channels. weight and bias are those of the first of them.
+template <class S>
+struct PlaneKernels {
+  // bias may be null.
+  void (*forward)(const DepthwisePlane& plane, int64_t planes, const S* x, const float* weight,
+                  const float* bias, S* y, float* scratch);
+
+  // Writes the gradient of x to grad_x, which may be grad, and adds that of the weight to grad_weight; either
+  // may be null.
+  void (*backward)(const DepthwisePlane& plane, int64_t planes, const S* grad, const S* x, const float* weight,
+                   S* grad_x, double* grad_weight, float* scratch);
+};
+
 struct Kernels {
   const char* isa;
   KernelsFor<float, float> f32;
@@ -217,6 +268,9 @@ struct Kernels {
   // The outputs [first, last) of the rows [begin, end), computed in fp32. Both are where panels begin, or
   // `last` is the last output.
   void (*half_linear)(const HalfLinear& layer, int64_t begin, int64_t end, int64_t first, int64_t last);
+
+  PlaneKernels<float> depthwise;
+  PlaneKernels<BFloat16> depthwise_bf16;
 };
 
 // The number of entries in one table of counts: the bins, one for elements outside the range, and padding.

@@ -113,6 +113,14 @@ struct Avx2<float> {
   static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg even(Reg a, Reg b) { return middle_swapped(_mm256_shuffle_ps(a, b, 0x88)); }
+  static Reg odd(Reg a, Reg b) { return middle_swapped(_mm256_shuffle_ps(a, b, 0xdd)); }
+  static Reg zip_low(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+  }
+  static Reg zip_high(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+  }
   static float lowest(Reg x) {
     __m128 low = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     low = _mm_min_ps(low, _mm_movehl_ps(low, low));
@@ -154,6 +162,10 @@ struct Avx2<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm256_blendv_ps(no, yes, m); }
 
  private:
+  // The second and third quarter have changed places.
+  static Reg middle_swapped(Reg x) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
+  }
   // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m256i rounded_bits(Reg x) {
     const __m256i bits = _mm256_castps_si256(x);

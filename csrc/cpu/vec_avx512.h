@@ -113,6 +113,10 @@ struct Avx512<float> {
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg even(Reg a, Reg b) { return _mm512_permutex2var_ps(a, every_second(0), b); }
+  static Reg odd(Reg a, Reg b) { return _mm512_permutex2var_ps(a, every_second(1), b); }
+  static Reg zip_low(Reg a, Reg b) { return _mm512_permutex2var_ps(a, alternating(0), b); }
+  static Reg zip_high(Reg a, Reg b) { return _mm512_permutex2var_ps(a, alternating(8), b); }
   static float lowest(Reg x) { return _mm512_reduce_min_ps(x); }
   static float highest(Reg x) { return _mm512_reduce_max_ps(x); }
   static Reg madd(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
@@ -143,6 +147,16 @@ struct Avx512<float> {
   static Reg select(Mask m, Reg yes, Reg no) { return _mm512_mask_blend_ps(m, no, yes); }
 
  private:
+  // Of two vectors: the elements first, first + 2, …; and first of one, first of the other, first + 1 of one,
+  // ….
+  static __m512i every_second(int first) {
+    const __m512i twice = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_add_epi32(twice, _mm512_set1_epi32(first));
+  }
+  static __m512i alternating(int first) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_add_epi32(low, _mm512_set1_epi32(first));
+  }
   // Rounds each lane to the nearest bfloat16, ties to even, in its upper 16 bits. Does not support NaN.
   static __m512i rounded_bits(Reg x) {
     const __m512i bits = _mm512_castps_si512(x);

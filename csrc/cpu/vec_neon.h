@@ -85,6 +85,10 @@ struct Neon<float> {
   // vminq and vmaxq are not used, because they return NaN if either argument is NaN.
   static Reg min(Reg a, Reg b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
   static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static Reg even(Reg a, Reg b) { return vuzp1q_f32(a, b); }
+  static Reg odd(Reg a, Reg b) { return vuzp2q_f32(a, b); }
+  static Reg zip_low(Reg a, Reg b) { return vzip1q_f32(a, b); }
+  static Reg zip_high(Reg a, Reg b) { return vzip2q_f32(a, b); }
   static float lowest(Reg x) { return vminvq_f32(x); }
   static float highest(Reg x) { return vmaxvq_f32(x); }
   static Reg madd(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }

@@ -52,6 +52,10 @@ struct Scalar {
   static Reg div(Reg a, Reg b) { return a / b; }
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg even(Reg a, Reg) { return a; }
+  static Reg odd(Reg, Reg b) { return b; }
+  static Reg zip_low(Reg a, Reg) { return a; }
+  static Reg zip_high(Reg, Reg b) { return b; }
   static T lowest(Reg x) { return x; }
   static T highest(Reg x) { return x; }
   static float nmadd(float a, float b, float c) {

@@ -33,8 +33,9 @@
 //   store_index(p, x)        N int32, truncated towards zero
 //   store_others(p, m, x)    stores the elements for which m is false side by side, and returns how many. It
 //                            may write a whole vector to p
-//   lowest, highest(x)       of all elements
-//   eq, unordered(a, b)      unordered: where either is NaN
+//   even, odd(a, b)          (float) every second element of a, then of b
+//   zip_low, zip_high(a, b)  (float) first elements of a and b, second ones, …: the lower and upper half of
+//   these lowest, highest(x)       of all elements eq, unordered(a, b)      unordered: where either is NaN
 //   either(m, n), none(), any(m)
 //   bits(m), from_bits(b)    a bit for each element
 //
@@ -111,6 +112,7 @@ constexpr bool has_vector_interface() {
   [[maybe_unused]] constexpr Mask (*kFromBits)(uint32_t) = V::from_bits;
   bool all = has_arithmetic<V>() && loads_and_stores<V, T>();
   if constexpr (sizeof(T) == sizeof(float)) {
+    [[maybe_unused]] constexpr Reg (*kOfPairs[])(Reg, Reg) = {V::even, V::odd, V::zip_low, V::zip_high};
     all = all && loads_and_stores<V, Half>() && loads_and_stores<V, BFloat16>();
     if constexpr (V::N > 1) all = all && has_words<typename V::Words>();
   } else {

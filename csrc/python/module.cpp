@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "cpu/dispatch.h"
+#include "python/depthwise_calls.h"
 #include "python/embedding_calls.h"
 #include "python/fast_calls.h"
 #include "python/quantized_calls.h"
@@ -116,6 +117,16 @@ PyMethodDef methods[] = {
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
               "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "
               "supports the arguments."),
+    fast_call(
+        "depthwise_convolution", fastquant::depthwise_convolution_call,
+        "depthwise_convolution(x, weight, bias, stride, y) -> True | None\n\nWrites the convolution, padded by "
+        "half the kernel, to y. Returns None, and changes nothing, unless all\nare contiguous, of one dtype, "
+        "float32 or bfloat16, and the kernel has 3x3, 5x5 or 7x7 taps."),
+    fast_call(
+        "depthwise_convolution_backward", fastquant::depthwise_convolution_backward_call,
+        "depthwise_convolution_backward(grad, x, weight, stride, grad_x, grad_weight) -> True | None\n\nWrites "
+        "the gradients to the last two, unless they are None. grad_x may be grad. Returns None where\n"
+        "depthwise_convolution does."),
     fast_call("quantized_embedding", fastquant::quantized_embedding_call,
               "quantized_embedding(packed, dim, bits, indices, y) -> True | None\n\nRuns the op, and writes "
               "its result to y. Returns None where only the op supports the arguments."),

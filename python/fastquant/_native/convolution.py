@@ -1,14 +1,17 @@
 """A convolution and its gradients, by the way of computing them that takes the least time.
 
-torch has one convolution for all sizes. Two of its choices cost a QAT step much on the CPU:
+Depthwise convolutions, in which each channel has a kernel of its own, have kernels of this package:
+oneDNN copies what it reads and writes into layouts of its own, which takes longer than the few
+multiplications. Others are torch's, which has one convolution for all sizes. Two of its choices
+cost a QAT step much on the CPU:
 
 - With one thread, torch computes a 1x1 convolution of fewer than 16 images by matrix products of
   MKL. oneDNN takes 0.4 to 0.8 of that time where images are small.
-- oneDNN copies what it reads and writes into layouts of its own. For a large batch, each call maps
-  new memory for these copies, and the page faults take longer than a depthwise convolution. Image
-  by image, or a few at a time, the copies fit the caches, and malloc reuses the same memory.
+- For a large batch, each call maps new memory for oneDNN's copies, and the page faults take longer
+  than a convolution of few multiplications. Image by image, or a few at a time, the copies fit the
+  caches, and malloc reuses the same memory.
 
-`benchmarks/convolution.py` measures both. Results are the same up to rounding.
+`benchmarks/convolution.py` measures all of this. Results are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -30,14 +33,19 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # torch itself takes oneDNN from so many images on. It was measured to be faster for fewer, too, for
 # images of so many elements per channel.
 _ONEDNNS_BATCH, _SMALL_IMAGE = 16, 28 * 28
+_ON_X86: bool = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 _HAS_ONEDNN: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    and _ON_X86
 )
 
 # Input and output of so many bytes are computed in parts, of so many for each thread, where an
 # output takes few multiplications. Where it takes many, they hide what memory costs.
 _LARGE_BATCH, _PART_OF_A_THREAD, _FEW_MULTIPLICATIONS = 20 << 20, 2 << 20, 64
+
+# The kernel sizes of depthwise convolutions that are computed here, and from how many pixels on
+# that is faster than oneDNN. Gradients are always.
+_DEPTHWISE = {3: 1, 5: 28 * 28, 7: 56 * 56}
 
 _WHOLE = slice(None)
 
@@ -51,7 +59,11 @@ class Convolution(NamedTuple):
     groups: int
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor | None = None
+        if self._is_depthwise(x, weight):
+            y = self._depthwise(x, weight, bias)
+            if y is not None:
+                return y
+        y = None
         geometry = self._geometry(x, weight)
         for part in self._parts(x, weight):
             of_part = torch.convolution(x[part], weight, bias, *geometry)
@@ -79,6 +91,10 @@ class Convolution(NamedTuple):
     ) -> Gradients:
         """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
         reuse = reuse and grad.size() == x.size() and grad.stride() == x.stride()
+        if self._is_depthwise(x, weight):
+            gradients = self._depthwise_gradients(grad, x, weight, needed, reuse)
+            if gradients is not None:
+                return gradients
         sizes = None if bias is None else list(bias.shape)
         geometry = self._geometry(x, weight)
         of_x = None
@@ -107,6 +123,44 @@ class Convolution(NamedTuple):
         output_padding = (0,) * len(self.stride)
         return self.stride, self.padding, dilation, False, output_padding, self.groups
 
+    def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether x has a kernel for each channel, of a size that is computed here."""
+        size = weight.shape[-1]
+        return (
+            self.groups == weight.shape[0]
+            and weight.shape[1:] == (1, size, size)
+            and size in _DEPTHWISE
+            and self.stride in ((1, 1), (2, 2))
+            and self.padding == (size // 2,) * 2
+            and self.dilation == (1, 1)
+            and _is_measured(x, torch.float32, torch.bfloat16)
+            and x.shape[1] == self.groups
+            and _ON_X86
+        )
+
+    def _depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The convolution, or None where torch is to compute it."""
+        images, channels, height, width = x.shape
+        if height * width < _DEPTHWISE[weight.shape[-1]]:
+            return None
+        if not may_skip_dispatcher(x, weight, *(() if bias is None else (bias,))):
+            return None
+        step = self.stride[0]
+        y = x.new_empty((images, channels, -(-height // step), -(-width // step)))
+        return y if _C.depthwise_convolution(x, weight, bias, step, y) else None
+
+    def _depthwise_gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool], reuse: bool
+    ) -> Gradients | None:
+        if not may_skip_dispatcher(grad, x, weight):
+            return None
+        of_bias = grad.sum((0, 2, 3)) if needed[2] else None  # first, as grad may be overwritten
+        of_x = (grad if reuse else torch.empty_like(x)) if needed[0] else None
+        of_weight = torch.empty_like(weight) if needed[1] else None
+        args = (grad, x, weight, self.stride[0], of_x, of_weight)
+        done = _C.depthwise_convolution_backward(*args)
+        return (of_x, of_weight, of_bias) if done else None
+
     def _is_by_matrix_products(self, x: Tensor, weight: Tensor) -> bool:
         """Whether torch takes MKL's matrix products, which write y where it lies, not oneDNN."""
         return (
@@ -119,7 +173,7 @@ class Convolution(NamedTuple):
 
     def _is_faster_by_onednn(self, x: Tensor, weight: Tensor) -> bool:
         return (
-            _is_measured(x)
+            _is_measured(x, torch.float32)
             and self._is_by_matrix_products(x, weight)
             and x.shape[0] > 1
             and x.shape[2] * x.shape[3] <= _SMALL_IMAGE
@@ -130,7 +184,7 @@ class Convolution(NamedTuple):
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
         """The parts of a batch to compute one after the other; the whole where that is faster."""
         images, whole = x.shape[0], [_WHOLE]
-        if math.prod(weight.shape[1:]) > _FEW_MULTIPLICATIONS or not _is_measured(x):
+        if math.prod(weight.shape[1:]) > _FEW_MULTIPLICATIONS or not _is_measured(x, torch.float32):
             return whole
         per_image = x.nbytes // images + x.element_size() * self._outputs_per_image(x, weight)
         at_once = max(torch.get_num_threads() * _PART_OF_A_THREAD // per_image, 1)
@@ -159,12 +213,12 @@ def _for_parts(x: Tensor) -> Tensor:
     return x
 
 
-def _is_measured(x: Tensor) -> bool:
+def _is_measured(x: Tensor, *dtypes: torch.dtype) -> bool:
     """Whether x is such as was measured, and no gradient of a gradient is to be recorded."""
     return (
         x.dim() == 4
         and x.is_cpu
-        and x.dtype is torch.float32
+        and x.dtype in dtypes
         and x.numel() > 0
         and not torch.is_grad_enabled()
     )
