@@ -2,10 +2,9 @@
 
     python benchmarks/convolution.py
 
-Forward and backward. Layers of MobileNetV2, batch 8 at 224 x 224: depthwise convolutions, for which
-there are kernels; expanding convolutions of large images, which are computed in parts; and, with
-one thread, 1x1 convolutions of small images, which oneDNN computes. Depthwise convolutions with
-larger kernels, as EfficientNet has them, and in bf16.
+Forward and backward. Layers of MobileNetV2, batch 8 at 224 x 224: depthwise and 1x1 convolutions,
+for which there are kernels, in fp32 and bf16; and depthwise convolutions with larger kernels, as
+EfficientNet has them.
 """
 
 from __future__ import annotations
@@ -34,12 +33,16 @@ DEPTHWISE = (
     (240, 240, 28, 5, 1, 240),
     (672, 672, 14, 5, 2, 672),
 )
-LARGE = ((16, 96, 112, 1, 1, 1),)  # not with one thread
-SMALL = (
+POINTWISE = (
+    (32, 16, 112, 1, 1, 1),
+    (16, 96, 112, 1, 1, 1),
+    (96, 24, 56, 1, 1, 1),
+    (24, 144, 56, 1, 1, 1),
     (192, 32, 28, 1, 1, 1),
     (64, 384, 14, 1, 1, 1),
     (576, 96, 14, 1, 1, 1),
     (960, 160, 7, 1, 1, 1),
+    (320, 1280, 7, 1, 1, 1),
 )
 
 
@@ -52,7 +55,7 @@ class AsTorch(Convolution):
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
         return [slice(None)]
 
-    def _is_faster_by_onednn(self, x: Tensor, weight: Tensor) -> bool:
+    def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
         return False
 
 
@@ -63,10 +66,8 @@ def forward_backward(convolution: Convolution, x: Tensor, weight: Tensor) -> Non
 
 
 def measure(suite: Suite) -> None:
-    shapes = [
-        (*shape, torch.float32) for shape in DEPTHWISE + (SMALL if suite.threads == 1 else LARGE)
-    ]
-    shapes += [(*shape, torch.bfloat16) for shape in DEPTHWISE[:9:2]]
+    shapes = [(*shape, torch.float32) for shape in DEPTHWISE + POINTWISE]
+    shapes += [(*shape, torch.bfloat16) for shape in DEPTHWISE[:9:2] + POINTWISE[1::2]]
     for inputs, outputs, size, kernel, stride, groups, dtype in shapes:
         x = normal(BATCH, inputs, size, size, dtype=dtype)
         weight = normal(outputs, inputs // groups, kernel, kernel, dtype=dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -130,19 +130,107 @@ def test_large_batches_are_computed_in_parts() -> None:
     assert ops_called(compute_bound, x, wide, None).count("aten::convolution") == 1
 
 
+@st.composite
+def pointwise(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """x, weight, bias and the gradient of the output of a 1x1 convolution."""
+    sizes = st.sampled_from
+    images, height, width = (draw(sizes(choice)) for choice in ((1, 2, 9), (1, 4, 7), (1, 5, 14)))
+    inputs, outputs = (draw(sizes((1, 3, 16, 24, 70))) for _ in range(2))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    layout = draw(sizes((torch.contiguous_format, torch.channels_last)))
+    x = torch.randn(images, inputs, height, width).to(memory_format=layout)
+    grad = torch.randn(images, outputs, height, width).to(memory_format=layout)
+    bias = torch.randn(outputs) if draw(st.booleans()) else None
+    return x, torch.randn(outputs, inputs, 1, 1), bias, grad
+
+
+POINTWISE = Convolution((1, 1), (0, 0), (1, 1), 1)
+
+
+def all_results(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        needed = [True, True, bias is not None]
+        results = [POINTWISE(x, weight, bias), *POINTWISE.gradients(grad, x, weight, bias, needed)]
+    return [t for t in results if t is not None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(pointwise())
+def test_kernels_of_one_element_equal_products_in_double(case: Any) -> None:
+    x, weight, bias, grad = case
+    leaves = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.conv2d(*leaves)
+    wanted = [t for t in leaves if t is not None]
+    of_torch = F.conv2d(x, weight, bias)
+    results = all_results(*case)
+    for result, exact in zip(
+        results, [expected, *torch.autograd.grad(expected, wanted, grad.double())], strict=True
+    ):
+        terms = max(grad.numel() // grad.shape[1], weight.shape[0], weight.shape[1])
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=3e-7 * terms)
+    assert results[0].stride() == of_torch.stride()
+
+
+@pytest.mark.parametrize("shape", [(16, 96, 112), (24, 144, 56), (32, 192, 28), (200, 40, 7)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_of_one_element_give_the_same_bits_everywhere(
+    shape: tuple[int, int, int], layout: torch.memory_format, threads: None, any_isa: list[str]
+) -> None:
+    inputs, outputs, size = shape
+    torch.manual_seed(0)
+    x = torch.randn(3, inputs, size, size).to(memory_format=layout)
+    grad = torch.randn(3, outputs, size, size).to(memory_format=layout)
+    weight = torch.randn(outputs, inputs, 1, 1)
+    expected = None
+    for isa in any_isa:
+        if not isa.startswith("avx"):  # torch's convolutions
+            continue
+        _C.set_isa(isa)
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results = all_results(x, weight, None, grad)
+            expected = expected or results
+            assert all(map(torch.equal, results, expected)), (isa, n)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pointwise())
+def test_kernels_of_one_element_round_bf16_once(case: Any) -> None:
+    """Sums are fp32. On the way to torch's own convolutions, results are not as close."""
+    narrow = [None if t is None else t.contiguous().bfloat16() for t in case]
+    expected = all_results(*(None if t is None else t.float() for t in narrow))
+    for result, wide in zip(all_results(*narrow), expected, strict=True):
+        assert result.dtype == torch.bfloat16
+        scale = float(wide.abs().max())
+        torch.testing.assert_close(result.float(), wide, rtol=2**-8, atol=2**-10 * scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_kernels_of_one_element_pass_on_what_is_not_finite(value: float) -> None:
+    """No element but those that depend on it sees it, at the end of an image, too."""
+    x, grad = torch.randn(2, 8, 5, 5), torch.randn(2, 8, 5, 5)
+    x[1, 3, 4, 4] = grad[0, 5, 4, 3] = value
+    weight = torch.randn(8, 8, 1, 1)
+    y, of_x, of_weight = all_results(x, weight, None, grad)
+    for result, touched in (
+        (y, x.isfinite().all(1, keepdim=True)),
+        (of_x, grad.isfinite().all(1, keepdim=True)),
+    ):
+        assert torch.equal(result.isfinite(), touched.expand_as(result))
+    expected = torch.ones(8, 8, dtype=torch.bool)
+    expected[:, 3] = expected[5] = False
+    assert torch.equal(of_weight.isfinite()[..., 0, 0], expected)
+
+
 @on_x86
-@with_onednn
-@pytest.mark.filterwarnings("ignore:TF32:UserWarning")
-@pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
-def test_one_thread_takes_onednn_for_small_images() -> None:
-    convolution, weight, _ = layer(*SMALL[0], bias=False)
-    small, large = torch.randn(8, 24, 14, 14), torch.randn(8, 24, 56, 56)
-    onednn = "aten::mkldnn_convolution"
-    assert onednn in ops_called(convolution, small, weight, None)
-    assert onednn not in ops_called(convolution, large, weight, None)
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert onednn not in ops_called(convolution, small, weight, None)
+def test_kernels_of_one_element_do_without_torch() -> None:
+    x, weight = torch.randn(8, 24, 14, 14), torch.randn(40, 24, 1, 1)
+    plain = (POINTWISE, x, weight)
+    assert not any("conv" in name for name in ops_called(*plain, None))
+    spaced = x[:, :, ::2]
+    assert "aten::convolution" in ops_called(POINTWISE, spaced, weight, None)
+    torch.testing.assert_close(POINTWISE(spaced, weight, None), F.conv2d(spaced, weight))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -214,6 +302,8 @@ def test_depthwise_convolutions_have_the_same_bits_everywhere(
     grad = torch.randn_like(F.conv2d(x, weight, bias, *convolution))
     results = []
     for isa in any_isa:
+        if not isa.startswith("avx"):  # torch's convolutions
+            continue
         _C.set_isa(isa)
         for threads in (1, 2):
             torch.set_num_threads(threads)

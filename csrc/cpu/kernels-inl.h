@@ -18,6 +18,7 @@
 #include "kernels/histogram-inl.h"
 #include "kernels/learnable-inl.h"
 #include "kernels/minmax-inl.h"
+#include "kernels/pointwise-inl.h"
 #include "kernels/quantization_error-inl.h"
 
 namespace fastquant {
@@ -75,6 +76,9 @@ constexpr Kernels kernel_table(const char* isa) {
       half_linear<V<float>>,
       depthwise_kernels<V<float>, float>(),
       depthwise_kernels<V<float>, BFloat16>(),
+      pointwise_kernels<V<float>, float>(),
+      pointwise_kernels<V<float>, BFloat16>(),
+      sum_units,
   };
 }
 

@@ -94,6 +94,53 @@ struct FoldKernels {
                      int64_t quant_min, int64_t quant_max);
 };
 
+// Pointwise convolutions (csrc/cpu/pointwise.h) work on units of so many neighbouring positions. The positions
+// of an image that are left over by whole units share a unit with those of other images.
+constexpr int64_t kPositionUnit = 16;
+
+struct PositionUnits {
+  int64_t in_image;          // whole units
+  int64_t in_images;         // whole units, of all images
+  int64_t left;              // positions of each image
+  int64_t images_of_shared;  // that share a unit
+  int64_t shared;            // units that images share; they follow the whole ones
+};
+
+// y[n, o, p] = bias[o] + the sum over i of weight[o, i] x[n, i, p]; or, if `adds`, that sum is added to y.
+// `bias` may be null. weight[o, i] lies at weight + o * weight_outer_stride + i * weight_inner_stride; one of
+// these strides is 1. Sums are fp32.
+template <class S>
+struct PointwiseProduct {
+  const S* x;
+  const float* weight;
+  const float* bias;
+  S* y;
+  int64_t images, inner, outer, positions;
+  int64_t weight_outer_stride, weight_inner_stride;
+  bool adds;
+  PositionUnits units;
+  int64_t units_at_once;  // whose inputs stay in the second cache
+};
+
+template <class S>
+struct PointwiseKernels {
+  // The rows [first, last) of y in the units [begin, end). `scratch` has room for `units_at_once` units of x,
+  // or for all that images share.
+  void (*product)(const PointwiseProduct<S>& p, int64_t first, int64_t last, int64_t begin, int64_t end,
+                  S* scratch);
+
+  // sums[r, c, i] += the products of a[r, j] and b[c, j] for all j that leave the remainder i when divided by
+  // kPositionUnit. The rows of a and b begin `stride` elements apart. `columns` is a multiple of kPositionUnit.
+  void (*dots)(const S* a, int64_t a_rows, const S* b, int64_t b_rows, int64_t stride, int64_t columns,
+               float* sums);
+
+  // y[c, r] = x[r, c]. Rows of y begin y_stride elements apart.
+  void (*transpose)(const S* x, int64_t rows, int64_t columns, float* y, int64_t y_stride);
+
+  // y = x
+  void (*widen)(const S* x, int64_t n, float* y);
+};
+
 template <class S, class T>
 struct KernelsFor {
   // The smallest and largest of n elements other than NaN; +inf and -inf if there are none. *nonfinite is set
@@ -271,6 +318,11 @@ struct Kernels {
 
   PlaneKernels<float> depthwise;
   PlaneKernels<BFloat16> depthwise_bf16;
+  PointwiseKernels<float> pointwise_f32;
+  PointwiseKernels<BFloat16> pointwise_bf16;
+
+  // totals[k] = the sum of sums[k, i] over i.
+  void (*sum_units)(const float* sums, int64_t count, float* totals);
 };
 
 // The number of entries in one table of counts: the bins, one for elements outside the range, and padding.

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "cpu/dispatch.h"
+#include "python/convolution_calls.h"
 #include "python/depthwise_calls.h"
 #include "python/embedding_calls.h"
 #include "python/fast_calls.h"
@@ -117,6 +118,17 @@ PyMethodDef methods[] = {
               "fake_quantize_backward(grad, mask, out) -> True | None\n\nRuns the op, and writes its result to "
               "out, which must have the strides of grad. Returns None, and\nchanges nothing, where only the op "
               "supports the arguments."),
+    fast_call("pointwise_convolution", fastquant::pointwise_convolution_call,
+              "pointwise_convolution(x, weight, bias, y) -> True | None\n\nA convolution with a kernel of one "
+              "element, on tensors of one type and memory format, into y. bias may be None.\nReturns None, and "
+              "changes nothing, "
+              "where it does not support the arguments: torch then has to do it."),
+    fast_call("pointwise_grad_input", fastquant::pointwise_grad_input_call,
+              "pointwise_grad_input(grad, weight, grad_x) -> True | None\n\nThe same for its gradient of the "
+              "input, into grad_x."),
+    fast_call("pointwise_grad_weight", fastquant::pointwise_grad_weight_call,
+              "pointwise_grad_weight(grad, x, grad_weight) -> True | None\n\nThe same for its gradient of the "
+              "weight, into grad_weight."),
     fast_call(
         "depthwise_convolution", fastquant::depthwise_convolution_call,
         "depthwise_convolution(x, weight, bias, stride, y) -> True | None\n\nWrites the convolution, padded by "

@@ -1,12 +1,11 @@
 """A convolution and its gradients, by the way of computing them that takes the least time.
 
-Depthwise convolutions, in which each channel has a kernel of its own, have kernels of this package:
-oneDNN copies what it reads and writes into layouts of its own, which takes longer than the few
-multiplications. Others are torch's, which has one convolution for all sizes. Two of its choices
-cost a QAT step much on the CPU:
+torch leaves most convolutions on the CPU to oneDNN, which copies what it reads and writes into
+layouts of its own. Where an output takes few multiplications, the copies take longer. So:
 
-- With one thread, torch computes a 1x1 convolution of fewer than 16 images by matrix products of
-  MKL. oneDNN takes 0.4 to 0.8 of that time where images are small.
+- 1x1 convolutions are products of matrices, and depthwise convolutions have a kernel for each
+  channel. For both there are native kernels, from and to torch's layouts (csrc/cpu/pointwise.h,
+  csrc/cpu/depthwise.h).
 - For a large batch, each call maps new memory for oneDNN's copies, and the page faults take longer
   than a convolution of few multiplications. Image by image, or a few at a time, the copies fit the
   caches, and malloc reuses the same memory.
@@ -30,18 +29,16 @@ __all__ = ["Convolution", "Gradients"]
 # Of x, weight and bias, where needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-# torch itself takes oneDNN from so many images on. It was measured to be faster for fewer, too, for
-# images of so many elements per channel.
-_ONEDNNS_BATCH, _SMALL_IMAGE = 16, 28 * 28
-_ON_X86: bool = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-_HAS_ONEDNN: bool = (
-    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    and _ON_X86
-)
-
 # Input and output of so many bytes are computed in parts, of so many for each thread, where an
-# output takes few multiplications. Where it takes many, they hide what memory costs.
-_LARGE_BATCH, _PART_OF_A_THREAD, _FEW_MULTIPLICATIONS = 20 << 20, 2 << 20, 64
+# output takes few multiplications. Where it takes many, they hide what memory costs. The first
+# layer of a network, with 7x7 weights for each of 3 channels, takes 147.
+_LARGE_BATCH, _PART_OF_A_THREAD, _FEW_MULTIPLICATIONS = 20 << 20, 2 << 20, 150
+
+# Instruction sets on which the native kernels take less time than torch's convolutions.
+_MEASURED_ISAS = ("avx512", "avx_vnni", "avx2")
+# oneDNN multiplies bf16 by AMX where there is AMX.
+_HAS_AMX = "avx512_amx" in _C.isas()
+_POINTWISE_DTYPES = (torch.float32,) if _HAS_AMX else (torch.float32, torch.bfloat16)
 
 # The kernel sizes of depthwise convolutions that are computed here, and from how many pixels on
 # that is faster than oneDNN. Gradients are always.
@@ -59,26 +56,28 @@ class Convolution(NamedTuple):
     groups: int
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._is_depthwise(x, weight):
-            y = self._depthwise(x, weight, bias)
-            if y is not None:
-                return y
-        y = None
-        geometry = self._geometry(x, weight)
+        result = None
+        if self._is_pointwise(x, weight):
+            result = _pointwise(x, weight, bias)
+        elif self._is_depthwise(x, weight):
+            result = self._depthwise(x, weight, bias)
+        if result is not None:
+            return result
+        geometry = self._geometry()
         for part in self._parts(x, weight):
             of_part = torch.convolution(x[part], weight, bias, *geometry)
             if part == _WHOLE:
                 return of_part
-            if y is None:
+            if result is None:
                 size, stride = of_part.size(), of_part.stride()
-                y = _for_parts(
+                result = _for_parts(
                     of_part.new_empty_strided(
                         (x.shape[0], *size[1:]), (math.prod(size[1:]), *stride[1:])
                     )
                 )
-            y[part] = of_part
-        assert y is not None
-        return y
+            result[part] = of_part
+        assert result is not None
+        return result
 
     def gradients(
         self,
@@ -90,13 +89,17 @@ class Convolution(NamedTuple):
         reuse: bool = False,
     ) -> Gradients:
         """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
+        if self._is_pointwise(x, weight):
+            gradients = _pointwise_gradients(grad, x, weight, needed)
+            if gradients is not None:
+                return gradients
         reuse = reuse and grad.size() == x.size() and grad.stride() == x.stride()
         if self._is_depthwise(x, weight):
             gradients = self._depthwise_gradients(grad, x, weight, needed, reuse)
             if gradients is not None:
                 return gradients
         sizes = None if bias is None else list(bias.shape)
-        geometry = self._geometry(x, weight)
+        geometry = self._geometry()
         of_x = None
         of_parameters: list[Tensor | None] = [None, None]
         for part in self._parts(x, weight):
@@ -116,12 +119,10 @@ class Convolution(NamedTuple):
         of_weight, of_bias = of_parameters
         return of_x, of_weight, of_bias
 
-    def _geometry(self, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
+    def _geometry(self) -> tuple[Any, ...]:
         """What torch's functions take after the bias."""
-        # A kernel of one element looks the same with any dilation; with one, torch takes oneDNN.
-        dilation = (2, 2) if self._is_faster_by_onednn(x, weight) else self.dilation
         output_padding = (0,) * len(self.stride)
-        return self.stride, self.padding, dilation, False, output_padding, self.groups
+        return self.stride, self.padding, self.dilation, False, output_padding, self.groups
 
     def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         """Whether x has a kernel for each channel, of a size that is computed here."""
@@ -135,7 +136,7 @@ class Convolution(NamedTuple):
             and self.dilation == (1, 1)
             and _is_measured(x, torch.float32, torch.bfloat16)
             and x.shape[1] == self.groups
-            and _ON_X86
+            and _C.isa().startswith(_MEASURED_ISAS)
         )
 
     def _depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -143,7 +144,9 @@ class Convolution(NamedTuple):
         images, channels, height, width = x.shape
         if height * width < _DEPTHWISE[weight.shape[-1]]:
             return None
-        if not may_skip_dispatcher(x, weight, *(() if bias is None else (bias,))):
+        if not (_is_contiguous(x) and _is_contiguous(weight)):
+            return None
+        if not _may_skip_dispatcher(x, weight, bias):
             return None
         step = self.stride[0]
         y = x.new_empty((images, channels, -(-height // step), -(-width // step)))
@@ -152,6 +155,8 @@ class Convolution(NamedTuple):
     def _depthwise_gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool], reuse: bool
     ) -> Gradients | None:
+        if not (_is_contiguous(x) and _is_contiguous(weight)):
+            return None
         if not may_skip_dispatcher(grad, x, weight):
             return None
         of_bias = grad.sum((0, 2, 3)) if needed[2] else None  # first, as grad may be overwritten
@@ -161,24 +166,15 @@ class Convolution(NamedTuple):
         done = _C.depthwise_convolution_backward(*args)
         return (of_x, of_weight, of_bias) if done else None
 
-    def _is_by_matrix_products(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether torch takes MKL's matrix products, which write y where it lies, not oneDNN."""
+    def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether native kernels compute it, as a product of matrices, faster than torch."""
         return (
             weight.shape[2:] == (1, 1)
             and self.stride == (1, 1)
+            and self.padding == (0, 0)
             and self.groups == 1
-            and x.shape[0] < _ONEDNNS_BATCH
-            and torch.get_num_threads() == 1
-        )
-
-    def _is_faster_by_onednn(self, x: Tensor, weight: Tensor) -> bool:
-        return (
-            _is_measured(x, torch.float32)
-            and self._is_by_matrix_products(x, weight)
-            and x.shape[0] > 1
-            and x.shape[2] * x.shape[3] <= _SMALL_IMAGE
-            and _HAS_ONEDNN
-            and bool(torch.backends.mkldnn.enabled)
+            and _is_measured(x, *_POINTWISE_DTYPES)
+            and _C.isa().startswith(_MEASURED_ISAS)
         )
 
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
@@ -188,11 +184,7 @@ class Convolution(NamedTuple):
             return whole
         per_image = x.nbytes // images + x.element_size() * self._outputs_per_image(x, weight)
         at_once = max(torch.get_num_threads() * _PART_OF_A_THREAD // per_image, 1)
-        if (
-            images * per_image < _LARGE_BATCH
-            or at_once >= images
-            or self._is_by_matrix_products(x, weight)
-        ):
+        if images * per_image < _LARGE_BATCH or at_once >= images:
             return whole
         return [slice(i, i + at_once) for i in range(0, images, at_once)]
 
@@ -204,6 +196,55 @@ class Convolution(NamedTuple):
             )
         )
         return weight.shape[0] * math.prod(sizes)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A 1x1 convolution in the memory format that torch would choose; None where only torch can."""
+    memory_format = _memory_format(x, weight)
+    if memory_format is None or not _may_skip_dispatcher(x, weight, bias):
+        return None
+    size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    y = torch.empty(size, dtype=x.dtype, memory_format=memory_format)
+    return None if _C.pointwise_convolution(x, weight, bias, y) is None else y
+
+
+def _pointwise_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> Gradients | None:
+    of_x = of_weight = of_bias = None
+    if _memory_format(x, weight) is None or not may_skip_dispatcher(grad, x, weight):
+        return None
+    if needed[0]:
+        of_x = torch.empty_like(x)
+        if _C.pointwise_grad_input(grad, weight, of_x) is None:
+            return None
+    if needed[1]:
+        of_weight = torch.empty_like(weight)
+        if _C.pointwise_grad_weight(grad, x, of_weight) is None:
+            return None
+    if needed[2]:
+        of_bias = grad.sum((0, 2, 3))
+    return of_x, of_weight, of_bias
+
+
+def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
+    """Of the result of a convolution; None where x or weight has gaps, or one of another format."""
+    if _is_contiguous(x):
+        return torch.contiguous_format if _is_contiguous(weight) else None
+    _, channels, height, width = x.shape
+    if x.stride() == (channels * height * width, 1, width * channels, channels):
+        return torch.channels_last if weight.is_contiguous() else None
+    return None
+
+
+def _is_contiguous(x: Tensor) -> bool:
+    """Unlike torch's, not for channels_last either where sizes of 1 make both the same memory."""
+    _, channels, height, width = x.shape
+    return x.stride() == (channels * height * width, height * width, width, 1)
+
+
+def _may_skip_dispatcher(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return may_skip_dispatcher(x, weight, *(() if bias is None else (bias,)))
 
 
 def _for_parts(x: Tensor) -> Tensor:

@@ -1,0 +1,12 @@
+// Convolutions of QAT modules and their gradients (../cpu/pointwise.h) on tensors; see fast_calls.h.
+#pragma once
+
+#include "python/fast_calls.h"
+
+namespace fastquant {
+
+PyObject* pointwise_convolution_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* pointwise_grad_input_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* pointwise_grad_weight_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+
+}  // namespace fastquant
