@@ -32,26 +32,26 @@ bool extremes_of_rows(const S* x, const Dense& d, Extremes<T>* result) {
   const auto minmax = kernels_of(S{}).minmax;
   const int64_t n = d.numel();
   const int64_t pieces = piece_count(n);
-  const auto fold_piece = [&](int64_t begin, int64_t end, Extremes<T>* into, char* any_nonfinite) {
+  // Returns whether there were NaN or infinities. It says so once, since the flags of several threads share a
+  // cache line.
+  const auto fold_piece = [&](int64_t begin, int64_t end, Extremes<T>* into) {
+    bool nonfinite = false;
     for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
       T lo, hi;
       bool nonfinite_here;
       minmax(x + from, to - from, &lo, &hi, &nonfinite_here);
       into->fold(channel, lo, hi);
-      *any_nonfinite |= nonfinite_here;
+      nonfinite |= nonfinite_here;
     });
+    return nonfinite;
   };
-  if (pieces == 1) {
-    // Writes to `result` directly: for a small tensor, allocating partial results would take as long as reading
-    // it.
-    char any_nonfinite = 0;
-    if (n > 0) fold_piece(0, n, result, &any_nonfinite);
-    return any_nonfinite != 0;
-  }
+  // Writes to `result` directly: for a small tensor, allocating partial results would take as long as reading
+  // it.
+  if (pieces == 1) return n > 0 && fold_piece(0, n, result);
   std::vector<Extremes<T>> partial(pieces, Extremes<T>(d.channels));
   std::vector<char> nonfinite(pieces, 0);
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
-    fold_piece(begin, end, &partial[piece], &nonfinite[piece]);
+    nonfinite[piece] = fold_piece(begin, end, &partial[piece]);
   });
   for (const auto& p : partial) {
     for (int64_t c = 0; c < d.channels; ++c) result->fold(c, p.low[c], p.high[c]);
@@ -139,13 +139,15 @@ int64_t finite_extremes(const S* x, const Dense& d, Extremes<T>* result) {
   std::vector<Extremes<T>> partial(pieces, Extremes<T>(d.channels));
   std::vector<int64_t> counts(pieces, 0);
   for_pieces(n, pieces, 64, [&](int64_t piece, int64_t begin, int64_t end) {
+    int64_t left_out = 0;
     for_segments(d, begin, end, [&](int64_t channel, int64_t from, int64_t to) {
       T lo, hi;
       int64_t count;
       minmax_finite(x + from, to - from, &lo, &hi, &count);
       partial[piece].fold(channel, lo, hi);
-      counts[piece] += count;
+      left_out += count;
     });
+    counts[piece] = left_out;
   });
   for (const auto& p : partial) {
     for (int64_t c = 0; c < d.channels; ++c) result->fold(c, p.low[c], p.high[c]);
