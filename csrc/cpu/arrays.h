@@ -30,7 +30,7 @@ inline const KernelsFor<BFloat16, float>& kernels_of(BFloat16) { return kernels(
 template <class T>
 class FewOrMany {
  public:
-  explicit FewOrMany(int64_t count, T value = T{}) : count_(count), many_(count > kFew ? count : 0) {
+  explicit FewOrMany(int64_t count, T value = T{}) : count_(count), many_(count > kFew ? count + kLine : 0) {
     std::fill_n(data(), count, value);
   }
 
@@ -45,6 +45,9 @@ class FewOrMany {
 
  private:
   static constexpr int64_t kFew = 64;
+  // Allocated beyond the values, so that what lies behind them in memory, perhaps another thread's, is in
+  // another cache line.
+  static constexpr int64_t kLine = 64 / sizeof(T);
   int64_t count_;
   T few_[kFew];
   std::vector<T> many_;

@@ -9,9 +9,10 @@
 namespace fastquant {
 namespace {
 
-// The smallest and largest element of each channel. low > high if no element of a channel was taken.
+// The smallest and largest element of each channel. low > high if no element of a channel was taken. Threads
+// write to neighbours in an array, so each has cache lines of its own.
 template <class T>
-struct Extremes {
+struct alignas(64) Extremes {
   explicit Extremes(int64_t channels)
       : low(channels, std::numeric_limits<T>::infinity()),
         high(channels, -std::numeric_limits<T>::infinity()) {}
