@@ -21,49 +21,53 @@ void copy_values(const S* x, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_compute(x[i]);
 }
 
-// Splits planes into the phases for a stride of 2. A vector may write beyond the end of a row, where the next
-// row or plane follows.
-template <class V, class S>
-void split_planes(const DepthwisePlane& plane, int64_t planes, const S* x, float* phases) {
-  const S* const end = x + planes * plane.inputs();
-  for (int64_t p = 0; p < planes; ++p, phases += plane.outputs()) {
-    for (int64_t r = 0; r < plane.height; ++r, x += plane.width) {
-      float* const even = phases + r % 2 * 2 * plane.phase_stride() + r / 2 * plane.columns;
-      float* const odd = even + plane.phase_stride();
+// Goes through the rows of planes and the phases for a stride of 2. Calls vectors(x, even, odd) for 2 N
+// elements of a row and N each of the phases with its even and odd ones; or element(x, of_phase) for single
+// ones, where memory ends. Vectors may go beyond the end of a row: what follows is the next row or plane, which
+// comes later.
+template <class V, class X, class P, class Vectors, class Element>
+FASTQUANT_INLINE void for_phases(const DepthwisePlane& plane, int64_t planes, X* x, P* phases,
+                                 const Vectors& vectors, const Element& element) {
+  // Sizes as variables, because for all the compiler knows, stores into memory may change the plane.
+  const int64_t height = plane.height, width = plane.width, columns = plane.columns;
+  const int64_t apart = plane.phase_stride(), outputs = plane.outputs();
+  const X* const end = x + planes * height * width;
+  for (int64_t p = 0; p < planes; ++p, phases += outputs) {
+    for (int64_t r = 0; r < height; ++r, x += width) {
+      P* const even = phases + r % 2 * 2 * apart + r / 2 * columns;
+      P* const odd = even + apart;
       int64_t c = 0;
-      for (; c < plane.columns && 2 * (c + V::N) <= end - x; c += V::N) {
-        const auto a = V::load(x + 2 * c), b = V::load(x + 2 * c + V::N);
-        V::store(even + c, V::even(a, b));
-        V::store(odd + c, V::odd(a, b));
-      }
-      for (; c < plane.columns; ++c) {
-        even[c] = to_compute(x[2 * c]);
-        if (2 * c + 1 < plane.width) odd[c] = to_compute(x[2 * c + 1]);
+      for (; c < columns && 2 * (c + V::N) <= end - x; c += V::N) vectors(x + 2 * c, even + c, odd + c);
+      for (; c < columns; ++c) {
+        element(x + 2 * c, even + c);
+        if (2 * c + 1 < width) element(x + 2 * c + 1, odd + c);
       }
     }
   }
 }
 
-// The contrary.
+template <class V, class S>
+void split_planes(const DepthwisePlane& plane, int64_t planes, const S* x, float* phases) {
+  for_phases<V>(
+      plane, planes, x, phases,
+      [](const S* from, float* even, float* odd) FASTQUANT_INLINE_LAMBDA {
+        const auto a = V::load(from), b = V::load(from + V::N);
+        V::store(even, V::even(a, b));
+        V::store(odd, V::odd(a, b));
+      },
+      [](const S* from, float* to) FASTQUANT_INLINE_LAMBDA { *to = to_compute(*from); });
+}
+
 template <class V, class S>
 void join_phases(const DepthwisePlane& plane, int64_t planes, const float* phases, S* x) {
-  const S* const end = x + planes * plane.inputs();
-  for (int64_t p = 0; p < planes; ++p, phases += plane.outputs()) {
-    for (int64_t r = 0; r < plane.height; ++r, x += plane.width) {
-      const float* const even = phases + r % 2 * 2 * plane.phase_stride() + r / 2 * plane.columns;
-      const float* const odd = even + plane.phase_stride();
-      int64_t c = 0;
-      for (; c < plane.columns && 2 * (c + V::N) <= end - x; c += V::N) {
-        const auto a = V::load(even + c), b = V::load(odd + c);
-        V::store(x + 2 * c, V::zip_low(a, b));
-        V::store(x + 2 * c + V::N, V::zip_high(a, b));
-      }
-      for (; c < plane.columns; ++c) {
-        from_compute(x + 2 * c, even[c]);
-        if (2 * c + 1 < plane.width) from_compute(x + 2 * c + 1, odd[c]);
-      }
-    }
-  }
+  for_phases<V>(
+      plane, planes, x, phases,
+      [](S* to, const float* even, const float* odd) FASTQUANT_INLINE_LAMBDA {
+        const auto a = V::load(even), b = V::load(odd);
+        V::store(to, V::zip_low(a, b));
+        V::store(to + V::N, V::zip_high(a, b));
+      },
+      [](S* to, const float* from) FASTQUANT_INLINE_LAMBDA { from_compute(to, *from); });
 }
 
 // At which of N positions a tap counts. word: where the masks of a group begin.
