@@ -156,6 +156,11 @@ struct Avx2Dot : Avx2Lanes {
   static void widen_values(const uint8_t* p, uint8_t* even, uint8_t* odd) {
     store_both(values(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), even, odd);
   }
+  static void widen_some_values(const uint8_t* p, int64_t n, uint8_t* even, uint8_t* odd) {
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), index);
+    store_both(values(_mm256_maskload_epi32(reinterpret_cast<const int*>(p), there)), even, odd);
+  }
   static void widen_weights(const int8_t* p, uint8_t* even, uint8_t* odd) { store_both(weights(p), even, odd); }
 
  private:

@@ -157,6 +157,10 @@ struct Avx512Dot : Avx512Lanes {
   static void widen_values(const uint8_t* p, uint8_t* even, uint8_t* odd) {
     store_both(values(_mm512_loadu_si512(p)), even, odd);
   }
+  static void widen_some_values(const uint8_t* p, int64_t n, uint8_t* even, uint8_t* odd) {
+    const auto there = static_cast<__mmask16>((1u << n) - 1);
+    store_both(values(_mm512_maskz_loadu_epi32(there, p)), even, odd);
+  }
   static void widen_weights(const int8_t* p, uint8_t* even, uint8_t* odd) { store_both(weights(p), even, odd); }
 
  private:

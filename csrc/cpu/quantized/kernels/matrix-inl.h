@@ -18,8 +18,9 @@
 //   Wide                        the same for what these have written: words, two for every byte of four
 //   SevenBits                   the same for bytes of which no value exceeds 127
 //   widen_values, widen_weights(p, even, odd)   4 N bytes as the words of the first and third of each four, and
-//   of
-//                               the others; 4 N bytes each
+//                               of the others; 4 N bytes each
+//   widen_some_values(p, n, even, odd)   the same, reading 4 n < 4 N bytes; what the rest becomes does not
+//   matter
 #pragma once
 
 #include "../matrix_kernels.h"
@@ -142,11 +143,10 @@ void multiply_at_most(int64_t vectors, const MatrixRows& a, const int8_t* weight
   multiply_channels<D, kVectors>(a, weights, width, first_steps, out, channel, count);
 }
 
-// Calls f(channel, count, weights, width) for each part of the blocks that is as wide as the widest tile.
-template <class D, class F>
+// Calls f(channel, count, weights, width) for each part of the blocks that is kMost channels wide.
+template <int64_t kMost, class F>
 FASTQUANT_INLINE void for_tiles_of_channels(const MatrixWeights& weights, int64_t begin, int64_t end,
                                             const F& f) {
-  constexpr int64_t kMost = D::kMostVectors * D::N;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlockChannels, width = block_channels(weights.channels, block) * kStep;
     const int64_t channels =
@@ -158,14 +158,27 @@ FASTQUANT_INLINE void for_tiles_of_channels(const MatrixWeights& weights, int64_
   }
 }
 
+// The same for tiles that are kVectors vectors of channels wide.
+template <class D, int kVectors>
+void multiply_in_tiles(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
+                       const OutputStage& out) {
+  for_tiles_of_channels<kVectors * D::N>(
+      weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
+        multiply_at_most<D, kVectors>((count + D::N - 1) / D::N, rows, data, width, weights.first_steps, out,
+                                      channel, count);
+      });
+}
+
 template <class D>
 void multiply(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
               const OutputStage& out, void*) {
-  for_tiles_of_channels<D>(weights, begin, end,
-                           [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
-                             multiply_at_most<D>((count + D::N - 1) / D::N, rows, data, width,
-                                                 weights.first_steps, out, channel, count);
-                           });
+  // Few rows: weights, which come from far away, are read once where a narrower tile has all rows.
+  if constexpr (D::kMostVectors == 4) {
+    constexpr int kOfWide = D::template kMostRows<4>, kOfNarrow = D::template kMostRows<2>;
+    if (kOfWide < rows.rows && rows.rows <= kOfNarrow)
+      return multiply_in_tiles<D, 2>(rows, weights, begin, end, out);
+  }
+  multiply_in_tiles<D, D::kMostVectors>(rows, weights, begin, end, out);
 }
 
 // ----------------------------------------------------------------------------------------- groups
@@ -225,7 +238,7 @@ void multiply_groups_of(const MatrixRows& rows, const MatrixWeights& weights, in
                         const OutputStage& out) {
   constexpr int kMost = D::kMostVectors, kOfLane = kLaneChannels / D::N,
                 kUnit = kOfLane < kMost ? kOfLane : kMost;
-  for_tiles_of_channels<D>(
+  for_tiles_of_channels<kMost * D::N>(
       weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
         if (count == kMost * D::N) {
           multiply_rows_of_groups<D, kGroup, kMost>(rows, 0, data, width, out, channel, count);
@@ -252,7 +265,7 @@ static inline int64_t no_scratch(int64_t) { return 0; }
 //
 // Making words of bytes takes as long as multiplying them. For more than a few rows, the words are written to
 // memory first: those of some rows, and those of the weights of one tile of channels, so that both are used
-// many times. Of each row, and of the weights, the words of even bytes come first.
+// many times. The words of even bytes and those of odd bytes are two segments.
 
 // For fewer rows than this, words are made where they are used.
 constexpr int64_t kFewRows = 8;
@@ -267,24 +280,24 @@ static inline int64_t wide_rows(int64_t steps) {
   return rows < kUnitOfWideRows ? kUnitOfWideRows : rows;
 }
 
+// Memory for the words of even, or odd, bytes of a row: whole vectors are written for every segment.
+template <class D>
+int64_t wide_bytes(int64_t steps) {
+  return kStep * (steps + D::N);
+}
+
 template <class D>
 int64_t widened_scratch(int64_t steps) {
-  const int64_t row = 2 * kStep * steps + static_cast<int64_t>(sizeof(void*));
+  const int64_t row = 2 * (wide_bytes<D>(steps) + static_cast<int64_t>(sizeof(void*)));
   return wide_rows(steps) * row + 2 * kStep * steps * D::Wide::kMostVectors * D::N;
 }
 
-// The words of one row of the steps [first, …) of a segment.
+// The words of one row of a segment.
 template <class D>
 void widen_segment(const uint8_t* p, int64_t steps, uint8_t* even, uint8_t* odd) {
   int64_t k = 0;
   for (; k + D::N <= steps; k += D::N) D::widen_values(p + k * kStep, even + k * kStep, odd + k * kStep);
-  for (; k < steps; ++k) {
-    uint32_t four;
-    __builtin_memcpy(&four, p + k * kStep, sizeof four);
-    const uint32_t first = four & 0x00ff00ff, second = four >> 8 & 0x00ff00ff;
-    __builtin_memcpy(even + k * kStep, &first, sizeof first);
-    __builtin_memcpy(odd + k * kStep, &second, sizeof second);
-  }
+  if (k < steps) D::widen_some_values(p + k * kStep, steps - k, even + k * kStep, odd + k * kStep);
 }
 
 template <class D>
@@ -292,11 +305,14 @@ void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t
                       const OutputStage& out, void* scratch) {
   if (a.seven_bits) return multiply<typename D::SevenBits>(a, weights, begin, end, out, scratch);
   if (a.rows < kFewRows) return multiply<D>(a, weights, begin, end, out, scratch);
-  const int64_t steps = a.segments * a.steps, bytes = kStep * steps, at_once = wide_rows(steps);
+  const int64_t steps = a.segments * a.steps, bytes = wide_bytes<D>(steps), at_once = wide_rows(steps);
   const uint8_t** const pointers = static_cast<const uint8_t**>(scratch);
-  uint8_t* const wide = reinterpret_cast<uint8_t*>(pointers + at_once);
+  uint8_t* const wide = reinterpret_cast<uint8_t*>(pointers + 2 * at_once);
   uint8_t* const wide_weights = wide + at_once * 2 * bytes;
-  for (int64_t r = 0; r < at_once; ++r) pointers[r] = wide + r * 2 * bytes;
+  for (int64_t r = 0; r < at_once; ++r) {
+    pointers[r] = wide + r * 2 * bytes;
+    pointers[at_once + r] = pointers[r] + bytes;
+  }
   for (int64_t first = 0; first < a.rows; first += at_once) {
     const int64_t rows = a.rows - first < at_once ? a.rows - first : at_once;
     for (int64_t r = 0; r < rows; ++r) {
@@ -305,10 +321,10 @@ void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t
         widen_segment<D>(a.pointers[s * a.stride + first + r] + a.offset, a.steps, to, to + bytes);
       }
     }
-    const MatrixRows these = {pointers, 0, at_once, rows, 1, 2 * steps};
+    const MatrixRows these = {pointers, 0, at_once, rows, 2, steps};
     OutputStage stage = out;
     stage.data = static_cast<char*>(out.data) + first * out.stride * bytes_of(out.type);
-    for_tiles_of_channels<typename D::Wide>(
+    for_tiles_of_channels<D::Wide::kMostVectors * D::N>(
         weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
           const int64_t vectors = (count + D::N - 1) / D::N, wide_width = vectors * D::N * kStep;
           uint8_t *even = wide_weights, *odd = wide_weights + steps * wide_width;
