@@ -239,8 +239,12 @@ class Convolution {
     const uint8_t* const inside = x_ + row * row_values_ - s_.padding[2] * s_.in_channels;
     const uint8_t* const right = strip + left_ * s_.in_channels + kStep - inside_to_ * step;
     int64_t ox = from;
-    for (; ox < std::min(to, inside_from_); ++ox) *at++ = strip + ox * step;
-    for (; ox < std::min(to, inside_to_); ++ox) *at++ = inside + ox * step;
+    const auto put_until = [&](int64_t end, const uint8_t* base) {
+      at = put_steps(at, base + ox * step, step, end - ox);
+      ox = std::max(ox, end);
+    };
+    put_until(std::min(to, inside_from_), strip);
+    put_until(std::min(to, inside_to_), inside);
     if (row_overhang()) {
       // Of the last ones, a step may reach past the end of x.
       const uint8_t* const last = end_ - kStep * steps_;
@@ -248,7 +252,20 @@ class Convolution {
         at[-k] = m.tail + (at[-k] - last);
       }
     }
-    for (; ox < to; ++ox) *at++ = right + ox * step;
+    put_until(to, right);
+  }
+
+  // Writes first, first + step, …: `count` pointers, where that is positive. Returns what follows them. Four at
+  // once, because each takes longer to compute from the one before than to store.
+  static const uint8_t** put_steps(const uint8_t** at, const uint8_t* first, int64_t step, int64_t count) {
+    for (; count >= 4; count -= 4, at += 4, first += 4 * step) {
+      at[0] = first;
+      at[1] = first + step;
+      at[2] = first + 2 * step;
+      at[3] = first + 3 * step;
+    }
+    for (; count > 0; --count, first += step) *at++ = first;
+    return at;
   }
 
   // ------------------------------------------------------------------ Access::taps
@@ -267,7 +284,7 @@ class Convolution {
     const uint8_t* const inside = x_ + row * row_values_ + first * s_.in_channels;
     const int64_t step = stride * s_.in_channels;
     at = std::fill_n(at, inside_from - from, m.padding);
-    for (int64_t ox = inside_from; ox < inside_to; ++ox) *at++ = inside + ox * step;
+    at = put_steps(at, inside + inside_from * step, step, inside_to - inside_from);
     std::fill_n(at, to - inside_to, m.padding);
   }
 

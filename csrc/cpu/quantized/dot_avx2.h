@@ -89,6 +89,7 @@ struct Avx2Lanes {
 
   static constexpr int64_t kValueOffset = 0;
   static constexpr int kSums = 8;
+  static constexpr int kMostSpread = 4;
 
  private:
   static __m256i words(Ints a, Ints b, const Limits& limits) {

@@ -68,6 +68,7 @@ struct NeonLanes {
 
   static constexpr int64_t kValueOffset = 128;
   static constexpr int kSums = 8;
+  static constexpr int kMostSpread = 0;
 
  private:
   static uint8x8_t bytes(Ints a, Ints b, const Limits& limits) {

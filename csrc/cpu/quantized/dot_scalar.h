@@ -53,6 +53,7 @@ struct ScalarDot {
   template <int kVectors>
   static constexpr int kMostRows = 2;
   static constexpr int kSums = 8;
+  static constexpr int kMostSpread = 0;
   struct Values {
     int32_t of[4];
   };

@@ -11,8 +11,10 @@
 //   values(p)                   four values, for every channel
 //   weights(p)                  four weights of each of N channels
 //   dot(sums, values, weights)  adds the products
-//   group_values<C>(p, k)       where groups of C < N channels share a vector: for each channel, the k-th four
-//                               values of its group; p points at N values, those of the first group first
+//   kMostSpread                 groups of so many channels, at most N, take group_values
+//   group_values<C>(p, k)       for each channel, the k-th four values of its group of C; p points at N values,
+//   those
+//                               of the first group first
 //
 // Where products need bytes as 16-bit words, D may also have
 //   Wide                        the same for what these have written: words, two for every byte of four
@@ -198,7 +200,7 @@ void multiply_tile_of_groups(const MatrixRows& a, int64_t row, const int8_t* wei
     unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
       constexpr int kChannel = v * D::N;
       const int8_t* const w = weights + kChannel * kStep;
-      if constexpr (kGroup < D::N) {  // all values of a row at once, which are loaded once
+      if constexpr (kGroup <= D::kMostSpread) {  // all values of a row at once, which are loaded once
         typename D::Weights these[kSteps];
         unrolled<kSteps>([&](auto k) FASTQUANT_INLINE_LAMBDA { these[k] = D::weights(w + k * width); });
         unrolled<kRows * kSteps>([&](auto i) FASTQUANT_INLINE_LAMBDA {
