@@ -267,7 +267,7 @@ static inline int64_t no_scratch(int64_t) { return 0; }
 //
 // Making words of bytes takes as long as multiplying them. For more than a few rows, the words are written to
 // memory first: those of some rows, and those of the weights of one tile of channels, so that both are used
-// many times. The words of even bytes and those of odd bytes are two segments.
+// many times. The words of even bytes and those of odd bytes are two segments, or one after the other.
 
 // For fewer rows than this, words are made where they are used.
 constexpr int64_t kFewRows = 8;
@@ -307,7 +307,10 @@ void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t
                       const OutputStage& out, void* scratch) {
   if (a.seven_bits) return multiply<typename D::SevenBits>(a, weights, begin, end, out, scratch);
   if (a.rows < kFewRows) return multiply<D>(a, weights, begin, end, out, scratch);
-  const int64_t steps = a.segments * a.steps, bytes = wide_bytes<D>(steps), at_once = wide_rows(steps);
+  const int64_t steps = a.segments * a.steps, at_once = wide_rows(steps);
+  // Where segments are whole vectors, even and odd words follow each other without a gap, as one segment.
+  const bool whole = a.steps % D::N == 0;
+  const int64_t bytes = whole ? kStep * steps : wide_bytes<D>(steps);
   const uint8_t** const pointers = static_cast<const uint8_t**>(scratch);
   uint8_t* const wide = reinterpret_cast<uint8_t*>(pointers + 2 * at_once);
   uint8_t* const wide_weights = wide + at_once * 2 * bytes;
@@ -323,7 +326,7 @@ void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t
         widen_segment<D>(a.pointers[s * a.stride + first + r] + a.offset, a.steps, to, to + bytes);
       }
     }
-    const MatrixRows these = {pointers, 0, at_once, rows, 2, steps};
+    const MatrixRows these = {pointers, 0, at_once, rows, whole ? 1 : 2, whole ? 2 * steps : steps};
     OutputStage stage = out;
     stage.data = static_cast<char*>(out.data) + first * out.stride * bytes_of(out.type);
     for_tiles_of_channels<D::Wide::kMostVectors * D::N>(
