@@ -223,14 +223,29 @@ def test_kernels_of_one_element_pass_on_what_is_not_finite(value: float) -> None
 
 
 @on_x86
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_kernels_of_one_element_do_without_torch() -> None:
-    x, weight = torch.randn(8, 24, 14, 14), torch.randn(40, 24, 1, 1)
-    plain = (POINTWISE, x, weight)
-    assert not any("conv" in name for name in ops_called(*plain, None))
-    spaced = x[:, :, ::2]
-    assert "aten::convolution" in ops_called(POINTWISE, spaced, weight, None)
-    torch.testing.assert_close(POINTWISE(spaced, weight, None), F.conv2d(spaced, weight))
+def test_kernels_of_one_element_do_without_torch(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "convolution", None)
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", None)
+    x = torch.randn(8, 24, 14, 14).to(memory_format=layout)
+    grad = torch.randn(8, 40, 14, 14).to(memory_format=layout)
+    assert len(all_results(x, torch.randn(40, 24, 1, 1), torch.randn(40), grad)) == 4
+
+
+@torch.no_grad()
+def test_kernels_of_one_element_of_tensors_with_gaps() -> None:
+    x, weight = torch.randn(8, 24, 14, 14)[:, :, ::2], torch.randn(40, 24, 1, 1)
+    torch.testing.assert_close(POINTWISE(x, weight, None), F.conv2d(x, weight))
+    grad = torch.randn(8, 40, 1, 1).expand(8, 40, 7, 14)
+    results = POINTWISE.gradients(grad, x, weight, None, [True, True, False])
+    dense = POINTWISE.gradients(
+        grad.contiguous(), x.contiguous(), weight, None, [True, True, False]
+    )
+    for result, expected in zip(results[:2], dense[:2], strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("one_thread")
