@@ -96,6 +96,13 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "fold_weight_backward(Tensor grad, Tensor weight, Tensor fold, int quant_min, int quant_max) "
       "-> (Tensor, Tensor)");
 
+  // A convolution with a kernel of one element, or a depthwise one that is padded by half its kernel. The two
+  // flags say which gradients are needed; the others are empty.
+  m.def("convolution(Tensor x, Tensor weight, Tensor? bias, int stride) -> Tensor");
+  m.def(
+      "convolution_backward(Tensor grad, Tensor x, Tensor weight, int stride, bool of_x, bool of_weight) "
+      "-> (Tensor, Tensor)");
+
   // Quantize weights to int8 with zero points of 0.
   m.def("quantize_per_channel(Tensor x, Tensor scale, int ch_axis, int quant_min, int quant_max) -> Tensor");
 

@@ -428,6 +428,8 @@ INEXACT = {
     "learnable_fake_quantize_backward": slice(1, 3),
     "fold_weight_backward": slice(1, 2),
     "batch_norm_fake_quantize_backward": slice(0, 3),
+    "convolution": slice(0, 1),
+    "convolution_backward": slice(0, 2),
 }
 
 

@@ -15,6 +15,7 @@ import fastquant as fq
 import fastquant.nn.intrinsic.qat as nniqat
 from oracle import quiet
 from test_compile import needs_a_compiler
+from test_convolution import on_x86
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,6 +133,53 @@ def test_the_graph_of_a_block_has_one_op_for_each_pass() -> None:
     for name in passes:
         assert sum(target == f"fastquant.{name}.default" for target in targets) == 2, name
     assert not any("relu" in target or "observe_qparams" in target for target in targets)
+
+
+def bottleneck() -> nn.Sequential:
+    """A 1x1 convolution, depthwise ones and a 1x1 convolution, as prepared blocks."""
+    torch.manual_seed(0)
+    sizes: list[dict[str, Any]] = [
+        {"in_channels": 3, "out_channels": 8, "kernel_size": 1},
+        {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "padding": 1, "groups": 8},
+        {"in_channels": 8, "out_channels": 8, "kernel_size": 5, "padding": 2, "groups": 8},
+        {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "stride": 2, "padding": 1},
+        {"in_channels": 8, "out_channels": 5, "kernel_size": 1},
+    ]
+    modules: list[nn.Module] = [fq.QuantStub()]
+    for size in sizes:
+        modules += [nn.Conv2d(**size, bias=False), nn.BatchNorm2d(size["out_channels"]), nn.ReLU()]
+    model = nn.Sequential(*modules).train()
+    with quiet():
+        names = [[str(i + k) for k in range(3)] for i in range(1, len(modules), 3)]
+        model = fq.fuse_modules_qat(model, names)
+        model.qconfig = fq.get_default_qat_qconfig("x86")
+        fq.prepare_qat(model, inplace=True)
+    return model
+
+
+@on_x86
+@pytest.mark.parametrize("autocast", [False, True])
+def test_convolutions_with_kernels_are_ops_in_graphs(autocast: bool) -> None:
+    targets: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(bottleneck(), fullgraph=True, backend=record)
+    with torch.autocast("cpu", enabled=autocast):
+        compiled(batch())
+    assert targets.count("fastquant.convolution.default") == 4
+    assert sum("conv2d" in target for target in targets) == 1
+
+
+@needs_a_compiler
+def test_convolutions_with_kernels_train_compiled_as_in_eager_mode() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        models = [bottleneck() for _ in range(2)]
+        compiled = torch.compile(models[0], fullgraph=True)
+        for factor in (1.0, 2.0):
+            train_alike(compiled, models, batch(factor=factor).to(memory_format=layout))
 
 
 def test_batch_sizes_of_blocks_share_a_dynamic_graph() -> None:

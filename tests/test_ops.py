@@ -127,11 +127,29 @@ def samples(
         yield "histogram_range", (histogram, low, high, method, 99.9, 16, 0, 15, scheme, 8)
     qparams = (torch.tensor([0.3]), torch.tensor([5]))
     yield "histogram_error", (histogram, low, high, *qparams, 0, 15)
+    if dtype in (torch.float32, torch.bfloat16):
+        yield from convolutions(dtype, numel > 1000)
     if dtype == torch.float32:
         yield from elementwise_calls.samples(numel // 20)
         yield from embedding_calls.samples(numel // 100 + 5)
         yield from errors(x, nonfinite)
     yield "choose_qparams", (torch.randn(9) - 3, torch.randn(9) + 3, eps(), 0, 255, AFFINE, 0)
+
+
+def convolutions(dtype: torch.dtype, large: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Pointwise and depthwise ones; `large`: so that threads share them."""
+    size = 40 if large else 6
+    for outputs, kernel, stride in ((24, 1, 1), (20, 3, 1), (20, 5, 2)):
+        torch.manual_seed(kernel)
+        weight = torch.randn(outputs, 20 if kernel == 1 else 1, kernel, kernel, dtype=dtype)
+        x = torch.randn(3, 20, size, size + 1, dtype=dtype)
+        bias = torch.randn(outputs, dtype=dtype)
+        yield "convolution", (x, weight, bias, stride)
+        yield "convolution", (x.contiguous(memory_format=torch.channels_last), weight, None, stride)
+        grad = torch.randn_like(ops.convolution(x, weight, None, stride))
+        yield "convolution_backward", (grad, x, weight, stride, True, True)
+        yield "convolution_backward", (grad, x, weight, stride, False, True)
+        yield "convolution_backward", (grad, x, weight, stride, True, False)
 
 
 def errors(x: Tensor, nonfinite: Tensor) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -290,7 +308,13 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fake_quantize_with_mask", "batch_norm_fake_quantize", "learnable_fake_quantize"]
+    "name",
+    [
+        "fake_quantize_with_mask",
+        "batch_norm_fake_quantize",
+        "convolution",
+        "learnable_fake_quantize",
+    ],
 )
 def test_opcheck_with_gradients(name: str) -> None:
     args = next(args for sample, args in samples() if sample == name)

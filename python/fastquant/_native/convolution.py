@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import ops
 from .fast_calls import may_skip_dispatcher
 
 __all__ = ["Convolution", "Gradients"]
@@ -38,6 +39,7 @@ _LARGE_BATCH, _PART_OF_A_THREAD, _FEW_MULTIPLICATIONS = 20 << 20, 2 << 20, 150
 _MEASURED_ISAS = ("avx512", "avx_vnni", "avx2")
 # oneDNN multiplies bf16 by AMX where there is AMX.
 _HAS_AMX = "avx512_amx" in _C.isas()
+_NATIVE_IN_GRAPHS = _C.isa().startswith(_MEASURED_ISAS)
 _POINTWISE_DTYPES = (torch.float32,) if _HAS_AMX else (torch.float32, torch.bfloat16)
 
 # The kernel sizes of depthwise convolutions that are computed here, and from how many pixels on
@@ -119,24 +121,44 @@ class Convolution(NamedTuple):
         of_weight, of_bias = of_parameters
         return of_x, of_weight, of_bias
 
+    def in_graph(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The op of the native kernels, which compilers do not look into; None where torch is used.
+
+        A compiler's x has its strides in eager mode: the op gets no other.
+        """
+        has_kernels = (
+            _NATIVE_IN_GRAPHS
+            and (self._has_pointwise_sizes(x, weight) or self._has_depthwise_sizes(x, weight))
+            and x.is_cpu
+            and x.dtype in _POINTWISE_DTYPES
+            and x.dtype == weight.dtype
+            and _is_contiguous(x)
+        )
+        return ops.convolution(x, weight, bias, self.stride[0]) if has_kernels else None
+
     def _geometry(self) -> tuple[Any, ...]:
         """What torch's functions take after the bias."""
         output_padding = (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, False, output_padding, self.groups
 
     def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether x has a kernel for each channel, of a size that is computed here."""
+        """Whether native kernels compute it, with a kernel for each channel."""
+        return (
+            self._has_depthwise_sizes(x, weight)
+            and _is_measured(x, torch.float32, torch.bfloat16)
+            and _C.isa().startswith(_MEASURED_ISAS)
+        )
+
+    def _has_depthwise_sizes(self, x: Tensor, weight: Tensor) -> bool:
         size = weight.shape[-1]
         return (
-            self.groups == weight.shape[0]
+            x.dim() == 4
+            and self.groups == weight.shape[0] == x.shape[1]
             and weight.shape[1:] == (1, size, size)
             and size in _DEPTHWISE
             and self.stride in ((1, 1), (2, 2))
             and self.padding == (size // 2,) * 2
             and self.dilation == (1, 1)
-            and _is_measured(x, torch.float32, torch.bfloat16)
-            and x.shape[1] == self.groups
-            and _C.isa().startswith(_MEASURED_ISAS)
         )
 
     def _depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -169,12 +191,18 @@ class Convolution(NamedTuple):
     def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
         """Whether native kernels compute it, as a product of matrices, faster than torch."""
         return (
-            weight.shape[2:] == (1, 1)
+            self._has_pointwise_sizes(x, weight)
+            and _is_measured(x, *_POINTWISE_DTYPES)
+            and _C.isa().startswith(_MEASURED_ISAS)
+        )
+
+    def _has_pointwise_sizes(self, x: Tensor, weight: Tensor) -> bool:
+        return (
+            x.dim() == 4
+            and weight.shape[1:] == (x.shape[1], 1, 1)
             and self.stride == (1, 1)
             and self.padding == (0, 0)
             and self.groups == 1
-            and _is_measured(x, *_POINTWISE_DTYPES)
-            and _C.isa().startswith(_MEASURED_ISAS)
         )
 
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:

@@ -115,6 +115,18 @@ def _empty_gradients_of_folded(grad: Tensor, weight: Tensor, *_: Any) -> tuple[T
     return torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
+def _empty_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    images, _, height, width = x.shape
+    rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
+    return x.new_empty((images, weight.shape[0], rows, columns))
+
+
+def _empty_gradients_of_convolution(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, of_x: bool, of_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if of_x else 0), x.new_empty(weight.shape if of_weight else 0)
+
+
 def _empty_gradients(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +157,8 @@ _FAKE_KERNELS: dict[str, Op] = {
     "observe_folded_weight_": _empty_folded_and_fold,
     "fold_weight": _empty_like_first,
     "fold_weight_backward": _empty_gradients_of_folded,
+    "convolution": _empty_convolution,
+    "convolution_backward": _empty_gradients_of_convolution,
     "learnable_fake_quantize": _empty_like_first,
     "learnable_fake_quantize_backward": _empty_gradients,
 }

@@ -18,6 +18,7 @@ from . import ops
 from .fast_calls import is_grad_enabled, may_skip_dispatcher
 from .ownership import is_sole_owner, learn_counts
 from .reference import batch_norm
+from .reference.convolution import convolution_backward as differentiable_backward
 
 _empty_like = torch.empty_like
 # Elements of a gradient from which on its memory is worth being used again.
@@ -238,4 +239,33 @@ learnable_fake_quantize = _with_gradients(
     _save_inputs,
     _gradients_of_learnable,
     "learnable_fake_quantize",
+)
+
+
+# ------------------------------------------------------------------------------ convolution
+
+
+def _save_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.stride = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _gradients_of_convolution(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+    backward = ops.convolution_backward
+    if is_grad_enabled() and any(t.requires_grad for t in (grad, x, weight)):
+        backward = differentiable_backward
+    grad_x, grad_weight = backward(grad, x, weight, ctx.stride, of_x, of_weight)
+    return (
+        grad_x if of_x else None,
+        grad_weight if of_weight else None,
+        grad.sum((0, 2, 3)) if ctx.has_bias and of_bias else None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "fastquant::convolution", _gradients_of_convolution, setup_context=_save_convolution
 )

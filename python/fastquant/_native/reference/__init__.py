@@ -32,6 +32,7 @@ from .batch_norm import (
     observe_batch_norm_,
 )
 from .clamped_sum import add_observe_fake_quantize
+from .convolution import convolution, convolution_backward
 from .dynamic import DYNAMIC_OPS
 from .errors import observe_error_
 from .folded_weight import fold_weight, fold_weight_backward, observe_folded_weight_
@@ -66,6 +67,8 @@ OPS: dict[str, Callable[..., Any]] = {
         observe_folded_weight_,
         fold_weight,
         fold_weight_backward,
+        convolution,
+        convolution_backward,
         learnable_fake_quantize,
         learnable_fake_quantize_backward,
         *QUANTIZED_OPS,

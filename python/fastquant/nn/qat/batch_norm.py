@@ -138,6 +138,17 @@ def _layer(module: Any, x: Tensor, weight: Tensor) -> Layer | None:
     return Convolution(module.stride, module.padding, module.dilation, module.groups)
 
 
+def _convolution_in_graph(
+    module: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """The convolution by an op of native kernels; None where torch is to compute it."""
+    dtype = _dtype_of_layer(x, weight)
+    layer = None if dtype is None else _layer(module, x, weight)
+    if not isinstance(layer, Convolution):
+        return None
+    return layer.in_graph(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def _bias(module: Any, x: Tensor) -> Tensor | None:
     bias: Tensor | None = module.bias
     return bias if bias is None or isinstance(module, nn.Linear) else bias.to(x.dtype)
@@ -165,6 +176,9 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
             return with_folded_weight(layer, x, weight, gamma, bias, folded)
         else:
             weight = with_gradients(weight, gamma, folded)
+            y = _convolution_in_graph(module, x, weight, bias) if in_graph else None
+            if y is not None:
+                return y
     # Else (w s) / s, which is w.
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, bias)

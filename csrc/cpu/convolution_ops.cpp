@@ -1,0 +1,145 @@
+// Registers the CPU implementations of the ops `convolution` and `convolution_backward`.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../tensors.h"
+#include "arrays.h"
+#include "depthwise.h"
+#include "huge_pages.h"
+#include "pointwise.h"
+
+namespace fastquant {
+namespace {
+
+// x and weight of a convolution that there are kernels for, contiguous, and what follows from their sizes.
+struct Layer {
+  Layer(const Tensor& input, const Tensor& kernels, int64_t step) : stride(step) {
+    check(input.is_cpu() && kernels.is_cpu(), "x and weight must be on the CPU");
+    const ScalarType dtype = input.scalar_type();
+    check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x must be float32 or bfloat16");
+    check(kernels.scalar_type() == dtype, "weight must have the dtype of x");
+    check(input.dim() == 4 && kernels.dim() == 4, "x and weight must have 4 dimensions, have ", input.dim(),
+          " and ", kernels.dim());
+    x = torch::stable::contiguous(input), weight = torch::stable::contiguous(kernels);
+    const auto w = weight.sizes();
+    images = x.sizes()[0], inputs = x.sizes()[1], outputs = w[0], height = x.sizes()[2], width = x.sizes()[3];
+    kernel = w[3];
+    is_pointwise = kernel == 1 && w[2] == 1 && w[1] == inputs && stride == 1;
+    const bool is_depthwise = (kernel == 3 || kernel == 5 || kernel == 7) && w[2] == kernel && w[1] == 1 &&
+                              outputs == inputs && (stride == 1 || stride == 2);
+    check(is_pointwise || is_depthwise,
+          "there are kernels for weights of [outputs, inputs, 1, 1] with stride 1, and of [channels, 1, n, n] "
+          "with "
+          "n of 3, 5 or 7 and stride 1 or 2; weight has the shape [",
+          w[0], ", ", w[1], ", ", w[2], ", ", w[3], "], x has ", inputs, " channels, and the stride is ",
+          stride);
+  }
+
+  Pointwise pointwise() const { return {images, inputs, outputs, height * width}; }
+  DepthwiseLayer depthwise() const { return {images, inputs, height, width, kernel, stride}; }
+  bool is_empty() const { return x.numel() == 0 || weight.numel() == 0; }
+
+  std::vector<int64_t> output_sizes() const {
+    return {images, outputs, (height + stride - 1) / stride, (width + stride - 1) / stride};
+  }
+
+  Tensor x, weight;
+  int64_t images, inputs, outputs, height, width, kernel, stride;
+  bool is_pointwise;
+};
+
+Tensor new_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  Tensor y =
+      empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), like.scalar_type(), like);
+  prefer_huge_pages(y.mutable_data_ptr(), y.numel() * static_cast<int64_t>(y.element_size()));
+  return y;
+}
+
+Array array(const Tensor& t) { return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), "weight"}; }
+
+std::vector<float> wide(const Tensor& t) { return read_values<float>(array(t)); }
+
+// Calls f with a value of the type that the layer's tensors have.
+template <class F>
+void with_type(const Layer& layer, const F& f) {
+  if (layer.x.scalar_type() == ScalarType::Float) return f(float{});
+  f(BFloat16{});
+}
+
+template <class S>
+const S* data(const Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
+}
+
+template <class S>
+S* new_data(Tensor& t) {
+  return static_cast<S*>(t.mutable_data_ptr());
+}
+
+Tensor convolution_op(const Tensor x, const Tensor weight, const std::optional<Tensor> bias, int64_t stride) {
+  const Layer layer(x, weight, stride);
+  if (bias.has_value()) {
+    check(bias->is_cpu() && bias->scalar_type() == x.scalar_type() && bias->is_contiguous() &&
+              bias->numel() == layer.outputs,
+          "bias must be contiguous, with ", layer.outputs, " elements of the dtype of x");
+  }
+  Tensor y = new_contiguous(layer.output_sizes(), x);
+  if (layer.is_empty()) return torch::stable::zero_(y);
+  with_type(layer, [&](auto type) {
+    using S = decltype(type);
+    if (layer.is_pointwise) {
+      pointwise_convolution(layer.pointwise(), data<S>(layer.x), data<S>(layer.weight),
+                            bias.has_value() ? data<S>(*bias) : nullptr, new_data<S>(y));
+      return;
+    }
+    const auto w = wide(layer.weight);
+    const auto b = bias.has_value() ? wide(*bias) : std::vector<float>();
+    depthwise_convolution(layer.depthwise(), data<S>(layer.x), w.data(), b.empty() ? nullptr : b.data(),
+                          new_data<S>(y));
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> convolution_backward_op(const Tensor given, const Tensor x, const Tensor weight,
+                                                   int64_t stride, bool of_x, bool of_weight) {
+  const Layer layer(x, weight, stride);
+  const Tensor grad = torch::stable::contiguous(given);
+  const auto sizes = layer.output_sizes();
+  check(grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 &&
+            std::equal(sizes.begin(), sizes.end(), grad.sizes().begin()),
+        "grad must have the dtype of x and the shape [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ",
+        sizes[3], "]");
+  const std::vector<int64_t> none = {0};
+  const auto shape = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
+  Tensor grad_x = new_contiguous(of_x ? shape(layer.x) : none, x);
+  Tensor grad_weight = new_contiguous(of_weight ? shape(layer.weight) : none, x);
+  if (layer.is_empty()) return {torch::stable::zero_(grad_x), torch::stable::zero_(grad_weight)};
+  with_type(layer, [&](auto type) {
+    using S = decltype(type);
+    const S *const g = data<S>(grad), *const input = data<S>(layer.x);
+    if (layer.is_pointwise) {
+      if (of_x) pointwise_grad_input(layer.pointwise(), g, data<S>(layer.weight), new_data<S>(grad_x));
+      if (of_weight) pointwise_grad_weight(layer.pointwise(), g, input, new_data<S>(grad_weight));
+      return;
+    }
+    const auto w = wide(layer.weight);
+    std::vector<float> sums(of_weight ? w.size() : 0);
+    depthwise_convolution_backward(layer.depthwise(), g, input, w.data(), of_x ? new_data<S>(grad_x) : nullptr,
+                                   of_weight ? sums.data() : nullptr);
+    if (of_weight) write_values(array(grad_weight), sums);
+  });
+  return {grad_x, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastquant, CPU, m) {
+  m.impl("convolution", TORCH_BOX(&convolution_op));
+  m.impl("convolution_backward", TORCH_BOX(&convolution_backward_op));
+}
+
+}  // namespace fastquant
