@@ -64,8 +64,8 @@ def assert_as_cpu(emulation: Emulation, call: Call) -> None:
 
 
 def test_every_op_has_a_cuda_kernel(emulation: Emulation) -> None:
-    # On a GPU, layers on quantized tensors, histograms of channels and an analysis's errors run the
-    # reference, and ranges are searched on the CPU.
+    # On a GPU, convolutions, layers on quantized tensors, histograms of channels and an analysis's
+    # errors run the reference, and ranges are searched on the CPU.
     quantized = (*QUANTIZED_OPS, *QUANTIZED_NORMS, *DYNAMIC_OPS, *QUANTIZED_EMBEDDINGS)
     elsewhere = {op.__name__ for op in quantized} | {
         "observe_channel_histograms_",
@@ -73,6 +73,8 @@ def test_every_op_has_a_cuda_kernel(emulation: Emulation) -> None:
         "least_error_range",
         "histogram_error",
         "observe_error_",
+        "convolution",
+        "convolution_backward",
     }
     for name in reference_ops.OPS.keys() - elsewhere:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
