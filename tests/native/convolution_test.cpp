@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/pointwise.h"
+#include "math/numbers.h"
 #include "quantized_testing.h"
 
 namespace fastquant {
