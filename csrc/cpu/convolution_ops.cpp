@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "../tensors.h"
-#include "arrays.h"
 #include "depthwise.h"
 #include "huge_pages.h"
 #include "pointwise.h"
@@ -31,8 +30,7 @@ struct Layer {
                               outputs == inputs && (stride == 1 || stride == 2);
     check(is_pointwise || is_depthwise,
           "there are kernels for weights of [outputs, inputs, 1, 1] with stride 1, and of [channels, 1, n, n] "
-          "with "
-          "n of 3, 5 or 7 and stride 1 or 2; weight has the shape [",
+          "with n of 3, 5 or 7 and stride 1 or 2; weight has the shape [",
           w[0], ", ", w[1], ", ", w[2], ", ", w[3], "], x has ", inputs, " channels, and the stride is ",
           stride);
   }
@@ -58,10 +56,6 @@ Tensor new_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {
   prefer_huge_pages(y.mutable_data_ptr(), y.numel() * static_cast<int64_t>(y.element_size()));
   return y;
 }
-
-Array array(const Tensor& t) { return {t.mutable_data_ptr(), element(t.scalar_type()), t.numel(), "weight"}; }
-
-std::vector<float> wide(const Tensor& t) { return read_values<float>(array(t)); }
 
 // Calls f with a value of the type that the layer's tensors have.
 template <class F>
@@ -91,15 +85,10 @@ Tensor convolution_op(const Tensor x, const Tensor weight, const std::optional<T
   if (layer.is_empty()) return torch::stable::zero_(y);
   with_type(layer, [&](auto type) {
     using S = decltype(type);
-    if (layer.is_pointwise) {
-      pointwise_convolution(layer.pointwise(), data<S>(layer.x), data<S>(layer.weight),
-                            bias.has_value() ? data<S>(*bias) : nullptr, new_data<S>(y));
-      return;
-    }
-    const auto w = wide(layer.weight);
-    const auto b = bias.has_value() ? wide(*bias) : std::vector<float>();
-    depthwise_convolution(layer.depthwise(), data<S>(layer.x), w.data(), b.empty() ? nullptr : b.data(),
-                          new_data<S>(y));
+    const S *const in = data<S>(layer.x), *const w = data<S>(layer.weight);
+    const S* const b = bias.has_value() ? data<S>(*bias) : nullptr;
+    if (layer.is_pointwise) return pointwise_convolution(layer.pointwise(), in, w, b, new_data<S>(y));
+    depthwise_convolution(layer.depthwise(), in, w, b, new_data<S>(y));
   });
   return y;
 }
@@ -120,17 +109,14 @@ std::tuple<Tensor, Tensor> convolution_backward_op(const Tensor given, const Ten
   if (layer.is_empty()) return {torch::stable::zero_(grad_x), torch::stable::zero_(grad_weight)};
   with_type(layer, [&](auto type) {
     using S = decltype(type);
-    const S *const g = data<S>(grad), *const input = data<S>(layer.x);
+    const S *const g = data<S>(grad), *const in = data<S>(layer.x), *const w = data<S>(layer.weight);
     if (layer.is_pointwise) {
-      if (of_x) pointwise_grad_input(layer.pointwise(), g, data<S>(layer.weight), new_data<S>(grad_x));
-      if (of_weight) pointwise_grad_weight(layer.pointwise(), g, input, new_data<S>(grad_weight));
+      if (of_x) pointwise_grad_input(layer.pointwise(), g, w, new_data<S>(grad_x));
+      if (of_weight) pointwise_grad_weight(layer.pointwise(), g, in, new_data<S>(grad_weight));
       return;
     }
-    const auto w = wide(layer.weight);
-    std::vector<float> sums(of_weight ? w.size() : 0);
-    depthwise_convolution_backward(layer.depthwise(), g, input, w.data(), of_x ? new_data<S>(grad_x) : nullptr,
-                                   of_weight ? sums.data() : nullptr);
-    if (of_weight) write_values(array(grad_weight), sums);
+    depthwise_convolution_backward(layer.depthwise(), g, in, w, of_x ? new_data<S>(grad_x) : nullptr,
+                                   of_weight ? new_data<S>(grad_weight) : nullptr);
   });
   return {grad_x, grad_weight};
 }

@@ -1,6 +1,8 @@
 #include "depthwise.h"
 
-#include "arrays.h"
+#include <memory>
+
+#include "widened.h"
 
 namespace fastquant {
 namespace {
@@ -73,53 +75,54 @@ class Plane : public DepthwisePlane {
 }  // namespace
 
 template <class S>
-void depthwise_convolution(const DepthwiseLayer& layer, const S* x, const float* weight, const float* bias,
-                           S* y) {
+void depthwise_convolution(const DepthwiseLayer& layer, const S* x, const S* weight, const S* bias, S* y) {
   const Plane plane(layer, false);
   const int64_t planes = layer.images * layer.channels, taps = layer.kernel * layer.kernel;
+  const Widened weights(weight, layer.channels * taps), biases(bias, layer.channels);
   const int64_t pieces = std::min(piece_count(planes * plane.inputs()), planes);
   for_pieces(planes, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<float> scratch(plane.scratch());
     while (begin < end) {
       const int64_t channel = begin % layer.channels, count = std::min(layer.channels - channel, end - begin);
-      plane_kernels(S()).forward(plane, count, x + begin * plane.inputs(), weight + channel * taps,
-                                 bias == nullptr ? nullptr : bias + channel, y + begin * plane.outputs(),
-                                 scratch.data());
+      plane_kernels(S()).forward(plane, count, x + begin * plane.inputs(), weights.data() + channel * taps,
+                                 bias == nullptr ? nullptr : biases.data() + channel,
+                                 y + begin * plane.outputs(), scratch.data());
       begin += count;
     }
   });
 }
 
 template <class S>
-void depthwise_convolution_backward(const DepthwiseLayer& layer, const S* grad, const S* x, const float* weight,
-                                    S* grad_x, float* grad_weight) {
+void depthwise_convolution_backward(const DepthwiseLayer& layer, const S* grad, const S* x, const S* weight,
+                                    S* grad_x, S* grad_weight) {
   const Plane plane(layer, true);
   const int64_t channels = layer.channels, taps = layer.kernel * layer.kernel;
   const int64_t pieces = std::min(piece_count(layer.images * channels * plane.inputs()), channels);
+  // Memory is allocated before any of it is written to: the caller may compute otherwise what this throws at,
+  // but only while grad is as it was.
+  const Widened weights(weight, channels * taps);
+  std::vector<double> sums(grad_weight == nullptr ? 0 : channels * taps);
+  const std::unique_ptr<float[]> scratch(new float[pieces * plane.scratch()]);
   // Each thread has some channels of every image, and sums up the gradients of their weights.
-  for_pieces(channels, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {
+  for_pieces(channels, pieces, 1, [&](int64_t piece, int64_t begin, int64_t end) {
     if (begin == end) return;
-    std::vector<float> scratch(plane.scratch());
-    std::vector<double> sums((end - begin) * taps);
     for (int64_t image = 0; image < layer.images; ++image) {
       const int64_t first = image * channels + begin, input = first * plane.inputs();
       plane_kernels(S()).backward(plane, end - begin, grad + first * plane.outputs(), x + input,
-                                  weight + begin * taps, grad_x == nullptr ? nullptr : grad_x + input,
-                                  grad_weight == nullptr ? nullptr : sums.data(), scratch.data());
-    }
-    if (grad_weight != nullptr) {
-      std::transform(sums.begin(), sums.end(), grad_weight + begin * taps,
-                     [](double sum) { return static_cast<float>(sum); });
+                                  weights.data() + begin * taps, grad_x == nullptr ? nullptr : grad_x + input,
+                                  grad_weight == nullptr ? nullptr : sums.data() + begin * taps,
+                                  scratch.get() + piece * plane.scratch());
     }
   });
+  for (size_t i = 0; i < sums.size(); ++i) from_compute(grad_weight + i, static_cast<float>(sums[i]));
 }
 
 template void depthwise_convolution(const DepthwiseLayer&, const float*, const float*, const float*, float*);
-template void depthwise_convolution(const DepthwiseLayer&, const BFloat16*, const float*, const float*,
+template void depthwise_convolution(const DepthwiseLayer&, const BFloat16*, const BFloat16*, const BFloat16*,
                                     BFloat16*);
 template void depthwise_convolution_backward(const DepthwiseLayer&, const float*, const float*, const float*,
                                              float*, float*);
 template void depthwise_convolution_backward(const DepthwiseLayer&, const BFloat16*, const BFloat16*,
-                                             const float*, BFloat16*, float*);
+                                             const BFloat16*, BFloat16*, BFloat16*);
 
 }  // namespace fastquant

@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "arrays.h"
+#include "widened.h"
 
 namespace fastquant {
 namespace {
@@ -27,22 +27,7 @@ PositionUnits position_units(int64_t images, int64_t positions) {
 const PointwiseKernels<float>& pointwise_kernels(float) { return kernels().pointwise_f32; }
 const PointwiseKernels<BFloat16>& pointwise_kernels(BFloat16) { return kernels().pointwise_bf16; }
 
-// Numbers as fp32, of which bf16 needs a copy.
-class Widened {
- public:
-  Widened(const float* x, int64_t) : data_(x) {}
-  Widened(const BFloat16* x, int64_t n) : copy_(n), data_(copy_.data()) {
-    kernels().pointwise_bf16.widen(x, n, copy_.data());
-  }
-
-  const float* data() const { return data_; }
-
- private:
-  std::vector<float> copy_;
-  const float* data_;
-};
-
-// What is computed from the sizes.
+// Sets what follows from the sizes: the units, and how many of them to compute at once.
 template <class S>
 void plan(PointwiseProduct<S>* p) {
   constexpr int64_t kCached = int64_t{96} << 10;  // elements, in the second cache
@@ -131,10 +116,11 @@ void multiply_images(const S* a, int64_t rows, const S* b, int64_t columns, cons
 }
 
 // Adds up `parts` arrays of `size` numbers.
-void add_parts(const std::vector<float>& values, int64_t parts, int64_t size, float* y) {
+template <class T>
+void add_parts(const std::vector<T>& values, int64_t parts, int64_t size, float* y) {
   for (int64_t i = 0; i < size; ++i) {
     double sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += values[part * size + i];
+    for (int64_t part = 0; part < parts; ++part) sum += static_cast<double>(values[part * size + i]);
     y[i] = static_cast<float>(sum);
   }
 }
@@ -195,12 +181,52 @@ std::vector<S> shared_positions(const S* x, int64_t channels, const Pointwise& s
   return shared;
 }
 
+// Sums over positions of the products of `height` rows with `width` others. They are fp32 for a bounded number
+// of positions, so that the gradients of large batches are as precise as those of small ones.
+template <class S>
+class SumsOfProducts {
+ public:
+  // Sums are added to `into`, whose rows begin `stride` elements apart.
+  SumsOfProducts(int64_t height, int64_t width, double* into, int64_t stride)
+      : height_(height),
+        width_(width),
+        stride_(stride),
+        into_(into),
+        sums_(height * width * kPositionUnit),
+        totals_(width) {}
+
+  // Adds the products at the first `count` positions of rows that begin `stride` elements apart.
+  void add(const S* a, const S* b, int64_t stride, int64_t count) {
+    constexpr int64_t kLongest = 1024 * kPositionUnit;
+    for (int64_t p = 0; p < count; p += kLongest) {
+      const int64_t n = std::min(kLongest, count - p);
+      if (summed_ + n > kLongest) finish();
+      pointwise_kernels(S{}).dots(a + p, height_, b + p, width_, stride, n, sums_.data());
+      summed_ += n;
+    }
+  }
+
+  // To be called after the last products.
+  void finish() {
+    for (int64_t r = 0; r < height_; ++r) {
+      kernels().sum_units(sums_.data() + r * width_ * kPositionUnit, width_, totals_.data());
+      for (int64_t c = 0; c < width_; ++c) into_[r * stride_ + c] += static_cast<double>(totals_[c]);
+    }
+    std::fill(sums_.begin(), sums_.end(), 0.0f);
+    summed_ = 0;
+  }
+
+ private:
+  int64_t height_, width_, stride_, summed_ = 0;  // positions
+  double* into_;
+  std::vector<float> sums_, totals_;
+};
+
 // The gradient of the weight by sums over positions, for large images of few channels: blocks of pairs of
 // channels, each for some of the images, whose sums are then added up.
 template <class S>
 void sum_over_positions(const Pointwise& s, const S* grad, const S* x, float* grad_weight, int64_t threads) {
   constexpr int64_t kBlock = 64;
-  const auto dots = pointwise_kernels(S{}).dots;
   const PositionUnits units = position_units(s.images, s.positions);
   const int64_t whole = units.in_image * kPositionUnit, columns = units.shared * kPositionUnit;
   const std::vector<S> shared_grad = shared_positions(grad, s.outputs, s, units);
@@ -208,26 +234,22 @@ void sum_over_positions(const Pointwise& s, const S* grad, const S* x, float* gr
   const int64_t down = (s.outputs + kBlock - 1) / kBlock, across = (s.inputs + kBlock - 1) / kBlock;
   const int64_t blocks = down * across, size = s.outputs * s.inputs;
   const int64_t parts = parts_of(s.images, blocks);
-  std::vector<float> sums_of_parts(parts * size);
+  std::vector<double> sums_of_parts(parts * size);
   for_pieces(parts * blocks, threads, 1, [&](int64_t, int64_t first_item, int64_t last_item) {
-    std::vector<float> sums;
     for (int64_t item = first_item; item < last_item; ++item) {
       const int64_t part = item / blocks, block = item % blocks, i = block / across, j = block % across;
       const int64_t top = s.outputs * i / down, height = s.outputs * (i + 1) / down - top;
       const int64_t left = s.inputs * j / across, width = s.inputs * (j + 1) / across - left;
-      sums.assign(height * width * kPositionUnit, 0.0f);
+      double* const into = sums_of_parts.data() + part * size + top * s.inputs + left;
+      SumsOfProducts<S> sums(height, width, into, s.inputs);
       for (int64_t n = s.images * part / parts; n < s.images * (part + 1) / parts; ++n) {
-        dots(grad + (n * s.outputs + top) * s.positions, height, x + (n * s.inputs + left) * s.positions, width,
-             s.positions, whole, sums.data());
+        sums.add(grad + (n * s.outputs + top) * s.positions, x + (n * s.inputs + left) * s.positions,
+                 s.positions, whole);
       }
       if (part == parts - 1) {
-        dots(shared_grad.data() + top * columns, height, shared_x.data() + left * columns, width, columns,
-             columns, sums.data());
+        sums.add(shared_grad.data() + top * columns, shared_x.data() + left * columns, columns, columns);
       }
-      for (int64_t r = 0; r < height; ++r) {
-        kernels().sum_units(sums.data() + r * width * kPositionUnit, width,
-                            sums_of_parts.data() + part * size + (top + r) * s.inputs + left);
-      }
+      sums.finish();
     }
   });
   add_parts(sums_of_parts, parts, size, grad_weight);
@@ -265,9 +287,9 @@ void multiply_positions(const Pointwise& s, const float* x, int64_t inputs, cons
 
 template <class S>
 void pointwise_convolution(const Pointwise& s, const S* x, const S* weight, const S* bias, S* y) {
-  const Widened weights(weight, s.outputs * s.inputs), biases(bias, bias == nullptr ? 0 : s.outputs);
+  const Widened weights(weight, s.outputs * s.inputs), biases(bias, s.outputs);
   PointwiseProduct<S> p = {};
-  p.x = x, p.weight = weights.data(), p.bias = bias == nullptr ? nullptr : biases.data(), p.y = y;
+  p.x = x, p.weight = weights.data(), p.bias = biases.data(), p.y = y;
   p.images = s.images, p.inner = s.inputs, p.outer = s.outputs, p.positions = s.positions;
   p.weight_outer_stride = s.inputs, p.weight_inner_stride = 1;
   multiply(p, threads_for(s));

@@ -1,5 +1,6 @@
 #include "python/convolution_calls.h"
 
+#include "cpu/depthwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/pointwise.h"
 #include "python/arguments.h"
@@ -14,21 +15,22 @@ struct Channels {
   explicit Channels(const DLTensor& t) : data(t.data), type(element(t)), numel(fastquant::numel(t)) {
     require(type == Element::f32 || type == Element::bf16);
     require(t.ndim == 4 && numel > 0 && data != nullptr);
-    images = t.shape[0], channels = t.shape[1], positions = t.shape[2] * t.shape[3];
-    const int64_t w = t.shape[3], c = channels, plane = positions;
-    const int64_t contiguous[] = {c * plane, plane, w, 1}, channels_last[] = {c * plane, 1, w * c, c};
+    images = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
+    positions = height * width;
+    const int64_t c = channels, plane = positions;
+    const int64_t contiguous[] = {c * plane, plane, width, 1}, channels_last[] = {c * plane, 1, width * c, c};
     is_contiguous = has_strides(t, contiguous), is_channels_last = has_strides(t, channels_last);
   }
 
   void* data;
   Element type;
-  int64_t numel, images, channels, positions;
+  int64_t numel, images, channels, height, width, positions;
   bool is_contiguous, is_channels_last;
 };
 
-// A layer with these images and this weight.
-struct Layer {
-  Layer(const Channels& x, const Channels& y, const Channels& weight)
+// A pointwise layer with these images and this weight.
+struct PointwiseLayer {
+  PointwiseLayer(const Channels& x, const Channels& y, const Channels& weight)
       : sizes{x.images, x.channels, y.channels, x.positions},
         channels_last(!(x.is_contiguous && y.is_contiguous)),
         type(x.type),
@@ -51,11 +53,38 @@ Channels new_memory(PyObject* object) {
   return y;
 }
 
-// Calls f with a value of the type that a layer's tensors have.
+// The memory of the bias of so many channels; null where there is none.
+const void* bias_of(PyObject* object, int64_t channels, Element type) {
+  if (object == Py_None) return nullptr;
+  const Array bias = values(object, "bias");
+  require(bias.type == type && bias.numel == channels);
+  return bias.data;
+}
+
+// Calls f with a value of the type, which is fp32 or bf16.
 template <class F>
-void with_type(const Layer& layer, const F& f) {
-  if (layer.type == Element::f32) return f(float{});
+void with_type(Element type, const F& f) {
+  if (type == Element::f32) return f(float{});
   f(BFloat16{});
+}
+
+// The depthwise layer that x and the weight belong to.
+DepthwiseLayer depthwise_layer(const Channels& x, const Channels& weight, int64_t stride) {
+  const int64_t kernel = weight.width;
+  require(weight.images == x.channels && weight.channels == 1 && weight.height == kernel);
+  require((kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2));
+  require(weight.type == x.type && x.is_contiguous && weight.is_contiguous);
+  return {x.images, x.channels, x.height, x.width, kernel, stride};
+}
+
+void require_contiguous(const Channels& t, Element type, int64_t images, int64_t channels, int64_t height,
+                        int64_t width) {
+  require(t.type == type && t.is_contiguous);
+  require(t.images == images && t.channels == channels && t.height == height && t.width == width);
+}
+
+void require_outputs(const Channels& y, const DepthwiseLayer& layer, Element type) {
+  require_contiguous(y, type, layer.images, layer.channels, layer.rows(), layer.columns());
 }
 
 }  // namespace
@@ -63,21 +92,15 @@ void with_type(const Layer& layer, const F& f) {
 PyObject* pointwise_convolution_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 4, [](Arguments args) {
     const Channels x(args.next()), weight(args.next());
-    PyObject* const bias = args.next();
+    const void* const bias = bias_of(args.next(), weight.images, x.type);
     const Channels y = new_memory(args.next());
-    const Layer layer(x, y, weight);
-    const void* biases = nullptr;
-    if (bias != Py_None) {
-      const Array of_outputs = values(bias, "bias");
-      require(of_outputs.type == layer.type && of_outputs.numel == layer.sizes.outputs);
-      biases = of_outputs.data;
-    }
+    const PointwiseLayer layer(x, y, weight);
     const WithoutGil released(layer.elements);
-    with_type(layer, [&](auto element) {
+    with_type(layer.type, [&](auto element) {
       using S = decltype(element);
       const auto* const in = static_cast<const S*>(x.data);
       const auto* const w = static_cast<const S*>(weight.data);
-      const auto* const b = static_cast<const S*>(biases);
+      const auto* const b = static_cast<const S*>(bias);
       auto* const out = static_cast<S*>(y.data);
       if constexpr (std::is_same_v<S, float>) {
         if (layer.channels_last) return pointwise_convolution_channels_last(layer.sizes, in, w, b, out);
@@ -90,9 +113,9 @@ PyObject* pointwise_convolution_call(PyObject*, PyObject* const* given, Py_ssize
 PyObject* pointwise_grad_input_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 3, [](Arguments args) {
     const Channels grad(args.next()), weight(args.next()), grad_x = new_memory(args.next());
-    const Layer layer(grad_x, grad, weight);
+    const PointwiseLayer layer(grad_x, grad, weight);
     const WithoutGil released(layer.elements);
-    with_type(layer, [&](auto element) {
+    with_type(layer.type, [&](auto element) {
       using S = decltype(element);
       const auto* const in = static_cast<const S*>(grad.data);
       const auto* const w = static_cast<const S*>(weight.data);
@@ -108,9 +131,9 @@ PyObject* pointwise_grad_input_call(PyObject*, PyObject* const* given, Py_ssize_
 PyObject* pointwise_grad_weight_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return attempt(given, count, 3, [](Arguments args) {
     const Channels grad(args.next()), x(args.next()), grad_weight(args.next());
-    const Layer layer(x, grad, grad_weight);
+    const PointwiseLayer layer(x, grad, grad_weight);
     const WithoutGil released(layer.elements);
-    with_type(layer, [&](auto element) {
+    with_type(layer.type, [&](auto element) {
       using S = decltype(element);
       const auto* const of_y = static_cast<const S*>(grad.data);
       const auto* const in = static_cast<const S*>(x.data);
@@ -119,6 +142,46 @@ PyObject* pointwise_grad_weight_call(PyObject*, PyObject* const* given, Py_ssize
         if (layer.channels_last) return pointwise_grad_weight_channels_last(layer.sizes, of_y, in, out);
       }
       pointwise_grad_weight(layer.sizes, of_y, in, out);
+    });
+  });
+}
+
+PyObject* depthwise_convolution_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 5, [](Arguments args) {
+    const Channels x(args.next()), weight(args.next());
+    const void* const bias = bias_of(args.next(), weight.images, x.type);
+    const DepthwiseLayer layer = depthwise_layer(x, weight, integer(args.next()));
+    const Channels y = new_memory(args.next());
+    require_outputs(y, layer, x.type);
+    const WithoutGil released(x.numel);
+    with_type(x.type, [&](auto element) {
+      using S = decltype(element);
+      depthwise_convolution(layer, static_cast<const S*>(x.data), static_cast<const S*>(weight.data),
+                            static_cast<const S*>(bias), static_cast<S*>(y.data));
+    });
+  });
+}
+
+PyObject* depthwise_convolution_backward_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 6, [](Arguments args) {
+    const Channels grad(args.next()), x(args.next()), weight(args.next());
+    const DepthwiseLayer layer = depthwise_layer(x, weight, integer(args.next()));
+    require_outputs(grad, layer, x.type);
+    // The memory of a gradient that is like `other`; null where none is needed.
+    const auto gradient = [](PyObject* object, const Channels& other) -> void* {
+      if (object == Py_None) return nullptr;
+      const Channels t = new_memory(object);
+      require_contiguous(t, other.type, other.images, other.channels, other.height, other.width);
+      return t.data;
+    };
+    void* const grad_x = gradient(args.next(), x);
+    void* const grad_weight = gradient(args.next(), weight);
+    const WithoutGil released(x.numel);
+    with_type(x.type, [&](auto element) {
+      using S = decltype(element);
+      depthwise_convolution_backward(layer, static_cast<const S*>(grad.data), static_cast<const S*>(x.data),
+                                     static_cast<const S*>(weight.data), static_cast<S*>(grad_x),
+                                     static_cast<S*>(grad_weight));
     });
   });
 }

@@ -1,4 +1,5 @@
-// Convolutions of QAT modules and their gradients (../cpu/pointwise.h) on tensors; see fast_calls.h.
+// Convolutions of QAT modules and their gradients (../cpu/pointwise.h, ../cpu/depthwise.h) on tensors; see
+// fast_calls.h.
 #pragma once
 
 #include "python/fast_calls.h"
@@ -8,5 +9,7 @@ namespace fastquant {
 PyObject* pointwise_convolution_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* pointwise_grad_input_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 PyObject* pointwise_grad_weight_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* depthwise_convolution_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
+PyObject* depthwise_convolution_backward_call(PyObject* self, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastquant

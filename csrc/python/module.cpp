@@ -5,7 +5,6 @@
 
 #include "cpu/dispatch.h"
 #include "python/convolution_calls.h"
-#include "python/depthwise_calls.h"
 #include "python/embedding_calls.h"
 #include "python/fast_calls.h"
 #include "python/quantized_calls.h"

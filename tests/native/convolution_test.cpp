@@ -35,9 +35,14 @@ Buffer<float> with_same_bits(const F& f, const char* what) {
 // Sums of n products of random numbers of up to 2.
 bool close(float y, double expected, int64_t n) { return std::fabs(double(y) - expected) <= 2e-6 * double(n); }
 
-void check_pointwise() {
-  const Pointwise s = {between(1, 5), pick({1, 3, 16, 24, 65}), pick({1, 5, 12, 25, 70}),
-                       pick({1, 4, 9, 16, 49, 100, 800})};
+// Where positions are few, units are shared by images, of which there are enough for several such units.
+Pointwise random_sizes() {
+  const int64_t positions = pick({1, 2, 4, 9, 16, 49, 100, 800});
+  return {positions < 16 ? between(1, 50) : between(1, 5), pick({1, 3, 16, 24, 65}), pick({1, 5, 12, 25, 70}),
+          positions};
+}
+
+void check_pointwise(const Pointwise& s) {
   const bool channels_last = rng() % 2 == 0;
   const Buffer<float> x = random_floats(s.images * s.inputs * s.positions);
   const Buffer<float> grad = random_floats(s.images * s.outputs * s.positions);
@@ -125,9 +130,7 @@ void expect_rounded(const Buffer<BFloat16>& y, const Buffer<float>& wide, const 
 }
 
 // In bf16, results are those of fp32, rounded.
-void check_narrow_pointwise() {
-  const Pointwise s = {between(1, 5), pick({1, 3, 16, 24, 65}), pick({1, 5, 12, 25, 70}),
-                       pick({1, 4, 9, 16, 49, 100, 800})};
+void check_narrow_pointwise(const Pointwise& s) {
   const Narrow x(s.images * s.inputs * s.positions), grad(s.images * s.outputs * s.positions);
   const Narrow weight(s.outputs * s.inputs), bias(s.outputs);
   Buffer<BFloat16> y(grad.values.size()), grad_x(x.values.size()), grad_weight(weight.values.size());
@@ -146,9 +149,18 @@ void check_narrow_pointwise() {
 int run(int rounds) {
   return run_everywhere([&] {
     for (int round = 0; round < rounds; ++round) {
-      check_pointwise();
-      check_narrow_pointwise();
+      check_pointwise(random_sizes());
+      check_narrow_pointwise(random_sizes());
     }
+    // More threads than there are units, rows, or blocks of weights; and more positions than are summed in
+    // fp32.
+    const int64_t used_threads = threads;
+    if (threads > 1) threads = 16;
+    for (const Pointwise& s : {Pointwise{1, 2048, 2048, 9}, Pointwise{2100, 128, 128, 1},
+                               Pointwise{3, 7, 3, 20000}, Pointwise{40, 24, 40, 900}}) {
+      check_pointwise(s);
+    }
+    threads = used_threads;
   });
 }
 

@@ -24,22 +24,20 @@ std::vector<S> random_values(int64_t n) {
 // All results of a layer.
 template <class S>
 struct Results {
-  std::vector<S> y, grad_x;
-  std::vector<float> grad_weight;
+  std::vector<S> y, grad_x, grad_weight;
 };
 
 template <class S>
 struct Case {
   DepthwiseLayer layer;
-  std::vector<S> x, grad;
-  std::vector<float> weight, bias;
+  std::vector<S> x, grad, weight, bias;
 
   int64_t planes() const { return layer.images * layer.channels; }
   int64_t outputs() const { return planes() * layer.rows() * layer.columns(); }
 
   Results<S> results(bool in_place) const {
     Results<S> r = {std::vector<S>(static_cast<size_t>(outputs())), std::vector<S>(x.size()),
-                    std::vector<float>(weight.size())};
+                    std::vector<S>(weight.size())};
     depthwise_convolution(layer, x.data(), weight.data(), bias.data(), r.y.data());
     if (in_place) r.grad_x = grad;
     depthwise_convolution_backward(layer, in_place ? r.grad_x.data() : grad.data(), x.data(), weight.data(),
@@ -64,15 +62,16 @@ struct Case {
       for (int64_t o = 0; o < rows * columns; ++o) {
         const double g = static_cast<double>(to_compute(grad[p * rows * columns + o]));
         Sum y;
-        y.add(static_cast<double>(bias[channel]));
+        y.add(static_cast<double>(to_compute(bias[channel])));
         for (int64_t t = 0; t < k * k; ++t) {
           const int64_t r_in = o / columns * layer.stride + t / k - k / 2;
           const int64_t c_in = o % columns * layer.stride + t % k - k / 2;
           if (r_in < 0 || r_in >= layer.height || c_in < 0 || c_in >= layer.width) continue;
           const int64_t i = (p * layer.height + r_in) * layer.width + c_in, w = channel * k * k + t;
-          const double value = static_cast<double>(to_compute(x[i]));
-          y.add(value * static_cast<double>(weight[w]));
-          of_x[i].add(g * static_cast<double>(weight[w]));
+          const double value = static_cast<double>(to_compute(x[i])),
+                       tap = static_cast<double>(to_compute(weight[w]));
+          y.add(value * tap);
+          of_x[i].add(g * tap);
           of_weight[w].add(g * value);
         }
         const double result = static_cast<double>(to_compute(r.y[p * rows * columns + o]));
@@ -84,7 +83,8 @@ struct Case {
       expect(of_x[i].is_near(result, rounding), "gradient of its input");
     }
     for (size_t w = 0; w < weight.size(); ++w) {
-      expect(of_weight[w].is_near(static_cast<double>(r.grad_weight[w]), 0x1p-23), "gradient of its weight");
+      const double result = static_cast<double>(to_compute(r.grad_weight[w]));
+      expect(of_weight[w].is_near(result, rounding), "gradient of its weight");
     }
   }
 };
@@ -100,8 +100,8 @@ void test_layer(const DepthwiseLayer& layer) {
   c.layer = layer;
   c.x = random_values<S>(c.planes() * layer.height * layer.width);
   c.grad = random_values<S>(c.outputs());
-  c.weight = random_values<float>(layer.channels * layer.kernel * layer.kernel);
-  c.bias = random_values<float>(layer.channels);
+  c.weight = random_values<S>(layer.channels * layer.kernel * layer.kernel);
+  c.bias = random_values<S>(layer.channels);
   threads = 1;
   set_isa("scalar");
   const Results<S> expected = c.results(false);

@@ -37,10 +37,9 @@ _LARGE_BATCH, _PART_OF_A_THREAD, _FEW_MULTIPLICATIONS = 20 << 20, 2 << 20, 150
 
 # Instruction sets on which the native kernels take less time than torch's convolutions.
 _MEASURED_ISAS = ("avx512", "avx_vnni", "avx2")
-# oneDNN multiplies bf16 by AMX where there is AMX.
 _HAS_AMX = "avx512_amx" in _C.isas()
 _NATIVE_IN_GRAPHS = _C.isa().startswith(_MEASURED_ISAS)
-_POINTWISE_DTYPES = (torch.float32,) if _HAS_AMX else (torch.float32, torch.bfloat16)
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 # The kernel sizes of depthwise convolutions that are computed here, and from how many pixels on
 # that is faster than oneDNN. Gradients are always.
@@ -128,11 +127,12 @@ class Convolution(NamedTuple):
         """
         has_kernels = (
             _NATIVE_IN_GRAPHS
-            and (self._has_pointwise_sizes(x, weight) or self._has_depthwise_sizes(x, weight))
+            and (self._has_pointwise_kernel(x, weight) or self._has_depthwise_kernel(x, weight))
             and x.is_cpu
-            and x.dtype in _POINTWISE_DTYPES
+            and x.dtype in _NATIVE_DTYPES
             and x.dtype == weight.dtype
             and _is_contiguous(x)
+            and _is_contiguous(weight)
         )
         return ops.convolution(x, weight, bias, self.stride[0]) if has_kernels else None
 
@@ -144,12 +144,12 @@ class Convolution(NamedTuple):
     def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         """Whether native kernels compute it, with a kernel for each channel."""
         return (
-            self._has_depthwise_sizes(x, weight)
-            and _is_measured(x, torch.float32, torch.bfloat16)
+            self._has_depthwise_kernel(x, weight)
+            and _is_measured(x, *_NATIVE_DTYPES)
             and _C.isa().startswith(_MEASURED_ISAS)
         )
 
-    def _has_depthwise_sizes(self, x: Tensor, weight: Tensor) -> bool:
+    def _has_depthwise_kernel(self, x: Tensor, weight: Tensor) -> bool:
         size = weight.shape[-1]
         return (
             x.dim() == 4
@@ -191,18 +191,19 @@ class Convolution(NamedTuple):
     def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
         """Whether native kernels compute it, as a product of matrices, faster than torch."""
         return (
-            self._has_pointwise_sizes(x, weight)
-            and _is_measured(x, *_POINTWISE_DTYPES)
+            self._has_pointwise_kernel(x, weight)
+            and _is_measured(x, *_NATIVE_DTYPES)
             and _C.isa().startswith(_MEASURED_ISAS)
         )
 
-    def _has_pointwise_sizes(self, x: Tensor, weight: Tensor) -> bool:
+    def _has_pointwise_kernel(self, x: Tensor, weight: Tensor) -> bool:
         return (
             x.dim() == 4
             and weight.shape[1:] == (x.shape[1], 1, 1)
             and self.stride == (1, 1)
             and self.padding == (0, 0)
             and self.groups == 1
+            and not _is_left_to_amx(x.dtype)
         )
 
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
@@ -253,6 +254,16 @@ def _pointwise_gradients(
     if needed[2]:
         of_bias = grad.sum((0, 2, 3))
     return of_x, of_weight, of_bias
+
+
+def _is_left_to_amx(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies with AMX, as it does bf16, and fp32 that it may round to bf16."""
+    if not _HAS_AMX or dtype is torch.bfloat16:
+        return _HAS_AMX
+    if torch.compiler.is_dynamo_compiling():
+        return False  # Dynamo cannot trace the question.
+    precision: str = torch.backends.mkldnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "bf16"
 
 
 def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
