@@ -20,6 +20,12 @@ on_x86 = pytest.mark.skipif(
 with_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
 
+@pytest.fixture
+def no_convolutions_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "convolution", None)
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", None)
+
+
 def ops_called(function: Any, *args: Any) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function(*args)
@@ -224,12 +230,9 @@ def test_kernels_of_one_element_pass_on_what_is_not_finite(value: float) -> None
 
 @on_x86
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.usefixtures("no_convolutions_of_torch")
 @torch.no_grad()
-def test_kernels_of_one_element_do_without_torch(
-    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "convolution", None)
-    monkeypatch.setattr(torch.ops.aten, "convolution_backward", None)
+def test_kernels_of_one_element_do_without_torch(layout: torch.memory_format) -> None:
     x = torch.randn(8, 24, 14, 14).to(memory_format=layout)
     grad = torch.randn(8, 40, 14, 14).to(memory_format=layout)
     assert len(all_results(x, torch.randn(40, 24, 1, 1), torch.randn(40), grad)) == 4
@@ -330,12 +333,9 @@ def test_depthwise_convolutions_have_the_same_bits_everywhere(
 
 @on_x86
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("no_convolutions_of_torch")
 @torch.no_grad()
-def test_depthwise_convolutions_do_not_call_torchs(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "convolution", None)
-    monkeypatch.setattr(torch.ops.aten, "convolution_backward", None)
+def test_depthwise_convolutions_do_not_call_torchs(dtype: torch.dtype) -> None:
     for kernel, stride in ((3, 1), (3, 2), (5, 1), (7, 2)):
         convolution, weight, bias = depthwise(kernel, stride, 4, dtype)
         x = torch.randn(2, 4, 56, 56).to(dtype)

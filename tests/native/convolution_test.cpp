@@ -12,12 +12,6 @@
 namespace fastquant {
 namespace {
 
-Buffer<float> random_floats(int64_t n) {
-  Buffer<float> x(n);
-  for (int64_t i = 0; i < n; ++i) x[i] = float(between(-1000, 1000)) / 500.0f;
-  return x;
-}
-
 // Calls f, which returns a buffer, with the instruction set and the threads in use and with the simplest ones.
 template <class F>
 Buffer<float> with_same_bits(const F& f, const char* what) {

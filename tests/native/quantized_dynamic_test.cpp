@@ -13,12 +13,6 @@
 namespace fastquant {
 namespace {
 
-Buffer<float> random_floats(int64_t n) {
-  Buffer<float> x(n);
-  for (int64_t i = 0; i < n; ++i) x[i] = float(between(-1000, 1000)) / 500.0f;
-  return x;
-}
-
 struct Weight {
   Weight(int64_t outputs, int64_t inputs)
       : out(outputs),

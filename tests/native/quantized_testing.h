@@ -44,6 +44,13 @@ Buffer<X> random_bytes(int64_t n) {
   return bytes;
 }
 
+// Values of up to 2.
+inline Buffer<float> random_floats(int64_t n) {
+  Buffer<float> x(n);
+  for (int64_t i = 0; i < n; ++i) x[i] = float(between(-1000, 1000)) / 500.0f;
+  return x;
+}
+
 // A zero point of unsigned or signed bytes.
 inline int64_t random_zero_point(bool is_signed) {
   const int64_t least = is_signed ? -128 : 0;

@@ -280,12 +280,7 @@ void test_threads() {
 int run(int rounds) {
   threads = 4;
   test_threads();
-  const Kernels* last = nullptr;
-  for (int i = 0; usable_isa(i) != nullptr; ++i) {
-    set_isa(usable_isa(i));
-    if (&kernels() == last)
-      continue;  // an instruction set that differs in the kernels on quantized values only
-    last = &kernels();
+  with_floating_isas([&] {
     for (int round = 0; round < rounds; ++round) {
       threads = round % 2 == 0 ? 1 : 4;
       test_type<float>();
@@ -293,7 +288,7 @@ int run(int rounds) {
       test_type<Half>();
       test_type<BFloat16>();
     }
-  }
+  });
   std::printf("%ld comparisons, %ld failed\n", long(compared), long(failed));
   return failed == 0 ? 0 : 1;
 }

@@ -43,5 +43,18 @@ void expect(bool holds, const char* what) {
 
 int64_t pick(std::initializer_list<int64_t> choices) { return choices.begin()[rng() % choices.size()]; }
 
+// Calls f with each instruction set in use that differs from the one before in kernels on floating-point
+// values.
+template <class F>
+void with_floating_isas(const F& f) {
+  const Kernels* last = nullptr;
+  for (int i = 0; usable_isa(i) != nullptr; ++i) {
+    set_isa(usable_isa(i));
+    if (&kernels() == last) continue;
+    last = &kernels();
+    f();
+  }
+}
+
 }  // namespace
 }  // namespace fastquant
