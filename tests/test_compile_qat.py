@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +106,25 @@ def test_blocks_train_compiled_as_in_eager_mode(dims: int, relu: bool) -> None:
     for factor in (1.0, 2.0, 0.5):
         train_alike(compiled, models, batch(dims, factor=factor))
     assert graphs() == 1
+
+
+def test_blocks_compile_after_a_call_of_another_fake_quantizer() -> None:
+    """In a process of its own, since the first call of each class of them counts."""
+    program = """
+        import torch
+        import fastquant as fq
+        from test_compile_qat import batch, network
+
+        fq.FakeQuantize()(torch.randn(3))  # the base class of the model's fake-quantizers
+        compiled = torch.compile(network(0, relu=False), fullgraph=True, backend="aot_eager")
+        compiled(batch(0)).sum().backward()
+        compiled(batch(0))
+    """
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parent,
+        check=True,
+    )
 
 
 @needs_a_compiler

@@ -281,6 +281,8 @@ class FakeQuantize(FakeQuantizeBase):
         kind = plain_kind(observer)
         cls: Any = type(self)
         its_cls = type(observer)
+        # The entries change while a graph is traced, so it must not guard on them.
+        has_entries = not is_dynamo_compiling()
         if (
             kind is None
             or kind.is_fixed
@@ -288,8 +290,10 @@ class FakeQuantize(FakeQuantizeBase):
             or cls.calculate_qparams is not _CALCULATE_QPARAMS
             or "calculate_qparams" in self.__dict__
             # Asked here, too, since two calls take 0.1 µs.
-            or not (cls._read_plainly is cls or keeps_tensors_plainly(cls))
-            or not (its_cls._read_plainly is its_cls or keeps_tensors_plainly(its_cls))
+            or not ((has_entries and cls._read_plainly is cls) or keeps_tensors_plainly(cls))
+            or not (
+                (has_entries and its_cls._read_plainly is its_cls) or keeps_tensors_plainly(its_cls)
+            )
         ):
             return None
         ch_axis = averaging_constant = None
