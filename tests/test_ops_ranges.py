@@ -209,6 +209,19 @@ def test_kernels_as_reference(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(histogram[2].abs()))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_of_ranges_that_lose_nothing_the_smallest_is_taken(seed: int) -> None:
+    """Several have a level for each of their bins: their divergences are 0 but for rounding."""
+    values = np.random.default_rng(seed).normal(-0.5, 0.22, 20_000 + 200 * seed)
+    counts = np.histogram(values, 172, (-1.5, 0.5))[0]
+    histogram = (torch.tensor(counts).float(), torch.tensor(-1.5), torch.tensor(0.5))
+    args = (*histogram, RangeMethod.ENTROPY, 50.0, 16, -128, 127, Scheme.SYMMETRIC, 0)
+    low, high = ops.histogram_range(*args)
+    expected = reference_ops.OPS["histogram_range"](*args)
+    assert torch.equal(low, expected[0])
+    assert torch.equal(high, expected[1])
+
+
 def error_of_range(
     histogram: tuple[Tensor, Tensor, Tensor], ends: tuple[Tensor, Tensor], grid: tuple[int, ...]
 ) -> float:

@@ -168,7 +168,7 @@ HistogramRange range_of_percentile(const Histogram& h, const QParamsConfig& grid
 // --------------------------------------------------------------------------------------- entropy
 
 // Constants of the method, as in python/fastquant/_native/reference/ranges.py, which defines it.
-constexpr double kValuesPerLevel = 10, kSpike = 4, kSmoothing = 1e-4, kResolution = 1e-6;
+constexpr double kValuesPerLevel = 10, kSpike = 4, kSmoothing = 1e-4, kResolution = 1e-6, kRounding = 1e-12;
 
 // The divergence, of any range of bins, of the values quantized to `levels` groups of bins from the values
 // themselves. Of a range, the sums over its groups are needed, but those over most groups are shared with other
@@ -314,7 +314,7 @@ HistogramRange range_of_least_divergence(const Histogram& h, const QParamsConfig
     const int64_t start = std::max<int64_t>(zero - reach, 0), end = std::min(zero + reach + 1, bins);
     if (end - start < levels) continue;
     const double now = divergence.of(start, end);
-    if (now < best * (1 - kResolution)) {
+    if (now < best * (1 - kResolution) - kRounding) {
       best = now;
       found = {std::max(h.range.low + h.width * static_cast<double>(start - shift), h.range.low),
                std::min(h.range.low + h.width * static_cast<double>(end - shift), h.range.high)};

@@ -32,6 +32,8 @@ SPIKE = 4.0
 SMOOTHING = 1e-4
 # Divergences that differ by less are equal: ONNX Runtime computes them in fp32.
 RESOLUTION = 1e-6
+# Where nothing diverges, rounding of the sums gives as much, which must not decide.
+ROUNDING = 1e-12
 
 
 class Grid(NamedTuple):
@@ -301,7 +303,7 @@ def _entropy(histogram: Counts, grid: Grid, percentile: float) -> Ends:
         if end - start < levels:
             continue
         divergence = divergence_of(counts, start, end, levels)
-        if divergence < best * (1 - RESOLUTION):
+        if divergence < best * (1 - RESOLUTION) - ROUNDING:
             best = divergence
             low = histogram.low + histogram.width * (start - shift)
             high = histogram.low + histogram.width * (end - shift)
