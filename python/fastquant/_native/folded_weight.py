@@ -6,19 +6,18 @@ folded weight once more, in one pass. To keep it would take as much memory as a 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _C
 from .._core.arguments import nonfinite_refusal
 from .._torch.private import below_autograd
 from . import gradients, ops
-from .convolution import Gradients
 from .fake_kernels import empty_folded
 from .fast_calls import may_skip_dispatcher
+from .layers import Layer, differentiable_gradients
 from .ownership import is_sole_owner, learn_counts
 from .settings import FusedSettings
 
@@ -114,17 +113,6 @@ def _differentiable(
     return torch.where(kept, weight, quantized / s)
 
 
-def _differentiable_gradients(
-    ctx: Any, y: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of those inputs that need one, as functions that have gradients themselves."""
-    needed = [
-        t for t, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs and t is not None
-    ]
-    found = iter(torch.autograd.grad(y, needed, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
-
-
 class _FoldedWeight(torch.autograd.Function):
     """Gives the folded weight the gradients of weight and bn_weight."""
 
@@ -142,7 +130,7 @@ class _FoldedWeight(torch.autograd.Function):
         weight, bn_weight, fold = ctx.saved_tensors
         if torch.is_grad_enabled():
             y = _differentiable(weight, bn_weight, fold, *ctx.quant_range)
-            return _differentiable_gradients(ctx, y, (weight, bn_weight), grad)
+            return differentiable_gradients(ctx, y, (weight, bn_weight), grad)
         return *_gradients(grad, weight, fold, *ctx.quant_range, reuse=False), None
 
 
@@ -155,45 +143,6 @@ def with_gradients(weight: Tensor, bn_weight: Tensor, folded: Folded) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------- layers
-
-
-class Layer(Protocol):
-    """What a layer does with its weight."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needed: list[bool],
-        reuse: bool = False,
-    ) -> Gradients:
-        """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
-
-
-class Linear(NamedTuple):
-    """A linear layer, of inputs with two dimensions."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needed: list[bool],
-        reuse: bool = False,
-    ) -> Gradients:
-        return (
-            grad.mm(weight) if needed[0] else None,
-            grad.t().mm(x) if needed[1] else None,
-            grad.sum(0) if needed[2] else None,
-        )
 
 
 class _LayerWithFoldedWeight(torch.autograd.Function):
@@ -223,7 +172,7 @@ class _LayerWithFoldedWeight(torch.autograd.Function):
         if torch.is_grad_enabled():
             folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range).to(x.dtype)
             y = ctx.layer(x, folded, bias)
-            return _differentiable_gradients(ctx, y, (x, weight, bn_weight, bias), grad)
+            return differentiable_gradients(ctx, y, (x, weight, bn_weight, bias), grad)
         of_x, of_weight, of_bn_weight, of_bias, *_ = ctx.needs_input_grad
         if kept is not None:
             folded = kept
@@ -254,7 +203,9 @@ def with_folded_weight(
     It computes in the dtype of the folded weight, as autocast would.
     """
     dtype = folded.weight.dtype
-    bias = None if bias is None else bias.to(dtype)
-    inputs = (x.to(dtype), weight, bn_weight, bias, folded, layer)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():
+        return layer(x, folded.weight, bias)
+    inputs = (x, weight, bn_weight, bias, folded, layer)
     y: Tensor = _LayerWithFoldedWeight.apply(*inputs)  # type: ignore[no-untyped-call]
     return y

@@ -25,17 +25,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from ..._native.convolution import Convolution
 from ..._native.fast_calls import is_called_alone
-from ..._native.folded_weight import (
-    Folded,
-    Layer,
-    Linear,
-    fold_weight,
-    with_folded_weight,
-    with_gradients,
-)
+from ..._native.folded_weight import Folded, fold_weight, with_folded_weight, with_gradients
 from ..._native.routes import may_be_read
+from .convolution import convolve, dtype_of_layer, layer_of
 from .plain import is_fused_for, is_plain, settings_of_one_op
 
 __all__ = ["before_batch_norm"]
@@ -90,65 +83,6 @@ def _folded_by_op(
         return None  # The fake-quantizer says in words what is wrong, and in which layer.
 
 
-# The methods and functions of torch that a layer with one weight calls, to notice others in their
-# place.
-_CONVOLUTIONS = {
-    nn.Conv1d._conv_forward: ("conv1d", F.conv1d),
-    nn.Conv2d._conv_forward: ("conv2d", F.conv2d),
-    nn.Conv3d._conv_forward: ("conv3d", F.conv3d),
-}
-_LINEAR = F.linear
-
-
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-def _dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """What a layer computes in, its weight's dtype or autocast's; None where it is another."""
-    if not is_fused_for(x):
-        return None
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return weight.dtype if x.dtype == weight.dtype else None
-    dtype = torch.get_autocast_dtype(device)
-    casts = weight.dtype == torch.float32 and x.dtype in (torch.float32, *_NARROW)
-    return dtype if casts and dtype in _NARROW else None
-
-
-def _layer(module: Any, x: Tensor, weight: Tensor) -> Layer | None:
-    """What the module does with x and its weight; None where this is not known in full."""
-    if (
-        not torch.is_grad_enabled()
-        or type(x) is not Tensor
-        or x.layout is not torch.strided
-        or x.dim() != weight.dim()
-    ):
-        return None
-    if isinstance(module, nn.Linear):
-        return Linear() if F.linear is _LINEAR else None
-    name, function = _CONVOLUTIONS.get(type(module)._conv_forward, ("", None))
-    if (
-        function is None
-        or getattr(F, name) is not function
-        or "_conv_forward" in module.__dict__
-        or module.padding_mode != "zeros"
-        or isinstance(module.padding, str)
-    ):
-        return None
-    return Convolution(module.stride, module.padding, module.dilation, module.groups)
-
-
-def _convolution_in_graph(
-    module: Any, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor | None:
-    """The convolution by an op of native kernels; None where torch is to compute it."""
-    dtype = _dtype_of_layer(x, weight)
-    layer = None if dtype is None else _layer(module, x, weight)
-    if not isinstance(layer, Convolution):
-        return None
-    return layer.in_graph(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
 def _bias(module: Any, x: Tensor) -> Tensor | None:
     bias: Tensor | None = module.bias
     return bias if bias is None or isinstance(module, nn.Linear) else bias.to(x.dtype)
@@ -161,14 +95,15 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
     weight, gamma, variance = module.weight, bn.weight, bn.running_var
     if variance is None:
         raise AssertionError(f"{type(module).__name__} needs the running statistics of its bn")
-    alone, in_graph = is_called_alone(), torch.compiler.is_dynamo_compiling()
+    alone = is_called_alone()
+    # Where both are off, (w s) / s is w.
     if not (alone and is_plain(module.weight_fake_quant) and _is_off(module.weight_fake_quant)):
         # Only where nothing else sees the call is x known to be a tensor with values.
-        dtype = _dtype_of_layer(x, weight) if alone and type(x) is Tensor else None
-        layer = None if dtype is None else _layer(module, x, weight)
+        dtype = dtype_of_layer(x, weight) if alone and type(x) is Tensor else None
+        layer = None if dtype is None else layer_of(module, x, weight)
         if layer is None:
             dtype = None
-        by_op = alone or in_graph
+        by_op = alone or torch.compiler.is_dynamo_compiling()
         folded = _folded_by_op(module, weight, gamma, variance, dtype) if by_op else None
         if folded is None:
             weight = _folded_in_steps(module, weight, gamma, variance)
@@ -176,11 +111,6 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
             return with_folded_weight(layer, x, weight, gamma, bias, folded)
         else:
             weight = with_gradients(weight, gamma, folded)
-            y = _convolution_in_graph(module, x, weight, bias) if in_graph else None
-            if y is not None:
-                return y
-    # Else (w s) / s, which is w.
     if isinstance(module, nn.Linear):
         return F.linear(x, weight, bias)
-    result: Tensor = module._conv_forward(x, weight, bias)
-    return result
+    return convolve(module, x, weight, bias)

@@ -30,9 +30,13 @@ from ..._torch.ao import observer_forward_hook
 from ..._torch.overrides import Written
 from ..._torch.private import has_backward_hooks, is_altered, is_called_plainly, shorten_calls
 from ...fake_quantize import FakeQuantizeBase
+from .. import qat as nnqat
+from ..intrinsic import _FusedModule
 from ..intrinsic import qat as nniqat
 from ..intrinsic.qat.with_batch_norm import WithBatchNorm
 from .batch_norm import before_batch_norm
+from .convolution import convolve
+from .layers import Trained
 from .plain import is_fused_for, settings_per_tensor
 
 __all__ = ["teach_blocks"]
@@ -67,6 +71,15 @@ _FOLDING: dict[type, Written] = {}
 _BATCH_NORMS = {
     cls: Written(cls, "forward", "_check_input_dim")
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
+# Layers without batch norm, and the forward methods as torch has them.
+_CONVOLUTIONS: dict[Any, Any] = {
+    cls: vars(cls).get("forward")
+    for cls in (
+        *(nnqat.Conv1d, nnqat.Conv2d, nnqat.Conv3d),
+        *(nniqat.ConvReLU1d, nniqat.ConvReLU2d, nniqat.ConvReLU3d),
+    )
+    if not issubclass(cls, Trained)
 }
 # The functions that these methods call. Tools that count operations replace them.
 _BATCH_NORM, _RELU = F.batch_norm, F.relu
@@ -198,9 +211,25 @@ def _fold_on_the_weight(cls: type) -> None:
     setattr(cls, name, method)
 
 
+def _use_native_convolutions(cls: Any, theirs: Callable[[Any, Tensor], Tensor]) -> None:
+    """Have torch.ao's class compute its convolution by `convolve`, for fake-quantizers of ours."""
+    clamps = issubclass(cls, _FusedModule)
+
+    @functools.wraps(theirs)
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if FakeQuantizeBase not in type(self.weight_fake_quant).__mro__:
+            return theirs(self, input)
+        y = convolve(self, input, self.weight_fake_quant(self.weight), self.bias)
+        return F.relu(y) if clamps else y
+
+    cls.forward = forward
+
+
 @functools.cache
 def teach_blocks() -> None:
-    """Have blocks with batch norm call one op for several, from now on in this process.
+    """Have blocks with batch norm call one op for several, and convolutions native kernels.
+
+    This holds from now on in this process.
 
     torch.ao's stay its classes: its functions and users' code recognise them by their type. In a
     process that unpickles a prepared model and never calls `prepare_qat`, the classes' own methods
@@ -211,5 +240,8 @@ def teach_blocks() -> None:
         if not issubclass(cls, WithBatchNorm):
             _fold_on_the_weight(cls)
         shorten_calls(cls, _call)
+    for cls, forward in _CONVOLUTIONS.items():
+        if forward is not None and vars(cls).get("forward") is forward:
+            _use_native_convolutions(cls, forward)
     for cls in _KINDS:
         _FOLDING[cls] = Written(cls, _folding_method(cls))

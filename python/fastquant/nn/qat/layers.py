@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import (
 from ..._core.errors import QuantizationError
 from ..._torch.private import AttentionLinear
 from ..intrinsic import _FusedModule
+from .convolution import convolve
 
 _Self = TypeVar("_Self", bound="Trained")
 
@@ -183,8 +184,7 @@ class _PlainConv(Conv):
         self._quantize_weight_by(qconfig, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        y: Tensor = self._conv_forward(input, self.weight_fake_quant(self.weight), self.bias)
-        return y
+        return convolve(self, input, self.weight_fake_quant(self.weight), self.bias)
 
 
 class Conv1d(_PlainConv, nn.Conv1d):
