@@ -20,52 +20,92 @@ namespace {
 // Whether the channels are the columns of a matrix.
 bool has_columns(const Dense& d) { return d.inner == 1 && d.channels > 1; }
 
+// A chunk of a tensor with rows: its number, its channel, and where it begins.
+struct RowChunk {
+  int64_t index, channel, begin;
+  ChannelChunk shape;
+};
+
 // The chunks of a tensor with rows: a row or a part of it, or several short rows of a channel. They are
-// numbered channel by channel.
+// numbered, and worked on, in the order of memory, as far as hardware fetches memory ahead in that order.
 class RowChunks {
  public:
   explicit RowChunks(const Dense& d) : d_(d) {
-    constexpr int64_t kUnit = 64;        // a multiple of what kernels take at once
-    constexpr int64_t kTogether = 1024;  // elements of short rows, which kernels first copy
-    if (2 * d.inner <= kTogether) {
-      rows_ = std::max<int64_t>(std::min(d.outer, kTogether / std::max<int64_t>(d.inner, 1)), 1);
+    if (d.inner < kShortRow) {
+      rows_ = std::max<int64_t>(std::min(d.outer, kMostGathered / std::max<int64_t>(d.inner, 1)), 1);
       length_ = d.inner;
-      per_channel_ = (d.outer + rows_ - 1) / rows_;
-      return;
+    } else {
+      constexpr int64_t kUnit = 64;  // a multiple of what kernels take at once
+      const int64_t parts = (d.inner + kLongestChunk - 1) / kLongestChunk;
+      length_ = ((d.inner + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
+      parts_ = (d.inner + length_ - 1) / length_;
     }
-    const int64_t parts = (d.inner + kLongestChunk - 1) / kLongestChunk;
-    length_ = ((d.inner + parts - 1) / parts + kUnit - 1) / kUnit * kUnit;
-    parts_ = (d.inner + length_ - 1) / length_;
-    per_channel_ = d.outer * parts_;
+    per_channel_ = (d.outer + rows_ - 1) / rows_ * parts_;
   }
 
   int64_t per_channel() const { return per_channel_; }
   int64_t count() const { return per_channel_ * d_.channels; }
-  int64_t channel_of(int64_t i) const { return i / per_channel_; }
 
-  // Where chunk i begins.
-  int64_t begin(int64_t i) const {
-    const int64_t channel = channel_of(i), k = i % per_channel_;
-    return ((k / parts_ * rows_) * d_.channels + channel) * d_.inner + k % parts_ * length_;
+  // The number of chunk i of a channel.
+  int64_t index(int64_t channel, int64_t i) const {
+    return (i / parts_ * d_.channels + channel) * parts_ + i % parts_;
   }
 
-  // Chunk i, and where chunk `next` is, which will be worked on after it, on elements of S.
-  template <class S>
-  ChannelChunk at(int64_t i, int64_t next) const {
-    const int64_t k = i % per_channel_;
-    const int64_t rows = std::min(rows_, d_.outer - k / parts_ * rows_);
-    const int64_t length = std::min(length_, d_.inner - k % parts_ * length_);
-    const bool exists = next >= 0 && next < count();
-    const int64_t ahead = exists ? (begin(next) - begin(i)) * static_cast<int64_t>(sizeof(S)) : 0;
-    return {rows, length, d_.channels * d_.inner, ahead};
+  // How many elements the chunks of a channel have.
+  std::vector<int64_t> sizes() const {
+    std::vector<int64_t> result;
+    each<char>({0, 1}, 0, per_channel_,
+               [&](const RowChunk& c) { result.push_back(c.shape.rows * c.shape.length); });
+    return result;
   }
 
-  int64_t elements(int64_t i) const {
-    const ChannelChunk c = at<char>(i, i);
-    return c.rows * c.length;
+  // Calls f for all chunks in parallel, of elements of S.
+  template <class S, class F>
+  void in_parallel(int64_t pieces, const F& f) const {
+    for_pieces(count(), std::min(pieces, count()), 1,
+               [&](int64_t, int64_t first, int64_t end) { each<S>({0, d_.channels}, first, end, f); });
+  }
+
+  // Calls f for all chunks of some channels.
+  template <class S, class F>
+  void of_channels(const Range<int64_t>& channels, const F& f) const {
+    each<S>(channels, 0, per_channel_ * (channels.high - channels.low), f);
   }
 
  private:
+  // The chunks of a row of all channels lie one after another: where they are short, one further on is fetched.
+  static constexpr int64_t kLeastAhead = 4096;
+
+  struct Place {
+    int64_t row, channel, column;
+  };
+
+  // Calls f for the chunks [first, end) of the channels [low, high).
+  template <class S, class F>
+  void each(const Range<int64_t>& channels, int64_t first, int64_t end, const F& f) const {
+    const int64_t width = channels.high - channels.low, k = first / parts_;
+    Place here = {k / width * rows_, channels.low + k % width, first % parts_ * length_};
+    for (int64_t i = first; i < end; ++i) {
+      const Place next = after(here, channels);
+      const int64_t begin = begin_of(here);
+      int64_t ahead = (begin_of(next) - begin) * static_cast<int64_t>(sizeof(S));
+      if (next.row == here.row) ahead = std::max(ahead, kLeastAhead);
+      f({i, here.channel, begin,
+         ChannelChunk{std::min(rows_, d_.outer - here.row), std::min(length_, d_.inner - here.column),
+                      d_.channels * d_.inner, ahead}});
+      here = next;
+    }
+  }
+
+  Place after(const Place& p, const Range<int64_t>& channels) const {
+    if (p.column + length_ < d_.inner) return {p.row, p.channel, p.column + length_};
+    if (p.channel + 1 < channels.high) return {p.row, p.channel + 1, 0};
+    if (p.row + rows_ < d_.outer) return {p.row + rows_, channels.low, 0};
+    return {0, std::min(channels.high, d_.channels - 1), 0};  // what is probably worked on next
+  }
+
+  int64_t begin_of(const Place& p) const { return (p.row * d_.channels + p.channel) * d_.inner + p.column; }
+
   Dense d_;
   int64_t rows_ = 1, length_ = 1, parts_ = 1, per_channel_ = 1;
 };
@@ -80,18 +120,18 @@ class ColumnChunks {
   int64_t begin(int64_t i) const { return i * block_; }
   int64_t rows(int64_t i) const { return std::min(block_, rows_ - i * block_); }
 
+  // Calls f for all chunks in parallel.
+  template <class F>
+  void in_parallel(int64_t pieces, const F& f) const {
+    for_pieces(count(), std::min(pieces, count()), 1, [&](int64_t, int64_t first, int64_t end) {
+      for (int64_t i = first; i < end; ++i) f(i);
+    });
+  }
+
  private:
   static constexpr int64_t kElements = 32768, kUnit = 32;
   int64_t rows_, block_;
 };
-
-// Calls f(i, next) for all chunks in parallel, where `next` is the chunk that the same thread takes next.
-template <class F>
-void for_chunks(int64_t count, int64_t pieces, const F& f) {
-  for_pieces(count, std::min(pieces, count), 1, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i, i + 1);
-  });
-}
 
 // ----------------------------------------------------------------------------- moments
 
@@ -137,7 +177,7 @@ std::vector<Moments> moments_of(const S* x, const Dense& d) {
   if (has_columns(d)) {
     const ColumnChunks chunks(d);
     std::vector<ChunkMoments> parts(chunks.count() * d.channels);
-    for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+    chunks.in_parallel(pieces, [&](int64_t i) {
       std::vector<Compute<S>> scratch(column_scratch(d.channels));
       std::vector<double> totals(2 * d.channels);
       kernels.moments_of_columns(x + chunks.begin(i) * d.channels, chunks.rows(i), d.channels, scratch.data(),
@@ -152,13 +192,12 @@ std::vector<Moments> moments_of(const S* x, const Dense& d) {
   }
   const RowChunks chunks(d);
   std::vector<ChunkMoments> parts(chunks.count());
-  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
-    kernels.moments_of_rows(x + chunks.begin(i), chunks.at<S>(i, next), &parts[i]);
-  });
-  const int64_t each = chunks.per_channel();
+  chunks.in_parallel<S>(
+      pieces, [&](const RowChunk& c) { kernels.moments_of_rows(x + c.begin, c.shape, &parts[c.index]); });
+  const std::vector<int64_t> sizes = chunks.sizes();
   for (int64_t c = 0; c < d.channels; ++c) {
-    result[c] = combined_moments(each, count, [&](int64_t i) {
-      return CountedMoments{parts[c * each + i], chunks.elements(c * each + i)};
+    result[c] = combined_moments(chunks.per_channel(), count, [&](int64_t i) {
+      return CountedMoments{parts[chunks.index(c, i)], sizes[i]};
     });
   }
   return result;
@@ -295,38 +334,46 @@ struct GradientCall {
   Range<T> passing;
   bool training;
   std::vector<double> of_bias, of_gain;
+  std::vector<GradientMeans<T>> means;
 
   int64_t count() const { return d.outer * d.inner; }
 
-  GradientMeans<T> means(int64_t c) const {
-    return gradient_means(of_bias[c], of_gain[c], norm.at(c).invstd, count());
+  void add(int64_t c, const GradientSums& sums) {
+    of_bias[c] += sums.of_bias;
+    of_gain[c] += sums.of_gain;
   }
+
+  // To be called when the sums of a channel are complete.
+  void set_means(int64_t c) { means[c] = gradient_means(of_bias[c], of_gain[c], norm.at(c).invstd, count()); }
 };
 
-// Channel by channel, so that a channel's gradients and elements are still in the caches when they are read for
-// the second time.
+template <class S>
+void gradient_of_chunk(const GradientCall<S>& call, const RowChunk& chunk) {
+  const int64_t at = chunk.begin, c = chunk.channel;
+  kernels_of(S{}).gradient_of_rows(call.grad + at, call.x + at, call.grad_x + at, chunk.shape, call.norm.at(c),
+                                   call.passing, call.training ? &call.means[c] : nullptr);
+}
+
+// Few channels at a time, so that their gradients and elements are still in the L2 cache when they are read for
+// the second time; where a channel is small, several, so that more memory is read in one go.
 template <class S>
 void backward_of_channels(GradientCall<S>* call, const RowChunks& chunks, int64_t pieces) {
   const auto& kernels = kernels_of(S{});
-  const int64_t each = chunks.per_channel();
+  constexpr int64_t kBytes = 400 * 1024;
+  const int64_t of_channel = 2 * call->count() * static_cast<int64_t>(sizeof(S));
+  const int64_t at_once = std::max<int64_t>(kBytes / of_channel, 1);
   for_pieces(call->d.channels, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const auto norm = call->norm.at(c);
-      const int64_t first = c * each, stop = first + each;
-      GradientSums sums = {0, 0};
-      for (int64_t i = first; i < stop; ++i) {
-        const int64_t at = chunks.begin(i);
-        kernels.gradient_sums_of_rows(call->grad + at, call->x + at, chunks.at<S>(i, i + 1), norm,
+    for (int64_t first = begin; first < end; first += at_once) {
+      const Range<int64_t> channels = {first, std::min(first + at_once, end)};
+      chunks.of_channels<S>(channels, [&](const RowChunk& chunk) {
+        const int64_t at = chunk.begin, c = chunk.channel;
+        GradientSums sums = {0, 0};
+        kernels.gradient_sums_of_rows(call->grad + at, call->x + at, chunk.shape, call->norm.at(c),
                                       call->passing, &sums);
-      }
-      call->of_bias[c] = sums.of_bias;
-      call->of_gain[c] = sums.of_gain;
-      const auto means = call->means(c);
-      for (int64_t i = first; i < stop; ++i) {
-        const int64_t at = chunks.begin(i);
-        kernels.gradient_of_rows(call->grad + at, call->x + at, call->grad_x + at, chunks.at<S>(i, i + 1), norm,
-                                 call->passing, call->training ? &means : nullptr);
-      }
+        call->add(c, sums);
+      });
+      for (int64_t c = channels.low; c < channels.high; ++c) call->set_means(c);
+      chunks.of_channels<S>(channels, [&](const RowChunk& chunk) { gradient_of_chunk(*call, chunk); });
     }
   });
 }
@@ -336,21 +383,15 @@ template <class S>
 void backward_of_chunks(GradientCall<S>* call, const RowChunks& chunks, int64_t pieces) {
   const auto& kernels = kernels_of(S{});
   std::vector<GradientSums> parts(chunks.count(), {0, 0});
-  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
-    const int64_t at = chunks.begin(i);
-    kernels.gradient_sums_of_rows(call->grad + at, call->x + at, chunks.at<S>(i, next),
-                                  call->norm.at(chunks.channel_of(i)), call->passing, &parts[i]);
+  chunks.in_parallel<S>(pieces, [&](const RowChunk& c) {
+    kernels.gradient_sums_of_rows(call->grad + c.begin, call->x + c.begin, c.shape, call->norm.at(c.channel),
+                                  call->passing, &parts[c.index]);
   });
-  for (int64_t i = 0; i < chunks.count(); ++i) {
-    call->of_bias[chunks.channel_of(i)] += parts[i].of_bias;
-    call->of_gain[chunks.channel_of(i)] += parts[i].of_gain;
+  for (int64_t c = 0; c < call->d.channels; ++c) {
+    for (int64_t i = 0; i < chunks.per_channel(); ++i) call->add(c, parts[chunks.index(c, i)]);
+    call->set_means(c);
   }
-  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
-    const int64_t at = chunks.begin(i), c = chunks.channel_of(i);
-    const auto means = call->means(c);
-    kernels.gradient_of_rows(call->grad + at, call->x + at, call->grad_x + at, chunks.at<S>(i, next),
-                             call->norm.at(c), call->passing, call->training ? &means : nullptr);
-  });
+  chunks.in_parallel<S>(pieces, [&](const RowChunk& chunk) { gradient_of_chunk(*call, chunk); });
 }
 
 template <class S>
@@ -361,7 +402,7 @@ void backward_of_columns(GradientCall<S>* call, int64_t pieces) {
   const int64_t channels = call->d.channels;
   std::vector<double> parts(chunks.count() * channels * 2, 0.0);
   const auto columns = call->norm.columns(nullptr, nullptr);
-  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+  chunks.in_parallel(pieces, [&](int64_t i) {
     std::vector<T> scratch(column_scratch(channels));
     const int64_t at = chunks.begin(i) * channels;
     double* const sums = &parts[i * channels * 2];
@@ -376,12 +417,12 @@ void backward_of_columns(GradientCall<S>* call, int64_t pieces) {
   }
   std::vector<T> offsets, slopes;
   for (int64_t c = 0; c < channels; ++c) {
-    const auto means = call->means(c);
-    offsets.push_back(means.offset);
-    slopes.push_back(means.slope);
+    call->set_means(c);
+    offsets.push_back(call->means[c].offset);
+    slopes.push_back(call->means[c].slope);
   }
   const auto with_means = call->norm.columns(offsets.data(), slopes.data());
-  for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+  chunks.in_parallel(pieces, [&](int64_t i) {
     const int64_t at = chunks.begin(i) * channels;
     kernels.gradient_of_columns(call->grad + at, call->x + at, call->grad_x + at, chunks.rows(i), channels,
                                 call->training ? with_means : columns, call->passing);
@@ -466,17 +507,15 @@ void batch_norm_fake_quantize(const Dense& x, const Array& norm, const Array& qu
     if (has_columns(x)) {
       const ColumnChunks chunks(x);
       const auto columns = norms.columns(nullptr, nullptr);
-      for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t) {
+      chunks.in_parallel(pieces, [&](int64_t i) {
         const int64_t at = chunks.begin(i) * x.channels;
         kernels.normalize_columns(from + at, to + at, chunks.rows(i), x.channels, columns, activation);
       });
       return;
     }
     const RowChunks chunks(x);
-    for_chunks(chunks.count(), pieces, [&](int64_t i, int64_t next) {
-      const int64_t at = chunks.begin(i);
-      kernels.normalize_rows(from + at, to + at, chunks.at<S>(i, next), norms.at(chunks.channel_of(i)),
-                             activation);
+    chunks.in_parallel<S>(pieces, [&](const RowChunk& c) {
+      kernels.normalize_rows(from + c.begin, to + c.begin, c.shape, norms.at(c.channel), activation);
     });
   });
 }
@@ -498,7 +537,8 @@ void batch_norm_fake_quantize_backward(const Dense& x, const void* grad, const A
                             read_activation<T>(quantizer, clamp, range).passing,
                             training,
                             std::vector<double>(x.channels, 0.0),
-                            std::vector<double>(x.channels, 0.0)};
+                            std::vector<double>(x.channels, 0.0),
+                            std::vector<GradientMeans<T>>(x.channels)};
     const int64_t pieces = piece_count(x.numel());
     if (x.numel() > 0) {
       if (has_columns(x)) {

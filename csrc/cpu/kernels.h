@@ -52,9 +52,10 @@ struct LearnableSums {
 };
 
 // The elements of one channel that a batch norm kernel takes at once: rows of `length` elements, `stride`
-// elements apart. They have kLongestChunk elements at most, so that they stay in the L1 cache. The chunk that
-// comes next lies `ahead` bytes further on.
-constexpr int64_t kLongestChunk = 2048;
+// elements apart. A chunk is a row of at most kLongestChunk elements, or several rows of at most kMostGathered
+// elements in all, which kernels may copy. The chunk that comes next lies `ahead` bytes further on, and is
+// fetched meanwhile: it is long enough to cover the latency of memory, and stays in the L1 cache.
+constexpr int64_t kLongestChunk = 4096, kMostGathered = 2048;
 
 struct ChannelChunk {
   int64_t rows, length, stride, ahead;

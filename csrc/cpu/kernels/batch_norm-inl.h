@@ -227,7 +227,7 @@ void moments_of_rows(const S* x, const ChannelChunk& chunk, ChunkMoments* out) {
     *out = moments_of_run<V>(x, chunk.length, chunk.ahead);
     return;
   }
-  T values[kLongestChunk];
+  T values[kMostGathered];
   gather_rows<V>(x, chunk, values);
   *out = moments_of_run<V>(static_cast<const T*>(values), chunk.rows * chunk.length, 0);
 }
@@ -365,7 +365,7 @@ void gradient_sums_of_rows(const S* grad, const S* x, const ChannelChunk& chunk,
     gradient_sums_of_run<V>(grad, x, chunk.length, chunk.ahead, norm, range, out);
     return;
   }
-  T grads[kLongestChunk], values[kLongestChunk];
+  T grads[kMostGathered], values[kMostGathered];
   gather_rows<V>(grad, chunk, grads);
   gather_rows<V>(x, chunk, values);
   gradient_sums_of_run<V>(static_cast<const T*>(grads), static_cast<const T*>(values),
