@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -151,6 +152,34 @@ def test_the_greatest_sums_are_exact(value: int, rows: int, every_isa: list[str]
         output = (1.0, 0, -INF, INF, torch.float32)
         y = ops.quantized_linear(x, 1.0, 0, packed, torch.ones(1), None, 2, *output)
         assert y.tolist() == [[-128_000.0 * value, 127_000.0 * value]] * rows
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8, 16])
+@pytest.mark.parametrize("large", [(), (0,), (63,), (30, 31), range(24, 48), range(64)])
+def test_rows_of_small_and_of_large_pairs_are_exact(
+    large: Iterable[int], groups: int, every_isa: list[str]
+) -> None:
+    """AVX2 multiplies pairs that add up to 256 at most as bytes, and others as words."""
+    channels = 64
+    first = torch.randint(0, 257, (64, channels // 2), generator=torch.Generator().manual_seed(0))
+    pairs = torch.stack((first, 256 - first), -1).clamp(0, 255)
+    for row in large:
+        pairs[row, row % (channels // 2)] = torch.tensor([255, 2])
+    x = pairs.to(torch.uint8).reshape(1, 64, 1, channels).permute(0, 3, 1, 2)
+    weight = random_weight((channels, channels // groups, 1, 1), 1)
+    weight[::4], weight[1::4] = -128, 127
+    exact = F.conv2d(x.double(), weight.double(), groups=groups)
+    for isa in every_isa:
+        _C.set_isa(isa)
+        args = conv_args(
+            Quantized(x, 1.0, 0),
+            weight,
+            torch.ones(1),
+            None,
+            ([1, 1], [0, 0], [1, 1], groups),
+            *(1.0, 0, -INF, INF, torch.float32),
+        )
+        assert_equal(ops.quantized_conv(*args), exact.float())
 
 
 def test_outputs_of_any_size_are_bounded(every_isa: list[str]) -> None:

@@ -326,13 +326,6 @@ int64_t positions_at_once(const Convolution& conv, const ConvShape& s, const Pac
   return std::max(kRowUnit, std::min(fitting, most) / kRowUnit * kRowUnit);
 }
 
-// Whether no value exceeds 127.
-bool has_seven_bits(const uint8_t* x, int64_t n) {
-  uint8_t all = 0;
-  for (int64_t i = 0; i < n; ++i) all |= x[i];
-  return all < 128;
-}
-
 // The weights of groups that are multiplied together, packed as those of one group.
 class JoinedGroups {
  public:
@@ -367,8 +360,7 @@ class JoinedGroups {
 
 // The outputs at the positions [begin, end) of the blocks [first, last), which are counted over all groups.
 void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& layout, const uint8_t* packed,
-              const Requantization& requantization, bool seven_bits, int64_t begin, int64_t end, int64_t first,
-              int64_t last) {
+              const Requantization& requantization, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const MatrixKernels& kernels = *quantized_kernels().matrix;
   const int64_t at_once = std::min(end - begin, positions_at_once(conv, s, layout));
   const int64_t blocks = (layout.out_channels + kBlockChannels - 1) / kBlockChannels;
@@ -388,8 +380,7 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
       }
       const MatrixRows rows = {pointers.get(),  copies ? 0 : group * layout.in_channels,
                                to - from,       to - from,
-                               conv.segments(), conv.steps(),
-                               seven_bits};
+                               conv.segments(), conv.steps()};
       const auto* const data = reinterpret_cast<const int8_t*>(packed + group * layout.group_bytes());
       const MatrixWeights weights = {data, layout.out_channels, layout.steps(), nullptr};
       if (layout.groups != s.groups) {
@@ -452,13 +443,12 @@ void quantized_conv(const QuantizedValues& x, const ConvShape& given, const uint
     data = moved.get();
   }
   const int64_t zero_point = x.zero_point + (x.is_signed ? 128 : 0);
-  const bool seven_bits = kernels.prefers_seven_bits && zero_point < 128 && has_seven_bits(data, n);
   const Requantization requantization(layout.groups, layout.out_channels, layout.padded_channels(),
                                       packed + layout.sums_at(), x.scale, zero_point - kernels.value_offset,
                                       scales, format);
   const Convolution conv(data, static_cast<uint8_t>(zero_point), s, layout);
   for_parts(s, layout, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    convolve(conv, s, layout, packed, requantization, seven_bits, begin, end, first, last);
+    convolve(conv, s, layout, packed, requantization, begin, end, first, last);
   });
 }
 

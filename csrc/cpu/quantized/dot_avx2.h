@@ -144,27 +144,42 @@ struct Avx2Dot : Avx2Lanes {
 
   // The same words in memory.
   struct Wide : Avx2Singles {
-    static constexpr int kMostVectors = 2;
     static Ints dot(Ints sums, Values x, Weights w) { return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w)); }
   };
-  // Two products of seven by eight bits fit a word.
-  struct SevenBits : Avx2Singles {
+  // Bytes, two products of which fit a word.
+  struct SmallPairs : Avx2Singles {
     static Ints dot(Ints sums, Values x, Weights w) {
       return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
     }
   };
+  static bool has_small_pairs(const uint8_t* p, int64_t n) {
+    const __m256i one = _mm256_set1_epi8(1);
+    __m256i greatest = _mm256_setzero_si256();
+    int64_t k = 0;
+    for (; k + N <= n; k += N) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4 * k));
+      greatest = _mm256_max_epi16(greatest, _mm256_maddubs_epi16(bytes, one));
+    }
+    if (k < n) greatest = _mm256_max_epi16(greatest, _mm256_maddubs_epi16(some(p + 4 * k, n - k), one));
+    const __m256i above = _mm256_cmpgt_epi16(greatest, _mm256_set1_epi16(256));
+    return _mm256_testz_si256(above, above) != 0;
+  }
   // Of 4 N bytes.
   static void widen_values(const uint8_t* p, uint8_t* even, uint8_t* odd) {
     store_both(values(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), even, odd);
   }
   static void widen_some_values(const uint8_t* p, int64_t n, uint8_t* even, uint8_t* odd) {
-    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), index);
-    store_both(values(_mm256_maskload_epi32(reinterpret_cast<const int*>(p), there)), even, odd);
+    store_both(values(some(p, n)), even, odd);
   }
   static void widen_weights(const int8_t* p, uint8_t* even, uint8_t* odd) { store_both(weights(p), even, odd); }
 
  private:
+  // 4 n bytes, and zeros.
+  static __m256i some(const uint8_t* p, int64_t n) {
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(n)), index);
+    return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), there);
+  }
   static void store_both(const Values& x, uint8_t* even, uint8_t* odd) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), x.even);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), x.odd);

@@ -153,23 +153,35 @@ struct Avx512Dot : Avx512Lanes {
   struct Wide : Avx512Singles {
     static Ints dot(Ints sums, Values x, Weights w) { return _mm512_add_epi32(sums, _mm512_madd_epi16(x, w)); }
   };
-  // Two products of seven by eight bits fit a word.
-  struct SevenBits : Avx512Singles {
+  // Bytes, two products of which fit a word.
+  struct SmallPairs : Avx512Singles {
     static Ints dot(Ints sums, Values x, Weights w) {
       return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), _mm512_set1_epi16(1)));
     }
   };
+  static bool has_small_pairs(const uint8_t* p, int64_t n) {
+    const __m512i one = _mm512_set1_epi8(1);
+    __m512i greatest = _mm512_setzero_si512();
+    int64_t k = 0;
+    for (; k + N <= n; k += N)
+      greatest = _mm512_max_epi16(greatest, _mm512_maddubs_epi16(_mm512_loadu_si512(p + 4 * k), one));
+    if (k < n) greatest = _mm512_max_epi16(greatest, _mm512_maddubs_epi16(some(p + 4 * k, n - k), one));
+    return _mm512_cmpgt_epi16_mask(greatest, _mm512_set1_epi16(256)) == 0;
+  }
   // Of 4 N bytes.
   static void widen_values(const uint8_t* p, uint8_t* even, uint8_t* odd) {
     store_both(values(_mm512_loadu_si512(p)), even, odd);
   }
   static void widen_some_values(const uint8_t* p, int64_t n, uint8_t* even, uint8_t* odd) {
-    const auto there = static_cast<__mmask16>((1u << n) - 1);
-    store_both(values(_mm512_maskz_loadu_epi32(there, p)), even, odd);
+    store_both(values(some(p, n)), even, odd);
   }
   static void widen_weights(const int8_t* p, uint8_t* even, uint8_t* odd) { store_both(weights(p), even, odd); }
 
  private:
+  // 4 n bytes, and zeros.
+  static __m512i some(const uint8_t* p, int64_t n) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << n) - 1), p);
+  }
   static void store_both(const Values& x, uint8_t* even, uint8_t* odd) {
     _mm512_storeu_si512(even, x.even);
     _mm512_storeu_si512(odd, x.odd);

@@ -230,6 +230,6 @@ int64_t scratch_size(int64_t steps) {
 
 }  // namespace
 
-extern const MatrixKernels kMatrixAvx512Amx = {Avx512Lanes::kValueOffset, false, scratch_size, multiply};
+extern const MatrixKernels kMatrixAvx512Amx = {Avx512Lanes::kValueOffset, scratch_size, multiply};
 
 }  // namespace fastquant

@@ -16,7 +16,6 @@ struct MatrixRows {
   int64_t rows;
   int64_t segments;
   int64_t steps;
-  bool seven_bits = false;  // whether no value is known to exceed 127
 };
 
 // Packed weights of a group (packing.h). Segment s of the rows meets the steps from first_steps[s] on, or,
@@ -32,9 +31,6 @@ struct MatrixKernels {
   // What kernels subtract from each value of the rows. They do not tell the output stage: its offsets are those
   // of values that have been made smaller so.
   int64_t value_offset;
-
-  // Whether `multiply` is faster for rows of seven_bits.
-  bool prefers_seven_bits;
 
   // Bytes of memory that `multiply` needs for rows and weights of so many steps.
   int64_t (*scratch_size)(int64_t steps);

@@ -104,6 +104,6 @@ int64_t scratch_size(int64_t steps) { return kMatrixAvx512Amx.scratch_size(steps
 
 }  // namespace
 
-extern const MatrixKernels kMatrixMeasured = {0, false, scratch_size, multiply, multiply_groups};
+extern const MatrixKernels kMatrixMeasured = {0, scratch_size, multiply, multiply_groups};
 
 }  // namespace fastquant

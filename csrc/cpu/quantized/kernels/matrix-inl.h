@@ -18,7 +18,8 @@
 //
 // Where products need bytes as 16-bit words, D may also have
 //   Wide                        the same for what these have written: words, two for every byte of four
-//   SevenBits                   the same for bytes of which no value exceeds 127
+//   SmallPairs                  the same for bytes as they are, whose pairs add up to 256 at most
+//   has_small_pairs(p, n)       whether those of 4 n bytes do
 //   widen_values, widen_weights(p, even, odd)   4 N bytes as the words of the first and third of each four, and
 //                               of the others; 4 N bytes each
 //   widen_some_values(p, n, even, odd)   the same, reading 4 n < 4 N bytes; what the rest becomes does not
@@ -268,18 +269,26 @@ static inline int64_t no_scratch(int64_t) { return 0; }
 // Making words of bytes takes as long as multiplying them. For more than a few rows, the words are written to
 // memory first: those of some rows, and those of the weights of one tile of channels, so that both are used
 // many times. The words of even bytes and those of odd bytes are two segments, or one after the other.
+//
+// Bytes are multiplied as they are in rows whose pairs are small: two values of a pair, which an instruction
+// multiplies and adds in 16 bits, add up to 256 at most, so that even weights of -128 cannot overflow.
 
 // For fewer rows than this, words are made where they are used.
 constexpr int64_t kFewRows = 8;
 
-// Words of rows that should stay in the L2 cache, and how many rows there are of them.
-constexpr int64_t kBytesOfWords = 131072;
-constexpr int64_t kUnitOfWideRows = 24;
+// From so many rows on whose pairs are small, these are multiplied apart from the rows that follow them.
+constexpr int64_t kRowsOfSmallPairs = 24;
+
+// Words of rows that should stay in the L2 cache, and how many rows there should be at least.
+constexpr int64_t kBytesOfWords = 262144;
+constexpr int64_t kLeastWideRows = 24;
+
+// Words of the weights of a tile that stay in the L1 cache.
+constexpr int64_t kWordsInFirstCache = 24576;
 
 static inline int64_t wide_rows(int64_t steps) {
-  const int64_t rows =
-      kBytesOfWords / (2 * kStep * (steps > 0 ? steps : 1)) / kUnitOfWideRows * kUnitOfWideRows;
-  return rows < kUnitOfWideRows ? kUnitOfWideRows : rows;
+  const int64_t rows = kBytesOfWords / (2 * kStep * (steps > 0 ? steps : 1));
+  return rows < kLeastWideRows ? kLeastWideRows : rows;
 }
 
 // Memory for the words of even, or odd, bytes of a row: whole vectors are written for every segment.
@@ -294,6 +303,18 @@ int64_t widened_scratch(int64_t steps) {
   return wide_rows(steps) * row + 2 * kStep * steps * D::Wide::kMostVectors * D::N;
 }
 
+// How many rows from `first` on have small pairs in all their segments, in the bytes [begin, end) of each.
+template <class D>
+int64_t rows_of_small_pairs(const MatrixRows& a, int64_t first, int64_t begin, int64_t end) {
+  for (int64_t r = first; r < a.rows; ++r) {
+    for (int64_t s = 0; s < a.segments; ++s) {
+      if (!D::has_small_pairs(a.pointers[s * a.stride + r] + a.offset + begin, (end - begin) / kStep))
+        return r - first;
+    }
+  }
+  return a.rows - first;
+}
+
 // The words of one row of a segment.
 template <class D>
 void widen_segment(const uint8_t* p, int64_t steps, uint8_t* even, uint8_t* odd) {
@@ -302,67 +323,89 @@ void widen_segment(const uint8_t* p, int64_t steps, uint8_t* even, uint8_t* odd)
   if (k < steps) D::widen_some_values(p + k * kStep, steps - k, even + k * kStep, odd + k * kStep);
 }
 
+// At most wide_rows rows.
 template <class D>
-void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, int64_t end,
-                      const OutputStage& out, void* scratch) {
-  if (a.seven_bits) return multiply<typename D::SevenBits>(a, weights, begin, end, out, scratch);
-  if (a.rows < kFewRows) return multiply<D>(a, weights, begin, end, out, scratch);
-  const int64_t steps = a.segments * a.steps, at_once = wide_rows(steps);
+void multiply_words(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, int64_t end,
+                    const OutputStage& out, void* scratch) {
+  const int64_t steps = a.segments * a.steps;
   // Where segments are whole vectors, even and odd words follow each other without a gap, as one segment.
   const bool whole = a.steps % D::N == 0;
   const int64_t bytes = whole ? kStep * steps : wide_bytes<D>(steps);
   const uint8_t** const pointers = static_cast<const uint8_t**>(scratch);
-  uint8_t* const wide = reinterpret_cast<uint8_t*>(pointers + 2 * at_once);
-  uint8_t* const wide_weights = wide + at_once * 2 * bytes;
-  for (int64_t r = 0; r < at_once; ++r) {
+  uint8_t* const wide = reinterpret_cast<uint8_t*>(pointers + 2 * a.rows);
+  uint8_t* const wide_weights = wide + a.rows * 2 * bytes;
+  for (int64_t r = 0; r < a.rows; ++r) {
     pointers[r] = wide + r * 2 * bytes;
-    pointers[at_once + r] = pointers[r] + bytes;
+    pointers[a.rows + r] = pointers[r] + bytes;
+    for (int64_t s = 0; s < a.segments; ++s) {
+      uint8_t* const to = wide + r * 2 * bytes + s * a.steps * kStep;
+      widen_segment<D>(a.pointers[s * a.stride + r] + a.offset, a.steps, to, to + bytes);
+    }
   }
-  for (int64_t first = 0; first < a.rows; first += at_once) {
-    const int64_t rows = a.rows - first < at_once ? a.rows - first : at_once;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t s = 0; s < a.segments; ++s) {
-        uint8_t* const to = wide + r * 2 * bytes + s * a.steps * kStep;
-        widen_segment<D>(a.pointers[s * a.stride + first + r] + a.offset, a.steps, to, to + bytes);
+  const MatrixRows rows = {pointers, 0, a.rows, a.rows, whole ? 1 : 2, whole ? 2 * steps : steps};
+  const auto multiply_channels = [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
+    const int64_t vectors = (count + D::N - 1) / D::N, wide_width = vectors * D::N * kStep;
+    uint8_t *even = wide_weights, *odd = wide_weights + steps * wide_width;
+    for (int64_t s = 0; s < a.segments; ++s) {
+      const int64_t from = weights.first_steps != nullptr ? weights.first_steps[s] : s * a.steps;
+      for (int64_t k = from; k < from + a.steps; ++k, even += wide_width, odd += wide_width) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t at = v * D::N * kStep;
+          D::widen_weights(data + k * width + at, even + at, odd + at);
+        }
       }
     }
-    const MatrixRows these = {pointers, 0, at_once, rows, whole ? 1 : 2, whole ? 2 * steps : steps};
-    OutputStage stage = out;
+    multiply_at_most<typename D::Wide>(vectors, rows, reinterpret_cast<const int8_t*>(wide_weights), wide_width,
+                                       nullptr, out, channel, count);
+  };
+  constexpr int64_t kWide = D::Wide::kMostVectors * D::N, kNarrow = 2 * D::N;
+  if (2 * kStep * steps * kWide <= kWordsInFirstCache) {
+    for_tiles_of_channels<kWide>(weights, begin, end, multiply_channels);
+  } else {
+    for_tiles_of_channels<kNarrow>(weights, begin, end, multiply_channels);
+  }
+}
+
+template <class D>
+void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, int64_t end,
+                      const OutputStage& out, void* scratch) {
+  const int64_t at_once = wide_rows(a.segments * a.steps);
+  MatrixRows rows = a;
+  OutputStage stage = out;
+  for (int64_t first = 0; first < a.rows; first += rows.rows) {
+    const int64_t left = a.rows - first, small = rows_of_small_pairs<D>(a, first, 0, a.steps * kStep);
+    const bool in_bytes = small == left || small >= kRowsOfSmallPairs;
+    rows.pointers = a.pointers + first;
+    rows.rows = in_bytes ? small : (left + (left - 1) / at_once) / ((left - 1) / at_once + 1);
     stage.data = static_cast<char*>(out.data) + first * out.stride * bytes_of(out.type);
-    for_tiles_of_channels<D::Wide::kMostVectors * D::N>(
-        weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
-          const int64_t vectors = (count + D::N - 1) / D::N, wide_width = vectors * D::N * kStep;
-          uint8_t *even = wide_weights, *odd = wide_weights + steps * wide_width;
-          for (int64_t s = 0; s < a.segments; ++s) {
-            const int64_t from = weights.first_steps != nullptr ? weights.first_steps[s] : s * a.steps;
-            for (int64_t k = from; k < from + a.steps; ++k, even += wide_width, odd += wide_width) {
-              for (int64_t v = 0; v < vectors; ++v) {
-                const int64_t at = v * D::N * kStep;
-                D::widen_weights(data + k * width + at, even + at, odd + at);
-              }
-            }
-          }
-          multiply_at_most<typename D::Wide>(vectors, these, reinterpret_cast<const int8_t*>(wide_weights),
-                                             wide_width, nullptr, stage, channel, count);
-        });
+    if (in_bytes) {
+      multiply<typename D::SmallPairs>(rows, weights, begin, end, stage, scratch);
+    } else if (rows.rows < kFewRows) {
+      multiply<D>(rows, weights, begin, end, stage, scratch);
+    } else {
+      multiply_words<D>(rows, weights, begin, end, stage, scratch);
+    }
   }
 }
 
 template <class D>
 void multiply_groups_of_bytes(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels,
                               int64_t begin, int64_t end, const OutputStage& out) {
-  (rows.seven_bits ? multiply_groups<typename D::SevenBits> : multiply_groups<D>)(rows, weights, channels,
-                                                                                  begin, end, out);
+  const int64_t first = begin * kBlockChannels, last = end * kBlockChannels;
+  const int64_t small =
+      rows_of_small_pairs<D>(rows, 0, first, last < weights.channels ? last : weights.channels);
+  (small == rows.rows ? multiply_groups<typename D::SmallPairs> : multiply_groups<D>)(rows, weights, channels,
+                                                                                      begin, end, out);
 }
 
 template <class D>
 constexpr MatrixKernels matrix_table() {
-  return {D::kValueOffset, false, no_scratch, multiply<D>, multiply_groups<D>};
+  return {D::kValueOffset, no_scratch, multiply<D>, multiply_groups<D>};
 }
 
 template <class D>
 constexpr MatrixKernels widening_matrix_table() {
-  return {D::kValueOffset, true, widened_scratch<D>, multiply_widened<D>, multiply_groups_of_bytes<D>};
+  return {D::kValueOffset, widened_scratch<D>, multiply_widened<D>, multiply_groups_of_bytes<D>};
 }
 
 }  // namespace
