@@ -185,18 +185,21 @@ bool concatenate(int dims, int64_t axis, const Slice* slices, int64_t count, con
   }
   // Rows of a few slices follow each other in memory, so they are written together.
   const int64_t rows = copies.front().loops.rows();
-  int64_t columns = 0;
+  int64_t columns = 0, narrowest = copies.front().loops.columns();
   bool together = rows > 1;
   for (const Copy& copy : copies) {
     together = together && copy.loops.rows() == rows;
     columns += copy.loops.columns();
+    narrowest = std::min(narrowest, copy.loops.columns());
   }
   if (!together) {
     for (const Copy& copy : copies) copy.loops.run(copy.grain(), copy);
     return true;
   }
-  constexpr int64_t kBlock = int64_t{1} << 17;
-  const int64_t step = std::max<int64_t>(kBlock / columns, 1);
+  // Few rows at once, so that memory is written nearly in order, but so many elements of each slice that a
+  // table for them pays off.
+  constexpr int64_t kBlock = int64_t{1} << 17, kOfSlice = 4096;
+  const int64_t step = std::max<int64_t>(std::min(kBlock / columns, kOfSlice / narrowest), 1);
   const int64_t pieces = std::min(piece_count(rows * columns, copies.front().grain()), rows);
   for_pieces(rows, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {
     for (; begin < end; begin += step) {

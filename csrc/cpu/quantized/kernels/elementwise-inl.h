@@ -214,8 +214,11 @@ void map_rows(Rows<const uint8_t> x, Rows<uint8_t> out, int64_t rows, int64_t co
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* const from = x.data + r * x.stride;
     uint8_t* const at = out.data + r * out.stride;
-    for_vectors<B>(columns,
-                   [&](int64_t i, const auto& load, const auto& store) { store(at + i, f(load(from + i))); });
+    for_vectors<B>(columns, [&](int64_t i, const auto& load, const auto& store) {
+      fetch_ahead<B::N>(from + i);
+      fetch_ahead<B::N>(at + i);
+      store(at + i, f(load(from + i)));
+    });
   }
 }
 
