@@ -3,8 +3,8 @@
     python benchmarks/convolution.py
 
 Forward and backward. Layers of MobileNetV2, batch 8 at 224 x 224: depthwise and 1x1 convolutions,
-for which there are kernels, in fp32 and bf16; and depthwise convolutions with larger kernels, as
-EfficientNet has them.
+for which there are kernels, in fp32 and bf16; depthwise convolutions with larger kernels, as
+EfficientNet has them; and the 3x3 convolutions of ResNet-18 with stride 1, in fp32.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ POINTWISE = (
     (960, 160, 7, 1, 1, 1),
     (320, 1280, 7, 1, 1, 1),
 )
+WINOGRAD = (
+    (64, 64, 56, 3, 1, 1),
+    (128, 128, 28, 3, 1, 1),
+    (256, 256, 14, 3, 1, 1),
+    (512, 512, 7, 3, 1, 1),
+)
 
 
 class AsTorch(Convolution):
@@ -58,6 +64,9 @@ class AsTorch(Convolution):
     def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
         return False
 
+    def _is_winograd(self, x: Tensor, weight: Tensor) -> bool:
+        return False
+
 
 @torch.no_grad()
 def forward_backward(convolution: Convolution, x: Tensor, weight: Tensor) -> None:
@@ -66,7 +75,7 @@ def forward_backward(convolution: Convolution, x: Tensor, weight: Tensor) -> Non
 
 
 def measure(suite: Suite) -> None:
-    shapes = [(*shape, torch.float32) for shape in DEPTHWISE + POINTWISE]
+    shapes = [(*shape, torch.float32) for shape in DEPTHWISE + POINTWISE + WINOGRAD]
     shapes += [(*shape, torch.bfloat16) for shape in DEPTHWISE[:9:2] + POINTWISE[1::2]]
     for inputs, outputs, size, kernel, stride, groups, dtype in shapes:
         x = normal(BATCH, inputs, size, size, dtype=dtype)

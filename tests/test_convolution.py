@@ -377,3 +377,148 @@ def test_depthwise_convolutions_of_tensors_that_are_not_contiguous() -> None:
     args = (grad.contiguous(), x.contiguous(), weight, bias, [True] * 3)
     for result, expected in zip(gradients, convolution.gradients(*args), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------ 3x3 convolutions
+
+WINOGRAD = Convolution((1, 1), (1, 1), (1, 1), 1)
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def of_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        needed = [True, True, bias is not None]
+        results = WINOGRAD(x, weight, bias), *WINOGRAD.gradients(grad, x, weight, bias, needed)
+    return [t for t in results if t is not None]
+
+
+def of_torch(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = F.conv2d(*leaves, padding=1)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+@st.composite
+def winograd(draw: st.DrawFn, integers: bool = False) -> tuple[Tensor, Tensor, Any, Tensor]:
+    """x, weight, bias and the gradient of the output of a 3x3 convolution."""
+    images, height, width = draw(st.integers(1, 5)), *draw(st.tuples(*[st.integers(4, 20)] * 2))
+    inputs, outputs = (draw(st.sampled_from((16, 17, 24, 40, 70))) for _ in range(2))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    layout, bias = draw(st.sampled_from(LAYOUTS)), draw(st.booleans())
+    tensors = [
+        torch.randn(images, inputs, height, width).to(memory_format=layout),
+        torch.randn(outputs, inputs, 3, 3),
+        torch.randn(outputs) if bias else None,
+        torch.randn(images, outputs, height, width).to(memory_format=layout),
+    ]
+    if integers:
+        tensors = [None if t is None else t.mul(4).round() for t in tensors]
+    return tuple(tensors)  # type: ignore[return-value]
+
+
+@settings(max_examples=60, deadline=None)
+@given(winograd())
+def test_3x3_convolutions_are_exact_up_to_rounding(case: Any) -> None:
+    expected = of_torch(*(None if t is None else t.double() for t in case))
+    magnitudes = of_torch(*(None if t is None else t.double().abs() for t in case))
+    results, theirs = of_winograd(*case), of_torch(*case)
+    for result, of_theirs in zip(results[:2], theirs, strict=False):
+        assert result.stride() == of_theirs.stride()
+    for result, truth, bound in zip(results, expected, magnitudes, strict=True):
+        assert float((result - truth).abs().max()) <= 1e-6 * float(bound.max())
+
+
+@pytest.mark.parametrize("shape", [(64, 56), (128, 28), (256, 14), (512, 7)])
+@pytest.mark.parametrize("positive", [False, True])
+def test_3x3_convolutions_are_nearly_as_precise_as_torchs(
+    shape: tuple[int, int], positive: bool
+) -> None:
+    """Root mean square errors, for layers of ResNet-18; inputs are positive after a ReLU."""
+    channels, size = shape
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, channels, size, size), torch.randn(2, channels, size, size)
+    case = x.relu() if positive else x, torch.randn(channels, channels, 3, 3), None, grad
+    exact = of_torch(*(None if t is None else t.double() for t in case))
+    for result, theirs, truth in zip(of_winograd(*case), of_torch(*case), exact, strict=True):
+        error, of_theirs = ((t - truth).square().mean().sqrt() for t in (result, theirs))
+        assert float(error) <= 1.6 * float(of_theirs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(winograd(integers=True))
+def test_3x3_convolutions_of_small_integers_are_exact(case: Any) -> None:
+    exact = of_torch(*(None if t is None else t.double() for t in case))
+    for result, truth in zip(of_winograd(*case), exact, strict=True):
+        assert torch.equal(result.double(), truth)
+
+
+@pytest.mark.parametrize("shape", [(16, 40, 56), (64, 72, 28), (200, 96, 7)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_3x3_convolutions_have_the_same_bits_everywhere(
+    shape: tuple[int, int, int], layout: torch.memory_format, threads: None, any_isa: list[str]
+) -> None:
+    inputs, outputs, size = shape
+    torch.manual_seed(0)
+    x = torch.randn(8, inputs, size, size).to(memory_format=layout)
+    grad = torch.randn(8, outputs, size, size).to(memory_format=layout)
+    weight = torch.randn(outputs, inputs, 3, 3)
+    expected = None
+    for isa in any_isa:
+        if not isa.startswith("avx"):  # torch's convolutions
+            continue
+        _C.set_isa(isa)
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            results = of_winograd(x, weight, torch.ones(outputs), grad)
+            expected = expected or results
+            assert all(map(torch.equal, results, expected)), (isa, n)
+
+
+@on_x86
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("no_convolutions_of_torch")
+@torch.no_grad()
+def test_3x3_convolutions_do_without_torchs(layout: torch.memory_format) -> None:
+    x = torch.randn(8, 24, 14, 14).to(memory_format=layout)
+    grad = torch.randn(8, 40, 14, 14).to(memory_format=layout)
+    assert len(of_winograd(x, torch.randn(40, 24, 3, 3), torch.randn(40), grad)) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_3x3_convolutions_of_what_is_not_finite_are_torchs(value: float, where: int) -> None:
+    """Also of what is finite, but has no finite sums."""
+    torch.manual_seed(0)
+    case = [
+        torch.rand(2, 16, 9, 8) + 1,
+        torch.rand(20, 16, 3, 3) + 1,
+        None,
+        torch.rand(2, 20, 9, 8) + 1,
+    ]
+    case[where][1, 3, 1:, 2] = value
+    results, expected = of_winograd(*case), of_torch(*case)
+    assert not all(bool(t.isfinite().all()) for t in expected)
+    for result, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, theirs, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_3x3_convolutions_whose_transforms_overflow_are_torchs() -> None:
+    x, weight = torch.full((1, 16, 8, 8), 2e38), torch.full((16, 16, 3, 3), 1e-3)
+    results = of_winograd(x, weight, None, torch.full((1, 16, 8, 8), 1e-3))
+    expected = of_torch(x, weight, None, torch.full((1, 16, 8, 8), 1e-3))
+    for result, theirs in zip(results, expected, strict=True):
+        assert bool(theirs.isfinite().all())
+        torch.testing.assert_close(result, theirs)
+
+
+@torch.no_grad()
+def test_3x3_convolutions_of_tensors_with_gaps() -> None:
+    x, weight = torch.randn(8, 24, 14, 14)[:, :, ::2], torch.randn(40, 24, 3, 3)
+    torch.testing.assert_close(
+        WINOGRAD(x, weight, None), F.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4
+    )
+    grad = torch.randn(8, 40, 1, 1).expand(8, 40, 7, 14)
+    results = WINOGRAD.gradients(grad, x, weight, None, [True, True, False])
+    dense = (grad.contiguous(), x.contiguous(), weight, None, [True, True, False])
+    for result, expected in zip(results[:2], WINOGRAD.gradients(*dense)[:2], strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)

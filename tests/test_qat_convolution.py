@@ -20,7 +20,9 @@ from fastquant.nn.qat import layers
 on_x86 = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="measured on x86"
 )
-GEOMETRIES = {"1x1": (1, 1), "depthwise": (3, 8)}
+CHANNELS = 16
+GEOMETRIES = {"1x1": (1, 1), "depthwise": (3, CHANNELS), "3x3": (3, 1)}
+STEPS = ("convolution", "grad_input", "grad_weight")
 QCONFIG = fq.get_default_qat_qconfig("x86")
 
 
@@ -37,9 +39,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("pointwise_convolution", "pointwise_grad_input", "pointwise_grad_weight"):
-        monkeypatch.setattr(_C, name, listing(name, getattr(_C, name)))
-    for name in ("depthwise_convolution", "depthwise_convolution_backward"):
+    names_of_steps = [f"{kind}_{step}" for kind in ("pointwise", "winograd") for step in STEPS]
+    for name in (*names_of_steps, "depthwise_convolution", "depthwise_convolution_backward"):
         monkeypatch.setattr(_C, name, listing(name, getattr(_C, name)))
     return names
 
@@ -47,19 +48,20 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def expected_calls(geometry: str, backward: bool = True) -> list[str]:
     if geometry == "depthwise":
         return ["depthwise_convolution", "depthwise_convolution_backward"][: 1 + backward]
-    steps = ("convolution", "grad_input", "grad_weight") if backward else ("convolution",)
-    return [f"pointwise_{step}" for step in steps]
+    kernel = {"1x1": "pointwise", "3x3": "winograd"}[geometry]
+    return [f"{kernel}_{step}" for step in STEPS[: 3 if backward else 1]]
 
 
 def prepared(kind: str, geometry: str, bias: bool = True) -> Any:
-    """A QAT layer of 8 channels, as `prepare_qat` makes it, but without quantizing its output."""
+    """A QAT layer as `prepare_qat` makes it, but one that does not quantize its output."""
     torch.manual_seed(0)
     size, groups = GEOMETRIES[geometry]
-    parts: list[nn.Module] = [nn.Conv2d(8, 8, size, padding=size // 2, groups=groups, bias=bias)]
+    conv = nn.Conv2d(CHANNELS, CHANNELS, size, padding=size // 2, groups=groups, bias=bias)
+    parts: list[nn.Module] = [conv]
     if kind == "own":
         parts[0].qconfig = QCONFIG  # type: ignore[assignment]
         return layers.Conv2d.from_float(parts[0])
-    parts += [nn.BatchNorm2d(8)] if "Bn" in kind else []
+    parts += [nn.BatchNorm2d(CHANNELS)] if "Bn" in kind else []
     parts += [nn.ReLU()] if "ReLU" in kind else []
     model = nn.Sequential(*parts).train()
     if len(parts) > 1:
@@ -105,7 +107,7 @@ LAYERS = ["ConvBn2d", "ConvBnReLU2d", "Conv2d", "ConvReLU2d", "own"]
 @pytest.mark.parametrize("quantizes", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_training(kind: str, geometry: str, quantizes: bool, bias: bool, called: list[str]) -> None:
-    module, x = prepared(kind, geometry, bias), torch.randn(4, 8, 14, 14)
+    module, x = prepared(kind, geometry, bias), torch.randn(4, CHANNELS, 14, 14)
     module = module if quantizes else off(module)
     other = in_steps(module)
     found = step(module, x)
@@ -121,7 +123,7 @@ def test_training(kind: str, geometry: str, quantizes: bool, bias: bool, called:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
 def test_evaluation(kind: str, geometry: str, no_gradients: Any, called: list[str]) -> None:
-    module, x = prepared(kind, geometry), torch.randn(4, 8, 14, 14)
+    module, x = prepared(kind, geometry), torch.randn(4, CHANNELS, 14, 14)
     module(x)
     module.eval().apply(fq.disable_observer)
     called.clear()
@@ -133,10 +135,10 @@ def test_evaluation(kind: str, geometry: str, no_gradients: Any, called: list[st
 
 
 @on_x86
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry", ["1x1", "depthwise"])  # others take fp32 alone
 @pytest.mark.parametrize("kind", ["ConvBn2d", "ConvReLU2d"])
 def test_autocast(kind: str, geometry: str, called: list[str]) -> None:
-    module, x = off(prepared(kind, geometry)), torch.randn(4, 8, 14, 14)
+    module, x = off(prepared(kind, geometry)), torch.randn(4, CHANNELS, 14, 14)
     other = in_steps(module)
     with torch.autocast("cpu"):
         found = step(module, x)
@@ -149,7 +151,7 @@ def test_autocast(kind: str, geometry: str, called: list[str]) -> None:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("kind", ["ConvBn2d", "Conv2d"])
 def test_gradients_of_gradients(kind: str, geometry: str) -> None:
-    module, x = off(prepared(kind, geometry)).double(), torch.randn(2, 8, 5, 5).double()
+    module, x = off(prepared(kind, geometry)).double(), torch.randn(2, CHANNELS, 5, 5).double()
     results = []
     for each in (module, in_steps(module)):
         leaf = x.clone().requires_grad_()
@@ -161,7 +163,7 @@ def test_gradients_of_gradients(kind: str, geometry: str) -> None:
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
 def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
-    module, x = off(prepared("Conv2d", "1x1")), torch.randn(4, 8, 5, 5)
+    module, x = off(prepared("Conv2d", "1x1")), torch.randn(4, CHANNELS, 5, 5)
     module.requires_grad_()
     if frozen != "input":
         getattr(module, frozen).requires_grad_(False)
@@ -176,7 +178,7 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_expanded_gradients(geometry: str) -> None:
-    module, x = off(prepared("Conv2d", geometry)), torch.randn(4, 8, 5, 5)
+    module, x = off(prepared("Conv2d", geometry)), torch.randn(4, CHANNELS, 5, 5)
     results = []
     for each in (module, in_steps(module)):
         leaf = x.clone().requires_grad_()
@@ -188,7 +190,7 @@ def test_expanded_gradients(geometry: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ConvBn2d", "Conv2d"])
 def test_an_output_of_which_somebody_keeps_the_gradient_keeps_it(kind: str) -> None:
-    module, x = off(prepared(kind, "depthwise")).eval(), torch.randn(4, 8, 5, 5)
+    module, x = off(prepared(kind, "depthwise")).eval(), torch.randn(4, CHANNELS, 5, 5)
     outputs: list[Tensor] = []
     hook = module.bn if kind == "ConvBn2d" else module
     hook.register_forward_hook(
@@ -207,7 +209,7 @@ def test_an_output_of_which_somebody_keeps_the_gradient_keeps_it(kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["ConvBn2d", "Conv2d"])
 def test_a_weight_that_changes_before_backward_is_noticed(kind: str) -> None:
-    module, x = off(prepared(kind, "1x1")), torch.randn(4, 8, 5, 5).requires_grad_()
+    module, x = off(prepared(kind, "1x1")), torch.randn(4, CHANNELS, 5, 5).requires_grad_()
     loss = module(x).square().sum()
     with torch.no_grad():
         module.weight.mul_(2)
@@ -218,7 +220,7 @@ def test_a_weight_that_changes_before_backward_is_noticed(kind: str) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", ["ConvBn2d", "Conv2d"])
 def test_checkpointing(kind: str, reentrant: bool) -> None:
-    module, x = off(prepared(kind, "1x1")).eval(), torch.randn(4, 8, 5, 5)
+    module, x = off(prepared(kind, "1x1")).eval(), torch.randn(4, CHANNELS, 5, 5)
     other = copy.deepcopy(module)
 
     def checkpointed(x: Tensor) -> Any:
@@ -234,7 +236,7 @@ def test_checkpointing(kind: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("quantizes", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_torch_func_transforms(kind: str, quantizes: bool) -> None:
-    module, x = prepared(kind, "1x1").eval(), torch.randn(4, 8, 5, 5)
+    module, x = prepared(kind, "1x1").eval(), torch.randn(4, CHANNELS, 5, 5)
     module(x)
     module.apply(fq.disable_observer)
     module = module if quantizes else off(module)
@@ -259,14 +261,14 @@ class Seeing(TorchFunctionMode):
 def test_whoever_looks_sees_torchs_convolution(
     kind: str, quantizes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, x = prepared(kind, "1x1"), torch.randn(4, 8, 5, 5)
+    module, x = prepared(kind, "1x1"), torch.randn(4, CHANNELS, 5, 5)
     module = module if quantizes else off(module)
     with Seeing() as mode:
         module(x)
     assert F.conv2d in mode.seen
     with FlopCounterMode(display=False) as counter:
         module(x)
-    assert counter.get_total_flops() == 2 * 4 * 8 * 8 * 25
+    assert counter.get_total_flops() == 2 * 4 * CHANNELS * CHANNELS * 25
     calls: list[str] = []
 
     def instead(name: str, function: Any) -> Any:
@@ -286,7 +288,7 @@ def test_whoever_looks_sees_torchs_convolution(
 
 @pytest.mark.parametrize("kind", ["Conv2d", "ConvReLU2d"])
 def test_replaced_forwards_are_called(kind: str) -> None:
-    module, x = prepared(kind, "1x1"), torch.randn(4, 8, 5, 5)
+    module, x = prepared(kind, "1x1"), torch.randn(4, CHANNELS, 5, 5)
     forward, inputs = module.forward, []
     module.forward = lambda x: (inputs.append(x), forward(x))[1]
     module(x)
@@ -295,7 +297,7 @@ def test_replaced_forwards_are_called(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Conv2d", "ConvReLU2d"])
 def test_subclasses_keep_their_own_steps(kind: str) -> None:
-    module, x = prepared(kind, "1x1"), torch.randn(4, 8, 5, 5)
+    module, x = prepared(kind, "1x1"), torch.randn(4, CHANNELS, 5, 5)
     expected = module(x)
 
     class Doubling(type(module)):  # type: ignore[misc]
@@ -309,23 +311,23 @@ def test_subclasses_keep_their_own_steps(kind: str) -> None:
 @pytest.mark.parametrize("padding_mode", ["circular", "reflect"])
 def test_other_padding_is_torchs(padding_mode: str) -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode=padding_mode)
+    conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS, padding_mode=padding_mode)
     model = nn.Sequential(conv).train()
     model.qconfig = QCONFIG
-    module, x = off(fq.prepare_qat(model)), torch.randn(4, 8, 5, 5)
+    module, x = off(fq.prepare_qat(model)), torch.randn(4, CHANNELS, 5, 5)
     assert torch.equal(module(x), conv(x))
 
 
 def test_inputs_without_a_batch_dimension() -> None:
     for geometry in GEOMETRIES:
-        module, x = off(prepared("Conv2d", geometry)), torch.randn(8, 5, 5)
+        module, x = off(prepared("Conv2d", geometry)), torch.randn(CHANNELS, 5, 5)
         torch.testing.assert_close(module(x), module(x[None])[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["ConvBn2d", "Conv2d"])
 def test_what_does_not_fit_is_torchs_error(kind: str) -> None:
     module = off(prepared(kind, "1x1"))
-    conv = nn.Conv2d(8, 8, 1)
+    conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
     for x in (torch.randn(4, 7, 5, 5), torch.randn(5, 5)):
         messages = []
         for each in (module, conv):
@@ -338,7 +340,7 @@ def test_what_does_not_fit_is_torchs_error(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["Conv2d", "ConvReLU2d"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_graphs_compute_as_eager_mode(kind: str, geometry: str) -> None:
-    module, x = prepared(kind, geometry), torch.randn(4, 8, 14, 14)
+    module, x = prepared(kind, geometry), torch.randn(4, CHANNELS, 14, 14)
     module(x)
     module.apply(fq.disable_observer)
     other = copy.deepcopy(module)
@@ -350,8 +352,8 @@ def test_graphs_compute_as_eager_mode(kind: str, geometry: str) -> None:
 def test_layers_of_torch_ao_can_still_be_scripted() -> None:
     tq = pytest.importorskip("torch.ao.quantization")
     prepared("Conv2d", "1x1")  # prepare_qat changes torch.ao's classes
-    x = torch.randn(4, 8, 5, 5)
+    x = torch.randn(4, CHANNELS, 5, 5)
     qconfig = tq.get_default_qat_qconfig("x86", version=0)
     for cls in (torch.ao.nn.qat.Conv2d, torch.ao.nn.intrinsic.qat.ConvReLU2d):
-        module = cls(8, 8, 1, qconfig=qconfig)
+        module = cls(CHANNELS, CHANNELS, 1, qconfig=qconfig)
         torch.testing.assert_close(torch.jit.script(module)(x), module(x))

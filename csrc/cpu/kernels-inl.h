@@ -20,6 +20,7 @@
 #include "kernels/minmax-inl.h"
 #include "kernels/pointwise-inl.h"
 #include "kernels/quantization_error-inl.h"
+#include "kernels/winograd-inl.h"
 
 namespace fastquant {
 namespace {
@@ -78,6 +79,7 @@ constexpr Kernels kernel_table(const char* isa) {
       depthwise_kernels<V<float>, BFloat16>(),
       pointwise_kernels<V<float>, float>(),
       pointwise_kernels<V<float>, BFloat16>(),
+      winograd_kernels<V<float>>(),
       sum_units,
   };
 }

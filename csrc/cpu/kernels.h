@@ -287,6 +287,43 @@ struct PlaneKernels {
                    S* grad_x, double* grad_weight, float* scratch);
 };
 
+// Convolutions by Winograd's F(2x2, 3x3) (csrc/cpu/winograd.h). A tile of 2 x 2 outputs is transformed into,
+// and from, kWinogradProducts numbers for each channel, which are so many matrices over tiles and channels.
+// Those of outputs, and of the inputs that they are multiplied with, are cut into panels of kWinogradPanel
+// channels.
+constexpr int64_t kWinogradProducts = 16, kWinogradPanel = 2 * kPositionUnit;
+
+// weight[o, i] are 9 taps that lie at weight + o * output_stride + i * input_stride; memory ends at `end`.
+struct WinogradWeights {
+  const float *weight, *end;
+  int64_t outputs, inputs, output_stride, input_stride;
+  bool turned;  // by 180 degrees
+};
+
+// `apart`: the distance between matrices. Numbers of channels are multiples of kPositionUnit.
+struct WinogradKernels {
+  // The 4 x 4 pixels that a tile depends on. Channel c of a matrix lies at
+  // to + c / kWinogradPanel * panel_stride + c % kWinogradPanel.
+  void (*input)(const float* const* pixels, int64_t channels, float* to, int64_t apart, int64_t panel_stride);
+
+  // The gradients of 2 x 2 pixels, for the gradient of the weight.
+  void (*gradient)(const float* const* pixels, int64_t channels, float* to, int64_t apart);
+
+  // Writes the 2 x 2 pixels of a tile. `bias` may be null. Returns whether all that it wrote are finite.
+  bool (*output)(const float* from, int64_t apart, int64_t channels, const float* bias, float* const* pixels);
+
+  // The panel of outputs that begins with `first`: [kWinogradProducts][inputs][kWinogradPanel].
+  void (*weights)(const WinogradWeights& w, int64_t first, float* to);
+
+  // The gradients of 9 taps of kPositionUnit inputs, [kPositionUnit][9], from sums that are in `parts` parts. 7
+  // more elements may be written. Returns whether all are finite.
+  bool (*weight_gradient)(const float* sums, int64_t apart, int64_t parts, int64_t part_stride, float* to);
+
+  // y[c, r] = x[r, c]
+  void (*transpose)(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y,
+                    int64_t y_stride);
+};
+
 struct Kernels {
   const char* isa;
   KernelsFor<float, float> f32;
@@ -321,6 +358,7 @@ struct Kernels {
   PlaneKernels<BFloat16> depthwise_bf16;
   PointwiseKernels<float> pointwise_f32;
   PointwiseKernels<BFloat16> pointwise_bf16;
+  WinogradKernels winograd;
 
   // totals[k] = the sum of sums[k, i] over i.
   void (*sum_units)(const float* sums, int64_t count, float* totals);

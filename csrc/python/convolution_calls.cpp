@@ -3,6 +3,7 @@
 #include "cpu/depthwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/pointwise.h"
+#include "cpu/winograd.h"
 #include "python/arguments.h"
 
 namespace fastquant {
@@ -85,6 +86,30 @@ void require_contiguous(const Channels& t, Element type, int64_t images, int64_t
 
 void require_outputs(const Channels& y, const DepthwiseLayer& layer, Element type) {
   require_contiguous(y, type, layer.images, layer.channels, layer.rows(), layer.columns());
+}
+
+// The layer that images, their convolution by Winograd's algorithm, and the weight belong to.
+WinogradLayer winograd_layer(const Channels& x, const Channels& y, const Channels& weight) {
+  const bool channels_last = !(x.is_contiguous && y.is_contiguous);
+  require(!channels_last || (x.is_channels_last && y.is_channels_last));
+  require(x.type == Element::f32 && y.type == x.type && weight.type == x.type && weight.is_contiguous);
+  require(x.images == y.images && x.height == y.height && x.width == y.width);
+  require(weight.images == y.channels && weight.channels == x.channels);
+  require(weight.height == 3 && weight.width == 3);
+  return {x.images, x.channels, y.channels, x.height, x.width, channels_last};
+}
+
+float* floats(const Channels& t) { return static_cast<float*>(t.data); }
+
+// f(), without the lock of the interpreter: whether all results are finite.
+template <class F>
+PyObject* are_finite(int64_t elements, const F& f) {
+  bool finite = false;
+  {
+    const WithoutGil released(elements);
+    finite = f();
+  }
+  return PyBool_FromLong(finite);
 }
 
 }  // namespace
@@ -183,6 +208,35 @@ PyObject* depthwise_convolution_backward_call(PyObject*, PyObject* const* given,
                                      static_cast<const S*>(weight.data), static_cast<S*>(grad_x),
                                      static_cast<S*>(grad_weight));
     });
+  });
+}
+
+PyObject* winograd_convolution_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 4, [](Arguments args) {
+    const Channels x(args.next()), weight(args.next());
+    const auto* const bias = static_cast<const float*>(bias_of(args.next(), weight.images, Element::f32));
+    const Channels y = new_memory(args.next());
+    const WinogradLayer layer = winograd_layer(x, y, weight);
+    return are_finite(x.numel,
+                      [&] { return winograd_convolution(layer, floats(x), floats(weight), bias, floats(y)); });
+  });
+}
+
+PyObject* winograd_grad_input_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 3, [](Arguments args) {
+    const Channels grad(args.next()), weight(args.next()), grad_x = new_memory(args.next());
+    const WinogradLayer layer = winograd_layer(grad_x, grad, weight);
+    return are_finite(grad.numel,
+                      [&] { return winograd_grad_input(layer, floats(grad), floats(weight), floats(grad_x)); });
+  });
+}
+
+PyObject* winograd_grad_weight_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 3, [](Arguments args) {
+    const Channels grad(args.next()), x(args.next()), grad_weight(args.next());
+    const WinogradLayer layer = winograd_layer(x, grad, grad_weight);
+    return are_finite(
+        x.numel, [&] { return winograd_grad_weight(layer, floats(grad), floats(x), floats(grad_weight)); });
   });
 }
 

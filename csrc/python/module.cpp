@@ -138,6 +138,18 @@ PyMethodDef methods[] = {
         "depthwise_convolution_backward(grad, x, weight, stride, grad_x, grad_weight) -> True | None\n\nWrites "
         "the gradients to the last two, unless they are None. grad_x may be grad. Returns None where\n"
         "depthwise_convolution does."),
+    fast_call(
+        "winograd_convolution", fastquant::winograd_convolution_call,
+        "winograd_convolution(x, weight, bias, y) -> bool | None\n\nA convolution of 3x3 taps, with stride "
+        "and padding 1, on tensors of one type and memory format, into y. bias may be\nNone. Returns whether "
+        "all of y is finite: if not, torch has to compute it. Returns None, and changes nothing,\nwhere it "
+        "does not support the arguments."),
+    fast_call("winograd_grad_input", fastquant::winograd_grad_input_call,
+              "winograd_grad_input(grad, weight, grad_x) -> bool | None\n\nThe same for its gradient of the "
+              "input, into grad_x."),
+    fast_call("winograd_grad_weight", fastquant::winograd_grad_weight_call,
+              "winograd_grad_weight(grad, x, grad_weight) -> bool | None\n\nThe same for its gradient of the "
+              "weight, into grad_weight."),
     fast_call("quantized_embedding", fastquant::quantized_embedding_call,
               "quantized_embedding(packed, dim, bits, indices, y) -> True | None\n\nRuns the op, and writes "
               "its result to y. Returns None where only the op supports the arguments."),

@@ -6,6 +6,8 @@ layouts of its own. Where an output takes few multiplications, the copies take l
 - 1x1 convolutions are products of matrices, and depthwise convolutions have a kernel for each
   channel. For both there are native kernels, from and to torch's layouts (csrc/cpu/pointwise.h,
   csrc/cpu/depthwise.h).
+- 3x3 convolutions with stride 1 take fewer multiplications by Winograd's algorithm
+  (csrc/cpu/winograd.h). Where a result is not finite, torch computes it.
 - For a large batch, each call maps new memory for oneDNN's copies, and the page faults take longer
   than a convolution of few multiplications. Image by image, or a few at a time, the copies fit the
   caches, and malloc reuses the same memory.
@@ -45,6 +47,12 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 # that is faster than oneDNN. Gradients are always.
 _DEPTHWISE = {3: 1, 5: 28 * 28, 7: 56 * 56}
 
+# Winograd's algorithm takes 3x3 convolutions of so many input and output channels and more, and of
+# images with such sides and longer. It transforms the weight first, which pays off where a large
+# one meets so many tiles of 2x2 pixels. The transformed weight takes 16 / 9 of its memory.
+_CHANNELS_OF_WINOGRAD, _SIDE_OF_WINOGRAD, _TILES_OF_WINOGRAD = 16, 4, 48
+_SMALL_WEIGHT, _LARGEST_WEIGHT = 1 << 16, 1 << 22
+
 _WHOLE = slice(None)
 
 
@@ -59,9 +67,11 @@ class Convolution(NamedTuple):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = None
         if self._is_pointwise(x, weight):
-            result = _pointwise(x, weight, bias)
+            result = _native(_C.pointwise_convolution, x, weight, bias)
         elif self._is_depthwise(x, weight):
             result = self._depthwise(x, weight, bias)
+        elif self._is_winograd(x, weight):
+            result = _native(_C.winograd_convolution, x, weight, bias)
         if result is not None:
             return result
         geometry = self._geometry()
@@ -91,12 +101,18 @@ class Convolution(NamedTuple):
     ) -> Gradients:
         """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
         if self._is_pointwise(x, weight):
-            gradients = _pointwise_gradients(grad, x, weight, needed)
+            kernels = _C.pointwise_grad_input, _C.pointwise_grad_weight
+            gradients = _native_gradients(*kernels, grad, x, weight, needed)
             if gradients is not None:
                 return gradients
         reuse = reuse and grad.size() == x.size() and grad.stride() == x.stride()
         if self._is_depthwise(x, weight):
             gradients = self._depthwise_gradients(grad, x, weight, needed, reuse)
+            if gradients is not None:
+                return gradients
+        if self._is_winograd(x, weight):
+            kernels = _C.winograd_grad_input, _C.winograd_grad_weight
+            gradients = _native_gradients(*kernels, grad, x, weight, needed)
             if gradients is not None:
                 return gradients
         sizes = None if bias is None else list(bias.shape)
@@ -206,6 +222,26 @@ class Convolution(NamedTuple):
             and not _is_left_to_amx(x.dtype)
         )
 
+    def _is_winograd(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether Winograd's algorithm computes it, and faster than torch."""
+        return (
+            self._has_winograd_kernel(x, weight)
+            and _is_measured(x, torch.float32)
+            and _C.isa().startswith(_MEASURED_ISAS)
+        )
+
+    def _has_winograd_kernel(self, x: Tensor, weight: Tensor) -> bool:
+        return (
+            x.dim() == 4
+            and weight.shape[1:] == (x.shape[1], 3, 3)
+            and self.stride == self.padding == self.dilation == (1, 1)
+            and self.groups == 1
+            and min(weight.shape[:2]) >= _CHANNELS_OF_WINOGRAD
+            and min(x.shape[2:]) >= _SIDE_OF_WINOGRAD
+            and _has_tiles_for(x, weight)
+            and not _is_left_to_amx(x.dtype)
+        )
+
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
         """The parts of a batch to compute one after the other; the whole where that is faster."""
         images, whole = x.shape[0], [_WHOLE]
@@ -227,33 +263,46 @@ class Convolution(NamedTuple):
         return weight.shape[0] * math.prod(sizes)
 
 
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """A 1x1 convolution in the memory format that torch would choose; None where only torch can."""
+def _native(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A convolution by a kernel that keeps the size of images, in the memory format of torch's.
+
+    None where torch is to compute it.
+    """
     memory_format = _memory_format(x, weight)
     if memory_format is None or not _may_skip_dispatcher(x, weight, bias):
         return None
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     y = torch.empty(size, dtype=x.dtype, memory_format=memory_format)
-    return None if _C.pointwise_convolution(x, weight, bias, y) is None else y
+    return y if kernel(x, weight, bias, y) else None
 
 
-def _pointwise_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+def _native_gradients(
+    of_input: Any, of_weights: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
 ) -> Gradients | None:
     of_x = of_weight = of_bias = None
     if _memory_format(x, weight) is None or not may_skip_dispatcher(grad, x, weight):
         return None
     if needed[0]:
         of_x = torch.empty_like(x)
-        if _C.pointwise_grad_input(grad, weight, of_x) is None:
+        if not of_input(grad, weight, of_x):
             return None
     if needed[1]:
         of_weight = torch.empty_like(weight)
-        if _C.pointwise_grad_weight(grad, x, of_weight) is None:
+        if not of_weights(grad, x, of_weight):
             return None
     if needed[2]:
         of_bias = grad.sum((0, 2, 3))
     return of_x, of_weight, of_bias
+
+
+def _has_tiles_for(x: Tensor, weight: Tensor) -> bool:
+    """Whether transforming the weight for Winograd's algorithm pays off."""
+    images, _, height, width = x.shape
+    elements = math.prod(weight.shape)
+    if elements <= _SMALL_WEIGHT:
+        return True
+    tiles = images * ((height + 1) // 2) * ((width + 1) // 2)
+    return elements <= _LARGEST_WEIGHT and tiles >= _TILES_OF_WINOGRAD
 
 
 def _is_left_to_amx(dtype: torch.dtype) -> bool:
