@@ -43,6 +43,7 @@ struct Avx2<float> {
   using Reg = __m256;
   using Words = Avx2Words;
   using Mask = __m256;
+  static constexpr bool kAlternates = true;
 
   static Reg set1(float x) { return _mm256_set1_ps(x); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }

@@ -44,6 +44,7 @@ struct Avx512<float> {
   using Reg = __m512;
   using Words = Avx512Words;
   using Mask = __mmask16;
+  static constexpr bool kAlternates = true;
 
   static Reg set1(float x) { return _mm512_set1_ps(x); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }

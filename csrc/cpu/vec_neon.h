@@ -40,6 +40,7 @@ struct Neon<float> {
   using Reg = float32x4_t;
   using Words = NeonWords;
   using Mask = uint32x4_t;
+  static constexpr bool kAlternates = false;
 
   static Reg set1(float x) { return vdupq_n_f32(x); }
   static Reg load(const float* p) { return vld1q_f32(p); }

@@ -13,6 +13,7 @@ struct Scalar {
   using Element = T;
   using Reg = T;
   using Mask = bool;
+  static constexpr bool kAlternates = false;
 
   static Reg set1(T x) { return x; }
   template <class Stored>

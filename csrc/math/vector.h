@@ -8,6 +8,7 @@
 //   Reg, Mask      a vector, and a truth value for each element
 //   Words          (CPU, float, N > 1) vectors of 16-bit integers, see below
 //   kStoresOthers  (CPU) whether there are eq and store_others
+//   kAlternates    (CPU, float) the order of load_pair for BFloat16
 //
 // Arithmetic, for math/: every operation rounds once
 //   set1(x)                  x in every element
@@ -26,7 +27,8 @@
 // Memory and masks, for CPU kernels
 //   load(p)                  from Element*; float also from Half* and BFloat16*, double from float*
 //   store(p, x)              to the same types as load, but double to double* only
-//   load_pair(p, &a, &b)     2 N elements, in whatever order is cheapest for their type
+//   load_pair(p, &a, &b)     2 N elements, in whatever order is cheapest for their type: as they lie in memory,
+//                            or, for BFloat16 where kAlternates is set, every second element
 //   store_pair_normal(p, a, b)   stores in that order; of NaN, only those that load_pair loaded
 //   pair_bits(p, m, n)       the bits of the masks of such a pair, in the order of memory
 //   rounded_to(p, x)         rounded as store(p, x) would; *p is not read
@@ -112,6 +114,7 @@ constexpr bool has_vector_interface() {
   [[maybe_unused]] constexpr Mask (*kFromBits)(uint32_t) = V::from_bits;
   bool all = has_arithmetic<V>() && loads_and_stores<V, T>();
   if constexpr (sizeof(T) == sizeof(float)) {
+    [[maybe_unused]] constexpr bool kOrder = V::kAlternates;
     [[maybe_unused]] constexpr Reg (*kOfPairs[])(Reg, Reg) = {V::even, V::odd, V::zip_low, V::zip_high};
     all = all && loads_and_stores<V, Half>() && loads_and_stores<V, BFloat16>();
     if constexpr (V::N > 1) all = all && has_words<typename V::Words>();
