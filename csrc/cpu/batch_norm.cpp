@@ -43,30 +43,22 @@ class RowChunks {
     per_channel_ = (d.outer + rows_ - 1) / rows_ * parts_;
   }
 
-  int64_t per_channel() const { return per_channel_; }
   int64_t count() const { return per_channel_ * d_.channels; }
 
-  // The number of chunk i of a channel.
-  int64_t index(int64_t channel, int64_t i) const {
-    return (i / parts_ * d_.channels + channel) * parts_ + i % parts_;
+  // Calls f for all chunks, of elements of S.
+  template <class S, class F>
+  void each(const F& f) const {
+    of_channels<S>({0, d_.channels}, f);
   }
 
-  // How many elements the chunks of a channel have.
-  std::vector<int64_t> sizes() const {
-    std::vector<int64_t> result;
-    each<char>({0, 1}, 0, per_channel_,
-               [&](const RowChunk& c) { result.push_back(c.shape.rows * c.shape.length); });
-    return result;
-  }
-
-  // Calls f for all chunks in parallel, of elements of S.
+  // The same in parallel.
   template <class S, class F>
   void in_parallel(int64_t pieces, const F& f) const {
     for_pieces(count(), std::min(pieces, count()), 1,
                [&](int64_t, int64_t first, int64_t end) { each<S>({0, d_.channels}, first, end, f); });
   }
 
-  // Calls f for all chunks of some channels.
+  // The same for some channels.
   template <class S, class F>
   void of_channels(const Range<int64_t>& channels, const F& f) const {
     each<S>(channels, 0, per_channel_ * (channels.high - channels.low), f);
@@ -129,7 +121,7 @@ class ColumnChunks {
   }
 
  private:
-  static constexpr int64_t kElements = 32768, kUnit = 32;
+  static constexpr int64_t kElements = 65536, kUnit = 32;
   int64_t rows_, block_;
 };
 
@@ -141,39 +133,38 @@ struct Moments {
   bool finite;
 };
 
-struct CountedMoments {
-  const ChunkMoments& moments;
-  int64_t count;
-};
-
-// Combines the moments of a channel's chunks, which at(i) gives as CountedMoments.
-template <class At>
-Moments combined_moments(int64_t chunks, int64_t count, const At& at) {
-  Moments m = {0, 0, 0, at(0).moments.low, at(0).moments.high, true};
+// Combines the moments of chunks. each(f) calls f(channel, moments, count) for all of them, those of a channel
+// always in the same order.
+template <class Each>
+std::vector<Moments> combined_moments(int64_t channels, int64_t count, const Each& each) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  std::vector<Moments> result(channels, Moments{0, 0, 0, kInf, -kInf, true});
   const double total = static_cast<double>(count);
-  for (int64_t i = 0; i < chunks; ++i) {
-    const auto part = at(i);
-    m.mean += part.moments.mean * (static_cast<double>(part.count) / total);
-    m.low = std::min(m.low, part.moments.low);
-    m.high = std::max(m.high, part.moments.high);
-    m.finite &= part.moments.finite;
+  each([&](int64_t c, const ChunkMoments& part, int64_t n) {
+    Moments& m = result[c];
+    m.mean += part.mean * (static_cast<double>(n) / total);
+    m.low = std::min(m.low, part.low);
+    m.high = std::max(m.high, part.high);
+    m.finite &= part.finite;
+  });
+  std::vector<double> squares(channels, 0.0);
+  each([&](int64_t c, const ChunkMoments& part, int64_t n) {
+    const double distance = part.mean - result[c].mean;
+    squares[c] += part.squares + static_cast<double>(n) * distance * distance;
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    Moments& m = result[c];
+    if (!m.finite) squares[c] = std::numeric_limits<double>::quiet_NaN();
+    m.var = squares[c] / total;
+    m.unbiased_var = squares[c] / (total - 1);
   }
-  double squares = m.finite ? 0 : std::numeric_limits<double>::quiet_NaN();
-  for (int64_t i = 0; i < chunks; ++i) {
-    const auto part = at(i);
-    const double distance = part.moments.mean - m.mean;
-    squares += part.moments.squares + static_cast<double>(part.count) * distance * distance;
-  }
-  m.var = squares / total;
-  m.unbiased_var = squares / (total - 1);
-  return m;
+  return result;
 }
 
 template <class S>
 std::vector<Moments> moments_of(const S* x, const Dense& d) {
   const auto& kernels = kernels_of(S{});
   const int64_t pieces = piece_count(d.numel()), count = d.outer * d.inner;
-  std::vector<Moments> result(d.channels);
   if (has_columns(d)) {
     const ColumnChunks chunks(d);
     std::vector<ChunkMoments> parts(chunks.count() * d.channels);
@@ -183,24 +174,19 @@ std::vector<Moments> moments_of(const S* x, const Dense& d) {
       kernels.moments_of_columns(x + chunks.begin(i) * d.channels, chunks.rows(i), d.channels, scratch.data(),
                                  totals.data(), &parts[i * d.channels]);
     });
-    for (int64_t c = 0; c < d.channels; ++c) {
-      result[c] = combined_moments(chunks.count(), count, [&](int64_t i) {
-        return CountedMoments{parts[i * d.channels + c], chunks.rows(i)};
-      });
-    }
-    return result;
+    return combined_moments(d.channels, count, [&](const auto& f) {
+      for (int64_t i = 0; i < chunks.count(); ++i) {
+        for (int64_t c = 0; c < d.channels; ++c) f(c, parts[i * d.channels + c], chunks.rows(i));
+      }
+    });
   }
   const RowChunks chunks(d);
   std::vector<ChunkMoments> parts(chunks.count());
   chunks.in_parallel<S>(
       pieces, [&](const RowChunk& c) { kernels.moments_of_rows(x + c.begin, c.shape, &parts[c.index]); });
-  const std::vector<int64_t> sizes = chunks.sizes();
-  for (int64_t c = 0; c < d.channels; ++c) {
-    result[c] = combined_moments(chunks.per_channel(), count, [&](int64_t i) {
-      return CountedMoments{parts[chunks.index(c, i)], sizes[i]};
-    });
-  }
-  return result;
+  return combined_moments(d.channels, count, [&](const auto& f) {
+    chunks.each<S>([&](const RowChunk& c) { f(c.channel, parts[c.index], c.shape.rows * c.shape.length); });
+  });
 }
 
 // Moments for statistics that do not depend on x: its extremes alone, if they are wanted.
@@ -387,10 +373,8 @@ void backward_of_chunks(GradientCall<S>* call, const RowChunks& chunks, int64_t 
     kernels.gradient_sums_of_rows(call->grad + c.begin, call->x + c.begin, c.shape, call->norm.at(c.channel),
                                   call->passing, &parts[c.index]);
   });
-  for (int64_t c = 0; c < call->d.channels; ++c) {
-    for (int64_t i = 0; i < chunks.per_channel(); ++i) call->add(c, parts[chunks.index(c, i)]);
-    call->set_means(c);
-  }
+  chunks.each<S>([&](const RowChunk& c) { call->add(c.channel, parts[c.index]); });
+  for (int64_t c = 0; c < call->d.channels; ++c) call->set_means(c);
   chunks.in_parallel<S>(pieces, [&](const RowChunk& chunk) { gradient_of_chunk(*call, chunk); });
 }
 
