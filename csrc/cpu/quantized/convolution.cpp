@@ -369,7 +369,8 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
   const auto margins = copies ? Convolution::Margins() : conv.margins(begin, end);
   const std::unique_ptr<const uint8_t*[]> pointers(new const uint8_t*[conv.segments() * at_once]);
   const std::unique_ptr<uint8_t[]> copied(copies ? new uint8_t[at_once * bytes] : nullptr);
-  const std::unique_ptr<char[]> scratch(new char[kernels.scratch_size(layout.steps())]);
+  const bool in_groups = layout.groups != s.groups;
+  const std::unique_ptr<char[]> scratch(new char[kernels.scratch_size(layout.steps(), in_groups)]);
   for (int64_t from = begin; from < end; from += at_once) {
     const int64_t to = std::min(from + at_once, end);
     if (!copies) conv.find(from, to, margins, pointers.get());
@@ -383,8 +384,9 @@ void convolve(const Convolution& conv, const ConvShape& s, const PackedLayout& l
                                conv.segments(), conv.steps()};
       const auto* const data = reinterpret_cast<const int8_t*>(packed + group * layout.group_bytes());
       const MatrixWeights weights = {data, layout.out_channels, layout.steps(), nullptr};
-      if (layout.groups != s.groups) {
-        kernels.multiply_groups(rows, weights, layout.in_channels, first, last, requantization.at(0, from));
+      if (in_groups) {
+        kernels.multiply_groups(rows, weights, layout.in_channels, first, last, requantization.at(0, from),
+                                scratch.get());
         continue;
       }
       kernels.multiply(rows, weights, std::max<int64_t>(first - group * blocks, 0),

@@ -73,6 +73,13 @@ struct Avx2Lanes {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
 
+  // Sums of products are added to in the order of the code: a compiler that adds products to each other first
+  // needs more registers than there are.
+  static Ints in_order(Ints sums) {
+    __asm__("" : "+x"(sums));
+    return sums;
+  }
+
   static __m256i four(const void* p) {
     int32_t bytes;
     std::memcpy(&bytes, p, sizeof bytes);
@@ -139,9 +146,10 @@ struct Avx2Dot : Avx2Lanes {
   }
   static Ints dot(Ints sums, const Values& x, const Weights& w) {
     const __m256i even = _mm256_madd_epi16(x.even, w.even), odd = _mm256_madd_epi16(x.odd, w.odd);
-    return _mm256_add_epi32(_mm256_add_epi32(sums, even), odd);
+    return in_order(_mm256_add_epi32(_mm256_add_epi32(sums, even), odd));
   }
 
+  struct WithWideWeights;
   // The same words in memory.
   struct Wide : Avx2Singles {
     static Ints dot(Ints sums, Values x, Weights w) { return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w)); }
@@ -184,6 +192,10 @@ struct Avx2Dot : Avx2Lanes {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), x.even);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd), x.odd);
   }
+};
+
+struct Avx2Dot::WithWideWeights : Avx2Dot {
+  static Weights weights(const int8_t* p) { return {Avx2Singles::weights(p), Avx2Singles::weights(p + 4 * N)}; }
 };
 
 #if defined(__AVXVNNI__)

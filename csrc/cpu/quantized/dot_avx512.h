@@ -149,6 +149,7 @@ struct Avx512Dot : Avx512Lanes {
     return _mm512_add_epi32(_mm512_add_epi32(sums, even), odd);
   }
 
+  struct WithWideWeights;
   // The same words in memory.
   struct Wide : Avx512Singles {
     static Ints dot(Ints sums, Values x, Weights w) { return _mm512_add_epi32(sums, _mm512_madd_epi16(x, w)); }
@@ -186,6 +187,10 @@ struct Avx512Dot : Avx512Lanes {
     _mm512_storeu_si512(even, x.even);
     _mm512_storeu_si512(odd, x.odd);
   }
+};
+
+struct Avx512Dot::WithWideWeights : Avx512Dot {
+  static Weights weights(const int8_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 4 * N)}; }
 };
 
 #if defined(__AVX512VNNI__)

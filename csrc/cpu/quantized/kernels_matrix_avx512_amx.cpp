@@ -222,7 +222,7 @@ void multiply(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, 
 
 // Tiling::together is at least 2; else it is what fits kBytesTogether, of tiles of at least kFewestTileSteps
 // steps.
-int64_t scratch_size(int64_t steps) {
+int64_t scratch_size(int64_t steps, bool) {
   const int64_t pair = 2 * (steps / kFewestTileSteps + 1) * kTileBytes;
   const int64_t memory = pair < kBytesTogether ? kBytesTogether : pair;
   return memory + kBytesTogether / kTileBytes * static_cast<int64_t>(sizeof(RowTile)) + kTileRowBytes;

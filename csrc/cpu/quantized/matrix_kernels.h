@@ -32,8 +32,8 @@ struct MatrixKernels {
   // of values that have been made smaller so.
   int64_t value_offset;
 
-  // Bytes of memory that `multiply` needs for rows and weights of so many steps.
-  int64_t (*scratch_size)(int64_t steps);
+  // Bytes of memory that `multiply`, or `multiply_groups`, needs for rows and weights of so many steps.
+  int64_t (*scratch_size)(int64_t steps, bool in_groups);
 
   // The outputs of all rows, for the channels of the blocks [begin, end).
   void (*multiply)(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
@@ -43,7 +43,7 @@ struct MatrixKernels {
   // Rows point at the first channel of all groups, and have the steps of one group. The weights are those of
   // all groups, as if these were one group of packed weights. Null where groups are multiplied one by one.
   void (*multiply_groups)(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
-                          int64_t end, const OutputStage& out) = nullptr;
+                          int64_t end, const OutputStage& out, void* scratch) = nullptr;
 };
 
 // Whether so many groups of so many input and output channels can be multiplied together.

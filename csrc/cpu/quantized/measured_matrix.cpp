@@ -95,12 +95,12 @@ void multiply(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, 
 
 // Groups of so few channels would leave most of a tile empty.
 void multiply_groups(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
-                     int64_t end, const OutputStage& out) {
-  kMatrixAvx512Vnni.multiply_groups(rows, weights, channels, begin, end, out);
+                     int64_t end, const OutputStage& out, void* scratch) {
+  kMatrixAvx512Vnni.multiply_groups(rows, weights, channels, begin, end, out, scratch);
 }
 
 // Of either kernel.
-int64_t scratch_size(int64_t steps) { return kMatrixAvx512Amx.scratch_size(steps); }
+int64_t scratch_size(int64_t steps, bool in_groups) { return kMatrixAvx512Amx.scratch_size(steps, in_groups); }
 
 }  // namespace
 

@@ -81,7 +81,7 @@ class Part {
     const std::unique_ptr<int64_t[]> places(new int64_t[at_once]);
     const std::unique_ptr<char[]> outputs(new char[at_once * row]);
     const MatrixKernels& kernels = *quantized_kernels().matrix;
-    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_size(taps * layout_.row_steps())]);
+    const std::unique_ptr<char[]> scratch(new char[kernels.scratch_size(taps * layout_.row_steps(), false)]);
     const int64_t blocks = (layout_.out_channels + kBlockChannels - 1) / kBlockChannels;
     for (int64_t from = begin; from < end; from += at_once) {
       const int64_t count = std::min(at_once, end - from);

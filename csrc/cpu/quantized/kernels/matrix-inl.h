@@ -18,6 +18,7 @@
 //
 // Where products need bytes as 16-bit words, D may also have
 //   Wide                        the same for what these have written: words, two for every byte of four
+//   WithWideWeights             the same for words of weights, those of even bytes of 4 N first, and for bytes
 //   SmallPairs                  the same for bytes as they are, whose pairs add up to 256 at most
 //   has_small_pairs(p, n)       whether those of 4 n bytes do
 //   widen_values, widen_weights(p, even, odd)   4 N bytes as the words of the first and third of each four, and
@@ -26,6 +27,7 @@
 //   matter
 #pragma once
 
+#include "../../kernels/prefetch-inl.h"
 #include "../matrix_kernels.h"
 #include "../packing.h"
 #include "output-inl.h"
@@ -186,83 +188,101 @@ void multiply(const MatrixRows& rows, const MatrixWeights& weights, int64_t begi
 
 // ----------------------------------------------------------------------------------------- groups
 
-// As multiply_tile, for groups of kGroup channels.
-template <class D, int kGroup, int kRows, int kVectors>
+// As multiply_tile, for groups of kGroup channels. A weight takes kWeightBytes bytes.
+template <class D, int kGroup, int kWeightBytes, int kRows, int kVectors>
 void multiply_tile_of_groups(const MatrixRows& a, int64_t row, const int8_t* weights, int64_t width,
                              const OutputStage& out, int64_t channel, int64_t count) {
   constexpr int kSteps = kGroup / kStep;
   typename D::Ints sums[kRows * kVectors];
   start_sums<D, kRows, kVectors>(sums, channel, out);
   const int64_t first_value = a.offset + channel / kGroup * kGroup;
-  for (int64_t segment = 0; segment < a.segments; ++segment, weights += kSteps * width) {
+  for (int64_t segment = 0; segment < a.segments; ++segment, weights += kSteps * width * kWeightBytes) {
     const uint8_t* p[kRows];
     unrolled<kRows>(
         [&](auto r) FASTQUANT_INLINE_LAMBDA { p[r] = a.pointers[segment * a.stride + row + r] + first_value; });
-    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
-      constexpr int kChannel = v * D::N;
-      const int8_t* const w = weights + kChannel * kStep;
-      if constexpr (kGroup <= D::kMostSpread) {  // all values of a row at once, which are loaded once
+    if constexpr (kGroup <= D::kMostSpread) {  // all values of a row at once, which are loaded once
+      unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+        constexpr int kChannel = v * D::N;
         typename D::Weights these[kSteps];
-        unrolled<kSteps>([&](auto k) FASTQUANT_INLINE_LAMBDA { these[k] = D::weights(w + k * width); });
+        unrolled<kSteps>([&](auto k) FASTQUANT_INLINE_LAMBDA {
+          these[k] = D::weights(weights + kWeightBytes * (kChannel * kStep + k * width));
+        });
         unrolled<kRows * kSteps>([&](auto i) FASTQUANT_INLINE_LAMBDA {
           constexpr int kRow = i / kSteps, k = i % kSteps;
           auto& sum = sums[kRow * kVectors + v];
           sum = D::dot(sum, D::template group_values<kGroup>(p[kRow] + kChannel, k), these[k]);
         });
-      } else {
-        unrolled<kSteps>([&](auto k) FASTQUANT_INLINE_LAMBDA {
-          const auto these = D::weights(w + k * width);
-          unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
-            auto& sum = sums[r * kVectors + v];
-            sum = D::dot(sum, D::values(p[r] + kChannel / kGroup * kGroup + k * kStep), these);
+      });
+    } else {
+      constexpr int kOfGroup = kGroup / D::N < kVectors ? kGroup / D::N : kVectors;
+      unrolled<kVectors / kOfGroup * kSteps>([&](auto i) FASTQUANT_INLINE_LAMBDA {
+        constexpr int kInTile = i / kSteps, k = i % kSteps, kFirst = kInTile * kOfGroup;
+        typename D::Weights these[kOfGroup];
+        unrolled<kOfGroup>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+          these[v] = D::weights(weights + kWeightBytes * ((kFirst + v) * D::N * kStep + k * width));
+        });
+        unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
+          const auto values = D::values(p[r] + kInTile * kGroup + k * kStep);
+          unrolled<kOfGroup>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+            auto& sum = sums[r * kVectors + kFirst + v];
+            sum = D::dot(sum, values, these[v]);
           });
         });
-      }
-    });
+      });
+    }
   }
   finish_rows<D, kRows, kVectors>(sums, row, channel, count, out);
 }
 
 // All rows, for kVectors vectors of channels: kMost at once, then fewer.
-template <class D, int kGroup, int kVectors, int kMost = D::template kMostRows<D::kMostVectors>>
+template <class D, int kGroup, int kWeightBytes, int kVectors,
+          int kMost = D::template kMostRows<D::kMostVectors>>
 void multiply_rows_of_groups(const MatrixRows& a, int64_t row, const int8_t* weights, int64_t width,
                              const OutputStage& out, int64_t channel, int64_t count) {
   for (; row + kMost <= a.rows; row += kMost) {
-    multiply_tile_of_groups<D, kGroup, kMost, kVectors>(a, row, weights, width, out, channel, count);
+    multiply_tile_of_groups<D, kGroup, kWeightBytes, kMost, kVectors>(a, row, weights, width, out, channel,
+                                                                      count);
   }
   if constexpr (kMost > 1) {
-    multiply_rows_of_groups<D, kGroup, kVectors, kMost / 2>(a, row, weights, width, out, channel, count);
+    multiply_rows_of_groups<D, kGroup, kWeightBytes, kVectors, kMost / 2>(a, row, weights, width, out, channel,
+                                                                          count);
   }
 }
 
-// Tiles are of two widths: the widest, and one lane of channels.
+// At most kMostVectors vectors of channels. Tiles are of two widths: the widest, and one lane of channels.
+template <class D, int kGroup, int kWeightBytes>
+void multiply_channels_of_groups(const MatrixRows& rows, const int8_t* weights, int64_t width,
+                                 const OutputStage& out, int64_t channel, int64_t count) {
+  constexpr int kMost = D::kMostVectors, kOfLane = kLaneChannels / D::N,
+                kUnit = kOfLane < kMost ? kOfLane : kMost;
+  if (count == kMost * D::N) {
+    multiply_rows_of_groups<D, kGroup, kWeightBytes, kMost>(rows, 0, weights, width, out, channel, count);
+    return;
+  }
+  for (int64_t c = 0; c < count; c += kUnit * D::N) {
+    multiply_rows_of_groups<D, kGroup, kWeightBytes, kUnit>(rows, 0, weights + kWeightBytes * c * kStep, width,
+                                                            out, channel + c, kUnit * D::N);
+  }
+}
+
 template <class D, int kGroup>
 void multiply_groups_of(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
                         const OutputStage& out) {
-  constexpr int kMost = D::kMostVectors, kOfLane = kLaneChannels / D::N,
-                kUnit = kOfLane < kMost ? kOfLane : kMost;
-  for_tiles_of_channels<kMost * D::N>(
+  for_tiles_of_channels<D::kMostVectors * D::N>(
       weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
-        if (count == kMost * D::N) {
-          multiply_rows_of_groups<D, kGroup, kMost>(rows, 0, data, width, out, channel, count);
-          return;
-        }
-        for (int64_t c = 0; c < count; c += kUnit * D::N) {
-          multiply_rows_of_groups<D, kGroup, kUnit>(rows, 0, data + c * kStep, width, out, channel + c,
-                                                    kUnit * D::N);
-        }
+        multiply_channels_of_groups<D, kGroup, 1>(rows, data, width, out, channel, count);
       });
 }
 
 template <class D>
 void multiply_groups(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
-                     int64_t end, const OutputStage& out) {
+                     int64_t end, const OutputStage& out, void*) {
   if (channels == 4) return multiply_groups_of<D, 4>(rows, weights, begin, end, out);
   if (channels == 8) return multiply_groups_of<D, 8>(rows, weights, begin, end, out);
   multiply_groups_of<D, 16>(rows, weights, begin, end, out);
 }
 
-static inline int64_t no_scratch(int64_t) { return 0; }
+static inline int64_t no_scratch(int64_t, bool) { return 0; }
 
 // ------------------------------------------------------------------------------------------ words
 //
@@ -298,7 +318,8 @@ int64_t wide_bytes(int64_t steps) {
 }
 
 template <class D>
-int64_t widened_scratch(int64_t steps) {
+int64_t widened_scratch(int64_t steps, bool in_groups) {
+  if (in_groups) return 2 * kStep * steps * kBlockChannels;
   const int64_t row = 2 * (wide_bytes<D>(steps) + static_cast<int64_t>(sizeof(void*)));
   return wide_rows(steps) * row + 2 * kStep * steps * D::Wide::kMostVectors * D::N;
 }
@@ -388,14 +409,37 @@ void multiply_widened(const MatrixRows& a, const MatrixWeights& weights, int64_t
   }
 }
 
+// Groups whose channels fill vectors. Words of weights are written to memory, those of the even bytes of each
+// vector before those of the odd ones; words of values serve all channels of a group where they are made.
+template <class D, int kGroup>
+void multiply_groups_of_words(const MatrixRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
+                              const OutputStage& out, void* scratch) {
+  constexpr int64_t kVector = D::N * kStep, kTile = D::kMostVectors * D::N;
+  int8_t* const words = static_cast<int8_t*>(scratch);
+  for_tiles_of_channels<kBlockChannels>(
+      weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
+        for (int64_t at = 0; at < rows.segments * rows.steps * width; at += kVector) {
+          uint8_t* const even = reinterpret_cast<uint8_t*>(words) + 2 * at;
+          D::widen_weights(data + at, even, even + kVector);
+        }
+        for (int64_t c = 0; c < count; c += kTile) {
+          multiply_channels_of_groups<typename D::WithWideWeights, kGroup, 2>(
+              rows, words + 2 * c * kStep, width, out, channel + c, smaller(count - c, kTile));
+        }
+      });
+}
+
 template <class D>
 void multiply_groups_of_bytes(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels,
-                              int64_t begin, int64_t end, const OutputStage& out) {
-  const int64_t first = begin * kBlockChannels, last = end * kBlockChannels;
-  const int64_t small =
-      rows_of_small_pairs<D>(rows, 0, first, last < weights.channels ? last : weights.channels);
-  (small == rows.rows ? multiply_groups<typename D::SmallPairs> : multiply_groups<D>)(rows, weights, channels,
-                                                                                      begin, end, out);
+                              int64_t begin, int64_t end, const OutputStage& out, void* scratch) {
+  const int64_t first = begin * kBlockChannels, last = smaller(end * kBlockChannels, weights.channels);
+  if (rows_of_small_pairs<D>(rows, 0, first, last) == rows.rows)
+    return multiply_groups<typename D::SmallPairs>(rows, weights, channels, begin, end, out, scratch);
+  if constexpr (D::N <= 8) {
+    if (channels == 8) return multiply_groups_of_words<D, 8>(rows, weights, begin, end, out, scratch);
+  }
+  if (channels == 16) return multiply_groups_of_words<D, 16>(rows, weights, begin, end, out, scratch);
+  multiply_groups<D>(rows, weights, channels, begin, end, out, scratch);
 }
 
 template <class D>
