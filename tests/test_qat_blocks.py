@@ -1044,3 +1044,172 @@ def test_replicas_of_data_parallel_run() -> None:
     other = expected(kind.x())
     assert (y - other).abs().max() <= 1.01 * expected.activation_post_process.scale
     assert block.bn.weight.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------- without batch norm
+
+
+def conv_relu(dims: int = 2, qconfig: str = "fused", dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    parts = CONVS[dims](3, 5, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(nn.Sequential(*parts).to(dtype)).train()
+    fq.fuse_modules_qat(model, [["0.0", "0.1"]], inplace=True)
+    model.qconfig = QCONFIGS[qconfig]  # type: ignore[assignment]
+    return fq.prepare_qat(model)[0][0]
+
+
+def is_one_without_batch_norm(run: Callable[[], Any]) -> bool:
+    """Whether ReLU and what follows are done by one op."""
+    names = ops_of(run)
+    one = "fastquant::observe_batch_norm_" in names
+    assert one != ("aten::relu" in names)
+    return one
+
+
+def assert_same_step(block: Any, expected: Any, x: Tensor) -> None:
+    """The same output, statistics and gradients of x; those of parameters up to rounding."""
+    ours, theirs = step(block, x), step(expected, x)
+    for name, value in ours.items():
+        if name in ("weight", "bias"):
+            torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("qconfig", QCONFIGS)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_relu_and_fake_quantize_are_one_op(dims: int, qconfig: str) -> None:
+    block, kind = conv_relu(dims, qconfig), Kind(dims)
+    assert is_one_without_batch_norm(lambda: step(copy.deepcopy(block), kind.x()))
+    expected = in_steps(copy.deepcopy(block))
+    assert not is_one_without_batch_norm(lambda: step(copy.deepcopy(expected), kind.x()))
+    for seed in range(3):
+        assert_same_step(block, expected, kind.x(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_relu_and_fake_quantize_in_other_dtypes(dtype: torch.dtype) -> None:
+    block = conv_relu(dtype=dtype)
+    expected = in_steps(copy.deepcopy(block))
+    assert_same_step(block, expected, Kind().x().to(dtype))
+    with torch.autocast("cpu"):
+        block, x = conv_relu(), Kind().x()
+        assert_same_step(block, in_steps(copy.deepcopy(block)), x)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_relu_and_fake_quantize_whatever_is_switched_off(frozen: bool) -> None:
+    block, x = conv_relu(), Kind().x()
+    expected = in_steps(copy.deepcopy(block))
+    for switch in (
+        fq.disable_fake_quant,
+        fq.disable_observer,
+        fq.enable_fake_quant,
+        fq.enable_observer,
+    ):
+        for each in (block, expected):
+            each.apply(switch).train(not frozen)
+        assert_same_step(block, expected, x)
+        with torch.no_grad():
+            assert torch.equal(block(x), expected(x))
+
+
+@pytest.mark.parametrize("policy", ["ignore", "propagate"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_nonfinite_values_without_batch_norm(policy: str, value: float) -> None:
+    block = conv_relu()
+    block.activation_post_process = fq.FakeQuantize(
+        fq.MovingAverageMinMaxObserver, nonfinite=policy
+    )
+    block(Kind().x())
+    expected = in_steps(copy.deepcopy(block))
+    x = Kind().x(1)
+    x[0, 0, 2, 2] = value
+    results = [{"y": each(x).detach(), **snapshot(each)} for each in (block, expected)]
+    for name, found in results[0].items():
+        torch.testing.assert_close(found, results[1][name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_refused_values_without_batch_norm() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())).train()
+    fq.fuse_modules_qat(model, [["0.0", "0.1"]], inplace=True)
+    model.qconfig = activation(observer=fq.MovingAverageMinMaxObserver, nonfinite="raise")
+    prepared = fq.prepare_qat(model)
+    prepared(Kind().x())
+    observer = prepared[0][0].activation_post_process
+    before, x = snapshot(observer), Kind().x()
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^0\.0\.activation_post_process: x has \d+ non-finite"):
+        prepared(x)
+    assert_unchanged(observer, before)
+
+
+def test_gradients_of_gradients_without_batch_norm() -> None:
+    block, x = conv_relu(dtype=torch.float64), Kind(dtype=torch.float64).x()
+    results = []
+    for each in (block, in_steps(copy.deepcopy(block))):
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(each(leaf).square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), [leaf, each.weight]))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+LOOKS: dict[str, Callable[[Any], Any]] = {
+    "forward hook": lambda b: b.register_forward_hook(lambda *_: None),
+    "pre-hook": lambda b: b.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda b: b.register_full_backward_hook(lambda *_: None),
+    "hook of the fake-quantizer": lambda b: b.activation_post_process.register_forward_hook(
+        lambda *_: None
+    ),
+    "forward": lambda b: setattr(b, "forward", b.forward),
+    "no fake-quantizer": lambda b: setattr(b, "activation_post_process", nn.Identity()),
+    "per channel": lambda b: setattr(
+        b,
+        "activation_post_process",
+        fq.FakeQuantize(
+            fq.MovingAveragePerChannelMinMaxObserver,
+            ch_axis=1,
+            qscheme=torch.per_channel_affine,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_sees_relu(look: str) -> None:
+    block = conv_relu()
+    LOOKS[look](block)
+    assert not is_one_without_batch_norm(lambda: block(Kind().x().requires_grad_()))
+
+
+def test_a_global_hook_sees_relu_before_it_is_fake_quantized() -> None:
+    block, seen = conv_relu(), []
+    handle = hooks_of_all.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        block(Kind().x())
+    finally:
+        handle.remove()
+    assert block.activation_post_process in seen
+    assert block in seen
+
+
+def test_a_replaced_relu_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, inputs, relu = conv_relu(), [], nn.functional.relu
+    monkeypatch.setattr(nn.functional, "relu", lambda x: (inputs.append(x), relu(x))[1])
+    block(Kind().x())
+    assert len(inputs) == 1
+
+
+def test_other_input_without_batch_norm() -> None:
+    block = conv_relu()
+    x = Kind().x()
+    expected = in_steps(copy.deepcopy(block))
+    assert torch.equal(block(input=x), expected(x))
+    assert torch.equal(block(x[0]), expected(x[0]))
+    with torch.inference_mode():
+        assert torch.equal(block(x), expected(x))
+    for wrong in (x[:0], x[:, :2], x.double(), torch.randn(3)):
+        ours, theirs = error_of(lambda w=wrong: block(w)), error_of(lambda w=wrong: expected(w))
+        assert type(ours) is type(theirs)
+        assert str(ours) == str(theirs)

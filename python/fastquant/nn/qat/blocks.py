@@ -1,8 +1,8 @@
-"""A call of a QAT block with batch norm: batch norm, activation and fake-quantizing as one.
+"""A call of a QAT block: batch norm, activation and fake-quantizing as one.
 
-Called as a module, a prepared block of torch.ao runs its convolution or linear layer, batch norm,
-perhaps ReLU, and then the hook that observes and fake-quantizes the output. Each of these goes over
-all activations by itself. Here they are done as one, which goes over them twice.
+Called as a module, a prepared block of torch.ao runs its convolution or linear layer, batch norm
+and ReLU, where it has them, and then the hook that observes and fake-quantizes the output. Each of
+these goes over all activations by itself. Here they are done as one, which goes over them twice.
 
 It is done only where nothing could tell the difference: where the block, its batch norm and the
 fake-quantizer of its output are as their classes were written, nobody's hooks are on them, and no
@@ -31,7 +31,6 @@ from ..._torch.overrides import Written
 from ..._torch.private import has_backward_hooks, is_altered, is_called_plainly, shorten_calls
 from ...fake_quantize import FakeQuantizeBase
 from .. import qat as nnqat
-from ..intrinsic import _FusedModule
 from ..intrinsic import qat as nniqat
 from ..intrinsic.qat.with_batch_norm import WithBatchNorm
 from .batch_norm import before_batch_norm
@@ -57,7 +56,7 @@ def _kind(cls: type, batch_norm: type[nn.Module], dims: int, low: float = -math.
 
 
 # Methods are recorded here as torch has them, to notice where somebody has put others in their
-# place. Those that `_fold_on_the_weight` replaces are in `_FOLDING`.
+# place.
 _KINDS = {
     nniqat.ConvBn1d: _kind(nniqat.ConvBn1d, nn.BatchNorm1d, 3),
     nniqat.ConvBn2d: _kind(nniqat.ConvBn2d, nn.BatchNorm2d, 4),
@@ -67,50 +66,58 @@ _KINDS = {
     nniqat.ConvBnReLU3d: _kind(nniqat.ConvBnReLU3d, nn.BatchNorm3d, 5, 0.0),
     nniqat.LinearBn1d: _kind(nniqat.LinearBn1d, nn.BatchNorm1d, 2),
 }
-_FOLDING: dict[type, Written] = {}
+# The methods that `teach_blocks` has replaced, by class.
+_TAUGHT: dict[type, Written] = {}
 _BATCH_NORMS = {
     cls: Written(cls, "forward", "_check_input_dim")
     for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 }
-# Layers without batch norm, and the forward methods as torch has them.
+# Convolutions with ReLU, and how many dimensions their inputs have.
+_DIMS: dict[type, int] = {nniqat.ConvReLU1d: 3, nniqat.ConvReLU2d: 4, nniqat.ConvReLU3d: 5}
+# Layers of torch.ao without batch norm, and the forward methods as torch has them.
 _CONVOLUTIONS: dict[Any, Any] = {
     cls: vars(cls).get("forward")
-    for cls in (
-        *(nnqat.Conv1d, nnqat.Conv2d, nnqat.Conv3d),
-        *(nniqat.ConvReLU1d, nniqat.ConvReLU2d, nniqat.ConvReLU3d),
-    )
+    for cls in (nnqat.Conv1d, nnqat.Conv2d, nnqat.Conv3d, *_DIMS)
     if not issubclass(cls, Trained)
 }
 # The functions that these methods call. Tools that count operations replace them.
 _BATCH_NORM, _RELU = F.batch_norm, F.relu
 
 
-def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
-    """What fake-quantizing the output takes; None where `_call` could be told from torch's call."""
+def _is_as_made(block: Any, x: Any, dims: int, *methods: Written) -> bool:
+    """Whether a call runs the block's methods and its observer's hook, and nothing of a user's."""
     if is_altered() or (type(x) is not Tensor and type(x) is not Parameter):
-        return None
+        return False
     own = block.__dict__
-    hooks, modules = own["_forward_hooks"], own["_modules"]
-    bn: Any = modules.get("bn")
-    if (
+    hooks = own["_forward_hooks"]
+    return not (
         # By identity, since Dynamo cannot compare functions otherwise.
         len(hooks) != 1
         or next(iter(hooks.values())) is not observer_forward_hook
         or own["_forward_hooks_with_kwargs"]
         or own["_forward_pre_hooks"]
         or has_backward_hooks(block)
-        or kind.methods.is_replaced(block)
-        or _FOLDING[type(block)].is_replaced(block)
-        or own.get("_enable_slow_path_for_better_numerical_stability")
-        or not (is_fused_for(x) and x.dim() == kind.dims)
+        or any(written.is_replaced(block) for written in methods)
+        or not (is_fused_for(x) and x.dim() == dims)
+        or F.relu is not _RELU
+        or FakeQuantizeBase not in type(own["_modules"].get("weight_fake_quant")).__mro__
+    )
+
+
+def _settings_if_plain(block: Any, kind: _Kind, x: Any) -> FusedSettings | None:
+    """What fake-quantizing the output takes; None where `_call` could be told from torch's call."""
+    if not _is_as_made(block, x, kind.dims, kind.methods, _TAUGHT[type(block)]):
+        return None
+    modules = block._modules
+    bn: Any = modules.get("bn")
+    if (
+        block.__dict__.get("_enable_slow_path_for_better_numerical_stability")
         or type(bn) is not kind.batch_norm
         or not is_called_plainly(bn)
         or has_backward_hooks(bn)
         or _BATCH_NORMS[kind.batch_norm].is_replaced(bn)
         or F.batch_norm is not _BATCH_NORM
-        or F.relu is not _RELU
         or not bn.track_running_stats
-        or FakeQuantizeBase not in type(modules.get("weight_fake_quant")).__mro__
     ):
         return None
     return settings_per_tensor(modules.get("activation_post_process"))
@@ -184,6 +191,38 @@ def _call(block: Any, *args: Any, **kwargs: Any) -> Any:
     return fake_quantizer(F.relu(y) if kind.low == 0.0 else y)
 
 
+def _call_without_batch_norm(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for a convolution with ReLU."""
+    taught = _TAUGHT.get(type(block))
+    # A compiler fuses ReLU with other steps.
+    if taught is None or len(args) != 1 or kwargs or torch.compiler.is_dynamo_compiling():
+        return NotImplemented
+    x, fake_quantizer = args[0], block._modules.get("activation_post_process")
+    if not _is_as_made(block, x, _DIMS[type(block)], taught):
+        return NotImplemented
+    settings = settings_per_tensor(fake_quantizer)
+    if settings is None:
+        return NotImplemented
+    y = convolve(block, x, block.weight_fake_quant(block.weight), block.bias)
+    try:
+        if type(y) is Tensor and y.numel() > 0:
+            return _relu_observe_fake_quantize(y, settings)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        pass  # Nothing has changed. The modules may take what the op refused, or say what is wrong.
+    return fake_quantizer(F.relu(y))
+
+
+def _relu_observe_fake_quantize(x: Tensor, settings: FusedSettings) -> Tensor:
+    """The op of batch norm, by statistics and parameters with which it gives x itself."""
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    ones = torch.ones(x.shape[1], dtype=dtype, device=x.device)
+    zeros = torch.zeros_like(ones)
+    # Not in training, no momentum, and an eps with which sqrt(1 + eps) is 1.
+    frozen = (False, 0.0, 1e-30)
+    bounds = (0.0, math.inf)
+    return batch_norm_observe_fake_quantize(x, ones, zeros, zeros, ones, *frozen, *bounds, settings)
+
+
 def _folding_method(cls: type) -> str:
     """The method of a block that scales the weight, and undoes it."""
     return "forward" if issubclass(cls, nn.Linear) else "_forward_approximate"
@@ -213,7 +252,7 @@ def _fold_on_the_weight(cls: type) -> None:
 
 def _use_native_convolutions(cls: Any, theirs: Callable[[Any, Tensor], Tensor]) -> None:
     """Have torch.ao's class compute its convolution by `convolve`, for fake-quantizers of ours."""
-    clamps = issubclass(cls, _FusedModule)
+    clamps = cls in _DIMS
 
     @functools.wraps(theirs)
     def forward(self: Any, input: Tensor) -> Tensor:
@@ -243,5 +282,8 @@ def teach_blocks() -> None:
     for cls, forward in _CONVOLUTIONS.items():
         if forward is not None and vars(cls).get("forward") is forward:
             _use_native_convolutions(cls, forward)
+            if cls in _DIMS:
+                shorten_calls(cls, _call_without_batch_norm)
+                _TAUGHT[cls] = Written(cls, "forward")
     for cls in _KINDS:
-        _FOLDING[cls] = Written(cls, _folding_method(cls))
+        _TAUGHT[cls] = Written(cls, _folding_method(cls))
