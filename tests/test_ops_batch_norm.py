@@ -50,6 +50,7 @@ def test_values_far_from_zero_as_reference(layout: str) -> None:
 # elements.
 WALKS = [
     ((4, 3, 2_500), "contiguous"),
+    ((2, 3, 5_000), "contiguous"),
     ((40, 5, 49), "contiguous"),
     ((9, 7, 3, 3), "contiguous"),
     ((300, 48), "contiguous"),
@@ -120,6 +121,7 @@ def test_the_gradient_may_take_the_place_of_the_incoming_one(
         ((8, 40, 40, 40), "channels_last"),
         ((2, 1, 300_000), "contiguous"),
         ((600, 400, 2), "contiguous"),
+        ((3, 40, 70, 70), "contiguous"),
     ],
 )
 @pytest.mark.usefixtures("threads")

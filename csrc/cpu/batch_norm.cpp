@@ -345,7 +345,7 @@ void gradient_of_chunk(const GradientCall<S>& call, const RowChunk& chunk) {
 template <class S>
 void backward_of_channels(GradientCall<S>* call, const RowChunks& chunks, int64_t pieces) {
   const auto& kernels = kernels_of(S{});
-  constexpr int64_t kBytes = 400 * 1024;
+  constexpr int64_t kBytes = 200 * 1024;
   const int64_t of_channel = 2 * call->count() * static_cast<int64_t>(sizeof(S));
   const int64_t at_once = std::max<int64_t>(kBytes / of_channel, 1);
   for_pieces(call->d.channels, pieces, 1, [&](int64_t, int64_t begin, int64_t end) {

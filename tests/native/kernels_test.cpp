@@ -381,7 +381,7 @@ template <class S, class T>
 void compare_batch_norm_columns(const char* isa, const KernelsFor<S, T>& k, const KernelsFor<S, T>& ref,
                                 int64_t n, int64_t offset, bool hostile) {
   const auto x = random_buffer<S>(n, offset, hostile), grad = random_buffer<S>(n, offset, hostile);
-  const int64_t columns = 1 + static_cast<int64_t>(rng() % uint64_t(std::min<int64_t>(n, 40)));
+  const int64_t columns = 1 + static_cast<int64_t>(rng() % uint64_t(std::min<int64_t>(n, 150)));
   const int64_t rows = n / columns, used = rows * columns;
   std::vector<T> arrays[5];
   for (auto& a : arrays) {
