@@ -385,7 +385,9 @@ def test_a_network_trains_alike() -> None:
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_networks_of_torchvision_step_alike(name: str) -> None:
-    torch.manual_seed(0)
+    # With some seeds a residual sum is half of the largest one, both being sums of multiples of two
+    # scales. Half of 127 steps is a tie, which the last bit of a scale decides.
+    torch.manual_seed(1)
     model = torchvision_model(name).train()
     model.fuse_model(is_qat=True)
     model.qconfig = fq.get_default_qat_qconfig("x86")
@@ -393,10 +395,9 @@ def test_networks_of_torchvision_step_alike(name: str) -> None:
     # there is quantized to the next integer, without bounds.
     fq.prepare_qat(model, inplace=True).double()
     expected = with_hooks(copy.deepcopy(model))
-    torch.manual_seed(0)
     results = []
     for each in (model, expected):
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(1)  # of dropout and input
         y = each(torch.randn(4, 3, 96, 96, dtype=torch.double))
         y.square().mean().backward()
         results.append(
