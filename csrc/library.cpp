@@ -96,8 +96,8 @@ STABLE_TORCH_LIBRARY(fastquant, m) {
       "fold_weight_backward(Tensor grad, Tensor weight, Tensor fold, int quant_min, int quant_max) "
       "-> (Tensor, Tensor)");
 
-  // A convolution with a kernel of one element, or a depthwise one that is padded by half its kernel. The two
-  // flags say which gradients are needed; the others are empty.
+  // A convolution with a kernel of one element, a depthwise one, or one of 3x3 taps, which are padded by half
+  // their kernel. The two flags say which gradients are needed; the others are empty.
   m.def("convolution(Tensor x, Tensor weight, Tensor? bias, int stride) -> Tensor");
   m.def(
       "convolution_backward(Tensor grad, Tensor x, Tensor weight, int stride, bool of_x, bool of_weight) "

@@ -158,16 +158,23 @@ def test_the_graph_of_a_block_has_one_op_for_each_pass() -> None:
     assert not any("relu" in target or "observe_qparams" in target for target in targets)
 
 
-def bottleneck() -> nn.Sequential:
-    """A 1x1 convolution, depthwise ones and a 1x1 convolution, as prepared blocks."""
+# Of blocks: 1x1 and depthwise convolutions, and one that torch computes; and 3x3 ones.
+BOTTLENECK: list[dict[str, Any]] = [
+    {"in_channels": 3, "out_channels": 8, "kernel_size": 1},
+    {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "padding": 1, "groups": 8},
+    {"in_channels": 8, "out_channels": 8, "kernel_size": 5, "padding": 2, "groups": 8},
+    {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "stride": 2, "padding": 1},
+    {"in_channels": 8, "out_channels": 5, "kernel_size": 1},
+]
+WIDE: list[dict[str, Any]] = [
+    {"in_channels": 3, "out_channels": 16, "kernel_size": 1},
+    {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1},
+]
+
+
+def blocks(sizes: list[dict[str, Any]]) -> nn.Sequential:
+    """Convolutions with batch norm and ReLU, as prepared blocks."""
     torch.manual_seed(0)
-    sizes: list[dict[str, Any]] = [
-        {"in_channels": 3, "out_channels": 8, "kernel_size": 1},
-        {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "padding": 1, "groups": 8},
-        {"in_channels": 8, "out_channels": 8, "kernel_size": 5, "padding": 2, "groups": 8},
-        {"in_channels": 8, "out_channels": 8, "kernel_size": 3, "stride": 2, "padding": 1},
-        {"in_channels": 8, "out_channels": 5, "kernel_size": 1},
-    ]
     modules: list[nn.Module] = [fq.QuantStub()]
     for size in sizes:
         modules += [nn.Conv2d(**size, bias=False), nn.BatchNorm2d(size["out_channels"]), nn.ReLU()]
@@ -181,25 +188,33 @@ def bottleneck() -> nn.Sequential:
 
 
 @on_x86
-@pytest.mark.parametrize("autocast", [False, True])
-def test_convolutions_with_kernels_are_ops_in_graphs(autocast: bool) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "autocast", "of_torch"),
+    [(BOTTLENECK, False, 1), (BOTTLENECK, True, 1), (WIDE, False, 0), (WIDE, True, 1)],
+)
+def test_convolutions_with_kernels_are_ops_in_graphs(
+    sizes: list[dict[str, Any]], autocast: bool, of_torch: int
+) -> None:
     targets: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _: Any) -> Any:
         targets.extend(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    compiled = torch.compile(bottleneck(), fullgraph=True, backend=record)
+    compiled = torch.compile(blocks(sizes), fullgraph=True, backend=record)
     with torch.autocast("cpu", enabled=autocast):
         compiled(batch())
-    assert targets.count("fastquant.convolution.default") == 4
-    assert sum("conv2d" in target for target in targets) == 1
+    assert targets.count("fastquant.convolution.default") == len(sizes) - of_torch
+    assert sum("conv2d" in target for target in targets) == of_torch
 
 
 @needs_a_compiler
-def test_convolutions_with_kernels_train_compiled_as_in_eager_mode() -> None:
+@pytest.mark.parametrize("sizes", [BOTTLENECK, WIDE])
+def test_convolutions_with_kernels_train_compiled_as_in_eager_mode(
+    sizes: list[dict[str, Any]],
+) -> None:
     for layout in (torch.contiguous_format, torch.channels_last):
-        models = [bottleneck() for _ in range(2)]
+        models = [blocks(sizes) for _ in range(2)]
         compiled = torch.compile(models[0], fullgraph=True)
         for factor in (1.0, 2.0):
             train_alike(compiled, models, batch(factor=factor).to(memory_format=layout))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastquant import _C
+from fastquant._native import ops
 from fastquant._native.convolution import Convolution
 
 on_x86 = pytest.mark.skipif(
@@ -509,6 +510,26 @@ def test_3x3_convolutions_whose_transforms_overflow_are_torchs() -> None:
     for result, theirs in zip(results, expected, strict=True):
         assert bool(theirs.isfinite().all())
         torch.testing.assert_close(result, theirs)
+
+
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_3x3_convolutions_as_an_op(value: float, bias: bool) -> None:
+    """It calls torch's convolution itself where results are not finite."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(2, 20, 9, 8), torch.randn(24, 20, 3, 3), torch.randn(2, 24, 9, 8)
+    x[1, 3, 2, 2] *= value
+    case = x, weight, torch.randn(24) if bias else None, grad
+    expected = of_torch(*case)
+    y = ops.convolution(*case[:3], 1)
+    for needed in ([True, True], [True, False], [False, True]):
+        gradients = ops.convolution_backward(grad, x, weight, 1, *needed)
+        for gradient, theirs, is_needed in zip(gradients, expected[1:3], needed, strict=True):
+            if is_needed:
+                torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-3, equal_nan=True)
+            else:
+                assert gradient.numel() == 0
+    torch.testing.assert_close(y, expected[0], rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @torch.no_grad()

@@ -137,11 +137,13 @@ def samples(
 
 
 def convolutions(dtype: torch.dtype, large: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Pointwise and depthwise ones; `large`: so that threads share them."""
+    """Pointwise, depthwise and 3x3 ones; `large`: so that threads share them."""
     size = 40 if large else 6
-    for outputs, kernel, stride in ((24, 1, 1), (20, 3, 1), (20, 5, 2)):
+    shapes = [(24, 20, 1, 1), (20, 1, 3, 1), (20, 1, 5, 2)]
+    shapes += [(24, 20, 3, 1)] if dtype == torch.float32 else []
+    for outputs, inputs, kernel, stride in shapes:
         torch.manual_seed(kernel)
-        weight = torch.randn(outputs, 20 if kernel == 1 else 1, kernel, kernel, dtype=dtype)
+        weight = torch.randn(outputs, inputs, kernel, kernel, dtype=dtype)
         x = torch.randn(3, 20, size, size + 1, dtype=dtype)
         bias = torch.randn(outputs, dtype=dtype)
         yield "convolution", (x, weight, bias, stride)

@@ -1,4 +1,5 @@
 // Registers the CPU implementations of the ops `convolution` and `convolution_backward`.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -8,6 +9,7 @@
 #include "depthwise.h"
 #include "huge_pages.h"
 #include "pointwise.h"
+#include "winograd.h"
 
 namespace fastquant {
 namespace {
@@ -28,14 +30,18 @@ struct Layer {
     is_pointwise = kernel == 1 && w[2] == 1 && w[1] == inputs && stride == 1;
     const bool is_depthwise = (kernel == 3 || kernel == 5 || kernel == 7) && w[2] == kernel && w[1] == 1 &&
                               outputs == inputs && (stride == 1 || stride == 2);
-    check(is_pointwise || is_depthwise,
-          "there are kernels for weights of [outputs, inputs, 1, 1] with stride 1, and of [channels, 1, n, n] "
-          "with n of 3, 5 or 7 and stride 1 or 2; weight has the shape [",
-          w[0], ", ", w[1], ", ", w[2], ", ", w[3], "], x has ", inputs, " channels, and the stride is ",
-          stride);
+    is_winograd = !is_depthwise && kernel == 3 && w[2] == 3 && w[1] == inputs && stride == 1 &&
+                  dtype == ScalarType::Float;
+    check(
+        is_pointwise || is_depthwise || is_winograd,
+        "there are kernels for weights of [outputs, inputs, 1, 1] with stride 1, for weights of [channels, 1, "
+        "n, n] with n of 3, 5 or 7 and stride 1 or 2, and, in float32, for weights of [outputs, inputs, 3, 3] "
+        "with stride 1; weight has the shape [",
+        w[0], ", ", w[1], ", ", w[2], ", ", w[3], "], x has ", inputs, " channels, and the stride is ", stride);
   }
 
   Pointwise pointwise() const { return {images, inputs, outputs, height * width}; }
+  WinogradLayer winograd() const { return {images, inputs, outputs, height, width, false}; }
   DepthwiseLayer depthwise() const { return {images, inputs, height, width, kernel, stride}; }
   bool is_empty() const { return x.numel() == 0 || weight.numel() == 0; }
 
@@ -45,7 +51,7 @@ struct Layer {
 
   Tensor x, weight;
   int64_t images, inputs, outputs, height, width, kernel, stride;
-  bool is_pointwise;
+  bool is_pointwise, is_winograd;
 };
 
 Tensor new_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {
@@ -74,6 +80,29 @@ S* new_data(Tensor& t) {
   return static_cast<S*>(t.mutable_data_ptr());
 }
 
+// torch's own 3x3 convolution, for what Winograd's algorithm finds not to be finite.
+Tensor convolution_of_torch(const Layer& layer, const std::optional<Tensor>& bias) {
+  const int64_t ones[] = {1, 1}, zeros[] = {0, 0};
+  AtenTensorHandle of_bias = bias.has_value() ? bias->get() : nullptr, y = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(layer.x.get(), layer.weight.get(),
+                                                    bias.has_value() ? &of_bias : nullptr, ones, 2, ones, 2,
+                                                    ones, 2, 0, zeros, 2, 1, &y));
+  return torch::stable::contiguous(Tensor(y));
+}
+
+// The same for the gradients of x and weight; those that are not needed are undefined.
+std::tuple<Tensor, Tensor> gradients_of_torch(const Layer& layer, const Tensor& grad, bool of_x,
+                                              bool of_weight) {
+  const int64_t ones[] = {1, 1}, zeros[] = {0, 0};
+  const int32_t needed[] = {of_x, of_weight, 0};
+  AtenTensorHandle grad_x = nullptr, grad_weight = nullptr, grad_bias = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(grad.get(), layer.x.get(), layer.weight.get(),
+                                                             nullptr, 0, ones, 2, ones, 2, ones, 2, 0, zeros, 2,
+                                                             1, needed, 3, &grad_x, &grad_weight, &grad_bias));
+  const Tensor unused(grad_bias);
+  return {Tensor(grad_x), Tensor(grad_weight)};
+}
+
 Tensor convolution_op(const Tensor x, const Tensor weight, const std::optional<Tensor> bias, int64_t stride) {
   const Layer layer(x, weight, stride);
   if (bias.has_value()) {
@@ -83,6 +112,12 @@ Tensor convolution_op(const Tensor x, const Tensor weight, const std::optional<T
   }
   Tensor y = new_contiguous(layer.output_sizes(), x);
   if (layer.is_empty()) return torch::stable::zero_(y);
+  if (layer.is_winograd) {
+    const bool finite =
+        winograd_convolution(layer.winograd(), data<float>(layer.x), data<float>(layer.weight),
+                             bias.has_value() ? data<float>(*bias) : nullptr, new_data<float>(y));
+    return finite ? y : convolution_of_torch(layer, bias);
+  }
   with_type(layer, [&](auto type) {
     using S = decltype(type);
     const S *const in = data<S>(layer.x), *const w = data<S>(layer.weight);
@@ -107,6 +142,17 @@ std::tuple<Tensor, Tensor> convolution_backward_op(const Tensor given, const Ten
   Tensor grad_x = new_contiguous(of_x ? shape(layer.x) : none, x);
   Tensor grad_weight = new_contiguous(of_weight ? shape(layer.weight) : none, x);
   if (layer.is_empty()) return {torch::stable::zero_(grad_x), torch::stable::zero_(grad_weight)};
+  if (layer.is_winograd) {
+    const float *const g = data<float>(grad), *const in = data<float>(layer.x),
+                       *const w = data<float>(layer.weight);
+    const bool finite =
+        (!of_x || winograd_grad_input(layer.winograd(), g, w, new_data<float>(grad_x))) &&
+        (!of_weight || winograd_grad_weight(layer.winograd(), g, in, new_data<float>(grad_weight)));
+    if (finite) return {grad_x, grad_weight};
+    const auto [torchs_x, torchs_weight] = gradients_of_torch(layer, grad, of_x, of_weight);
+    return {of_x ? torch::stable::contiguous(torchs_x) : grad_x,
+            of_weight ? torch::stable::contiguous(torchs_weight) : grad_weight};
+  }
   with_type(layer, [&](auto type) {
     using S = decltype(type);
     const S *const g = data<S>(grad), *const in = data<S>(layer.x), *const w = data<S>(layer.weight);

@@ -143,7 +143,11 @@ class Convolution(NamedTuple):
         """
         has_kernels = (
             _NATIVE_IN_GRAPHS
-            and (self._has_pointwise_kernel(x, weight) or self._has_depthwise_kernel(x, weight))
+            and (
+                self._has_pointwise_kernel(x, weight)
+                or self._has_depthwise_kernel(x, weight)
+                or (x.dtype == torch.float32 and self._has_winograd_kernel(x, weight))
+            )
             and x.is_cpu
             and x.dtype in _NATIVE_DTYPES
             and x.dtype == weight.dtype

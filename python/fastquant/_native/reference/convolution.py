@@ -1,4 +1,4 @@
-"""Convolutions of one element, and depthwise ones that are padded by half their kernel."""
+"""Convolutions of one element; depthwise and 3x3 ones, which are padded by half their kernel."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 
-def _geometry(weight: Tensor, stride: int) -> tuple[Any, ...]:
+def _geometry(x: Tensor, weight: Tensor, stride: int) -> tuple[Any, ...]:
     """What torch's functions take after the bias."""
     kernel = weight.shape[-1]
-    groups = 1 if kernel == 1 else weight.shape[0]
+    groups = x.shape[1] // weight.shape[1]
     return (stride,) * 2, (kernel // 2,) * 2, (1, 1), False, (0, 0), groups
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    return torch.convolution(x, weight, bias, *_geometry(weight, stride)).contiguous()
+    return torch.convolution(x, weight, bias, *_geometry(x, weight, stride)).contiguous()
 
 
 def convolution_backward(
@@ -25,7 +25,7 @@ def convolution_backward(
     """The gradients that are needed; the others are empty."""
     needed = [of_x, of_weight, False]
     backward = torch.ops.aten.convolution_backward.default
-    gradients = backward(grad, x, weight, None, *_geometry(weight, stride), needed)
+    gradients = backward(grad, x, weight, None, *_geometry(x, weight, stride), needed)
     grad_x, grad_weight = (
         gradient.contiguous() if is_needed else x.new_empty(0)
         for gradient, is_needed in zip(gradients[:2], needed, strict=False)
