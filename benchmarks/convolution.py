@@ -71,7 +71,7 @@ class AsTorch(Convolution):
 @torch.no_grad()
 def forward_backward(convolution: Convolution, x: Tensor, weight: Tensor) -> None:
     y = convolution(x, weight, None)
-    convolution.gradients(y, x, weight, None, [True, True, False])
+    convolution.gradients(y, x, weight, [True, True, False])
 
 
 def measure(suite: Suite) -> None:

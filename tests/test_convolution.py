@@ -52,7 +52,7 @@ def check_against_torch(
     expected_gradients = iter(torch.autograd.grad(expected, wanted, grad))
     with torch.no_grad():
         y = convolution(x, weight, bias)
-        gradients = convolution.gradients(grad, x, weight, bias, needed)
+        gradients = convolution.gradients(grad, x, weight, needed)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     assert y.stride() == expected.stride()
     for is_needed, gradient in zip(needed, gradients, strict=True):
@@ -93,9 +93,9 @@ def test_the_gradient_may_take_the_place_of_the_incoming_one(shape: Any) -> None
     convolution, weight, _ = layer(*shape, bias=False)
     x = torch.randn(7, shape[0], 112, 112)
     grad = torch.randn_like(convolution(x, weight, None))
-    expected = convolution.gradients(grad, x, weight, None, [True, True, False])
+    expected = convolution.gradients(grad, x, weight, [True, True, False])
     place = grad.clone()
-    of_x, of_weight, _ = convolution.gradients(place, x, weight, None, [True, True, False], True)
+    of_x, of_weight, _ = convolution.gradients(place, x, weight, [True, True, False], True)
     assert torch.equal(of_x, expected[0])
     assert torch.equal(of_weight, expected[1])
     fits = grad.size() == x.size()
@@ -157,7 +157,7 @@ POINTWISE = Convolution((1, 1), (0, 0), (1, 1), 1)
 def all_results(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
     with torch.no_grad():
         needed = [True, True, bias is not None]
-        results = [POINTWISE(x, weight, bias), *POINTWISE.gradients(grad, x, weight, bias, needed)]
+        results = [POINTWISE(x, weight, bias), *POINTWISE.gradients(grad, x, weight, needed)]
     return [t for t in results if t is not None]
 
 
@@ -244,10 +244,8 @@ def test_kernels_of_one_element_of_tensors_with_gaps() -> None:
     x, weight = torch.randn(8, 24, 14, 14)[:, :, ::2], torch.randn(40, 24, 1, 1)
     torch.testing.assert_close(POINTWISE(x, weight, None), F.conv2d(x, weight))
     grad = torch.randn(8, 40, 1, 1).expand(8, 40, 7, 14)
-    results = POINTWISE.gradients(grad, x, weight, None, [True, True, False])
-    dense = POINTWISE.gradients(
-        grad.contiguous(), x.contiguous(), weight, None, [True, True, False]
-    )
+    results = POINTWISE.gradients(grad, x, weight, [True, True, False])
+    dense = POINTWISE.gradients(grad.contiguous(), x.contiguous(), weight, [True, True, False])
     for result, expected in zip(results[:2], dense[:2], strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
@@ -301,7 +299,7 @@ def test_depthwise_convolutions_are_exact_up_to_rounding(
     expected = in_fp64(torch.clone, lambda _: grad.double())
     magnitudes = in_fp64(torch.abs, lambda _: grad.double())  # these bound what rounding may do
     with torch.no_grad():
-        results = [convolution(*given), *convolution.gradients(grad, *given, [True] * 3)]
+        results = [convolution(*given), *convolution.gradients(grad, *given[:2], [True] * 3)]
     for result, truth, magnitude in zip(results, expected, magnitudes, strict=True):
         assert result is not None
         assert result.dtype is dtype
@@ -326,7 +324,7 @@ def test_depthwise_convolutions_have_the_same_bits_everywhere(
         _C.set_isa(isa)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            gradients = convolution.gradients(grad, x, weight, bias, [True, True, False])
+            gradients = convolution.gradients(grad, x, weight, [True, True, False])
             results.append((convolution(x, weight, bias), *gradients[:2]))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
@@ -341,7 +339,7 @@ def test_depthwise_convolutions_do_not_call_torchs(dtype: torch.dtype) -> None:
         convolution, weight, bias = depthwise(kernel, stride, 4, dtype)
         x = torch.randn(2, 4, 56, 56).to(dtype)
         y = convolution(x, weight, bias)
-        convolution.gradients(torch.ones_like(y), x, weight, bias, [True, True, True])
+        convolution.gradients(torch.ones_like(y), x, weight, [True, True, True])
 
 
 @with_onednn
@@ -362,7 +360,7 @@ def test_depthwise_convolutions_of_nonfinite_values(stride: int) -> None:
         grad[1, 5, -1, -1] = float("nan")
         expected = y, *torch.autograd.grad(y, leaves, grad)
         with torch.no_grad():
-            gradients = convolution.gradients(grad, x, weight, bias, [True] * 3)
+            gradients = convolution.gradients(grad, x, weight, [True] * 3)
             results = convolution(x, weight, bias), *gradients
         for result, of_torch in zip(results, expected, strict=True):
             torch.testing.assert_close(result, of_torch, equal_nan=True)
@@ -374,8 +372,8 @@ def test_depthwise_convolutions_of_tensors_that_are_not_contiguous() -> None:
     x = torch.randn(2, 12, 9, 10)[:, ::2]
     grad = torch.randn(1, 6, 1, 1).expand(2, 6, 9, 10)
     torch.testing.assert_close(convolution(x, weight, bias), F.conv2d(x, weight, bias, 1, 1, 1, 6))
-    gradients = convolution.gradients(grad, x, weight, bias, [True] * 3)
-    args = (grad.contiguous(), x.contiguous(), weight, bias, [True] * 3)
+    gradients = convolution.gradients(grad, x, weight, [True] * 3)
+    args = (grad.contiguous(), x.contiguous(), weight, [True] * 3)
     for result, expected in zip(gradients, convolution.gradients(*args), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
@@ -389,7 +387,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 def of_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
     with torch.no_grad():
         needed = [True, True, bias is not None]
-        results = WINOGRAD(x, weight, bias), *WINOGRAD.gradients(grad, x, weight, bias, needed)
+        results = WINOGRAD(x, weight, bias), *WINOGRAD.gradients(grad, x, weight, needed)
     return [t for t in results if t is not None]
 
 
@@ -539,7 +537,7 @@ def test_3x3_convolutions_of_tensors_with_gaps() -> None:
         WINOGRAD(x, weight, None), F.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4
     )
     grad = torch.randn(8, 40, 1, 1).expand(8, 40, 7, 14)
-    results = WINOGRAD.gradients(grad, x, weight, None, [True, True, False])
-    dense = (grad.contiguous(), x.contiguous(), weight, None, [True, True, False])
+    results = WINOGRAD.gradients(grad, x, weight, [True, True, False])
+    dense = (grad.contiguous(), x.contiguous(), weight, [True, True, False])
     for result, expected in zip(results[:2], WINOGRAD.gradients(*dense)[:2], strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)

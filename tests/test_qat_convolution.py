@@ -357,3 +357,85 @@ def test_layers_of_torch_ao_can_still_be_scripted() -> None:
     for cls in (torch.ao.nn.qat.Conv2d, torch.ao.nn.intrinsic.qat.ConvReLU2d):
         module = cls(CHANNELS, CHANNELS, 1, qconfig=qconfig)
         torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+
+
+KINDS = ["ConvBn2d", "Conv2d"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bias_may_change_before_backward(kind: str) -> None:
+    """No gradient depends on its values: torch's convolutions do not save it."""
+    module, x = prepared(kind, "1x1").eval(), torch.randn(4, CHANNELS, 5, 5)
+    results = []
+    for each in (module, in_steps(module)):
+        leaf = x.clone().requires_grad_()
+        loss = each(leaf).square().sum()
+        with torch.no_grad():
+            each.bias.add_(1)
+        loss.backward()
+        results.append([leaf.grad, each.weight.grad, each.bias.grad])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_autograd_saves_is_what_torchs_convolution_saves() -> None:
+    saved: list[torch.Size] = []
+    module, x = off(prepared("Conv2d", "1x1")), torch.randn(4, CHANNELS, 5, 5)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (saved.append(t.shape), t)[1],
+        lambda t: t,
+    )
+    with hooks:
+        module(x)
+        in_steps(module)(x)
+    assert len(saved) == 4
+    assert saved[:2] == saved[2:]
+
+
+@pytest.mark.parametrize("watching", ["mode", "profiler"])
+def test_a_checkpoint_may_be_recomputed_while_something_looks(watching: str) -> None:
+    module, x = prepared("Conv2d", "1x1"), torch.randn(4, CHANNELS, 5, 5).requires_grad_()
+    module(x)
+    module.apply(fq.disable_observer)
+    y: Any = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+    with FlopCounterMode(display=False) if watching == "mode" else torch.profiler.profile():
+        y.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_profiler_counts_multiplications(kind: str) -> None:
+    module, x = prepared(kind, "1x1"), torch.randn(4, CHANNELS, 5, 5)
+    with torch.profiler.profile(with_flops=True) as profile:
+        module(x)
+    flops = [event.flops for event in profile.key_averages() if event.key == "aten::conv2d"]
+    assert flops == [2 * 4 * CHANNELS * CHANNELS * 25]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_one_number_for_all_dimensions(kind: str, name: str) -> None:
+    module, x = prepared(kind, "depthwise"), torch.randn(4, CHANNELS, 6, 6)
+    expected = step(copy.deepcopy(module), x)
+    setattr(module, name, getattr(module, name)[0])
+    assert_alike(step(module, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*backward hook")
+@pytest.mark.parametrize("bias", [True, False])
+def test_backward_hooks_that_are_not_full(bias: bool) -> None:
+    module, x = off(prepared("Conv2d", "1x1", bias)), torch.randn(4, CHANNELS, 5, 5)
+    seen: list[Any] = []
+    for each in (module, in_steps(module)):
+        each.register_backward_hook(lambda _, of_inputs, __: seen.append(of_inputs))
+        step(each, x)
+    assert len(seen) == 2
+    for got, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_of_another_shape_is_refused() -> None:
+    module = off(prepared("Conv2d", "1x1"))
+    module.bias = nn.Parameter(torch.randn(CHANNELS, 1))
+    with pytest.raises(RuntimeError, match="expected bias to be 1-dimensional"):
+        module(torch.randn(4, CHANNELS, 5, 5))

@@ -17,7 +17,7 @@ from .._torch.private import below_autograd
 from . import gradients, ops
 from .fake_kernels import empty_folded
 from .fast_calls import may_skip_dispatcher
-from .layers import Layer, differentiable_gradients
+from .layers import Layer
 from .ownership import is_sole_owner, learn_counts
 from .settings import FusedSettings
 
@@ -113,6 +113,15 @@ def _differentiable(
     return torch.where(kept, weight, quantized / s)
 
 
+def _differentiable_gradients(
+    folded: Tensor, weight: Tensor, bn_weight: Tensor, needed: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of weight and bn_weight, where needed, as functions that have gradients themselves."""
+    inputs = [t for t, needs in zip((weight, bn_weight), needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(folded, inputs, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needs else None for needs in needed)
+
+
 class _FoldedWeight(torch.autograd.Function):
     """Gives the folded weight the gradients of weight and bn_weight."""
 
@@ -129,8 +138,9 @@ class _FoldedWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, bn_weight, fold = ctx.saved_tensors
         if torch.is_grad_enabled():
-            y = _differentiable(weight, bn_weight, fold, *ctx.quant_range)
-            return differentiable_gradients(ctx, y, (weight, bn_weight), grad)
+            folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range)
+            needed = ctx.needs_input_grad[:2]
+            return *_differentiable_gradients(folded, weight, bn_weight, needed, grad), None
         return *_gradients(grad, weight, fold, *ctx.quant_range, reuse=False), None
 
 
@@ -160,7 +170,7 @@ class _LayerWithFoldedWeight(torch.autograd.Function):
     ) -> Tensor:
         # Under autocast a layer keeps its weight in autocast's dtype in float training, too.
         kept = None if folded.weight.dtype == weight.dtype else folded.weight
-        ctx.save_for_backward(x, weight, bn_weight, bias, folded.fold, kept)
+        ctx.save_for_backward(x, weight, bn_weight, folded.fold, kept)
         ctx.quant_range, ctx.layer = (folded.quant_min, folded.quant_max), layer
         learn_counts()
         return layer(x, folded.weight, bias)
@@ -168,23 +178,26 @@ class _LayerWithFoldedWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         reuse = is_sole_owner(grad)
-        x, weight, bn_weight, bias, fold, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range).to(x.dtype)
-            y = ctx.layer(x, folded, bias)
-            return differentiable_gradients(ctx, y, (x, weight, bn_weight, bias), grad)
+        x, weight, bn_weight, fold, kept = ctx.saved_tensors
         of_x, of_weight, of_bn_weight, of_bias, *_ = ctx.needs_input_grad
-        if kept is not None:
+        differentiable = torch.is_grad_enabled()
+        if differentiable:
+            folded = _differentiable(weight, bn_weight, fold, *ctx.quant_range).to(x.dtype)
+        elif kept is not None:
             folded = kept
         elif of_x:
             folded = _folded_again(weight, fold, *ctx.quant_range)
         else:
             folded = weight  # its own gradient needs only its shape
         needed = [of_x, of_weight or of_bn_weight, of_bias]
-        grad_x, grad_folded, grad_bias = ctx.layer.gradients(grad, x, folded, bias, needed, reuse)
-        del folded
+        grad_x, grad_folded, grad_bias = ctx.layer.gradients(grad, x, folded, needed, reuse)
         of_parameters: tuple[Tensor | None, ...] = (None, None)
-        if grad_folded is not None:
+        if differentiable and grad_folded is not None:
+            of_parameters = _differentiable_gradients(
+                folded, weight, bn_weight, (of_weight, of_bn_weight), grad_folded
+            )
+        elif grad_folded is not None:
+            del folded
             # Nobody else has this gradient.
             of_parameters = _gradients(grad_folded, weight, fold, *ctx.quant_range, reuse=True)
         return grad_x, *of_parameters, grad_bias, None, None

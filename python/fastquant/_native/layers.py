@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .convolution import Gradients
 from .ownership import is_sole_owner, learn_counts
 
-__all__ = ["Layer", "Linear", "differentiable_gradients", "with_weight"]
+__all__ = ["Layer", "Linear", "with_weight"]
 
 
 class Layer(Protocol):
@@ -24,11 +24,13 @@ class Layer(Protocol):
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
         needed: list[bool],
         reuse: bool = False,
     ) -> Gradients:
-        """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
+        """Of x, weight and bias, where needed, by functions that have gradients themselves.
+
+        With `reuse`, grad may become the gradient of x.
+        """
 
 
 class Linear(NamedTuple):
@@ -42,7 +44,6 @@ class Linear(NamedTuple):
         grad: Tensor,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
         needed: list[bool],
         reuse: bool = False,
     ) -> Gradients:
@@ -53,23 +54,13 @@ class Linear(NamedTuple):
         )
 
 
-def differentiable_gradients(
-    ctx: Any, y: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of those inputs that need one, as functions that have gradients themselves."""
-    needed = [
-        t for t, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs and t is not None
-    ]
-    found = iter(torch.autograd.grad(y, needed, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
-
-
 class _LayerWithWeight(torch.autograd.Function):
     """What the layer makes of x, with the gradients of x, weight and bias."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        # What torch's convolutions save, so that a checkpoint may compute it again by those.
+        ctx.save_for_backward(x, weight)
         ctx.layer = layer
         learn_counts()
         return layer(x, weight, bias)
@@ -77,12 +68,9 @@ class _LayerWithWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         reuse = is_sole_owner(grad)
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            y = ctx.layer(x, weight, bias)
-            return differentiable_gradients(ctx, y, (x, weight, bias), grad)
+        x, weight = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])
-        return *ctx.layer.gradients(grad, x, weight, bias, needed, reuse), None
+        return *ctx.layer.gradients(grad, x, weight, needed, reuse), None
 
 
 def with_weight(

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ..._native.fast_calls import is_called_alone
 from ..._native.folded_weight import Folded, fold_weight, with_folded_weight, with_gradients
 from ..._native.routes import may_be_read
-from .convolution import convolve, dtype_of_layer, layer_of
+from .convolution import convolve, layer_called_alone
 from .plain import is_fused_for, is_plain, settings_of_one_op
 
 __all__ = ["before_batch_norm"]
@@ -98,11 +98,7 @@ def before_batch_norm(module: Any, x: Tensor) -> Tensor:
     alone = is_called_alone()
     # Where both are off, (w s) / s is w.
     if not (alone and is_plain(module.weight_fake_quant) and _is_off(module.weight_fake_quant)):
-        # Only where nothing else sees the call is x known to be a tensor with values.
-        dtype = dtype_of_layer(x, weight) if alone and type(x) is Tensor else None
-        layer = None if dtype is None else layer_of(module, x, weight)
-        if layer is None:
-            dtype = None
+        layer, dtype = layer_called_alone(module, x, weight, bias)
         by_op = alone or torch.compiler.is_dynamo_compiling()
         folded = _folded_by_op(module, weight, gamma, variance, dtype) if by_op else None
         if folded is None:

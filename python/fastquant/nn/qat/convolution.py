@@ -14,7 +14,7 @@ from ..._native.fast_calls import is_called_alone
 from ..._native.layers import Layer, Linear, with_weight
 from .plain import is_fused_for
 
-__all__ = ["convolve", "dtype_of_layer", "layer_of"]
+__all__ = ["convolve", "layer_called_alone"]
 
 # The methods and functions of torch that a layer with one weight calls, to notice others in their
 # place.
@@ -27,7 +27,7 @@ _LINEAR = F.linear
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-def dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
+def _dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """What a layer computes in, its weight's dtype or autocast's; None where it is another."""
     if not is_fused_for(x):
         return None
@@ -39,7 +39,7 @@ def dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
     return dtype if casts and dtype in _NARROW else None
 
 
-def layer_of(module: Any, x: Tensor, weight: Tensor) -> Layer | None:
+def _layer_of(module: Any, x: Tensor, weight: Tensor) -> Layer | None:
     """What the module does with x and its weight; None where this is not known in full."""
     if type(x) is not Tensor or x.layout is not torch.strided or x.dim() != weight.dim():
         return None
@@ -51,26 +51,50 @@ def layer_of(module: Any, x: Tensor, weight: Tensor) -> Layer | None:
         or getattr(F, name) is not function
         or "_conv_forward" in module.__dict__
         or module.padding_mode != "zeros"
-        or isinstance(module.padding, str)
     ):
         return None
-    return Convolution(module.stride, module.padding, module.dilation, module.groups)
+    geometry = module.stride, module.padding, module.dilation
+    # F.conv2d also takes numbers, one for all dimensions, and the names of paddings.
+    if not all(type(value) is tuple and len(value) == x.dim() - 2 for value in geometry):
+        return None
+    return Convolution(*geometry, module.groups)
 
 
-def _are_plain(x: Tensor, *others: Tensor) -> bool:
-    """Whether others are plain tensors of the same dtype, all on the device of x."""
-    return all(
-        (type(t) is Tensor or type(t) is Parameter)
-        and t.device == x.device
-        and t.dtype == others[0].dtype
-        for t in others
+def _are_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a layer of x takes weight and bias, and both are plain tensors."""
+    if type(weight) is not Tensor and type(weight) is not Parameter:
+        return False
+    if bias is None:
+        return weight.device == x.device
+    return (
+        (type(bias) is Tensor or type(bias) is Parameter)
+        and weight.device == bias.device == x.device
+        and bias.dtype in (weight.dtype, x.dtype)
+        and bias.shape == weight.shape[:1]
     )
+
+
+def layer_called_alone(
+    module: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Layer, torch.dtype] | tuple[None, None]:
+    """What the module does with x and these parameters, and in which dtype.
+
+    None where something could tell it from the module's own way.
+    """
+    if is_called_alone() and type(x) is Tensor:
+        dtype = _dtype_of_layer(x, weight) if _are_plain(x, weight, bias) else None
+        layer = None if dtype is None else _layer_of(module, x, weight)
+        if layer is not None and dtype is not None:
+            return layer, dtype
+    return None, None
 
 
 def _in_graph(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The convolution by an op of native kernels; None where torch is to compute it."""
-    dtype = dtype_of_layer(x, weight) if torch.is_grad_enabled() else None
-    layer = None if dtype is None else layer_of(module, x, weight)
+    if not torch.is_grad_enabled() or not _are_plain(x, weight, bias):
+        return None
+    dtype = _dtype_of_layer(x, weight)
+    layer = None if dtype is None else _layer_of(module, x, weight)
     if not isinstance(layer, Convolution):
         return None
     return layer.in_graph(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -81,11 +105,10 @@ def convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     y = None
     if torch.compiler.is_dynamo_compiling():
         y = _in_graph(module, x, weight, bias)
-    elif is_called_alone() and type(x) is Tensor:
-        parameters = (weight,) if bias is None else (weight, bias)
-        dtype = dtype_of_layer(x, weight) if _are_plain(x, *parameters) else None
-        layer = None if dtype is None else layer_of(module, x, weight)
-        if dtype is not None and isinstance(layer, Convolution):
+    # Only images have native kernels. Backward hooks that are not full ones see autograd's nodes.
+    elif isinstance(module, nn.Conv2d) and module._is_full_backward_hook is not False:
+        layer, dtype = layer_called_alone(module, x, weight, bias)
+        if layer is not None and dtype is not None:
             y = with_weight(layer, x, weight, bias, dtype)
     if y is None:
         y = module._conv_forward(x, weight, bias)
