@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from fastquant import _C, QuantizationError
 from fastquant._torch import ao
+from fastquant.nn import qat as nnqat
 from fastquant.nn.intrinsic import qat as nniqat
 from fastquant.nn.qat.blocks import teach_blocks
 
@@ -82,11 +83,13 @@ def any_isa(every_isa: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def torchs_batch_norm_folding(monkeypatch: pytest.MonkeyPatch) -> None:
+def torchs_qat_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """QAT modules with torch.ao's own arithmetic, for comparisons that want every bit."""
     if not ao.has_quantized_modules:
         pytest.skip("compares with torch.ao's arithmetic, and there is no torch.ao")
     teach_blocks()
     convolution = nniqat.ConvBn2d.__bases__[0]
-    for cls, name in ((convolution, "_forward_approximate"), (nniqat.LinearBn1d, "forward")):
+    plain = (nnqat.Conv2d, nniqat.ConvReLU1d, nniqat.ConvReLU2d, nniqat.ConvReLU3d)
+    forwards = [(cls, "forward") for cls in (nniqat.LinearBn1d, *plain)]
+    for cls, name in ((convolution, "_forward_approximate"), *forwards):
         monkeypatch.setattr(cls, name, getattr(cls, name).__wrapped__)

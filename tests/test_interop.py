@@ -143,7 +143,7 @@ def torchvision_flow(ns: ModuleType, name: str, qat: bool) -> tuple[nn.Module, T
     return model, model(x)
 
 
-@pytest.mark.usefixtures("torchs_batch_norm_folding")
+@pytest.mark.usefixtures("torchs_qat_arithmetic")
 @pytest.mark.parametrize(
     ("name", "qat"), [("resnet18", False), ("mobilenet_v2", False), ("resnet18", True)]
 )

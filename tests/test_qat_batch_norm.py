@@ -83,7 +83,7 @@ def test_the_function_and_its_gradients_are_torchs(
 ) -> None:
     module, x = CASES[name]
     ours = step(qat(module), x)
-    request.getfixturevalue("torchs_batch_norm_folding")
+    request.getfixturevalue("torchs_qat_arithmetic")
     theirs = step(qat(module), x)
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():

@@ -117,7 +117,7 @@ def test_static_quantization_matches_torch(case: Case, qconfig: str, fuse: bool)
     assert_same(our_int8(*x), their_int8(*x))
 
 
-@pytest.mark.usefixtures("torchs_batch_norm_folding")
+@pytest.mark.usefixtures("torchs_qat_arithmetic")
 @pytest.mark.parametrize(("case", "qconfig", "fuse"), combinations(static=False))
 def test_qat_matches_torch(case: Case, qconfig: str, fuse: bool) -> None:
     with quiet():

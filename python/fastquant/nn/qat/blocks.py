@@ -76,9 +76,7 @@ _BATCH_NORMS = {
 _DIMS: dict[type, int] = {nniqat.ConvReLU1d: 3, nniqat.ConvReLU2d: 4, nniqat.ConvReLU3d: 5}
 # Layers of torch.ao without batch norm, and the forward methods as torch has them.
 _CONVOLUTIONS: dict[Any, Any] = {
-    cls: vars(cls).get("forward")
-    for cls in (nnqat.Conv1d, nnqat.Conv2d, nnqat.Conv3d, *_DIMS)
-    if not issubclass(cls, Trained)
+    cls: vars(cls).get("forward") for cls in (nnqat.Conv2d, *_DIMS) if not issubclass(cls, Trained)
 }
 # The functions that these methods call. Tools that count operations replace them.
 _BATCH_NORM, _RELU = F.batch_norm, F.relu
