@@ -3,7 +3,8 @@
     python benchmarks/int8_layers.py [--threads 1,2]
 
 The value of a row is how many times as fast as the better of torch.ao's two engines, fbgemm and
-onednn, a layer is, call and all.
+onednn, a layer is, call and all. The last row compares a layer of one row with reading its weights,
+which are found in the same caches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastquant._native import ops
 from fastquant._torch.ao import nnq
-from harness import OURS, Case, Suite, at_least, main, normal
+from harness import OURS, Case, Suite, at_least, at_most, main, normal
 
 ENGINES = ("fbgemm", "onednn")
 X_SCALE, X_ZERO_POINT = 0.06, 64
@@ -130,33 +131,55 @@ def of_torch_ao(
     return run
 
 
+def packed_weight(module: nn.Module) -> Tensor:
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    return ops.pack_weight(quantized_weight(module)[0], groups, False)
+
+
 def of_fastquant(
-    module: nn.Module, x: Tensor, scale: float, zero_point: int
+    module: nn.Module, packed: Tensor, x: Tensor, scale: float, zero_point: int
 ) -> Callable[[], Tensor]:
     weight, weight_scale = quantized_weight(module)
     bias = module.bias.detach()
     output = (scale, zero_point, -INF, INF, torch.uint8)
     if isinstance(module, nn.Linear):
-        packed = ops.pack_weight(weight, 1, False)
         given = (x, X_SCALE, X_ZERO_POINT, packed, weight_scale, bias, module.out_features)
         return lambda: ops.quantized_linear(*given, *output)
     groups, shape = module.groups, list(weight.shape)
     geometry = [list(sizes) for sizes in (module.stride, module.padding, module.dilation)]
-    packed = ops.pack_weight(weight, groups, False)
     given = (x, X_SCALE, X_ZERO_POINT, packed, weight_scale, bias, shape, *geometry, groups)
     return lambda: ops.quantized_conv(*given, *output)
+
+
+def input_of(layer: Layer) -> Tensor:
+    return (normal(*layer.shape) / X_SCALE + X_ZERO_POINT).round().clamp(0, 127).to(torch.uint8)
+
+
+def against_reading(suite: Suite, layer: Layer) -> None:
+    packed, x = packed_weight(layer.module), input_of(layer)
+    suite.add(
+        f"{layer.name}, against reading its weights",
+        f"uint8 {list(layer.shape)}",
+        {
+            OURS: of_fastquant(layer.module, packed, x, 1.0, 64),
+            "read": packed.view(torch.int64).sum,
+        },
+        lambda t: t[OURS] / t["read"],
+        "of limit",
+        at_most(1.25),
+    )
 
 
 def measure(suite: Suite) -> None:
     for layer in layers():
         module = layer.module
-        x = (normal(*layer.shape) / X_SCALE + X_ZERO_POINT).round().clamp(0, 127).to(torch.uint8)
+        x = input_of(layer)
         if x.dim() == 4:
             x = x.to(memory_format=torch.channels_last)
         with torch.no_grad():
             scale = module((x.float() - X_ZERO_POINT) * X_SCALE).abs().max().item() / 63
         before = torch.backends.quantized.engine
-        cases = {OURS: Case(of_fastquant(module, x, scale, 64))}
+        cases = {OURS: Case(of_fastquant(module, packed_weight(module), x, scale, 64))}
         for engine in ENGINES:
             cases[engine] = Case(of_torch_ao(module, engine, x, scale, 64))
         suite.add(
@@ -168,6 +191,7 @@ def measure(suite: Suite) -> None:
             at_least(layer.target),
         )
         torch.backends.quantized.engine = before
+    against_reading(suite, linear(4096, 4096, 1))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ constexpr int parallel_sums(int sums, int enough) {
 }
 
 // Weights that are read once come from far away.
-constexpr int kWeightsAhead = 1024;
+constexpr int kWeightsAhead = 4096;
 constexpr int64_t kCacheLine = 64;
 
 template <class D, int kRows, int kVectors>
