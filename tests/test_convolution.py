@@ -406,7 +406,7 @@ def winograd(draw: st.DrawFn, integers: bool = False) -> tuple[Tensor, Tensor, A
     layout, bias = draw(st.sampled_from(LAYOUTS)), draw(st.booleans())
     tensors = [
         torch.randn(images, inputs, height, width).to(memory_format=layout),
-        torch.randn(outputs, inputs, 3, 3),
+        torch.randn(outputs, inputs, 3, 3).to(memory_format=draw(st.sampled_from(LAYOUTS))),
         torch.randn(outputs) if bias else None,
         torch.randn(images, outputs, height, width).to(memory_format=layout),
     ]
@@ -480,7 +480,9 @@ def test_3x3_convolutions_have_the_same_bits_everywhere(
 def test_3x3_convolutions_do_without_torchs(layout: torch.memory_format) -> None:
     x = torch.randn(8, 24, 14, 14).to(memory_format=layout)
     grad = torch.randn(8, 40, 14, 14).to(memory_format=layout)
-    assert len(of_winograd(x, torch.randn(40, 24, 3, 3), torch.randn(40), grad)) == 4
+    weight = torch.randn(40, 24, 3, 3).to(memory_format=layout)
+    of_weight = of_winograd(x, weight, torch.randn(40), grad)[2]
+    assert of_weight.stride() == weight.stride()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])

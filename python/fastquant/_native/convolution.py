@@ -279,7 +279,7 @@ def _native(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
         return None
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     y = torch.empty(size, dtype=x.dtype, memory_format=memory_format)
-    return y if kernel(x, weight, bias, y) else None
+    return y if kernel(x, weight.contiguous(), bias, y) else None
 
 
 def _native_gradients(
@@ -288,14 +288,17 @@ def _native_gradients(
     of_x = of_weight = of_bias = None
     if _memory_format(x, weight) is None or not may_skip_dispatcher(grad, x, weight):
         return None
+    contiguous = weight.contiguous()
     if needed[0]:
         of_x = torch.empty_like(x)
-        if not of_input(grad, weight, of_x):
+        if not of_input(grad, contiguous, of_x):
             return None
     if needed[1]:
-        of_weight = torch.empty_like(weight)
+        of_weight = torch.empty_like(contiguous)
         if not of_weights(grad, x, of_weight):
             return None
+        if contiguous is not weight:
+            of_weight = torch.empty_like(weight).copy_(of_weight)
     if needed[2]:
         of_bias = grad.sum((0, 2, 3))
     return of_x, of_weight, of_bias
@@ -327,7 +330,9 @@ def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
         return torch.contiguous_format if _is_contiguous(weight) else None
     _, channels, height, width = x.shape
     if x.stride() == (channels * height * width, 1, width * channels, channels):
-        return torch.channels_last if weight.is_contiguous() else None
+        formats = torch.contiguous_format, torch.channels_last
+        has_one = any(weight.is_contiguous(memory_format=f) for f in formats)
+        return torch.channels_last if has_one else None
     return None
 
 
