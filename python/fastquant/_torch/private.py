@@ -255,6 +255,17 @@ def has_backward_hooks(module: nn.Module) -> bool:
     )
 
 
+def sees_autograd_nodes(module: nn.Module) -> bool:
+    """Whether the module has backward hooks that are given the gradients of an autograd node.
+
+    `register_backward_hook` adds these; `register_full_backward_hook` does not. Global hooks may
+    be of either kind.
+    """
+    own = module.__dict__
+    are_full = own.get("_is_full_backward_hook") is True
+    return bool(_global_backward_hooks or (own["_backward_hooks"] and not are_full))
+
+
 def shorten_calls(cls: type[nn.Module], shortcut: Callable[..., Any]) -> None:
     """Have a call of a module of this class return what `shortcut(module, *args, **kwargs)` does.
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..._native.convolution import Convolution
 from ..._native.fast_calls import is_called_alone
 from ..._native.layers import Layer, Linear, with_weight
+from ..._torch.private import sees_autograd_nodes
 from .plain import is_fused_for
 
 __all__ = ["convolve", "layer_called_alone"]
@@ -105,8 +106,8 @@ def convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     y = None
     if torch.compiler.is_dynamo_compiling():
         y = _in_graph(module, x, weight, bias)
-    # Only images have native kernels. Backward hooks that are not full ones see autograd's nodes.
-    elif isinstance(module, nn.Conv2d) and module._is_full_backward_hook is not False:
+    # Only images have native kernels.
+    elif isinstance(module, nn.Conv2d) and not sees_autograd_nodes(module):
         layer, dtype = layer_called_alone(module, x, weight, bias)
         if layer is not None and dtype is not None:
             y = with_weight(layer, x, weight, bias, dtype)
