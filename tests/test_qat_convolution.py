@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastquant as fq
 from fastquant import _C
-from fastquant.nn.qat import layers
+from fastquant.nn.qat import convolution, layers
 
 on_x86 = pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="measured on x86"
@@ -24,6 +24,11 @@ CHANNELS = 16
 GEOMETRIES = {"1x1": (1, 1), "depthwise": (3, CHANNELS), "3x3": (3, 1)}
 STEPS = ("convolution", "grad_input", "grad_weight")
 QCONFIG = fq.get_default_qat_qconfig("x86")
+
+
+@pytest.fixture(autouse=True)
+def small_inputs_take_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_FEW_ELEMENTS", 0)
 
 
 @pytest.fixture

@@ -158,6 +158,18 @@ class Convolution(NamedTuple):
         )
         return ops.convolution(x, weight, bias, self.stride[0]) if has_kernels else None
 
+    def is_left_to_torch(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether, computed in `dtype`, all of it is torch's convolution of the whole batch."""
+        if x.dim() != 4 or not x.is_cpu or dtype not in _NATIVE_DTYPES:
+            return True
+        if self._has_pointwise_kernel(x, weight) or self._has_depthwise_kernel(x, weight):
+            return False
+        if dtype != torch.float32:
+            return True
+        if self._has_winograd_kernel(x, weight):
+            return False
+        return self._images_at_once(x, weight) == x.shape[0]
+
     def _geometry(self) -> tuple[Any, ...]:
         """What torch's functions take after the bias."""
         output_padding = (0,) * len(self.stride)
@@ -250,14 +262,22 @@ class Convolution(NamedTuple):
 
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
         """The parts of a batch to compute one after the other; the whole where that is faster."""
-        images, whole = x.shape[0], [_WHOLE]
-        if math.prod(weight.shape[1:]) > _FEW_MULTIPLICATIONS or not _is_measured(x, torch.float32):
-            return whole
-        per_image = x.nbytes // images + x.element_size() * self._outputs_per_image(x, weight)
-        at_once = max(torch.get_num_threads() * _PART_OF_A_THREAD // per_image, 1)
-        if images * per_image < _LARGE_BATCH or at_once >= images:
-            return whole
+        images = x.shape[0]
+        at_once = self._images_at_once(x, weight) if _is_measured(x, torch.float32) else images
+        if at_once == images:
+            return [_WHOLE]
         return [slice(i, i + at_once) for i in range(0, images, at_once)]
+
+    def _images_at_once(self, x: Tensor, weight: Tensor) -> int:
+        """How many images of a batch in fp32 are computed at once in the least time."""
+        images = x.shape[0]
+        if images == 0 or math.prod(weight.shape[1:]) > _FEW_MULTIPLICATIONS:
+            return images
+        per_image = x.nbytes // images + x.element_size() * self._outputs_per_image(x, weight)
+        if images * per_image < _LARGE_BATCH:
+            return images
+        at_once = torch.get_num_threads() * _PART_OF_A_THREAD // per_image
+        return min(max(at_once, 1), images)
 
     def _outputs_per_image(self, x: Tensor, weight: Tensor) -> int:
         sizes = (

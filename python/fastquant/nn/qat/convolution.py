@@ -27,6 +27,9 @@ _CONVOLUTIONS = {
 _LINEAR = F.linear
 _NARROW = (torch.bfloat16, torch.float16)
 
+# For inputs with fewer elements, an autograd node in Python takes longer than native kernels save.
+_FEW_ELEMENTS = 1 << 14
+
 
 def _dtype_of_layer(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """What a layer computes in, its weight's dtype or autocast's; None where it is another."""
@@ -107,9 +110,19 @@ def convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     if torch.compiler.is_dynamo_compiling():
         y = _in_graph(module, x, weight, bias)
     # Only images have native kernels.
-    elif isinstance(module, nn.Conv2d) and not sees_autograd_nodes(module):
+    elif (
+        is_called_alone()
+        and type(x) is Tensor
+        and x.numel() >= _FEW_ELEMENTS
+        and isinstance(module, nn.Conv2d)
+        and not sees_autograd_nodes(module)
+    ):
         layer, dtype = layer_called_alone(module, x, weight, bias)
-        if layer is not None and dtype is not None:
+        if (
+            isinstance(layer, Convolution)
+            and dtype is not None
+            and not layer.is_left_to_torch(x, weight, dtype)  # which has an autograd node in C++
+        ):
             y = with_weight(layer, x, weight, bias, dtype)
     if y is None:
         y = module._conv_forward(x, weight, bias)
