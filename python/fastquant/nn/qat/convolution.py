@@ -78,6 +78,15 @@ def _are_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _layer_and_dtype(
+    module: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Layer, torch.dtype] | tuple[None, None]:
+    """What the module does with x and these parameters, and in which dtype, if that is known."""
+    dtype = _dtype_of_layer(x, weight) if _are_plain(x, weight, bias) else None
+    layer = None if dtype is None else _layer_of(module, x, weight)
+    return (None, None) if layer is None or dtype is None else (layer, dtype)
+
+
 def layer_called_alone(
     module: Any, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Layer, torch.dtype] | tuple[None, None]:
@@ -86,20 +95,16 @@ def layer_called_alone(
     None where something could tell it from the module's own way.
     """
     if is_called_alone() and type(x) is Tensor:
-        dtype = _dtype_of_layer(x, weight) if _are_plain(x, weight, bias) else None
-        layer = None if dtype is None else _layer_of(module, x, weight)
-        if layer is not None and dtype is not None:
-            return layer, dtype
+        return _layer_and_dtype(module, x, weight, bias)
     return None, None
 
 
 def _in_graph(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """The convolution by an op of native kernels; None where torch is to compute it."""
-    if not torch.is_grad_enabled() or not _are_plain(x, weight, bias):
+    if not torch.is_grad_enabled():
         return None
-    dtype = _dtype_of_layer(x, weight)
-    layer = None if dtype is None else _layer_of(module, x, weight)
-    if not isinstance(layer, Convolution):
+    layer, dtype = _layer_and_dtype(module, x, weight, bias)
+    if not isinstance(layer, Convolution) or dtype is None:
         return None
     return layer.in_graph(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -117,7 +122,7 @@ def convolve(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
         and isinstance(module, nn.Conv2d)
         and not sees_autograd_nodes(module)
     ):
-        layer, dtype = layer_called_alone(module, x, weight, bias)
+        layer, dtype = _layer_and_dtype(module, x, weight, bias)
         if (
             isinstance(layer, Convolution)
             and dtype is not None
