@@ -1,14 +1,17 @@
 """Writes what the README and docs/ say of measurements, from a stored result.
 
-    python benchmarks/readme_table.py [RESULT.json]   # default: the newest in benchmarks/results
+    python benchmarks/readme_table.py [RESULT.json]   # default: the one with the most measurements
 
-With --check it writes nothing, and fails where a page differs from what it would write.
+The results are in benchmarks/results, a file for each machine. One is shown in full; of the others,
+docs/measurements.md shows whole models. With --check it writes nothing, and fails where a page
+differs from what it would write.
 """
 
 from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from fastquant.bench.timing import readable_time
 from rows import OURS, ROOT, THEIRS, Row, load, mostly_disturbed, value_text
 
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 QAT_PAGE = ROOT / "docs" / "qat.md"
 TABLES_PAGE = ROOT / "docs" / "measurements.md"
 # The pages on exported models, and the benchmarks that time these.
@@ -41,13 +45,17 @@ TABLES = {
 }
 
 
-def newest() -> Path:
-    results = sorted(
-        (ROOT / "benchmarks" / "results").glob("*.json"), key=lambda path: load(path)["date"]
-    )
+def stored_results() -> list[Path]:
+    """All stored results, the one with the most measurements first; of equals, the newest."""
+
+    def order(path: Path) -> tuple[int, str]:
+        result = load(path)
+        return len(result["rows"]), result["date"]
+
+    results = sorted(RESULTS.glob("*.json"), key=order, reverse=True)
     if not results:
         raise SystemExit("no stored result: run `make bench` first")
-    return results[-1]
+    return results
 
 
 def compared_with_torch_ao(rows: list[Row]) -> list[str]:
@@ -238,16 +246,24 @@ def summary(result: dict[str, Any]) -> str:
     return filled(lines)
 
 
+def stored_name(path: Path) -> str:
+    """How pages name a stored result."""
+    path = path.resolve()
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+
+
+def tables_of_models(rows: list[Row]) -> list[str]:
+    """Training, calibration and int8 forwards of whole models."""
+    whole = [row for row in rows if row["benchmark"] == "whole_models" and row["unit"] == "more"]
+    return [*whole_models(whole), *int8_models(rows)]
+
+
 def tables(path: Path, result: dict[str, Any]) -> str:
     """Whole models, then what is compared with torch.ao, a table for each subject."""
     rows = result["rows"]
-    stored = path.resolve()
-    if stored.is_relative_to(ROOT):
-        stored = stored.relative_to(ROOT)
     disturbed = mostly_disturbed(rows)
-    whole = [row for row in rows if row["benchmark"] == "whole_models" and row["unit"] == "more"]
     lines = [
-        f"{machine_text(result)} The stored result, `{stored.as_posix()}`, holds {len(rows)} "
+        f"{machine_text(result)} The stored result, `{stored_name(path)}`, holds {len(rows)} "
         "measurements, among them thread scaling and the machine's own limits."
         + (
             f" Other processes disturbed most of the rounds of {disturbed} measurements: their "
@@ -257,7 +273,7 @@ def tables(path: Path, result: dict[str, Any]) -> str:
         ),
         "",
     ]
-    if models := [*whole_models(whole), *int8_models(rows)]:
+    if models := tables_of_models(rows):
         lines += ["## Whole models", "", *models]
     for title, benchmarks in TABLES.items():
         compared = [
@@ -269,6 +285,16 @@ def tables(path: Path, result: dict[str, Any]) -> str:
         ]
         if compared:
             lines += [f"## {title}", "", *compared_with_torch_ao(compared), ""]
+    return filled(lines).rstrip("\n")
+
+
+def other_machines(paths: Sequence[Path]) -> str:
+    """Whole models as other machines have measured them."""
+    lines = []
+    for path in paths:
+        result = load(path)
+        if models := tables_of_models(result["rows"]):
+            lines += [f"{machine_text(result)} Stored in `{stored_name(path)}`.", "", *models]
     return filled(lines).rstrip("\n")
 
 
@@ -312,12 +338,13 @@ def main() -> None:
     options_parser.add_argument("result", type=Path, nargs="?")
     options_parser.add_argument("--check", action="store_true")
     options = options_parser.parse_args()
-    path = options.result or newest()
+    path = options.result or stored_results()[0]
+    others = [other for other in stored_results() if not other.samefile(path)]
     result = load(path)
     pages = {
         README: {"headline": headline(result["rows"]), "bench": summary(result)},
         QAT_PAGE: {"bench": fused_ops(result)},
-        TABLES_PAGE: {"bench": tables(path, result)},
+        TABLES_PAGE: {"bench": tables(path, result), "others": other_machines(others)},
     }
     for page, benchmark in EXPORT_PAGES.items():
         if exported := exported_models(result, benchmark):

@@ -136,7 +136,10 @@ def test_pages_with_measurements(
     readme_table = scripts.module("readme_table")
     monkeypatch.setattr(readme_table, "README", readme)
     monkeypatch.setattr(readme_table, "QAT_PAGE", qat_page)
-    tables.write_text("# Tables\n\n<!-- bench:begin -->\n\n<!-- bench:end -->\n")
+    tables.write_text(
+        "# Tables\n\n<!-- bench:begin -->\n\n<!-- bench:end -->\n\n"
+        "<!-- others:begin -->\n\n<!-- others:end -->\n"
+    )
     monkeypatch.setattr(readme_table, "TABLES_PAGE", tables)
     monkeypatch.setattr(readme_table, "TABLES", {"Search": ("histogram_search",)})
 
@@ -156,6 +159,26 @@ def test_pages_with_measurements(
     qat_page.write_text(qat_page.read_text().replace(":end", "|"))
     with pytest.raises(SystemExit, match=r"qat\.md must hold"):
         scripts.run("readme_table", stored)
+
+
+def test_page_with_tables_shows_models_of_other_machines(
+    scripts: Scripts, harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme_table = scripts.module("readme_table")
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="make bench"):
+        readme_table.stored_results()
+    for name, steps in (("small", 1), ("large", 2)):
+        suite = harness.Suite("whole_models", rounds=1, threads=1)
+        for step in range(steps):
+            suite.add_value(f"{name}: QAT step {step}", "x", -0.2, "more")
+        result = {"format": 1, "date": "2026-01-01", "machine": {**machine(), "cpu": name}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**result, "rows": suite.rows}))
+    first, second = readme_table.stored_results()
+    assert (first.name, second.name) == ("large.json", "small.json")
+    text = readme_table.other_machines([second])
+    assert text.startswith("small, ")
+    assert "| small: QAT step 0 | -20% |" in text.splitlines()
 
 
 def test_page_about_qat_shows_the_fused_ops(scripts: Scripts, harness: ModuleType) -> None:
