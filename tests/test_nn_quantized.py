@@ -13,6 +13,7 @@ import torch
 import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.quantized as nnq_torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastquant as fq
 import fastquant.nn.intrinsic.quantized as nniq
@@ -199,6 +200,18 @@ def test_sigmoid_and_softmax() -> None:
     assert_within_half_a_step(nnq.Sigmoid(1 / 256, 0)(x), real.sigmoid())
     assert_within_half_a_step(nnq.Softmax(1, 1 / 256, 0)(x), real.softmax(1))
     assert nnq.Sigmoid(1 / 256, 0).output_scale == 1 / 256
+
+
+def test_activations_of_inputs_that_differ_in_their_dtype_alone() -> None:
+    """Each has results of its own dtype, whichever came before."""
+    real = torch.randn(4, 50)
+    for dtype in (torch.uint8, torch.int8, torch.uint8, torch.int8):
+        x = quantize_per_tensor(real, 0.04, 10, dtype)
+        for y in (nnq.Sigmoid(0.01, 5)(x), nnq.Hardswish(0.04, 5)(x), F.hardsigmoid(x)):
+            assert y.dtype == dtype
+        assert_within_half_a_step(nnq.Sigmoid(0.01, 5)(x), x.dequantize().double().sigmoid())
+        assert nnq.Sigmoid(1 / 256, 0)(x).q_zero_point() == 0
+        assert torch.sigmoid(x).q_zero_point() == (0 if dtype == torch.uint8 else -128)
 
 
 def test_dropout_does_nothing_in_training_either() -> None:

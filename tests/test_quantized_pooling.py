@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import elementwise_calls
 from elementwise_calls import DTYPES, Quantized, random_bytes
+from fastquant import _C
 from fastquant._native import ops
 from test_quantized_elementwise import assert_as_reference
 
@@ -54,6 +55,21 @@ def test_averages_as_torch(dtype: torch.dtype) -> None:
         assert difference(ours, F.adaptive_avg_pool2d(theirs, size)) <= 1
     ours = ops.quantized_mean(x.values, [2, 3], False)
     assert difference(ours, theirs.mean([2, 3])) <= 1
+
+
+@pytest.mark.parametrize("kernel", [[2, 1], [2, 3], [3, 3], [4, 7], [40, 3], [1, 9]])
+def test_averages_of_windows_that_overlap_are_exact(
+    every_isa: list[str], kernel: list[int]
+) -> None:
+    """Halves, of which windows with an even number of elements have many, go to even integers."""
+    x = random_bytes((2, 70, 44, 23), torch.uint8, 3).contiguous(memory_format=torch.channels_last)
+    for stride, counted in itertools.product(([1, 1], [1, 2]), (True, False)):
+        settings = (kernel, stride, [size // 2 for size in kernel], True, counted)
+        exact = F.avg_pool2d(x.to(torch.float64) - 128, *settings).round() + 128
+        for isa in every_isa:
+            _C.set_isa(isa)
+            y = ops.quantized_avg_pool(x, 128, *settings, None)
+            assert torch.equal(y.to(torch.float64), exact), isa
 
 
 MODES = {"nearest": 0, "nearest-exact": 1, "bilinear": 2}

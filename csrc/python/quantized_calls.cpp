@@ -510,9 +510,9 @@ PyObject* lookup_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const Quantized x = quantized(args.next());
     const DLTensor table = tensor(args.next());
     const OutputQParams q(&args);
-    require(numel(table) == 256 && is_contiguous(table));
+    require(numel(table) == 256 && is_contiguous(table) && is_int8(table) == x.is_signed);
     const int64_t n = dense_bytes(x.t).numel();
-    NewBytes y(x.t.ndim, x.t.shape, x.t.strides, is_int8(table));
+    NewBytes y(x.t.ndim, x.t.shape, x.t.strides, x.is_signed);
     {
       const WithoutGil released(n);
       look_up(x.data(), n, static_cast<const uint8_t*>(table.data), y.data());

@@ -28,6 +28,7 @@
 //   squares(x, words)      the squares, as unsigned words
 //   to_float(ints)         of one vector
 //   ints1(i), sub(a, b)    vectors of ints
+//   add(a, b)              vectors of words
 //
 // Elements in the order of memory
 //   load_centered(p, f, center, y)   widen(flip(load(p), f), center, y)
@@ -74,6 +75,7 @@ constexpr bool has_bytes_interface() {
   [[maybe_unused]] constexpr Float (*kToFloat)(Ints) = B::to_float;
   [[maybe_unused]] constexpr Ints (*kInts1)(int32_t) = B::ints1;
   [[maybe_unused]] constexpr Ints (*kSub)(Ints, Ints) = B::sub;
+  [[maybe_unused]] constexpr Words (*kAdd)(Words, Words) = B::add;
   [[maybe_unused]] constexpr void (*kLoadCentered)(const uint8_t*, Reg, Float, Float*) = B::load_centered;
   [[maybe_unused]] constexpr void (*kStoreInts)(int32_t*, Ints) = B::store_ints;
   [[maybe_unused]] constexpr int (*kIndexOf)(int, int) = B::index_of;

@@ -78,6 +78,7 @@ struct Avx2Bytes {
   static __m256 to_float(Ints x) { return _mm256_cvtepi32_ps(x); }
   static Ints ints1(int32_t x) { return _mm256_set1_epi32(x); }
   static Ints sub(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+  static Words add(Words a, Words b) { return _mm256_add_epi16(a, b); }
 
   // As in bytes_avx512.h, but the matrix of dwords is one of 2 x 4.
   static void load_centered(const uint8_t* p, Reg f, __m256 center, __m256* y) {

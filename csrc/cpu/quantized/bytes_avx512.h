@@ -70,6 +70,7 @@ struct Avx512Bytes {
   static __m512 to_float(Ints x) { return _mm512_cvtepi32_ps(x); }
   static Ints ints1(int32_t x) { return _mm512_set1_epi32(x); }
   static Ints sub(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+  static Words add(Words a, Words b) { return _mm512_add_epi16(a, b); }
 
   // The order that widen() and narrow() give elements is that of memory with each group of 16 dwords transposed
   // as a matrix of 4 x 4.

@@ -68,6 +68,7 @@ struct NeonBytes {
   static float32x4_t to_float(Ints x) { return vcvtq_f32_s32(x); }
   static Ints ints1(int32_t x) { return vdupq_n_s32(x); }
   static Ints sub(Ints a, Ints b) { return vsubq_s32(a, b); }
+  static Words add(Words a, Words b) { return vaddq_u16(a, b); }
 
   // widen() and narrow() keep the order of memory.
   static void load_centered(const uint8_t* p, Reg f, float32x4_t center, float32x4_t* y) {

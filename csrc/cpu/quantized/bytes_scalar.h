@@ -39,6 +39,7 @@ struct ScalarBytes {
   static float to_float(Ints x) { return static_cast<float>(x); }
   static Ints ints1(int32_t x) { return x; }
   static Ints sub(Ints a, Ints b) { return a - b; }
+  static Words add(Words a, Words b) { return a + b; }
 
   static void load_centered(const uint8_t* p, Reg f, float center, float* y) { widen(flip(*p, f), center, y); }
   static Reg narrow_in_order(const float* y, Words zero_point) { return narrow(y, zero_point); }

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _C
+from .._native.fast_calls import nothing_intervenes
 from .._torch.compiling import constant_in_graphs
 from .._torch.private import dispatch_modes
 from . import calls
@@ -49,7 +51,11 @@ def _table(
     return levels.clamp(limits.min, limits.max).to(dtype).to(device)
 
 
-_kept_table = constant_in_graphs(lru_cache(maxsize=1024)(_table))
+_KEPT = 1024
+_kept_table = constant_in_graphs(lru_cache(maxsize=_KEPT)(_table))
+# By the same but dtype and device: the latest table, and the zero point of what it makes. To ask a
+# quantized tensor for its dtype and device takes longer than to look its elements up.
+_latest: dict[Any, tuple[Tensor, int]] = {}
 
 _uses_tables = ContextVar("_uses_tables", default=True)
 
@@ -79,6 +85,16 @@ def applied(
 
     The table is made once for each input's scale and zero point.
     """
+    alone = nothing_intervenes() and _uses_tables.get() and type(input) is QuantizedTensor
+    if alone:
+        x_qparams = (input._scale, input._zero_point)
+        key = (function, constants, x_qparams, scale, zero_point, zero_point_of_int8)
+        known = _latest.get(key)
+        if known is not None:
+            # None for an input of another dtype, or one on another device.
+            result: QuantizedTensor | None = _C.lookup(input, known[0], scale, known[1])
+            if result is not None:
+                return result
     dtype, device = dtype_and_device(input)
     if dtype == torch.int8 and zero_point_of_int8 is not None:
         zero_point = zero_point_of_int8
@@ -89,4 +105,8 @@ def applied(
     make = _kept_table if is_dynamo_compiling() or not dispatch_modes() else _table
     qparams = (input._scale, input._zero_point, scale, zero_point)
     table = make(function, constants, dtype, device, *qparams)
+    if alone:
+        if len(_latest) >= _KEPT:
+            _latest.clear()
+        _latest[key] = (table, zero_point)
     return calls.lookup(input, table, scale, zero_point)

@@ -33,23 +33,92 @@ void max_pool(const PoolRow& row) {
   }
 }
 
+// The average of each window of a column of outputs, of the sums of its elements.
+template <class B>
+class Average {
+ public:
+  using F = typename B::Floats;
+
+  Average(int64_t taps, int zero_point, int64_t divisor)
+      : zero_point_(B::words1(zero_point)),
+        excess_(B::ints1(static_cast<int32_t>(taps * zero_point))),
+        minus_divisor_(F::set1(-static_cast<float>(divisor))),
+        reciprocal_(F::set1(1.0f / static_cast<float>(divisor))) {}
+
+  typename B::Reg of(const typename B::Ints* sums) const {
+    typename F::Reg y[B::kParts];
+    for (int k = 0; k < B::kParts; ++k) y[k] = quotient(B::to_float(B::sub(sums[k], excess_)));
+    return B::narrow(y, zero_point_);
+  }
+
+ private:
+  // A division would take longer than all the rest. The product with the reciprocal is corrected by what
+  // remains, which makes quotients exact that fp32 can hold, halves among them: these are rounded to even.
+  typename F::Reg quotient(typename F::Reg x) const {
+    const auto y = F::mul(x, reciprocal_);
+    return F::madd(F::madd(y, minus_divisor_, x), reciprocal_, y);
+  }
+
+  typename B::Words zero_point_;
+  typename B::Ints excess_;
+  typename F::Reg minus_divisor_, reciprocal_;
+};
+
+// Columns of pixels whose sums are kept: a power of two, and at least as many as a window has.
+constexpr int64_t kMostColumns = 8;
+
+// Whether windows share columns, which are few enough to be kept, and whose sums fit in 16 bits.
+static inline bool shares_columns(const PoolRow& row) {
+  if (row.step != 1 || row.count < 2 || row.begin[1] >= row.end[0]) return false;
+  for (int64_t i = 0; i < row.count; ++i) {
+    if (row.end[i] - row.begin[i] > kMostColumns) return false;
+  }
+  return row.row_count * kMostColumns <= 257;
+}
+
+// Each column of pixels is added up once, for all windows that it belongs to.
+template <class B>
+void average_of_columns(const PoolRow& row, int zero_point, int64_t rows_divisor, const int64_t* divisor) {
+  const auto flip = B::set1(row.flip);
+  for_vectors<B>(row.channels, [&](int64_t c, const auto& load, const auto& store) {
+    typename B::Words columns[kMostColumns][B::kHalves];
+    int64_t next = row.begin[0];
+    for (int64_t i = 0; i < row.count; ++i) {
+      const int64_t begin = row.begin[i], end = row.end[i];
+      for (next = next < begin ? begin : next; next < end; ++next) {
+        typename B::Words column[B::kHalves];
+        for (auto& words : column) words = B::words1(0);
+        const int64_t at = next * row.pixel_stride + c;
+        for (int64_t r = 0; r < row.row_count; ++r) B::add_bytes(B::flip(load(row.rows[r] + at), flip), column);
+        for (int h = 0; h < B::kHalves; ++h) columns[next % kMostColumns][h] = column[h];
+      }
+      typename B::Words total[B::kHalves];
+      for (auto& words : total) words = B::words1(0);
+      for (int64_t u = begin; u < end; ++u) {
+        for (int h = 0; h < B::kHalves; ++h) total[h] = B::add(total[h], columns[u % kMostColumns][h]);
+      }
+      typename B::Ints sums[B::kParts];
+      for (auto& ints : sums) ints = B::ints1(0);
+      B::add_words(total, sums);
+      const int64_t taps = end <= begin ? 0 : row.row_count * (end - begin);
+      const Average<B> average(taps, zero_point, rows_divisor * divisor[i]);
+      store(row.out + i * row.channels + c, B::flip(average.of(sums), flip));
+    }
+  });
+}
+
 template <class B>
 void average_pool(const PoolRow& row, int zero_point, int64_t rows_divisor, const int64_t* divisor) {
-  using F = typename B::Floats;
+  if (shares_columns(row)) return average_of_columns<B>(row, zero_point, rows_divisor, divisor);
   const auto flip = B::set1(row.flip);
-  const auto zero_points = B::words1(zero_point);
   for (int64_t i = 0; i < row.count; ++i) {
     const int64_t width = row.end[i] - row.begin[i];
     const int64_t taps = width <= 0 ? 0 : row.row_count * ((width + row.step - 1) / row.step);
-    const auto excess = B::ints1(static_cast<int32_t>(taps * zero_point));
-    const auto by = F::set1(static_cast<float>(rows_divisor * divisor[i]));
+    const Average<B> average(taps, zero_point, rows_divisor * divisor[i]);
     for_vectors<B>(row.channels, [&](int64_t c, const auto& load, const auto& store) {
       Sums<B> sums;
       for_window(row, i, [&](const uint8_t* p) { sums.add(B::flip(load(p + c), flip)); });
-      const auto* const total = sums.sums();
-      typename F::Reg y[B::kParts];
-      for (int k = 0; k < B::kParts; ++k) y[k] = F::div(B::to_float(B::sub(total[k], excess)), by);
-      store(row.out + i * row.channels + c, B::flip(B::narrow(y, zero_points), flip));
+      store(row.out + i * row.channels + c, B::flip(average.of(sums.sums()), flip));
     });
   }
 }
