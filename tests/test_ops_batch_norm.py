@@ -46,8 +46,8 @@ def test_values_far_from_zero_as_reference(layout: str) -> None:
 
 
 # Every way of walking over memory: rows in parts, short rows together, columns in whole and in
-# overlapping vectors, in one block of vectors and in several, and fewer columns than a vector has
-# elements.
+# overlapping vectors, in one block of vectors and in several, and columns so few that several rows
+# count as one, with rows that are left and without, or too few rows for that.
 WALKS = [
     ((4, 3, 2_500), "contiguous"),
     ((2, 3, 5_000), "contiguous"),
@@ -56,6 +56,9 @@ WALKS = [
     ((300, 48), "contiguous"),
     ((300, 41), "contiguous"),
     ((300, 3), "contiguous"),
+    ((1_500, 2), "contiguous"),
+    ((1_280, 17), "contiguous"),
+    ((7, 6), "contiguous"),
     ((5, 24, 9, 9), "channels_last"),
     ((70, 150), "contiguous"),
     ((3, 1_050), "contiguous"),
@@ -122,6 +125,7 @@ def test_the_gradient_may_take_the_place_of_the_incoming_one(
         ((2, 1, 300_000), "contiguous"),
         ((600, 400, 2), "contiguous"),
         ((3, 40, 70, 70), "contiguous"),
+        ((67, 8, 41, 41), "channels_last"),
     ],
 )
 @pytest.mark.usefixtures("threads")

@@ -102,15 +102,28 @@ class RowChunks {
   int64_t rows_ = 1, length_ = 1, parts_ = 1, per_channel_ = 1;
 };
 
-// The chunks of a matrix with a column per channel: blocks of rows.
+// The chunks of a matrix with a column per channel: blocks of rows. Where channels are few, several rows count
+// as one wide row, whose columns fill vectors: a channel then has several columns, and the rows that are left
+// at the end are a chunk of their own, as narrow as they are.
 class ColumnChunks {
  public:
   explicit ColumnChunks(const Dense& d)
-      : rows_(d.outer), block_(std::max<int64_t>(kElements / d.channels / kUnit, 1) * kUnit) {}
+      : channels_(d.channels),
+        times_(rows_as_one(d.channels)),
+        rows_(d.outer / times_),
+        rest_(d.outer % times_),
+        block_(std::max<int64_t>(kElements / width() / kUnit, 1) * kUnit),
+        wide_((rows_ + block_ - 1) / block_) {}
 
-  int64_t count() const { return (rows_ + block_ - 1) / block_; }
-  int64_t begin(int64_t i) const { return i * block_; }
-  int64_t rows(int64_t i) const { return std::min(block_, rows_ - i * block_); }
+  // How many columns a channel has at most.
+  int64_t times() const { return times_; }
+  int64_t width() const { return channels_ * times_; }
+  int64_t count() const { return wide_ + (rest_ > 0); }
+
+  // Of a chunk: the first element, rows, and columns. Column c belongs to channel c % channels.
+  int64_t begin(int64_t i) const { return std::min(i * block_, rows_) * width(); }
+  int64_t rows(int64_t i) const { return i < wide_ ? std::min(block_, rows_ - i * block_) : rest_; }
+  int64_t columns(int64_t i) const { return i < wide_ ? width() : channels_; }
 
   // Calls f for all chunks in parallel.
   template <class F>
@@ -120,9 +133,25 @@ class ColumnChunks {
     });
   }
 
+  // Calls f(i, c, channel) for the columns c of all chunks, those of a channel always in the same order.
+  template <class F>
+  void each_column(const F& f) const {
+    for (int64_t i = 0; i < count(); ++i) {
+      for (int64_t c = 0; c < columns(i); ++c) f(i, c, c % channels_);
+    }
+  }
+
  private:
   static constexpr int64_t kElements = 65536, kUnit = 32;
-  int64_t rows_, block_;
+
+  static int64_t rows_as_one(int64_t channels) {
+    constexpr int64_t kFew = 32, kWide = 128;
+    int64_t times = 1;
+    while (channels < kFew && channels * times % kFew != 0 && channels * times < kWide) times *= 2;
+    return times;
+  }
+
+  int64_t channels_, times_, rows_, rest_, block_, wide_;
 };
 
 // ----------------------------------------------------------------------------- moments
@@ -167,17 +196,17 @@ std::vector<Moments> moments_of(const S* x, const Dense& d) {
   const int64_t pieces = piece_count(d.numel()), count = d.outer * d.inner;
   if (has_columns(d)) {
     const ColumnChunks chunks(d);
-    std::vector<ChunkMoments> parts(chunks.count() * d.channels);
+    const int64_t width = chunks.width();
+    std::vector<ChunkMoments> parts(chunks.count() * width);
     chunks.in_parallel(pieces, [&](int64_t i) {
-      std::vector<Compute<S>> scratch(column_scratch(d.channels));
-      std::vector<double> totals(2 * d.channels);
-      kernels.moments_of_columns(x + chunks.begin(i) * d.channels, chunks.rows(i), d.channels, scratch.data(),
-                                 totals.data(), &parts[i * d.channels]);
+      std::vector<Compute<S>> scratch(column_scratch(width));
+      std::vector<double> totals(2 * width);
+      kernels.moments_of_columns(x + chunks.begin(i), chunks.rows(i), chunks.columns(i), scratch.data(),
+                                 totals.data(), &parts[i * width]);
     });
     return combined_moments(d.channels, count, [&](const auto& f) {
-      for (int64_t i = 0; i < chunks.count(); ++i) {
-        for (int64_t c = 0; c < d.channels; ++c) f(c, parts[i * d.channels + c], chunks.rows(i));
-      }
+      chunks.each_column(
+          [&](int64_t i, int64_t c, int64_t channel) { f(channel, parts[i * width + c], chunks.rows(i)); });
     });
   }
   const RowChunks chunks(d);
@@ -286,17 +315,48 @@ struct NormRows {
     return {rows[c], rows[channels + c], rows[2 * channels + c], rows[3 * channels + c]};
   }
 
-  NormColumns<T> columns(const T* offset, const T* slope) const {
-    NormColumns<T> n = {rows, rows + 2 * channels, rows + 3 * channels, offset, slope, true};
-    for (int64_t c = 0; c < channels; ++c) {
-      n.ordinary &= is_ordinary(n.mean[c], n.gain[c], n.bias[c]);
-      if (offset != nullptr) n.ordinary &= is_ordinary(offset[c], T{1}, slope[c]);
-    }
-    return n;
-  }
-
   const T* rows;
   int64_t channels;
+};
+
+// What kernels of columns read of norms and, in training, of the terms that gradients subtract: once for each
+// column of the widest chunks.
+template <class T>
+class ColumnNorms {
+ public:
+  ColumnNorms(const NormRows<T>& norm, const ColumnChunks& chunks, const GradientMeans<T>* means = nullptr)
+      : width_(chunks.width()), has_means_(means != nullptr), values_((has_means_ ? 5 : 3) * width_) {
+    for (int64_t c = 0; c < norm.channels; ++c) {
+      const ChannelNorm<T> n = norm.at(c);
+      set(0, c, n.mean), set(1, c, n.gain), set(2, c, n.bias);
+      ordinary_ &= is_ordinary(n.mean, n.gain, n.bias);
+      if (has_means_) {
+        set(3, c, means[c].offset), set(4, c, means[c].slope);
+        ordinary_ &= is_ordinary(means[c].offset, T{1}, means[c].slope);
+      }
+    }
+    for (int64_t row = 0; row < static_cast<int64_t>(values_.size()); row += width_) {
+      T* const first = values_.data() + row;
+      for (int64_t c = norm.channels; c < width_; ++c) first[c] = first[c - norm.channels];
+    }
+  }
+
+  NormColumns<T> get() const {
+    const T* const v = values_.data();
+    return {v,
+            v + width_,
+            v + 2 * width_,
+            has_means_ ? v + 3 * width_ : nullptr,
+            has_means_ ? v + 4 * width_ : nullptr,
+            ordinary_};
+  }
+
+ private:
+  void set(int64_t row, int64_t c, T value) { values_[row * width_ + c] = value; }
+
+  int64_t width_;
+  bool has_means_, ordinary_ = true;
+  std::vector<T> values_;
 };
 
 template <class T>
@@ -383,33 +443,26 @@ void backward_of_columns(GradientCall<S>* call, int64_t pieces) {
   using T = Compute<S>;
   const auto& kernels = kernels_of(S{});
   const ColumnChunks chunks(call->d);
-  const int64_t channels = call->d.channels;
-  std::vector<double> parts(chunks.count() * channels * 2, 0.0);
-  const auto columns = call->norm.columns(nullptr, nullptr);
+  const int64_t width = chunks.width();
+  std::vector<double> parts(chunks.count() * width * 2, 0.0);
+  const ColumnNorms<T> norms(call->norm, chunks);
   chunks.in_parallel(pieces, [&](int64_t i) {
-    std::vector<T> scratch(column_scratch(channels));
-    const int64_t at = chunks.begin(i) * channels;
-    double* const sums = &parts[i * channels * 2];
-    kernels.gradient_sums_of_columns(call->grad + at, call->x + at, chunks.rows(i), channels, columns,
-                                     call->passing, scratch.data(), sums, sums + channels);
+    std::vector<T> scratch(column_scratch(width));
+    const int64_t at = chunks.begin(i);
+    double* const sums = &parts[i * width * 2];
+    kernels.gradient_sums_of_columns(call->grad + at, call->x + at, chunks.rows(i), chunks.columns(i),
+                                     norms.get(), call->passing, scratch.data(), sums, sums + width);
   });
-  for (int64_t i = 0; i < chunks.count(); ++i) {
-    for (int64_t c = 0; c < channels; ++c) {
-      call->of_bias[c] += parts[i * channels * 2 + c];
-      call->of_gain[c] += parts[i * channels * 2 + channels + c];
-    }
-  }
-  std::vector<T> offsets, slopes;
-  for (int64_t c = 0; c < channels; ++c) {
-    call->set_means(c);
-    offsets.push_back(call->means[c].offset);
-    slopes.push_back(call->means[c].slope);
-  }
-  const auto with_means = call->norm.columns(offsets.data(), slopes.data());
+  chunks.each_column([&](int64_t i, int64_t c, int64_t channel) {
+    const double* const sums = &parts[i * width * 2];
+    call->add(channel, {sums[c], sums[width + c]});
+  });
+  for (int64_t c = 0; c < call->d.channels; ++c) call->set_means(c);
+  const ColumnNorms<T> with_means(call->norm, chunks, call->training ? call->means.data() : nullptr);
   chunks.in_parallel(pieces, [&](int64_t i) {
-    const int64_t at = chunks.begin(i) * channels;
-    kernels.gradient_of_columns(call->grad + at, call->x + at, call->grad_x + at, chunks.rows(i), channels,
-                                call->training ? with_means : columns, call->passing);
+    const int64_t at = chunks.begin(i);
+    kernels.gradient_of_columns(call->grad + at, call->x + at, call->grad_x + at, chunks.rows(i),
+                                chunks.columns(i), with_means.get(), call->passing);
   });
 }
 
@@ -490,10 +543,11 @@ void batch_norm_fake_quantize(const Dense& x, const Array& norm, const Array& qu
     const int64_t pieces = piece_count(x.numel());
     if (has_columns(x)) {
       const ColumnChunks chunks(x);
-      const auto columns = norms.columns(nullptr, nullptr);
+      const ColumnNorms<T> columns(norms, chunks);
       chunks.in_parallel(pieces, [&](int64_t i) {
-        const int64_t at = chunks.begin(i) * x.channels;
-        kernels.normalize_columns(from + at, to + at, chunks.rows(i), x.channels, columns, activation);
+        const int64_t at = chunks.begin(i);
+        kernels.normalize_columns(from + at, to + at, chunks.rows(i), chunks.columns(i), columns.get(),
+                                  activation);
       });
       return;
     }
