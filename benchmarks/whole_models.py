@@ -9,6 +9,7 @@ with float training under autocast: torch.ao's fused fake-quantize refuses bf16 
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import multiprocessing
@@ -48,6 +49,7 @@ TARGETS: dict[str, dict[str, Target | None]] = {
         "qat": at_most(-0.20),
         "autocast": at_most(0),
         "off": at_most(-0.15),
+        "evaluation": at_most(0),
         "memory": at_most(0.03),
     },
     "resnet18": {
@@ -55,6 +57,7 @@ TARGETS: dict[str, dict[str, Target | None]] = {
         "qat": at_most(-0.03),
         "autocast": at_most(0),
         "off": None,
+        "evaluation": at_most(0),
         "memory": at_most(0.03),
     },
 }
@@ -126,6 +129,28 @@ def autocast(suite: Suite, name: str, model: nn.Module) -> None:
     qat_step(suite, name, "bf16 autocast", "autocast", models)
 
 
+def evaluation(suite: Suite, name: str, model: nn.Module) -> None:
+    """A forward of the QAT model in evaluation, as after each epoch, over the float model's."""
+    prepared = prepared_qat(fastquant, model)
+    x = normal(*BATCH)
+    bench.Step(prepared, x, "qat")()  # its ranges
+
+    def forward(evaluated: nn.Module) -> None:
+        with torch.no_grad():
+            evaluated(x)
+
+    models = {"float": copy.deepcopy(model), OURS: prepared}
+    suite.add(
+        f"{name}: QAT model in evaluation",
+        str(list(BATCH)),
+        {side: Case(functools.partial(forward, each.eval())) for side, each in models.items()},
+        lambda t: t[OURS] / t["float"] - 1,
+        "more",
+        TARGETS[name]["evaluation"],
+        most_rounds=MOST_ROUNDS,
+    )
+
+
 # The first step allocates what later ones reuse. The peak then differs from step to step by several
 # percent, with how malloc has cut up its memory.
 _FIRST_STEPS, _PEAKS = 1, 7
@@ -192,6 +217,7 @@ def measure(suite: Suite) -> None:
         model.train()
         switched_off(suite, name, model)
         autocast(suite, name, model)
+        evaluation(suite, name, model)
         memory(suite, name)
 
 

@@ -414,6 +414,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(index: int, value: Ten
     oracle.assert_same([a for a in args if isinstance(a, Tensor)], before)
 
 
+def test_a_tensor_without_channels_is_not_refused() -> None:
+    as_reference(case_of(torch.zeros(1, 0)))
+
+
 def test_an_empty_batch_changes_no_statistic() -> None:
     case = case_of(torch.randn(0, 6, 5, 5))
     args = case.observing()

@@ -85,7 +85,7 @@ def observe_batch_norm_(
     running = {"running_mean": running_mean, "running_var": running_var}
     _check_batch_norm_input(x, **channels, **running)
     _check(not zero_point.is_floating_point(), "zero_point must have an integer dtype")
-    few = training and x.numel() == x.shape[_CHANNELS]
+    few = training and 0 < x.numel() == x.shape[_CHANNELS]
     _check(not few, "batch statistics need more than one value per channel")
     norm, new_mean, new_var = _channel_parameters(
         x, weight, bias, running_mean, running_var, training, momentum, bn_eps
