@@ -155,14 +155,16 @@ const InstructionSet* best() {
   return set;
 }
 
-// What is used until set_isa names an instruction set. With AMX, each size of matrix product then takes the
-// faster of two kernels.
+// What is used until set_isa names an instruction set. With AMX, each size of layer then takes the faster of
+// two kernels.
 const InstructionSet* initial() {
   const InstructionSet* const set = best();
 #if defined(FASTQUANT_AMX)
   if (set->quantized.matrix == &kMatrixAvx512Amx) {
+    static MatrixKernels either = kMatrixAvx512Amx;
+    either.other = &kMatrixAvx512Vnni;
     static InstructionSet measured = *set;
-    measured.quantized.matrix = &kMatrixMeasured;
+    measured.quantized.matrix = &either;
     return &measured;
   }
 #endif

@@ -75,10 +75,26 @@ Layer transposed(int64_t size, int64_t in, int64_t out, int64_t kernel) {
           true};
 }
 
+// Of images of any size, whose rows are equally spaced, in copies with padding where there is some.
+Layer convolution_of_images(int64_t in, int64_t out) {
+  ConvShape s = {pick({1, 1, 2, 3}), in,        out,       1,         {1, 1, 1},
+                 {1, 1, 1},          {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+  for (int d = 1; d < ConvShape::kDims; ++d) {
+    s.kernel[d] = pick({1, 2, 3, 5, 7});
+    s.stride[d] = pick({1, 1, 2, 3});
+    s.dilation[d] = d == 1 ? pick({1, 1, 2}) : 1;
+    s.padding[d] = between(0, s.kernel[d]);
+    const int64_t reach = (s.kernel[d] - 1) * s.dilation[d] + 1;
+    s.in[d] = std::max(reach - 2 * s.padding[d], pick({1, between(2, 9), between(10, 36)}));
+    s.out[d] = (s.in[d] + 2 * s.padding[d] - reach) / s.stride[d] + 1;
+  }
+  return {s, false};
+}
+
 Layer random_layer() {
   const int64_t in = pick({16, 17, 60, 64, 80, 96, 130, 256}), out = pick({16, 24, 48, 64, 100, 130});
   const int64_t size = between(3, 14);
-  switch (rng() % 6) {
+  switch (rng() % 9) {
     case 0:
       return convolution(size, in, out, pick({1, 3}), pick({1, 2}), 1);
     case 1:
@@ -90,6 +106,13 @@ Layer random_layer() {
       return convolution(between(20, 44), pick({16, 64}), out, 1, 2, 1);
     case 4:
       return linear(between(8, 60), pick({700, 1024, 1500}), out);
+    case 5:
+      return convolution_of_images(pick({1, 3, 4, 12, 17, 32, 64}), out);
+    case 6:
+      return convolution_of_images(pick({24, 64, 96}), out);
+    case 7:
+      // More lines than are copied at once.
+      return convolution(between(24, 40), pick({64, 130}), 16, 3, pick({1, 2}), 1);
     default:
       // More rows than are copied together.
       return linear(between(100, 400), pick({31, 250, 448}), out);
@@ -99,18 +122,21 @@ Layer random_layer() {
 // Nobody has named an instruction set: both kernels are tried, then one is used. Emulated tiles are slower.
 void check_choice() {
   expect(std::string(isa()) == kAmx, "AMX is the best instruction set");
-  const Layer layer = linear(48, 256, 64);
+  const Layer layer = linear(48, 128, 64);
   const auto first = layer.output();
   for (int i = 0; i < 16; ++i) expect(layer.output() == first, "the same by both kernels");
   const long before = emulated_products();
   expect(!amx_is_emulated() || before > 0, "tiles were tried");
   for (int i = 0; i < 16; ++i) expect(layer.output() == first, "the same by the faster kernel");
   expect(emulated_products() == before, "slow tiles are not used any more");
+  const Layer large = linear(48, 256, 64);
+  large.output();
+  expect(!amx_is_emulated() || emulated_products() > before, "layers of many products are not measured");
 }
 
 void check_threads_choosing() {
   threads = 4;
-  const Layer layer = linear(1000, 512, 130);
+  const Layer layer = linear(1000, 128, 130);
   const auto first = layer.output();
   for (int i = 0; i < 20; ++i) expect(layer.output() == first, "the same with threads that choose");
   threads = 1;

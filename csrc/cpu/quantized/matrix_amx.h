@@ -8,10 +8,7 @@ namespace fastquant {
 // By tiles, where they are worth their set-up and would not be nearly empty; else as kMatrixAvx512Vnni.
 extern const MatrixKernels kMatrixAvx512Amx;
 
-// The faster of kMatrixAvx512Amx and kMatrixAvx512Vnni for each size of product (measured_matrix.cpp).
-extern const MatrixKernels kMatrixMeasured;
-
-constexpr int64_t kFewestTileRows = 8, kFewestTileSteps = 4;
+constexpr int64_t kFewestTileRows = 8, kFewestTileSteps = 3;
 
 // Rows may have no segments: in a transposed convolution, outputs that no tap of the kernel meets.
 static inline bool fits_tiles(const MatrixRows& rows, const MatrixWeights& weights) {

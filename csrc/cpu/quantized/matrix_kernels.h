@@ -18,6 +18,19 @@ struct MatrixRows {
   int64_t steps;
 };
 
+// Rows of values that are equally spaced, in stretches of as many rows. Segment s of row r of stretch t starts
+// at first + t * stretch_stride + r * row_stride + s * segment_stride, and has `steps` times four values;
+// weights of values that a row of a kernel does not have are 0. Of every `line` rows of a stretch, the first
+// `kept` have outputs, which follow each other; the others lie between the lines of an image.
+struct EvenRows {
+  const uint8_t* first;
+  int64_t stretches, stretch_stride;
+  int64_t rows, row_stride;
+  int64_t segments, segment_stride;
+  int64_t steps;
+  int64_t line, kept;
+};
+
 // Packed weights of a group (packing.h). Segment s of the rows meets the steps from first_steps[s] on, or,
 // where first_steps is null, those that follow the ones of the segment before.
 struct MatrixWeights {
@@ -44,7 +57,31 @@ struct MatrixKernels {
   // all groups, as if these were one group of packed weights. Null where groups are multiplied one by one.
   void (*multiply_groups)(const MatrixRows& rows, const MatrixWeights& weights, int64_t channels, int64_t begin,
                           int64_t end, const OutputStage& out, void* scratch) = nullptr;
+
+  // The same for rows that fits_even_rows accepts. Null where `multiply` does as well.
+  void (*multiply_even)(const EvenRows& rows, const MatrixWeights& weights, int64_t begin, int64_t end,
+                        const OutputStage& out) = nullptr;
+
+  // Another table, which may be faster for some layers, and has the same value_offset; null where there is
+  // none. See measured_matrix.h.
+  const MatrixKernels* other = nullptr;
 };
+
+// Steps of segments as tiles have them, as many as can be, at most 16, so that segments consist of whole tiles;
+// 0 if these would be nearly empty.
+static inline int64_t even_tile_steps(int64_t steps) {
+  const int64_t fewest = (steps + 15) / 16;
+  for (int64_t tiles = fewest; tiles <= fewest + fewest / 3; ++tiles) {
+    if (steps % tiles == 0 && steps / tiles >= 3) return steps / tiles;
+  }
+  return 0;
+}
+// `rows` of a stretch. Kernels have room for so many tiles of steps.
+constexpr int64_t kMostStepTiles = 512;
+static inline bool fits_even_rows(int64_t rows, int64_t segments, int64_t steps) {
+  const int64_t of_tile = even_tile_steps(steps);
+  return rows >= 8 && of_tile > 0 && segments * (steps / of_tile) <= kMostStepTiles;
+}
 
 // Whether so many groups of so many input and output channels can be multiplied together.
 static inline bool shares_blocks(int64_t groups, int64_t in_channels, int64_t out_channels) {

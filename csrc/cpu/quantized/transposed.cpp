@@ -11,6 +11,7 @@
 #include "depthwise.h"
 #include "kernels.h"
 #include "matrix_kernels.h"
+#include "measured_matrix.h"
 #include "packing.h"
 
 namespace fastquant {
@@ -80,7 +81,11 @@ class Part {
     const std::unique_ptr<const uint8_t*[]> pointers(new const uint8_t*[taps * at_once]);
     const std::unique_ptr<int64_t[]> places(new int64_t[at_once]);
     const std::unique_ptr<char[]> outputs(new char[at_once * row]);
-    const MatrixKernels& kernels = *quantized_kernels().matrix;
+    const ChosenKernels chosen(
+        {end - begin,
+         {0, s_.in_channels, s_.groups, s_.out_channels, taps, axes_.dims[2].count, axes_.dims[1].count, 0, 0}},
+        true);
+    const MatrixKernels& kernels = *chosen;
     const std::unique_ptr<char[]> scratch(new char[kernels.scratch_size(taps * layout_.row_steps(), false)]);
     const int64_t blocks = (layout_.out_channels + kBlockChannels - 1) / kBlockChannels;
     for (int64_t from = begin; from < end; from += at_once) {

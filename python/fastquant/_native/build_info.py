@@ -36,8 +36,8 @@ def build_info() -> dict[str, Any]:
         - ``torch``: the version of torch that runs.
         - ``isa``: instruction set of the CPU kernels in use. The environment variable
           ``FASTQUANT_ISA`` names another at start-up. Where nobody names it, ``avx512_amx`` means
-          that each size of int8 product takes the faster of its kernels and ``avx512_vnni``'s;
-          kernels for AMX are tested by emulation, and have not run on such a processor yet.
+          that int8 layers with few products for each output take the faster of its kernels and
+          ``avx512_vnni``'s, by their first calls, and the others its own.
         - ``isas_usable``, ``isas_built``: those this processor runs, and all that were built;
           best first.
         - ``threads``: how many threads torch, and so fastquant, uses
