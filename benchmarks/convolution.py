@@ -4,7 +4,8 @@
 
 Forward and backward. Layers of MobileNetV2, batch 8 at 224 x 224: depthwise and 1x1 convolutions,
 for which there are kernels, in fp32 and bf16; depthwise convolutions with larger kernels, as
-EfficientNet has them; and the 3x3 convolutions of ResNet-18 with stride 1, in fp32.
+EfficientNet has them; and the 3x3 convolutions of ResNet-18 with stride 1, in fp32 and, where there
+is AMX, in bf16.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
+from fastquant import _C
 from fastquant._native.convolution import Convolution
 from harness import OURS, Case, Suite, at_least, describe, main, normal
 
@@ -64,6 +66,9 @@ class AsTorch(Convolution):
     def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
         return False
 
+    def _is_tiled(self, x: Tensor, weight: Tensor) -> bool:
+        return False
+
     def _is_winograd(self, x: Tensor, weight: Tensor) -> bool:
         return False
 
@@ -77,6 +82,8 @@ def forward_backward(convolution: Convolution, x: Tensor, weight: Tensor) -> Non
 def measure(suite: Suite) -> None:
     shapes = [(*shape, torch.float32) for shape in DEPTHWISE + POINTWISE + WINOGRAD]
     shapes += [(*shape, torch.bfloat16) for shape in DEPTHWISE[:9:2] + POINTWISE[1::2]]
+    if _C.isa() == "avx512_amx":
+        shapes += [(*shape, torch.bfloat16) for shape in WINOGRAD]
     for inputs, outputs, size, kernel, stride, groups, dtype in shapes:
         x = normal(BATCH, inputs, size, size, dtype=dtype)
         weight = normal(outputs, inputs // groups, kernel, kernel, dtype=dtype)

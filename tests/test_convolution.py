@@ -543,3 +543,87 @@ def test_3x3_convolutions_of_tensors_with_gaps() -> None:
     dense = (grad.contiguous(), x.contiguous(), weight, [True, True, False])
     for result, expected in zip(results[:2], WINOGRAD.gradients(*dense)[:2], strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
+
+
+# -------------------------------------------------------------------- bf16 by tiles of AMX
+
+needs_tiles = pytest.mark.skipif("avx512_amx" not in _C.isas(), reason="needs AMX")
+# Images, inputs, outputs, height, width, kernel.
+TILED = [
+    (3, 64, 72, 14, 13, 3),
+    (9, 16, 40, 7, 7, 3),
+    (2, 70, 100, 28, 28, 1),
+    (1, 160, 33, 5, 9, 1),
+]
+
+
+def tiled(shape: Any, integers: bool) -> tuple[Convolution, list[Tensor]]:
+    """A convolution; x, weight, bias and the gradient of its output in bf16."""
+    images, inputs, outputs, height, width, kernel = shape
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(images, inputs, height, width),
+        torch.randn(outputs, inputs, kernel, kernel),
+        torch.randn(outputs),
+        torch.randn(images, outputs, height, width),
+    ]
+    convolution = Convolution((1, 1), (kernel // 2,) * 2, (1, 1), 1)
+    return convolution, [(t.round() if integers else t).bfloat16() for t in tensors]
+
+
+@torch.no_grad()
+def all_of(convolution: Convolution, case: list[Tensor]) -> list[Tensor | None]:
+    x, weight, bias, grad = case
+    gradients = convolution.gradients(grad, x, weight, [True, True, True])
+    return [convolution(x, weight, bias), *gradients]
+
+
+def exact_of(convolution: Convolution, case: list[Tensor]) -> list[Tensor]:
+    leaves = [t.double().requires_grad_() for t in case[:3]]
+    y = F.conv2d(*leaves, *convolution)
+    return [y.detach(), *torch.autograd.grad(y, leaves, case[3].double())]
+
+
+@needs_tiles
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("shape", TILED)
+@pytest.mark.usefixtures("no_convolutions_of_torch")
+def test_bf16_by_tiles(shape: Any, integers: bool) -> None:
+    convolution, case = tiled(shape, integers)
+    results, exact = all_of(convolution, case), exact_of(convolution, case)
+    for result, truth in zip(
+        results[:3], exact, strict=False
+    ):  # the bias's gradient is torch's sum
+        assert result is not None
+        assert result.is_contiguous()
+        if integers:  # sums of small integers are exact
+            assert torch.equal(result, truth.bfloat16())
+        tolerance = 2**-8 * truth.abs() + 1e-5 * float(truth.abs().max())
+        assert bool(((result.double() - truth).abs() <= tolerance).all())
+
+
+@needs_tiles
+@pytest.mark.parametrize("shape", TILED)
+def test_bf16_by_tiles_has_the_same_bits_with_any_number_of_threads(
+    shape: Any, threads: None
+) -> None:
+    convolution, case = tiled(shape, False)
+    torch.set_num_threads(1)
+    expected = all_of(convolution, case)[:3]
+    for n in (2, 3, 8):
+        torch.set_num_threads(n)
+        assert all(map(torch.equal, all_of(convolution, case)[:3], expected)), n
+
+
+@needs_tiles
+@pytest.mark.parametrize("where", [0, 1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bf16_by_tiles_of_what_is_not_finite_is_torchs(value: float, where: int) -> None:
+    convolution, case = tiled(TILED[0], False)
+    case[where][0, 0, 0, 0] = value
+    leaves = [t.clone().requires_grad_() for t in case[:3]]
+    y = F.conv2d(*leaves, *convolution)
+    expected = [y.detach(), *torch.autograd.grad(y, leaves, case[3])]
+    for result, theirs in zip(all_of(convolution, case)[:3], expected, strict=False):
+        assert result is not None
+        torch.testing.assert_close(result, theirs, rtol=2**-6, atol=0.1, equal_nan=True)

@@ -15,6 +15,7 @@
 #if defined(FASTQUANT_AMX)
 #include "amx.h"
 #include "quantized/matrix_amx.h"
+#include "tile_kernels.h"
 #endif
 #include "kernels.h"
 #include "quantized/depthwise_kernels.h"
@@ -83,6 +84,7 @@ struct InstructionSet {
   bool (*runs_here)();
   const Kernels* kernels;
   QuantizedKernels quantized;
+  const TileKernels* tiles = nullptr;
 };
 
 // Best first. One may be there twice: first with instructions that not every processor has which it names, and
@@ -94,7 +96,8 @@ const InstructionSet kBuilt[] = {
      has_avx512_amx,
      &kAvx512Kernels,
      {&kMatrixAvx512Amx, &kDepthwiseAvx512Vnni, &kElementwiseAvx512Vbmi, &kPoolingAvx512, &kNormAvx512,
-      &kRecurrentAvx512, &kEmbeddingAvx512}},
+      &kRecurrentAvx512, &kEmbeddingAvx512},
+     &kTileKernelsAmx},
 #endif
     {"avx512_vnni",
      has_avx512_vnni_and_vbmi,
@@ -198,6 +201,8 @@ const InstructionSet& selected() {
 const Kernels& kernels() { return *selected().kernels; }
 
 const QuantizedKernels& quantized_kernels() { return selected().quantized; }
+
+const TileKernels* tile_kernels() { return selected().tiles; }
 
 const char* isa() { return selected().name; }
 

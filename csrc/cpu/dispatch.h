@@ -6,10 +6,12 @@ namespace fastquant {
 
 struct Kernels;
 struct QuantizedKernels;
+struct TileKernels;
 
 // The tables in use.
 const Kernels& kernels();
 const QuantizedKernels& quantized_kernels();
+const TileKernels* tile_kernels();  // null where the instruction set has no tiles
 
 // Name of the instruction set in use.
 const char* isa();

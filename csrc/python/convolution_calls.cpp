@@ -3,6 +3,7 @@
 #include "cpu/depthwise.h"
 #include "cpu/huge_pages.h"
 #include "cpu/pointwise.h"
+#include "cpu/tiled_convolution.h"
 #include "cpu/winograd.h"
 #include "python/arguments.h"
 
@@ -98,6 +99,18 @@ WinogradLayer winograd_layer(const Channels& x, const Channels& y, const Channel
   require(weight.height == 3 && weight.width == 3);
   return {x.images, x.channels, y.channels, x.height, x.width, channels_last};
 }
+
+// The layer that images, their convolution by tiles, and the weight belong to.
+TiledLayer tiled_layer(const Channels& x, const Channels& y, const Channels& weight) {
+  require(has_tiles() && x.type == Element::bf16 && y.type == x.type && weight.type == x.type);
+  require(x.is_contiguous && y.is_contiguous && weight.is_contiguous);
+  require(x.images == y.images && x.height == y.height && x.width == y.width);
+  require(weight.images == y.channels && weight.channels == x.channels);
+  require(weight.height == weight.width && (weight.width == 1 || weight.width == 3));
+  return {x.images, x.channels, y.channels, x.height, x.width, weight.width};
+}
+
+BFloat16* bfloat16s(const Channels& t) { return static_cast<BFloat16*>(t.data); }
 
 float* floats(const Channels& t) { return static_cast<float*>(t.data); }
 
@@ -237,6 +250,37 @@ PyObject* winograd_grad_weight_call(PyObject*, PyObject* const* given, Py_ssize_
     const WinogradLayer layer = winograd_layer(x, grad, grad_weight);
     return are_finite(
         x.numel, [&] { return winograd_grad_weight(layer, floats(grad), floats(x), floats(grad_weight)); });
+  });
+}
+
+PyObject* tiled_convolution_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 4, [](Arguments args) {
+    const Channels x(args.next()), weight(args.next());
+    const auto* const bias = static_cast<const BFloat16*>(bias_of(args.next(), weight.images, Element::bf16));
+    const Channels y = new_memory(args.next());
+    const TiledLayer layer = tiled_layer(x, y, weight);
+    return are_finite(
+        x.numel, [&] { return tiled_convolution(layer, bfloat16s(x), bfloat16s(weight), bias, bfloat16s(y)); });
+  });
+}
+
+PyObject* tiled_grad_input_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 3, [](Arguments args) {
+    const Channels grad(args.next()), weight(args.next()), grad_x = new_memory(args.next());
+    const TiledLayer layer = tiled_layer(grad_x, grad, weight);
+    return are_finite(grad.numel, [&] {
+      return tiled_grad_input(layer, bfloat16s(grad), bfloat16s(weight), bfloat16s(grad_x));
+    });
+  });
+}
+
+PyObject* tiled_grad_weight_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return attempt(given, count, 3, [](Arguments args) {
+    const Channels grad(args.next()), x(args.next()), grad_weight(args.next());
+    const TiledLayer layer = tiled_layer(x, grad, grad_weight);
+    return are_finite(x.numel, [&] {
+      return tiled_grad_weight(layer, bfloat16s(grad), bfloat16s(x), bfloat16s(grad_weight));
+    });
   });
 }
 

@@ -150,6 +150,19 @@ PyMethodDef methods[] = {
     fast_call("winograd_grad_weight", fastquant::winograd_grad_weight_call,
               "winograd_grad_weight(grad, x, grad_weight) -> bool | None\n\nThe same for its gradient of the "
               "weight, into grad_weight."),
+    fast_call(
+        "tiled_convolution", fastquant::tiled_convolution_call,
+        "tiled_convolution(x, weight, bias, y) -> bool | None\n\nA convolution of 1x1 or 3x3 taps, with "
+        "stride 1 and a padding of half the kernel, on contiguous tensors of bfloat16, into y. bias may "
+        "be\nNone. Returns whether all of y is finite: if not, torch has to compute it. Returns None, and "
+        "changes nothing,\nwhere it does not support the arguments, or the instruction set has no tiles."),
+    fast_call(
+        "tiled_grad_input", fastquant::tiled_grad_input_call,
+        "tiled_grad_input(grad, weight, grad_x) -> bool | None\n\nThe same for its gradient of the input, "
+        "into grad_x."),
+    fast_call("tiled_grad_weight", fastquant::tiled_grad_weight_call,
+              "tiled_grad_weight(grad, x, grad_weight) -> bool | None\n\nThe same for its gradient of the "
+              "weight, into grad_weight."),
     fast_call("quantized_embedding", fastquant::quantized_embedding_call,
               "quantized_embedding(packed, dim, bits, indices, y) -> True | None\n\nRuns the op, and writes "
               "its result to y. Returns None where only the op supports the arguments."),

@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -115,6 +116,40 @@ void multiply(Tile& sums, const Tile& values, const Tile& weights) {
   products.fetch_add(1, std::memory_order_relaxed);
 }
 
+// A number of bf16, or zero for one that is not normal.
+float widened(const uint8_t* bytes) {
+  uint16_t upper;
+  std::memcpy(&upper, bytes, sizeof upper);
+  const uint32_t bits = (upper & 0x7f80) == 0 ? uint32_t{upper & 0x8000u} << 16 : uint32_t{upper} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Not for sums below 2^-126, which a processor makes zero.
+void multiply_bf16(Tile& sums, const Tile& rows, const Tile& columns) {
+  require(&sums != &rows && &sums != &columns && &rows != &columns, "tdpbf16ps: tiles are not distinct");
+  require(sums.rows == rows.rows && sums.row_bytes == columns.row_bytes, "tdpbf16ps: sums have another shape");
+  require(rows.row_bytes == 4 * columns.rows, "tdpbf16ps: rows and columns differ in steps");
+  require(rows.row_bytes % 4 == 0 && sums.row_bytes % 4 == 0, "tdpbf16ps: rows are not of whole pairs");
+  for (int r = 0; r < sums.rows; ++r) {
+    for (int column = 0; column < sums.row_bytes; column += 4) {
+      float parts[2] = {0, 0}, sum;
+      for (int k = 0; k < columns.rows; ++k) {
+        for (int i = 0; i < 2; ++i) {
+          const float a = widened(&rows.bytes[r][4 * k + 2 * i]),
+                      b = widened(&columns.bytes[k][column + 2 * i]);
+          parts[i] = std::fma(a, b, parts[i]);
+        }
+      }
+      std::memcpy(&sum, &sums.bytes[r][column], sizeof sum);
+      sum += parts[0] + parts[1];
+      std::memcpy(&sums.bytes[r][column], &sum, sizeof sum);
+    }
+  }
+  products.fetch_add(1, std::memory_order_relaxed);
+}
+
 greg_t register_of(const ucontext_t& context, int number) {
   constexpr int kPlaces[] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                              REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
@@ -174,6 +209,10 @@ int execute(const ucontext_t& context, const uint8_t* code) {
   }
   if (opcode == 0x5e && of_registers && prefix == k66) {
     multiply(state.at(reg), state.at(rm), state.at(fourth));
+    return 5;
+  }
+  if (opcode == 0x5c && of_registers && prefix == kF3) {
+    multiply_bf16(state.at(reg), state.at(rm), state.at(fourth));
     return 5;
   }
   if (of_registers || (opcode != 0x49 && opcode != 0x4b)) return 0;

@@ -45,10 +45,21 @@ FASTQUANT_INLINE void store_tile(void* rows, int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
 }
 
+template <int kTile>
+FASTQUANT_INLINE void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+
 // Adds the products of unsigned values and signed weights to int32 sums, which wrap around.
 template <int kSums, int kValues, int kWeights>
 FASTQUANT_INLINE void add_products() {
   __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kValues), "i"(kWeights));
+}
+
+// Adds the products of rows of bf16 and columns of pairs of them to fp32 sums.
+template <int kSums, int kRows, int kColumns>
+FASTQUANT_INLINE void add_bf16_products() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kColumns));
 }
 
 }  // namespace

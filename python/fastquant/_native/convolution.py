@@ -47,6 +47,10 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 # that is read or written takes so few multiplications that oneDNN's copies take longer than they.
 _FEW_FOR_AMX = 50
 
+# Tiles of AMX take convolutions with more multiplications than this for each element that is read
+# or written. Packing images takes longer than fewer.
+_FEW_FOR_TILES = 24
+
 # The kernel sizes of depthwise convolutions that are computed here, and from how many pixels on
 # that is faster than oneDNN. Gradients are always.
 _DEPTHWISE = {3: 1, 5: 28 * 28, 7: 56 * 56}
@@ -73,7 +77,9 @@ class Convolution(NamedTuple):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = None
-        if self._is_pointwise(x, weight):
+        if self._is_tiled(x, weight):
+            result = _native(_C.tiled_convolution, x, weight, bias)
+        elif self._is_pointwise(x, weight):
             result = _native(_C.pointwise_convolution, x, weight, bias)
         elif self._is_depthwise(x, weight):
             result = self._depthwise(x, weight, bias)
@@ -106,6 +112,11 @@ class Convolution(NamedTuple):
         reuse: bool = False,
     ) -> Gradients:
         """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
+        if self._is_tiled(x, weight):
+            kernels = _C.tiled_grad_input, _C.tiled_grad_weight
+            gradients = _native_gradients(*kernels, grad, x, weight, needed)
+            if gradients is not None:
+                return gradients
         if self._is_pointwise(x, weight):
             kernels = _C.pointwise_grad_input, _C.pointwise_grad_weight
             gradients = _native_gradients(*kernels, grad, x, weight, needed)
@@ -169,7 +180,7 @@ class Convolution(NamedTuple):
         if self._has_pointwise_kernel(x, weight) or self._has_depthwise_kernel(x, weight):
             return False
         if dtype != torch.float32:
-            return True
+            return not self._has_tiled_kernel(x, weight, dtype)
         if self._has_winograd_kernel(x, weight):
             return False
         return self._images_at_once(x, weight) == x.shape[0]
@@ -242,6 +253,29 @@ class Convolution(NamedTuple):
             and self.padding == (0, 0)
             and self.groups == 1
             and (not _is_left_to_amx(x.dtype) or _takes_few_multiplications(x.dtype, weight))
+        )
+
+    def _is_tiled(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether tiles compute it, and faster than torch and than other kernels."""
+        return (
+            self._has_tiled_kernel(x, weight, x.dtype)
+            and _is_measured(x, torch.bfloat16)
+            and _is_contiguous(x)
+            and _is_contiguous(weight)
+        )
+
+    def _has_tiled_kernel(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+        outputs, inputs, *kernel = weight.shape
+        return (
+            _C.isa() == "avx512_amx"
+            and dtype is torch.bfloat16
+            and x.dim() == 4
+            and inputs == x.shape[1]
+            and kernel in ([1, 1], [3, 3])
+            and self.stride == self.dilation == (1, 1)
+            and self.padding == (kernel[0] // 2,) * 2
+            and self.groups == 1
+            and outputs * inputs * math.prod(kernel) > _FEW_FOR_TILES * (outputs + inputs)
         )
 
     def _is_winograd(self, x: Tensor, weight: Tensor) -> bool:
