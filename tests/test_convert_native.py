@@ -407,6 +407,17 @@ def test_quantize_and_quantize_qat_take_a_backend() -> None:
 # --- torchvision's models ------------------------------------------------------------------------
 
 
+def calls_of_layers(model: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
+    """The output of a model of torch.ao's, and the path, input and output of its layers."""
+    calls = []
+    for path, module in model.named_modules():
+        if callable(getattr(module, "weight", None)):
+            module.register_forward_hook(
+                lambda _, given, result, path=path: calls.append((path, given[0], result))
+            )
+    return model(x), calls
+
+
 @beside_torch_ao
 @torch.no_grad()
 @pytest.mark.parametrize(
@@ -437,10 +448,21 @@ def test_torchvisions_models_agree_with_torch_ao(name: str) -> None:
         x = torch.randn(2, 3, size, size)
         theirs, ours = fq.convert(model), fq.convert(model, backend="native")
         assert not foreign(ours)
-        a, b = theirs(x), ours(x)
+        a, calls = calls_of_layers(theirs, x)
+        b = ours(x)
+    # Layer by layer, from torch.ao's input of each.
+    apart = outputs = 0
+    for path, given, result in calls:
+        values = fq.quantized_tensor.quantize_per_tensor(
+            given.dequantize(), given.q_scale(), given.q_zero_point(), torch.quint8
+        )
+        steps = ours.get_submodule(path)(values).int_repr().int() - result.int_repr().int()
+        assert int(steps.abs().max()) <= 1
+        apart, outputs = apart + int(steps.count_nonzero()), outputs + steps.numel()
+    assert apart <= outputs / (100_000 if torch_rounds_once() else 100)
+    # One step apart, near a tie, becomes several over the layers of a deep network, by chance.
     scale = [m for m in ours.modules() if isinstance(m, nnq.Linear)][-1].scale
-    # Where torch's ties are others, steps add up over the layers.
-    assert round(steps_apart(a, b, scale)) <= (2 if torch_rounds_once() else 4)
+    assert round(steps_apart(a, b, scale)) <= (8 if apart else 2)
     assert len(b.unique()) > 30
 
 

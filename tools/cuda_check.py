@@ -74,6 +74,15 @@ def install(directory: Path, package: Path) -> None:
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     source = ROOT / "python" / "fastquant"
     shutil.copytree(source, package / "fastquant", ignore=ignored, dirs_exist_ok=True)
+    # An editable fastquant is found by an entry of sys.meta_path, which comes before PYTHONPATH.
+    (package / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [\n"
+        "    finder\n"
+        "    for finder in sys.meta_path\n"
+        "    if 'fastquant' not in getattr(finder, 'known_source_files', ())\n"
+        "]\n"
+    )
 
 
 def check_package(package: Path = PACKAGE, fault: str = "info['cuda']['why_not']") -> None:
