@@ -40,6 +40,22 @@ def difference(ours: Tensor, theirs: Tensor) -> int:
     return int((ours.int() - theirs.int_repr().int()).abs().max().item())
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_pixels_of_expanded_tensors(every_isa: list[str], dims: int) -> None:
+    """They lie at the same address, but each of them counts."""
+    ones = [1] * dims
+    for axis in range(2, 2 + dims):
+        shape = [2, 1] + [5] * dims
+        whole = random_bytes([1 if d == axis else n for d, n in enumerate(shape)], torch.uint8, 0)
+        x = whole.expand(shape)
+        for name, args in (
+            ("quantized_max_pool", ([2] * dims, ones, ones, ones, False)),
+            ("quantized_avg_pool", (7, [3] * dims, ones, ones, False, True, None)),
+            ("quantized_adaptive_avg_pool", ([2] * dims,)),
+        ):
+            assert_as_reference(every_isa, name, (x, *args))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_averages_as_torch(dtype: torch.dtype) -> None:
     x = images(dtype)

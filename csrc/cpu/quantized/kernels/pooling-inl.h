@@ -13,11 +13,11 @@ namespace {
 // Calls f(p) for each pixel of the window of output i, of which p is the first channel.
 template <class F>
 void for_window(const PoolRow& row, int64_t i, const F& f) {
-  const int64_t begin = row.begin[i] * row.pixel_stride, end = row.end[i] * row.pixel_stride;
-  const int64_t step = row.step * row.pixel_stride;
+  const int64_t begin = row.begin[i], end = row.end[i];
   for (int64_t r = 0; r < row.row_count; ++r) {
-    const uint8_t* const line = row.rows[r];
-    for (int64_t u = begin; u < end; u += step) f(line + u);
+    // Pixels are counted, not bytes: those of an expanded tensor are 0 bytes apart.
+    const uint8_t* p = row.rows[r] + begin * row.pixel_stride;
+    for (int64_t u = begin; u < end; u += row.step, p += row.step * row.pixel_stride) f(p);
   }
 }
 
