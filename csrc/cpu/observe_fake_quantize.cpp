@@ -15,8 +15,8 @@ template <class S>
 bool observed_and_quantized(const Dense& x, const FusedBuffers& buffers, const ObserveSettings& settings,
                             void* y, uint64_t* mask) {
   using T = Compute<S>;
-  const auto& [min_val, max_val, scale, zero_point, nonfinite_count, eps] = buffers;
-  for (const Array* a : {&min_val, &max_val, &scale, &zero_point}) check_count(*a, 1);
+  for (const Array* a : {&buffers.min_val, &buffers.max_val, &buffers.scale, &buffers.zero_point})
+    check_count(*a, 1);
   struct Found {
     T low, high;
     bool nonfinite;
@@ -37,12 +37,12 @@ bool observed_and_quantized(const Dense& x, const FusedBuffers& buffers, const O
       extremes.fold(0, part.low, part.high);
     }
     {
-      const auto lock = locked(min_val);
-      update_range(extremes, settings.averaging_constant, min_val, max_val);
+      const auto lock = locked(buffers.min_val);
+      update_range(extremes, settings.averaging_constant, buffers.min_val, buffers.max_val);
     }
     const QParamsConfig& q = settings.qparams;
-    choose_qparams(min_val, max_val, eps, q, scale, zero_point);
-    params.emplace(n, scale, zero_point, q.quant_min, q.quant_max);
+    choose_qparams(buffers.min_val, buffers.max_val, buffers.eps, q, buffers.scale, buffers.zero_point);
+    params.emplace(n, buffers.scale, buffers.zero_point, q.quant_min, q.quant_max);
     return true;
   };
   const auto quantize = [&](int64_t begin, int64_t end) {
