@@ -6,6 +6,7 @@
 
 #include "amx_emulation.h"
 #include "cpu/quantized/convolution.h"
+#include "cpu/quantized/even_rows.h"
 #include "cpu/quantized/packing.h"
 #include "cpu/quantized/transposed.h"
 #include "quantized_testing.h"
@@ -142,6 +143,47 @@ void check_threads_choosing() {
   threads = 1;
 }
 
+// A line of positions with padding, as in convolutions of sounds.
+Layer line(int64_t batch, int64_t length) {
+  return {{batch, 16, 16, 1, {1, 1, length}, {1, 1, length}, {1, 1, 5}, {1, 1, 1}, {0, 0, 2}, {1, 1, 1}},
+          false};
+}
+
+// What is left out, or wrong, if sizes are taken for those of most layers.
+void check_unusual_layers() {
+  const int64_t far = int64_t{1} << 40;
+  const Layer layers[] = {
+      // The only plane of outputs meets padding alone.
+      {{1, 64, 16, 1, {1, 8, 8}, {1, 8, 8}, {1, 3, 3}, {3, 1, 1}, {1, 1, 1}, {1, 1, 1}}, false},
+      // No products.
+      linear(32, 0, 16),
+      // Most lines are padding that no tap meets.
+      {{1, 64, 16, 1, {1, 8, 8}, {1, 2, 8}, {1, 3, 3}, {1, 2 * far, 1}, {0, far, 1}, {1, 1, 1}}, false},
+      {{1, 64, 16, 1, {1, 8, 8}, {1, 8, 8}, {1, 3, 3}, {1, 1, 1}, {0, far, 1}, {1, far, 1}}, false},
+      line(1, 9000),
+      line(3, 2000),
+  };
+  for (const Layer& layer : layers) {
+    for (int64_t t : {1, 3}) {
+      threads = t;
+      set_isa("avx512_vnni");
+      const auto expected = layer.output();
+      set_isa(kAmx);
+      expect(layer.output() == expected, "unusual layers: the same as by AVX-512 VNNI");
+    }
+  }
+}
+
+// Long lines are no obstacle to several threads.
+void check_pieces() {
+  for (const Layer& layer : {line(1, 9000), line(3, 2000)}) {
+    const int64_t sizes[] = {16, 16, 1, 1, 5};
+    const PackedLayout layout(sizes, 5, 1, false);
+    const EvenConvolution even(layer.x.data(), 0, layer.shape, layout);
+    expect(even.possible() && even.unit() < 100, "lines are cut");
+  }
+}
+
 void check_layers(int rounds) {
   int with_tiles = 0;
   for (int i = 0; i < rounds; ++i) {
@@ -163,6 +205,8 @@ int run(int rounds) {
     std::printf("skipped: this processor has no AVX-512 VNNI\n");
     return 0;
   }
+  check_unusual_layers();
+  check_pieces();
   check_layers(rounds);
   std::printf("%ld comparisons, %ld failed, AMX %s\n", long(compared), long(failed),
               amx_is_emulated() ? "emulated" : "of the processor");

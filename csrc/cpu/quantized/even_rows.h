@@ -29,26 +29,26 @@ class EvenConvolution {
     at_once_ = layout.bytes() > kSecondCache ? kSecondCache : kFewAtOnce;
   }
 
-  // Whether tiles would not be nearly empty.
+  // Whether tiles would not be nearly empty, and few bytes are copied for the products.
   bool possible() const {
-    const bool flat = s_.kernel[0] == 1 && s_.in[0] == 1 && s_.out[0] == 1;
+    const bool flat = s_.kernel[0] == 1 && s_.in[0] == 1 && s_.out[0] == 1 && s_.padding[0] == 0;
     const bool adjacent = s_.dilation[2] == 1 || s_.kernel[2] == 1;
     return flat && adjacent && s_.groups == 1 &&
-           fits_even_rows(joined_ ? s_.out[1] * s_.out[2] : s_.out[2], s_.kernel[1], steps_);
+           fits_even_rows(joined_ ? s_.out[1] * s_.out[2] : s_.out[2], s_.kernel[1], steps_) &&
+           (in_x_ || copies_little());
   }
 
   // The positions that pieces of a convolution consist of.
-  int64_t unit() const { return one_line() ? kRowUnit : s_.out[2]; }
+  int64_t unit() const { return cuts_lines() ? kRowUnit : s_.out[2]; }
 
   // Calls f(rows, first position) until all positions [begin, end) are done.
   template <class F>
   void for_rows(int64_t begin, int64_t end, const F& f) const {
-    if (one_line()) return for_positions(begin, end, f);
-    const int64_t bytes = pitch_ * s_.in_channels, fitting = at_once_ / bytes;
-    const int64_t lines = std::max<int64_t>((fitting - reach()) / s_.stride[1] + 1, 1);
-    const int64_t images = joined_ ? std::max<int64_t>(fitting / rows_of(s_.out[1]), 1) : 1;
+    if (cuts_lines()) return for_positions(begin, end, f);
+    const int64_t bytes = pitch_ * s_.in_channels, fitting = at_once_ / bytes, lines = lines_at_once();
+    const int64_t images = joined_ ? std::clamp<int64_t>(fitting / rows_of(s_.out[1]), 1, s_.batch) : 1;
     const int64_t last = end / s_.out[2];
-    const Copy copy(in_x_ ? 0 : std::max(images * rows_of(s_.out[1]), rows_of(lines)) * bytes + margin());
+    const Copy copy(in_x_ ? 0 : (lines < s_.out[1] ? 1 : images) * rows_of(lines) * bytes + margin());
     for (int64_t line = begin / s_.out[2]; line < last;) {
       const int64_t y = line % s_.out[1], image = line / s_.out[1], left = last - line;
       const int64_t count = std::min({lines, s_.out[1] - y, left});
@@ -62,6 +62,9 @@ class EvenConvolution {
   // Bytes of values to copy and multiply at once: more where weights come from far away each time. malloc
   // requests larger memory from the system, at each call anew.
   static constexpr int64_t kFewAtOnce = 98304;
+
+  // Positions of a line whose last tile may be nearly empty.
+  static constexpr int64_t kLongLine = 256;
 
   // Memory that begins with a cache line, so that values of 64 channels are in one.
   class Copy {
@@ -77,29 +80,49 @@ class EvenConvolution {
     std::unique_ptr<uint8_t[]> memory_;
   };
 
-  bool one_line() const {
-    return s_.in[1] == 1 && s_.batch == 1 && s_.kernel[1] == 1 && s_.kernel[2] == 1 && s_.stride[2] == 1 &&
-           s_.padding[1] == 0 && s_.padding[2] == 0;
+  // Lines that are all of their image are cut anywhere if they are long, or only one: else a long line would be
+  // copied whole, and by one thread.
+  bool cuts_lines() const {
+    const bool alone = s_.in[1] == 1 && s_.kernel[1] == 1 && s_.padding[1] == 0;
+    return alone && (s_.batch == 1 || s_.out[2] >= kLongLine);
   }
 
   int64_t reach() const { return (s_.kernel[1] - 1) * s_.dilation[1] + 1; }
   // Lines of values that so many lines of outputs need.
   int64_t rows_of(int64_t lines) const { return (lines - 1) * s_.stride[1] + reach(); }
+  // Lines of outputs that are computed at once.
+  int64_t lines_at_once() const {
+    const int64_t fitting = at_once_ / (pitch_ * s_.in_channels);
+    return std::clamp<int64_t>((fitting - reach()) / s_.stride[1] + 1, 1, s_.out[1]);
+  }
+  // Columns of values that so many positions of a line need.
+  int64_t columns_of(int64_t positions) const { return (positions - 1) * s_.stride[2] + s_.kernel[2]; }
   // Of a copy: padding before the first line, and what may be read behind the last one.
   int64_t margin() const { return s_.padding[2] * s_.in_channels + kStep; }
 
+  // Lines that no tap meets are copied, too: far too many where taps or positions are far apart. Where there is
+  // more padding than a kernel is wide, lines may consist of little else.
+  bool copies_little() const {
+    const int64_t lines = lines_at_once();
+    return rows_of(lines) <= 2 * s_.kernel[1] * lines && s_.padding[2] <= s_.kernel[2];
+  }
+
   template <class F>
   void for_positions(int64_t begin, int64_t end, const F& f) const {
-    const int64_t c = s_.in_channels;
-    const int64_t most = std::max(at_once_ / c / kRowUnit * kRowUnit, kRowUnit);
-    const Copy copy(in_x_ ? 0 : std::min(most, end - begin) * c + kStep);
-    for (int64_t at = begin; at < end; at += most) {
-      const int64_t count = std::min(most, end - at);
+    const int64_t c = s_.in_channels, step = s_.stride[2] * c;
+    const int64_t most = std::max(at_once_ / step / kRowUnit * kRowUnit, kRowUnit);
+    const Copy copy(in_x_ ? 0 : columns_of(std::min({most, end - begin, s_.out[2]})) * c + kStep);
+    for (int64_t at = begin; at < end;) {
+      const int64_t image = at / s_.out[2], x = at % s_.out[2];
+      const int64_t count = std::min({most, end - at, s_.out[2] - x}), columns = columns_of(count);
+      const int64_t first = x * s_.stride[2] - s_.padding[2];
       if (!in_x_) {
-        std::memcpy(copy.get(), x_ + at * c, count * c);
-        std::memset(copy.get() + count * c, 0, kStep);
+        copy_columns(image, 0, first, columns, copy.get());
+        std::memset(copy.get() + columns * c, 0, kStep);
       }
-      f(EvenRows{in_x_ ? x_ + at * c : copy.get(), 1, 0, count, c, 1, 0, steps_, count, count}, at);
+      const uint8_t* const data = in_x_ ? x_ + (image * s_.in[2] + first) * c : copy.get();
+      f(EvenRows{data, 1, 0, count, step, 1, 0, steps_, count, count}, at);
+      at += count;
     }
   }
 
@@ -115,7 +138,7 @@ class EvenConvolution {
       copy += before;
       for (int64_t i = image; i < image + images; ++i) {
         for (int64_t row = first_row; row < first_row + rows_of(lines); ++row, copy += bytes)
-          copy_row(i, row, copy);
+          copy_columns(i, row, 0, pitch_, copy);
       }
       std::memset(copy, zero_point_, kStep);
     }
@@ -131,10 +154,17 @@ class EvenConvolution {
     return rows;
   }
 
-  void copy_row(int64_t image, int64_t row, uint8_t* to) const {
-    const int64_t there = row < 0 || row >= s_.in[1] ? 0 : s_.in[2] * s_.in_channels;
-    if (there > 0) std::memcpy(to, x_ + (image * s_.in[1] + row) * there, there);
-    std::memset(to + there, zero_point_, pitch_ * s_.in_channels - there);
+  // Copies the columns [first, first + count) of a line of x, and padding where there are none.
+  void copy_columns(int64_t image, int64_t row, int64_t first, int64_t count, uint8_t* to) const {
+    const int64_t c = s_.in_channels, in = row < 0 || row >= s_.in[1] ? 0 : s_.in[2];
+    const int64_t before = std::clamp<int64_t>(-first, 0, count);
+    const int64_t there = std::clamp<int64_t>(in - first - before, 0, count - before);
+    std::memset(to, zero_point_, before * c);
+    if (there > 0) {
+      const int64_t line = (image * s_.in[1] + row) * s_.in[2];
+      std::memcpy(to + before * c, x_ + (line + first + before) * c, there * c);
+    }
+    std::memset(to + (before + there) * c, zero_point_, (count - before - there) * c);
   }
 
   const uint8_t* x_;

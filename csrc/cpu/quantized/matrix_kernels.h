@@ -71,6 +71,7 @@ struct MatrixKernels {
 // 0 if these would be nearly empty.
 static inline int64_t even_tile_steps(int64_t steps) {
   const int64_t fewest = (steps + 15) / 16;
+  if (fewest == 0) return 0;  // of layers without input channels
   for (int64_t tiles = fewest; tiles <= fewest + fewest / 3; ++tiles) {
     if (steps % tiles == 0 && steps / tiles >= 3) return steps / tiles;
   }
