@@ -115,8 +115,6 @@ class ColumnChunks {
         block_(std::max<int64_t>(kElements / width() / kUnit, 1) * kUnit),
         wide_((rows_ + block_ - 1) / block_) {}
 
-  // How many columns a channel has at most.
-  int64_t times() const { return times_; }
   int64_t width() const { return channels_ * times_; }
   int64_t count() const { return wide_ + (rest_ > 0); }
 

@@ -8,6 +8,8 @@ layouts of its own. Where an output takes few multiplications, the copies take l
   csrc/cpu/depthwise.h).
 - 3x3 convolutions with stride 1 take fewer multiplications by Winograd's algorithm
   (csrc/cpu/winograd.h). Where a result is not finite, torch computes it.
+- 1x1 and 3x3 convolutions of bf16 with stride 1 are products of tiles where the processor has AMX
+  (csrc/cpu/tiled_convolution.h). Where a result is not finite, torch computes it.
 - For a large batch, each call maps new memory for oneDNN's copies, and the page faults take longer
   than a convolution of few multiplications. Image by image, or a few at a time, the copies fit the
   caches, and malloc reuses the same memory.
@@ -43,8 +45,9 @@ _HAS_AMX = "avx512_amx" in _C.isas()
 _NATIVE_IN_GRAPHS = _C.isa().startswith(_MEASURED_ISAS)
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
-# With AMX, oneDNN multiplies bf16 so fast that a 1x1 convolution is left to it, unless an element
-# that is read or written takes so few multiplications that oneDNN's copies take longer than they.
+# On a processor with AMX, where tiles do not take a 1x1 convolution of bf16, it is left to oneDNN,
+# which multiplies with AMX, too. Native kernels take it if an element that is read or written takes
+# so few multiplications that oneDNN's copies take longer than they.
 _FEW_FOR_AMX = 50
 
 # Tiles of AMX take convolutions with more multiplications than this for each element that is read
