@@ -130,9 +130,8 @@ class EvenConvolution {
   EvenRows rows(int64_t image, int64_t images, int64_t y, int64_t lines, uint8_t* copy) const {
     const int64_t bytes = pitch_ * s_.in_channels;
     const int64_t first_row = y * s_.stride[1] - s_.padding[1];
-    const uint8_t* first = x_ + (image * s_.in[1] + first_row) * bytes;
+    const uint8_t* const first = in_x_ ? x_ + (image * s_.in[1] + first_row) * bytes : copy;
     if (!in_x_) {
-      first = copy;
       const int64_t before = s_.padding[2] * s_.in_channels;
       std::memset(copy, zero_point_, before);
       copy += before;
