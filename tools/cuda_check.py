@@ -10,9 +10,9 @@ benchmarks/results. The machine must have a GPU, a CUDA build of torch, nvcc, a 
 ninja, pytest and hypothesis; and torchvision for the models that are measured.
 
 Machines with GPUs often have processors with AMX. There, `amx` builds a package without CUDA in
-build/amx-check, runs the native tests and the int8 tests on AMX, measures int8 layers with it and
-without, beside torch.ao's, and stores the results in benchmarks/results/amx. It does nothing on
-other processors.
+build/amx-check, runs the native tests and those of int8 and of convolutions on AMX, measures int8
+layers with it and without, beside torch.ao's, and stores the results in benchmarks/results/amx. It
+does nothing on other processors.
 """
 
 from __future__ import annotations
@@ -128,8 +128,20 @@ def bench() -> None:
     run(sys.executable, "benchmarks/gpu.py", "--json", result)
 
 
-NATIVE_TESTS = ("quantized_layers_test", "quantized_dynamic_test", "quantized_amx_test")
-INT8_TESTS = ("quantized_layers", "quantized_dynamic", "convert_native", "ops")
+NATIVE_TESTS = (
+    "quantized_layers_test",
+    "quantized_dynamic_test",
+    "quantized_amx_test",
+    "tiled_convolution_test",
+)
+TESTS = (
+    "quantized_layers",
+    "quantized_dynamic",
+    "convert_native",
+    "ops",
+    "convolution",
+    "qat_convolution",
+)
 
 
 def amx() -> None:
@@ -151,7 +163,7 @@ def amx() -> None:
         run(AMX_BUILD / name)
     run(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        *(f"tests/test_{name}.py" for name in INT8_TESTS),
+        *(f"tests/test_{name}.py" for name in TESTS),
         package=AMX_PACKAGE,
         FASTQUANT_ISA="avx512_amx",
     )
