@@ -168,6 +168,11 @@ def test_batch_norm_far_from_zero_as_reference(emulation: Emulation, layout: str
     batch_norm_calls.assert_as_reference(emulation.op, batch_norm_calls.far_from_zero(layout))
 
 
+def test_batch_norm_without_channels_as_reference(emulation: Emulation) -> None:
+    case = batch_norm_calls.case_of(torch.zeros(1, 0), 0)
+    batch_norm_calls.assert_as_reference(emulation.op, case)
+
+
 @pytest.mark.parametrize("policy", [IGNORE, PROPAGATE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_ranges_saturate_as_on_the_cpu(

@@ -277,7 +277,8 @@ std::tuple<Tensor, Tensor> observe_batch_norm_(const FusedArguments& of, const B
   Call call(of.x);
   const Tensor t = densified(of.x);
   const Dense x = dense_channels(t);
-  check(!a.training || t.numel() != x.channels, "batch statistics need more than one value per channel");
+  check(!a.training || t.numel() == 0 || t.numel() != x.channels,
+        "batch statistics need more than one value per channel");
   Tensor norm = empty_rows(4, x.channels, t), quantizer = empty_1d(3, ScalarType::Double, t);
   observe_batch_norm(call.launcher(), x,
                      {call.array(a.weight, "weight"), call.array(a.bias, "bias"),
