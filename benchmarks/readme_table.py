@@ -238,8 +238,8 @@ def summary(result: dict[str, Any]) -> str:
     lines += [f"| time of an int8 forward, one image | {' | '.join(cells)} |", ""]
     met = [row["met"] for row in result["rows"] if row["met"] is not None]
     lines.append(
-        "[docs/measurements.md](docs/measurements.md) has other models and two threads, single "
-        "observers, operations and layers. `make bench` repeats all measurements. "
+        "[docs/measurements.md](docs/measurements.md) has other models and another processor, two "
+        "threads, single observers, operations and layers. `make bench` repeats all measurements. "
         f"{sum(met)} of {len(met)} targets are met; [docs/performance.md](docs/performance.md) "
         "explains what limits the others."
     )
