@@ -8,7 +8,7 @@ Exits with 1 and the reasons if
   torch than the package declares, or uses more than Python's limited API;
 - an object that was compiled for one instruction set exports a weak symbol. The linker keeps one of
   several copies of those, so an older processor could run code for a newer one;
-- an object has instructions of AMX and is not that of its kernels, or this one has none.
+- an object has instructions of AMX and is not one of its kernels, or one of these lacks them.
 """
 
 from __future__ import annotations
@@ -75,6 +75,13 @@ def audit_symbols(objects: list[Path]) -> list[str]:
     return objections
 
 
+# The objects of the kernels for AMX, and what each of them multiplies by.
+AMX_PRODUCTS = {
+    "kernels_matrix_avx512_amx.cpp.o": "tdpbusd",
+    "kernels_tiles_amx.cpp.o": "tdpbf16ps",
+}
+
+
 def audit_amx(objects: list[Path]) -> list[str]:
     """The objects that have instructions of AMX and should not, or the other way round."""
     objections = []
@@ -86,8 +93,9 @@ def audit_amx(objects: list[Path]) -> list[str]:
             text=True,
         ).stdout
         found = set(re.findall(r"\t(tdp\w+|ldtilecfg|sttilecfg|tile\w+)", listing))
-        if path.name.startswith("kernels_matrix_avx512_amx"):
-            if not {"ldtilecfg", "tileloadd", "tdpbusd", "tilestored", "tilerelease"} <= found:
+        if path.name in AMX_PRODUCTS:
+            product = AMX_PRODUCTS[path.name]
+            if not {"ldtilecfg", "tileloadd", product, "tilestored", "tilerelease"} <= found:
                 objections.append(f"{path.name} lacks instructions of AMX, it has {sorted(found)}")
         elif found:
             objections.append(f"{path.name} has instructions of AMX: {sorted(found)}")
