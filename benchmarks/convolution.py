@@ -60,17 +60,11 @@ class AsTorch(Convolution):
     def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         return False
 
+    def _kernels(self, x: Tensor, weight: Tensor) -> None:
+        return None
+
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
         return [slice(None)]
-
-    def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
-        return False
-
-    def _is_tiled(self, x: Tensor, weight: Tensor) -> bool:
-        return False
-
-    def _is_winograd(self, x: Tensor, weight: Tensor) -> bool:
-        return False
 
 
 @torch.no_grad()

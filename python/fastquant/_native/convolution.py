@@ -34,6 +34,9 @@ __all__ = ["Convolution", "Gradients"]
 # Of x, weight and bias, where needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
+# Functions of `_C`: the convolution, and the gradients of x and weight.
+_Kernels = tuple[Any, Any, Any]
+
 # Input and output of so many bytes are computed in parts, of so many for each thread, where an
 # output takes few multiplications. Where it takes many, they hide what memory costs. The first
 # layer of a network, with 7x7 weights for each of 3 channels, takes 147.
@@ -80,14 +83,10 @@ class Convolution(NamedTuple):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = None
-        if self._is_tiled(x, weight):
-            result = _native(_C.tiled_convolution, x, weight, bias)
-        elif self._is_pointwise(x, weight):
-            result = _native(_C.pointwise_convolution, x, weight, bias)
-        elif self._is_depthwise(x, weight):
+        if self._is_depthwise(x, weight):
             result = self._depthwise(x, weight, bias)
-        elif self._is_winograd(x, weight):
-            result = _native(_C.winograd_convolution, x, weight, bias)
+        elif (kernels := self._kernels(x, weight)) is not None:
+            result = _native(kernels, x, weight, bias)
         if result is not None:
             return result
         for part in self._parts(x, weight):
@@ -115,26 +114,14 @@ class Convolution(NamedTuple):
         reuse: bool = False,
     ) -> Gradients:
         """Of x, weight and bias, where needed. With `reuse`, grad may become the gradient of x."""
-        if self._is_tiled(x, weight):
-            kernels = _C.tiled_grad_input, _C.tiled_grad_weight
-            gradients = _native_gradients(*kernels, grad, x, weight, needed)
-            if gradients is not None:
-                return gradients
-        if self._is_pointwise(x, weight):
-            kernels = _C.pointwise_grad_input, _C.pointwise_grad_weight
-            gradients = _native_gradients(*kernels, grad, x, weight, needed)
-            if gradients is not None:
-                return gradients
         reuse = reuse and grad.size() == x.size() and grad.stride() == x.stride()
+        gradients = None
         if self._is_depthwise(x, weight):
             gradients = self._depthwise_gradients(grad, x, weight, needed, reuse)
-            if gradients is not None:
-                return gradients
-        if self._is_winograd(x, weight):
-            kernels = _C.winograd_grad_input, _C.winograd_grad_weight
-            gradients = _native_gradients(*kernels, grad, x, weight, needed)
-            if gradients is not None:
-                return gradients
+        elif (kernels := self._kernels(x, weight)) is not None:
+            gradients = _native_gradients(kernels, grad, x, weight, needed)
+        if gradients is not None:
+            return gradients
         sizes = [weight.shape[0]] if needed[2] else None
         geometry = self._geometry()
         of_x = None
@@ -164,9 +151,9 @@ class Convolution(NamedTuple):
         has_kernels = (
             _NATIVE_IN_GRAPHS
             and (
-                self._has_pointwise_kernel(x, weight)
+                self._has_pointwise_kernel(x, weight, x.dtype)
                 or self._has_depthwise_kernel(x, weight)
-                or (x.dtype == torch.float32 and self._has_winograd_kernel(x, weight))
+                or self._has_winograd_kernel(x, weight, x.dtype)
             )
             and x.is_cpu
             and x.dtype in _NATIVE_DTYPES
@@ -180,34 +167,39 @@ class Convolution(NamedTuple):
         """Whether, computed in `dtype`, all of it is torch's convolution of the whole batch."""
         if x.dim() != 4 or not x.is_cpu or dtype not in _NATIVE_DTYPES:
             return True
-        if self._has_pointwise_kernel(x, weight) or self._has_depthwise_kernel(x, weight):
+        if self._has_depthwise_kernel(x, weight) or self._kernels_by_size(x, weight, dtype):
             return False
-        if dtype != torch.float32:
-            return not self._has_tiled_kernel(x, weight, dtype)
-        if self._has_winograd_kernel(x, weight):
-            return False
-        return self._images_at_once(x, weight) == x.shape[0]
+        return dtype != torch.float32 or self._images_at_once(x, weight) == x.shape[0]
 
     def _geometry(self) -> tuple[Any, ...]:
         """What torch's functions take after the bias."""
         output_padding = (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, False, output_padding, self.groups
 
+    def _kernels(self, x: Tensor, weight: Tensor) -> _Kernels | None:
+        """What computes it faster than torch; None also for depthwise convolutions."""
+        return self._kernels_by_size(x, weight, x.dtype) if _is_for_natives(x) else None
+
+    def _kernels_by_size(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> _Kernels | None:
+        """The same by its sizes alone, where it is computed in `dtype`."""
+        if self._has_tiled_kernel(x, weight, dtype):
+            return _C.tiled_convolution, _C.tiled_grad_input, _C.tiled_grad_weight
+        if self._has_pointwise_kernel(x, weight, dtype):
+            return _C.pointwise_convolution, _C.pointwise_grad_input, _C.pointwise_grad_weight
+        if self._has_winograd_kernel(x, weight, dtype):
+            return _C.winograd_convolution, _C.winograd_grad_input, _C.winograd_grad_weight
+        return None
+
     def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         """Whether native kernels compute it, with a kernel for each channel."""
-        return (
-            self._has_depthwise_kernel(x, weight)
-            and _is_measured(x, *_NATIVE_DTYPES)
-            and _C.isa().startswith(_MEASURED_ISAS)
-        )
+        return self._has_depthwise_kernel(x, weight) and _is_for_natives(x)
 
     def _has_depthwise_kernel(self, x: Tensor, weight: Tensor) -> bool:
-        size = weight.shape[-1]
         return (
-            x.dim() == 4
-            and self.groups == weight.shape[0] == x.shape[1]
+            self.groups == x.shape[1] == weight.shape[0]
+            and x.dim() == 4
+            and (size := weight.shape[-1]) in _DEPTHWISE
             and weight.shape[1:] == (1, size, size)
-            and size in _DEPTHWISE
             and self.stride in ((1, 1), (2, 2))
             and self.padding == (size // 2,) * 2
             and self.dilation == (1, 1)
@@ -240,65 +232,49 @@ class Convolution(NamedTuple):
         done = _C.depthwise_convolution_backward(*args)
         return (of_x, of_weight, of_bias) if done else None
 
-    def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether native kernels compute it, as a product of matrices, faster than torch."""
+    def _has_pointwise_kernel(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+        if x.dim() != 4:
+            return False
+        outputs, inputs, *kernel = weight.shape
         return (
-            self._has_pointwise_kernel(x, weight)
-            and _is_measured(x, *_NATIVE_DTYPES)
-            and _C.isa().startswith(_MEASURED_ISAS)
-        )
-
-    def _has_pointwise_kernel(self, x: Tensor, weight: Tensor) -> bool:
-        return (
-            x.dim() == 4
-            and weight.shape[1:] == (x.shape[1], 1, 1)
+            inputs == x.shape[1]
+            and kernel == [1, 1]
             and self.stride == (1, 1)
             and self.padding == (0, 0)
             and self.groups == 1
-            and (not _is_left_to_amx(x.dtype) or _takes_few_multiplications(x.dtype, weight))
-        )
-
-    def _is_tiled(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether tiles compute it, and faster than torch and than other kernels."""
-        return (
-            self._has_tiled_kernel(x, weight, x.dtype)
-            and _is_measured(x, torch.bfloat16)
-            and _is_contiguous(x)
-            and _is_contiguous(weight)
+            and (
+                not _is_left_to_amx(dtype)
+                or (
+                    dtype is torch.bfloat16
+                    and not _multiplies_more_than(_FEW_FOR_AMX, outputs, inputs)
+                )
+            )
         )
 
     def _has_tiled_kernel(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+        if dtype is not torch.bfloat16 or _C.isa() != "avx512_amx" or x.dim() != 4:
+            return False
         outputs, inputs, *kernel = weight.shape
         return (
-            _C.isa() == "avx512_amx"
-            and dtype is torch.bfloat16
-            and x.dim() == 4
-            and inputs == x.shape[1]
+            inputs == x.shape[1]
             and kernel in ([1, 1], [3, 3])
             and self.stride == self.dilation == (1, 1)
             and self.padding == (kernel[0] // 2,) * 2
             and self.groups == 1
-            and outputs * inputs * math.prod(kernel) > _FEW_FOR_TILES * (outputs + inputs)
+            and _multiplies_more_than(_FEW_FOR_TILES, outputs, inputs, math.prod(kernel))
         )
 
-    def _is_winograd(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether Winograd's algorithm computes it, and faster than torch."""
+    def _has_winograd_kernel(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         return (
-            self._has_winograd_kernel(x, weight)
-            and _is_measured(x, torch.float32)
-            and _C.isa().startswith(_MEASURED_ISAS)
-        )
-
-    def _has_winograd_kernel(self, x: Tensor, weight: Tensor) -> bool:
-        return (
-            x.dim() == 4
+            dtype is torch.float32
+            and x.dim() == 4
             and weight.shape[1:] == (x.shape[1], 3, 3)
             and self.stride == self.padding == self.dilation == (1, 1)
             and self.groups == 1
             and min(weight.shape[:2]) >= _CHANNELS_OF_WINOGRAD
             and min(x.shape[2:]) >= _SIDE_OF_WINOGRAD
             and _has_tiles_for(x, weight)
-            and not _is_left_to_amx(x.dtype)
+            and not _is_left_to_amx(dtype)
         )
 
     def _parts(self, x: Tensor, weight: Tensor) -> list[slice]:
@@ -330,22 +306,20 @@ class Convolution(NamedTuple):
         return weight.shape[0] * math.prod(sizes)
 
 
-def _native(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """A convolution by a kernel that keeps the size of images, in the memory format of torch's.
-
-    None where torch is to compute it.
-    """
+def _native(kernels: _Kernels, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The convolution in the memory format of torch's; None where torch is to compute it."""
     memory_format = _memory_format(x, weight)
     if memory_format is None or not _may_skip_dispatcher(x, weight, bias):
         return None
     size = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     y = torch.empty(size, dtype=x.dtype, memory_format=memory_format)
-    return y if kernel(x, weight.contiguous(), bias, y) else None
+    return y if kernels[0](x, weight.contiguous(), bias, y) else None
 
 
 def _native_gradients(
-    of_input: Any, of_weights: Any, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+    kernels: _Kernels, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
 ) -> Gradients | None:
+    _, of_input, of_weights = kernels
     of_x = of_weight = of_bias = None
     if _memory_format(x, weight) is None or not may_skip_dispatcher(grad, x, weight):
         return None
@@ -385,18 +359,18 @@ def _is_left_to_amx(dtype: torch.dtype) -> bool:
     return precision == "bf16"
 
 
-def _takes_few_multiplications(dtype: torch.dtype, weight: Tensor) -> bool:
-    """Whether the kernels for 1x1 convolutions are faster than oneDNN's with AMX."""
-    outputs, inputs = weight.shape[:2]
-    return dtype is torch.bfloat16 and outputs * inputs <= _FEW_FOR_AMX * (outputs + inputs)
+def _multiplies_more_than(times: int, outputs: int, inputs: int, taps: int = 1) -> bool:
+    """Whether stride 1 takes more multiplications for each element that is read or written."""
+    return outputs * inputs * taps > times * (outputs + inputs)
 
 
 def _memory_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
-    """Of the result of a convolution; None where x or weight has gaps, or one of another format."""
+    """Of the result of native kernels; None where they do not take x and weight as they lie."""
     if _is_contiguous(x):
         return torch.contiguous_format if _is_contiguous(weight) else None
     _, channels, height, width = x.shape
-    if x.stride() == (channels * height * width, 1, width * channels, channels):
+    channels_last = (channels * height * width, 1, width * channels, channels)
+    if x.dtype is torch.float32 and x.stride() == channels_last:
         formats = torch.contiguous_format, torch.channels_last
         has_one = any(weight.is_contiguous(memory_format=f) for f in formats)
         return torch.channels_last if has_one else None
@@ -418,6 +392,11 @@ def _for_parts(x: Tensor) -> Tensor:
     if may_skip_dispatcher(x):
         _C.prefer_huge_pages(x)
     return x
+
+
+def _is_for_natives(x: Tensor) -> bool:
+    """Whether native kernels were measured to be faster for such tensors, on this processor."""
+    return _is_measured(x, *_NATIVE_DTYPES) and _C.isa().startswith(_MEASURED_ISAS)
 
 
 def _is_measured(x: Tensor, *dtypes: torch.dtype) -> bool:
