@@ -56,8 +56,8 @@ FASTQUANT_INLINE void start_sums(typename D::Ints (&sums)[kRows * kVectors], int
 }
 
 // The outputs of kRows rows from `row` on for kVectors vectors of channels from `channel` on. weights: the
-// first step of these channels; from step to step it is `width` bytes. ahead: weights that the next tiles will
-// read; a cache line of them is fetched at each step.
+// first step of these channels; from step to step it is `width` bytes. ahead: weights of which a cache line is
+// fetched at each step.
 template <class D, int kRows, int kVectors>
 void multiply_tile(const MatrixRows& a, int64_t row, const int8_t* weights, int64_t width,
                    const int64_t* first_steps, const int8_t* ahead, const OutputStage& out, int64_t channel,
@@ -118,34 +118,38 @@ Tile tile_of(int64_t rows) {
   return multiply_tile<D, kRows, kVectors>;
 }
 
-// All rows, for kVectors vectors of channels.
+// All rows, for kVectors vectors of channels. next: weights that will be multiplied later, as many as these;
+// nullptr if there are none.
 template <class D, int kVectors>
 void multiply_channels(const MatrixRows& a, const int8_t* weights, int64_t width, const int64_t* first_steps,
-                       const OutputStage& out, int64_t channel, int64_t count) {
+                       const int8_t* next, const OutputStage& out, int64_t channel, int64_t count) {
   constexpr int kMost = D::template kMostRows<kVectors>;
-  // Where these weights fill blocks, those of the next block follow them.
   const int64_t steps = a.segments * a.steps;
-  const int8_t* ahead = weights + steps * width;
+  const int8_t* const end = next + (next != nullptr ? steps * kVectors * D::N * kStep : 0);
   for (int64_t row = 0; row < a.rows;) {
     const int64_t left = a.rows - row;
     int64_t rows = left < kMost ? left : kMost;
     if (left > kMost && left < 2 * kMost) rows = (left + 1) / 2;  // two tiles of a size, not a tiny one
-    tile_of<D, kVectors>(rows)(a, row, weights, width, first_steps, ahead, out, channel, count);
-    ahead += steps * kCacheLine;
+    // When the next weights are there, tiles fetch what they read anyway. What is never read must not be
+    // fetched: it would take the place of all else in the caches.
+    const bool more = next < end;
+    tile_of<D, kVectors>(rows)(a, row, weights, width, first_steps, more ? next : weights, out, channel, count);
+    if (more) next += steps * kCacheLine;
     row += rows;
   }
 }
 
 template <class D, int kVectors = D::kMostVectors>
 void multiply_at_most(int64_t vectors, const MatrixRows& a, const int8_t* weights, int64_t width,
-                      const int64_t* first_steps, const OutputStage& out, int64_t channel, int64_t count) {
+                      const int64_t* first_steps, const int8_t* next, const OutputStage& out, int64_t channel,
+                      int64_t count) {
   if constexpr (kVectors > 1) {
     if (vectors < kVectors) {
-      multiply_at_most<D, kVectors - 1>(vectors, a, weights, width, first_steps, out, channel, count);
+      multiply_at_most<D, kVectors - 1>(vectors, a, weights, width, first_steps, next, out, channel, count);
       return;
     }
   }
-  multiply_channels<D, kVectors>(a, weights, width, first_steps, out, channel, count);
+  multiply_channels<D, kVectors>(a, weights, width, first_steps, next, out, channel, count);
 }
 
 // Calls f(channel, count, weights, width) for each part of the blocks that is kMost channels wide.
@@ -169,8 +173,13 @@ void multiply_in_tiles(const MatrixRows& rows, const MatrixWeights& weights, int
                        const OutputStage& out) {
   for_tiles_of_channels<kVectors * D::N>(
       weights, begin, end, [&](int64_t channel, int64_t count, const int8_t* data, int64_t width) {
-        multiply_at_most<D, kVectors>((count + D::N - 1) / D::N, rows, data, width, weights.first_steps, out,
-                                      channel, count);
+        // Each part of a block fetches as large a part of the next one.
+        const int64_t next_block = rounded_up(channel + 1, kBlockChannels);
+        const int8_t* const next =
+            weights.data + (next_block + channel % kBlockChannels) * weights.steps * kStep;
+        multiply_at_most<D, kVectors>(
+            (count + D::N - 1) / D::N, rows, data, width, weights.first_steps,
+            next_block < smaller(end * kBlockChannels, weights.channels) ? next : nullptr, out, channel, count);
       });
 }
 
@@ -377,7 +386,7 @@ void multiply_words(const MatrixRows& a, const MatrixWeights& weights, int64_t b
       }
     }
     multiply_at_most<typename D::Wide>(vectors, rows, reinterpret_cast<const int8_t*>(wide_weights), wide_width,
-                                       nullptr, out, channel, count);
+                                       nullptr, nullptr, out, channel, count);
   };
   constexpr int64_t kWide = D::Wide::kMostVectors * D::N, kNarrow = 2 * D::N;
   if (2 * kStep * steps * kWide <= kWordsInFirstCache) {
