@@ -164,6 +164,48 @@ def test_forward_runs_the_batch() -> None:
     assert done.samples == SAMPLES
 
 
+class _OfTwo(nn.Module):
+    """Takes two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = prepared()
+
+    def forward(self, x: Any, scale: float) -> Tensor:
+        return self.inner(x * scale)
+
+
+class _OfADict(_OfTwo):
+    """Takes one argument, a dict."""
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return self.inner(batch["x"] + batch["shift"])
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "call"),
+    [
+        (_OfTwo, BATCHES[0], "model(batch)"),
+        (_OfTwo, (BATCHES[0], 2.0), "model(batch[0])"),
+        (_OfADict, {"x": BATCHES[0], "shift": 1}, "model(**batch)"),
+        (_OfADict, ({"x": BATCHES[0], "shift": 1}, 3), "model(**batch[0])"),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_forward_says_how_to_call_it(
+    model: type[nn.Module], batch: Any, call: str
+) -> None:
+    with pytest.raises(TypeError, match=r"forward\(\) .*argument") as caught:
+        calibrate(model(), [batch], progress=False)
+    assert call in str(caught.value)
+    assert "forward=lambda model, batch" in str(caught.value)
+
+
+def test_a_type_error_of_the_model_itself_stays_as_it_is() -> None:
+    with pytest.raises(TypeError) as caught:
+        calibrate(_OfADict(), [{"batch": {"x": BATCHES[0], "shift": "a"}}], progress=False)
+    assert "forward=" not in str(caught.value)
+
+
 def test_runs_in_eval_mode_without_gradients_and_restores_both() -> None:
     model = prepared()
     model.train()

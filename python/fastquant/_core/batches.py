@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,15 +48,38 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     if is_sequence and not batch:
         raise ValueError("data holds an empty tuple or list: the first element is the input")
     x = batch[0] if is_sequence else batch
-    if isinstance(x, Mapping):
-        return model(**x)
-    if isinstance(x, Tensor) or is_sequence:
-        return model(x)
-    raise TypeError(
-        "a batch must be a tensor, a tuple or list that begins with the input, or a mapping "
-        f"of keyword arguments, got {type(batch).__name__}; for anything else pass "
-        "forward=lambda model, batch: ..."
-    )
+    as_keywords = isinstance(x, Mapping)
+    if not (as_keywords or is_sequence or isinstance(x, Tensor)):
+        raise TypeError(
+            "a batch must be a tensor, a tuple or list that begins with the input, or a mapping "
+            f"of keyword arguments, got {type(batch).__name__}; for anything else pass "
+            "forward=lambda model, batch: ..."
+        )
+    args, keywords = ((), x) if as_keywords else ((x,), {})
+    try:
+        return model(*args, **keywords)
+    except TypeError as error:
+        if _takes(model.forward, args, keywords):
+            raise  # the model's own
+        given = "batch[0]" if is_sequence else "batch"
+        raise TypeError(
+            f"{error}: a batch ({type(batch).__name__}) is passed as "
+            f"model({'**' * as_keywords}{given}), which does not fit; to call the model otherwise "
+            "pass forward=lambda model, batch: ..."
+        ) from error
+
+
+def _takes(function: Callable[..., Any], args: tuple[Any, ...], keywords: Any) -> bool:
+    """Whether the function's signature fits these arguments, or is not known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*args, **keywords)
+    except TypeError:
+        return False
+    return True
 
 
 def batch_size(batch: Any) -> int:
