@@ -308,6 +308,71 @@ def test_converted_attention_is_near_torch_nn_s(
     torch.testing.assert_close(back(*given)[0], expected, atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "extra", [{}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 10}, {"bias": False}]
+)
+def test_attention_is_trained_with_quantization(extra: dict[str, Any], batch_first: bool) -> None:
+    settings = {"batch_first": batch_first, **extra}
+    model: Any = Attending(nn.MultiheadAttention(8, 2, **settings)).train()
+    given = inputs(settings)
+    model.qconfig = fq.get_default_qat_qconfig("native")
+    prepared: Any = fq.prepare_qat(model)
+    assert all(module.training for module in prepared.modules())
+    layers = {
+        name: layer
+        for name, layer in prepared.named_modules()
+        if isinstance(layer, native.Linear) or hasattr(layer, "weight_fake_quant")
+    }
+    assert {name.rpartition(".")[2] for name in layers} == {
+        *("linear_Q", "linear_K", "linear_V", "out_proj")
+    }
+    for switch in (fq.disable_fake_quant, fq.disable_observer):
+        prepared.apply(switch)
+    torch.testing.assert_close(prepared(*given), model(*given))
+
+    for switch in (fq.enable_fake_quant, fq.enable_observer):
+        prepared.apply(switch)
+    learning = [p for p in prepared.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in learning) == sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.SGD(learning, 0.1)
+    before = [p.detach().clone() for p in learning]
+    for _ in range(3):
+        optimizer.zero_grad()
+        prepared(*given).square().sum().backward()
+        assert all(p.grad is not None for p in learning)
+        optimizer.step()
+    no_effect = getattr(prepared.layer.linear_K, "bias", None)  # softmax does not see it
+    for old, new in zip(before, learning, strict=True):
+        assert new is no_effect or not torch.equal(old, new)
+    packed = prepared.layer.in_proj_weight
+    if packed is not None:
+        parts = [getattr(prepared.layer, f"linear_{name}").weight for name in "QKV"]
+        assert_same(packed.detach(), torch.cat(parts).detach())
+
+    prepared.apply(fq.disable_observer)
+    prepared.eval()
+    expected = prepared(*given).detach()
+    again: Any = fq.prepare_qat(model)
+    again.load_state_dict(prepared.state_dict())
+    again.apply(fq.disable_observer)
+    assert_same(again.eval()(*given).detach(), expected)
+    for backend in ("native", "torch.ao"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of layers that have seen no data
+            converted = fq.convert(prepared, backend=backend)
+        torch.testing.assert_close(converted(*given), expected, atol=0.06, rtol=0)
+
+
+def test_attention_without_a_config_is_not_trained_with_quantization() -> None:
+    model: Any = Attending(nn.MultiheadAttention(8, 2)).train()
+    model.qconfig = fq.get_default_qat_qconfig("native")
+    model.layer.qconfig = None
+    prepared: Any = fq.prepare_qat(model)
+    assert type(prepared.layer) is nn.MultiheadAttention
+    assert type(prepared.layer.out_proj) is type(model.layer.out_proj)
+
+
 def test_native_attention_has_biases_of_keys_and_values() -> None:
     model: Any = Attending(nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)).eval()
     given = inputs({"batch_first": True})

@@ -423,7 +423,8 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
     teach_float_functional()
     with ao.quiet():
         propagate_qconfig_(model)
-    plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None))
+    made_of_parts = _DEFAULT_CUSTOM_CONFIG_DICT["float_to_observed_custom_module_class"]
+    plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None), closed=made_of_parts)
     checks.warn_of_root(plan)
     swapping.swap(plan)
     for module in model.modules():

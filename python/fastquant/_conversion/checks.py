@@ -208,6 +208,7 @@ def uncalibrated(plan: Plan, functionals: bool = False) -> list[str]:
             path
             for path, module in observed
             if (functionals or not isinstance(module, native.FloatFunctional))
+            and not _is_activation_post_process(module)  # a fake-quantizer, which has an observer
             and _is_uncalibrated(module)
         ]
     return paths

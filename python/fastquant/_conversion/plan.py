@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -57,6 +57,7 @@ class Plan:
         mapping: class to swap in by class, made by `from_float`.
         custom: the same, made by `from_observed`; goes first.
         dynamic: the same as `mapping` for modules whose config is for dynamic quantization.
+        closed: classes whose modules, if they have a config, prepare what is in them themselves.
 
     Attributes:
         entries: the model itself first, if its class has one to swap in; then what is below, in
@@ -70,12 +71,14 @@ class Plan:
         mapping: Classes,
         custom: Classes,
         dynamic: Classes = MappingProxyType({}),
+        closed: Collection[Any] = (),
     ) -> None:
         self.function = function
         self.model = model
         self._mapping = mapping
         self._custom = custom
         self._dynamic = dynamic
+        self._closed = closed
         self.entries: list[Entry] = []
         if type_before_parametrizations(model) in mapping:
             self._add("", None, "", model)
@@ -86,7 +89,7 @@ class Plan:
 
         It is made anew, from the same rules, because a module may copy itself as it likes.
         """
-        return Plan(self.function, model, self._mapping, self._custom, self._dynamic)
+        return Plan(self.function, model, self._mapping, self._custom, self._dynamic, self._closed)
 
     def swaps(self) -> Iterator[Entry]:
         """The entries that are not skipped."""
@@ -128,6 +131,8 @@ class Plan:
     def _is_swapped_whole(self, module: nn.Module) -> bool:
         """Whether a module is swapped without its submodules being swapped first."""
         kind = type_before_parametrizations(module)
+        if kind in self._closed and has_qconfig(module):
+            return True
         return issubclass(kind, _FusedModule) or kind in self._custom
 
 

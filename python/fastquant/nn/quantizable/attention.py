@@ -77,10 +77,11 @@ class MultiheadAttention(_Base):
 
     @classmethod
     def from_float(cls, other: Any) -> Any:
-        """An observed module with the weights of a `torch.nn.MultiheadAttention`, in eval mode.
+        """An observed module with the weights of a `torch.nn.MultiheadAttention`, in its mode.
 
-        It is torch.ao's where that exists and computes the same, without `batch_first`: torch.ao's
-        `convert` knows its own class only.
+        In training mode its layers fake-quantize their weights. In eval mode it is torch.ao's
+        where that exists and computes the same, without `batch_first`: torch.ao's `convert` knows
+        its own class only, which cannot be trained so.
         """
         if type(other) is not cls._FLOAT_MODULE:
             raise QuantizationError(
@@ -89,7 +90,7 @@ class MultiheadAttention(_Base):
             )
         if not hasattr(other, "qconfig"):
             raise QuantizationError("MultiheadAttention must have a qconfig to be observed")
-        if _Base is not nn.MultiheadAttention and not other.batch_first:
+        if _Base is not nn.MultiheadAttention and not (other.batch_first or other.training):
             theirs: Any = _Base
             return theirs.from_float(other)
         made = cls(
@@ -98,9 +99,14 @@ class MultiheadAttention(_Base):
             other.batch_first,
         )
         made.qconfig = other.qconfig
-        # Not computed with, as torch.ao's are not, but part of a state.
         for name, parameter in other.named_parameters(recurse=False):
-            setattr(made, name, parameter)
+            # But for `bias_k` and `bias_v` these are not computed with, as torch.ao's are not, but
+            # part of a state. The layers' weights are views of them, so training trains both; what
+            # waits for the gradients of all parameters, as DistributedDataParallel does, must not
+            # wait for theirs.
+            only_kept = other.training and name not in ("bias_k", "bias_v")
+            kept = Parameter(parameter.detach(), requires_grad=False) if only_kept else parameter
+            setattr(made, name, kept)
         made.out_proj.weight, made.out_proj.bias = other.out_proj.weight, other.out_proj.bias
         if other.in_proj_weight is not None:
             weights = other.in_proj_weight.chunk(3)
@@ -111,7 +117,7 @@ class MultiheadAttention(_Base):
             layer = getattr(made, name)
             layer.weight = Parameter(weight.detach(), weight.requires_grad)
             layer.bias = None if bias is None else Parameter(bias.detach(), bias.requires_grad)
-        return with_observers(made.eval())
+        return with_observers(made.train(other.training))
 
     @classmethod
     def from_observed(cls, other: Any) -> Any:
