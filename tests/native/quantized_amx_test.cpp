@@ -1,7 +1,9 @@
 // The kernels for AMX, and the choice between them and those for AVX-512 VNNI, on products that are larger than
 // those of quantized_layers_test.cpp. On processors without AMX, its instructions are emulated; without
 // AVX-512 VNNI, nothing is tested.
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <string>
 
 #include "amx_emulation.h"
@@ -16,15 +18,24 @@ namespace {
 
 constexpr const char* kAmx = "avx512_amx";
 
-// A layer of unsigned bytes, whose outputs are its sums in fp32.
+// What a layer's sums become.
+struct Output {
+  OutputType type = OutputType::f32;
+  double scale = 1;
+  int64_t zero_point = 0;
+  double low = -std::numeric_limits<double>::infinity(), high = std::numeric_limits<double>::infinity();
+};
+
+// A layer of unsigned bytes, whose outputs are its sums in fp32 unless another output is wanted.
 struct Layer {
   Layer(const ConvShape& its_shape, bool is_transposed)
       : shape(its_shape),
         transposed(is_transposed),
         x(random_bytes(shape.batch * shape.in[0] * shape.in[1] * shape.in[2] * shape.in_channels)),
         packed(0),
-        scale(1) {
-    scale[0] = 1;
+        scale(shape.out_channels),
+        bias(shape.out_channels) {
+    for (int64_t c = 0; c < shape.out_channels; ++c) scale[c] = 1, bias[c] = 0;
     const int64_t first = transposed ? shape.in_channels : shape.out_channels;
     const int64_t second = (transposed ? shape.out_channels : shape.in_channels) / shape.groups;
     const int64_t sizes[] = {first, second, shape.kernel[0], shape.kernel[1], shape.kernel[2]};
@@ -35,19 +46,18 @@ struct Layer {
     pack_weight(weight.data(), layout, packed.data());
   }
 
-  std::vector<float> output() const {
-    std::vector<float> y(size_t(shape.positions() * shape.out_channels));
-    const double infinity = std::numeric_limits<double>::infinity();
+  std::vector<uint8_t> output(const Output& as = Output()) const {
+    std::vector<uint8_t> y(size_t(shape.positions() * shape.out_channels * bytes_of(as.type)));
     (transposed ? quantized_conv_transpose : quantized_conv)(
-        {x.data(), 1, 3, false}, shape, packed.data(), {scale.data(), false, nullptr},
-        {y.data(), OutputType::f32, 1, 0, -infinity, infinity});
+        {x.data(), 1, 3, false}, shape, packed.data(), {scale.data(), true, bias.data()},
+        {y.data(), as.type, as.scale, as.zero_point, as.low, as.high});
     return y;
   }
 
   ConvShape shape;
   bool transposed;
   Buffer<uint8_t> x, packed;
-  Buffer<float> scale;
+  Buffer<float> scale, bias;
 };
 
 Layer linear(int64_t rows, int64_t in, int64_t out) {
@@ -184,16 +194,40 @@ void check_pieces() {
   }
 }
 
+// Outputs of any type, most of them with many values that no bound cuts off. A few channels have a scale or a
+// bias with which values fit no int32, or are NaN.
+Output random_output(Layer* layer) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float unusual[] = {1e7f, -1e7f, 3e38f, infinity, -infinity, std::nanf("")};
+  for (int64_t c = 0; c < layer->shape.out_channels; ++c) {
+    layer->scale[c] = float(1 + rng() % 100) * 0.01f;
+    layer->bias[c] = float(int(rng() % 200)) - 100;
+  }
+  if (rng() % 3 == 0) {
+    const int64_t c = between(0, layer->shape.out_channels - 1);
+    (rng() % 2 == 0 ? layer->scale : layer->bias)[c] = unusual[rng() % 6];
+  }
+  Output as;
+  as.type = OutputType(rng() % 4);
+  if (bytes_of(as.type) > 1) return as;
+  as.scale = double(pick({1, 20, 1000}));
+  as.zero_point = between(0, 255) - (as.type == OutputType::s8 ? 128 : 0);
+  if (rng() % 2 == 0) as.low = 0;
+  if (rng() % 3 == 0) as.high = 40 * as.scale;
+  return as;
+}
+
 void check_layers(int rounds) {
   int with_tiles = 0;
   for (int i = 0; i < rounds; ++i) {
-    const Layer layer = random_layer();
+    Layer layer = random_layer();
+    const Output as = random_output(&layer);
     threads = pick({1, 3});
     set_isa("avx512_vnni");
-    const auto expected = layer.output();
+    const auto expected = layer.output(as);
     const long before = emulated_products();
     set_isa(kAmx);
-    expect(layer.output() == expected, "the same as by AVX-512 VNNI");
+    expect(layer.output(as) == expected, "the same as by AVX-512 VNNI");
     with_tiles += emulated_products() > before;
   }
   // Some layers have too few rows for each thread.

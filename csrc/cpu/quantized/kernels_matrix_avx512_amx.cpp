@@ -24,6 +24,9 @@ constexpr int64_t kMostRowTiles = 256;
 
 constexpr int64_t kChunk = 64;  // bytes that are copied at once
 
+// Rows whose outputs are computed before the products of a tile of steps: more would delay these.
+constexpr int64_t kMostBefore = 6;
+
 constexpr int64_t quotient_rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 // A part of the steps of all rows: where its values are in each row, and the first step of its weights. Only
@@ -47,51 +50,138 @@ struct Tiling {
   const StepTile* step_tiles;
   int64_t step_tile_count;
   const OutputStage* out;
+
+  // How many rows of the sums before become outputs between the loads and the products of a tile of steps, or
+  // after its products. Together, so many steps finish two tiles. An even number, because two rows of bytes are
+  // computed together.
+  int64_t finish_before = 0, finish_after = 0;
+
+  void share_outputs() {
+    const int64_t beside = quotient_rounded_up(rows, step_tile_count) * 2;
+    (beside <= kMostBefore ? finish_before : finish_after) = beside;
+  }
 };
 
-// Sums of up to two tiles of rows and two of channels that are still to become outputs.
+// Makes outputs of the sums of some rows, from `row` on, for up to two vectors of channels from `channel` on,
+// of which `count` channels exist. sums: without their offsets.
+using Finish = void (*)(const int32_t* sums, int64_t rows, int64_t row, int64_t channel, int64_t count,
+                        const OutputStage& out);
+
+// Which sums the tile registers 0 to 3, or as much memory, hold: of up to two tiles of rows and two of
+// channels.
 struct Sums {
-  int32_t* data;
   const RowTile* tiles;
-  int tile_count = 0, tile = 0;
-  int vectors;
+  int tile_count = 0, vectors = 0;
   int64_t channel, channels;
+  Finish finish;
+};
+
+// Sums in memory that are becoming outputs.
+struct Stored {
+  alignas(64) int32_t data[4 * kTileRows * kLaneChannels];
+  Sums sums;
+  int tile = 0;
   int64_t next = 0;  // row of the tile
   int64_t row, column;
 
-  bool left() const { return tile < tile_count; }
+  bool left() const { return tile < sums.tile_count; }
 };
 
-template <int kRows, int kVectors>
-void finish_sums(const int32_t* sums, int64_t row, int64_t channel, int64_t count, const OutputStage& out) {
-  Avx512Lanes::Ints vectors[kRows * kVectors];
-  unrolled<kRows * kVectors>(
-      [&](auto i) FASTQUANT_INLINE_LAMBDA { vectors[i] = Avx512Lanes::load(sums + i * Avx512Lanes::N); });
-  finish_rows<Avx512Lanes, kRows, kVectors>(vectors, row, channel, count, out);
+template <int kVectors>
+void finish_any(const int32_t* sums, int64_t rows, int64_t row, int64_t channel, int64_t count,
+                const OutputStage& out) {
+  const auto finish = [&](auto number) FASTQUANT_INLINE_LAMBDA {
+    constexpr int kRows = number;
+    Avx512Lanes::Ints vectors[kRows * kVectors];
+    unrolled<kRows * kVectors>([&](auto i) FASTQUANT_INLINE_LAMBDA {
+      const int32_t* const offset = out.offset + channel + i % kVectors * kLaneChannels;
+      vectors[i] = Avx512Lanes::add(Avx512Lanes::load(sums + i * kLaneChannels), Avx512Lanes::load(offset));
+    });
+    finish_rows<Avx512Lanes, kRows, kVectors>(vectors, row, channel, count, out);
+    rows -= kRows, row += kRows, sums += kRows * kVectors * kLaneChannels;
+  };
+  while (rows >= 8) finish(Index<8>());
+  while (rows > 0) finish(Index<1>());
 }
 
-// Rows whose sums become outputs at once.
-constexpr int64_t kMostFinished = 8;
+// The same for bytes, with fewer instructions: four vectors, of several rows, fill one vector of bytes; and
+// values that fit an int32 need no upper bound before they are rounded, because what follows saturates.
+// kBounded: bytes have other bounds than 0 and 255, or another sign. While it multiplies tiles, the processor
+// starts one operation on floats in a cycle, instead of two.
+template <int kVectors, bool kBounded>
+void finish_bytes(const int32_t* sums, int64_t rows, int64_t row, int64_t channel, int64_t count,
+                  const OutputStage& out) {
+  constexpr int kRows = 4 / kVectors;
+  __m512i offset[kVectors];
+  __m512 factor[kVectors], bias[kVectors];
+  unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+    const int64_t at = channel + v * kLaneChannels;
+    offset[v] = _mm512_loadu_si512(out.offset + at);
+    factor[v] = _mm512_loadu_ps(out.factor + at);
+    bias[v] = _mm512_loadu_ps(out.bias + at);
+  });
+  const __m512i zero_point = _mm512_set1_epi16(static_cast<int16_t>(out.zero_point));
+  const auto byte = [&](float level) FASTQUANT_INLINE_LAMBDA {
+    return _mm512_set1_epi8(static_cast<char>(static_cast<int32_t>(level) + out.zero_point));
+  };
+  const __m512i low = byte(out.low), high = byte(out.high),
+                flip = _mm512_set1_epi8(static_cast<char>(out.flip));
+  // Each group of 16 bytes has four of every vector.
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const auto these = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+  uint8_t* to = static_cast<uint8_t*>(out.data) + row * out.stride + channel;
+  for (; rows > 0; rows -= kRows, sums += 4 * kLaneChannels, to += kRows * out.stride) {
+    // Of fewer rows, the last one is computed again.
+    const auto row_of = [&](int r) FASTQUANT_INLINE_LAMBDA { return r < rows ? r : rows - 1; };
+    __m512i x[4];
+    unrolled<4>([&](auto i) FASTQUANT_INLINE_LAMBDA {
+      constexpr int v = i % kVectors;
+      const __m512i sum = _mm512_load_si512(sums + (row_of(i / kVectors) * kVectors + v) * kLaneChannels);
+      const __m512 y = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, offset[v]));
+      x[i] = _mm512_cvtps_epi32(_mm512_add_ps(_mm512_mul_ps(y, factor[v]), bias[v]));
+    });
+    const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(x[0], x[1]), zero_point);
+    const __m512i more = _mm512_adds_epi16(_mm512_packs_epi32(x[2], x[3]), zero_point);
+    __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words, more));
+    if constexpr (kBounded) bytes = _mm512_xor_si512(_mm512_min_epu8(_mm512_max_epu8(bytes, low), high), flip);
+    unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
+      uint8_t* const at = to + row_of(r) * out.stride;
+      if constexpr (kVectors == 2) {
+        _mm256_mask_storeu_epi8(at, these, _mm512_extracti64x4_epi64(bytes, r));
+      } else {
+        _mm_mask_storeu_epi8(at, static_cast<__mmask16>(these), _mm512_extracti32x4_epi32(bytes, r));
+      }
+    });
+  }
+}
 
-// The outputs of the next rows.
-__attribute__((noinline)) void finish_some(Sums& s, const Tiling& t) {
-  if (s.next == 0) s.row = s.tiles[s.tile].row, s.column = s.tiles[s.tile].column;
+// How the outputs of kVectors vectors of channels are computed.
+template <int kVectors>
+Finish finish_of(const OutputStage& out, int64_t channel) {
+  if (bytes_of(out.type) != 1) return finish_any<kVectors>;
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = channel + v * kLaneChannels;
+    const __m512 factor = _mm512_abs_ps(_mm512_loadu_ps(out.factor + at));
+    const __m512 bias = _mm512_abs_ps(_mm512_loadu_ps(out.bias + at));
+    const __m512 most = _mm512_add_ps(_mm512_mul_ps(factor, _mm512_set1_ps(0x1p31f)), bias);
+    if (_mm512_cmp_ps_mask(most, _mm512_set1_ps(0x1p30f), _CMP_LE_OQ) != 0xffff) return finish_any<kVectors>;
+  }
+  const float zero_point = static_cast<float>(out.zero_point);
+  const bool whole = out.low + zero_point == 0 && out.high + zero_point == 255 && out.flip == 0;
+  return whole ? finish_bytes<kVectors, false> : finish_bytes<kVectors, true>;
+}
+
+// The outputs of the next rows, at most `most`.
+__attribute__((noinline)) void finish_some(Stored& s, const Tiling& t, int64_t most) {
+  const Sums& sums = s.sums;
+  if (s.next == 0) s.row = sums.tiles[s.tile].row, s.column = sums.tiles[s.tile].column;
   const int64_t left = t.rows - s.next, left_in_line = t.kept - s.column;
   int64_t count = left < t.line - s.column ? left : t.line - s.column;  // where no outputs are
   if (left_in_line > 0) {
     count = left < left_in_line ? left : left_in_line;
-    const int64_t width = s.vectors * kLaneChannels;
-    const int32_t* const sums = s.data + (s.tile * kTileRows + s.next) * width;
-    if (count >= kMostFinished) {
-      count = kMostFinished;
-      (s.vectors == 2 ? finish_sums<kMostFinished, 2> : finish_sums<kMostFinished, 1>)(sums, s.row, s.channel,
-                                                                                       s.channels, *t.out);
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        (s.vectors == 2 ? finish_sums<1, 2> : finish_sums<1, 1>)(sums + i * width, s.row + i, s.channel,
-                                                                 s.channels, *t.out);
-      }
-    }
+    count = count < most ? count : most;
+    sums.finish(s.data + (s.tile * kTileRows + s.next) * sums.vectors * kLaneChannels, count, s.row,
+                sums.channel, sums.channels, *t.out);
     s.row += count;
   }
   s.column += count;
@@ -100,8 +190,32 @@ __attribute__((noinline)) void finish_some(Sums& s, const Tiling& t) {
   if (s.next == t.rows) s.next = 0, ++s.tile;
 }
 
-void finish(Sums& s, const Tiling& t) {
-  while (s.left()) finish_some(s, t);
+void finish(Stored& s, const Tiling& t) {
+  while (s.left()) finish_some(s, t, kTileRows);
+}
+
+template <int kTile, int kVectors>
+FASTQUANT_INLINE void store_sums(int32_t* sums) {
+  constexpr int kWidth = kVectors * kLaneChannels;
+  store_tile<kTile>(sums + kTile / 2 * kTileRows * kWidth + kTile % 2 * kLaneChannels,
+                    kWidth * static_cast<int64_t>(sizeof(int32_t)));
+}
+
+// The outputs of sums that the tile registers hold.
+void finish_registers(Sums& in_registers, Stored& stored, const Tiling& t) {
+  finish(stored, t);
+  if (in_registers.tile_count == 0) return;
+  const bool pair = in_registers.tile_count == 2;
+  if (in_registers.vectors == 2) {
+    store_sums<0, 2>(stored.data), store_sums<1, 2>(stored.data);
+    if (pair) store_sums<2, 2>(stored.data), store_sums<3, 2>(stored.data);
+  } else {
+    store_sums<0, 1>(stored.data);
+    if (pair) store_sums<2, 1>(stored.data);
+  }
+  stored.sums = in_registers, stored.tile = 0;
+  in_registers.tile_count = 0;
+  finish(stored, t);
 }
 
 // Weights of some channels. weights: their first step; from step to step it is `width` bytes, and the channels
@@ -110,33 +224,38 @@ struct Channels {
   const int8_t* weights;
   int64_t width, ahead;
   int64_t first, count;
+  Finish finish;
 };
 
-// The sums of kRowTiles tiles of rows for kVectors times 16 channels, and meanwhile the outputs of the sums
-// before. Of the weights of the next channels, it fetches the part-th of `parts` parts.
+// Steps of each tile of weights: [from, to).
+struct Steps {
+  int64_t from, to;
+};
+
+// Computes the sums of kRowTiles tiles of rows for kVectors times 16 channels in registers, and meanwhile the
+// outputs of those that the registers held. Each register is stored just before its next sums start: the
+// processor then stores the first while it computes the next ones, which it cannot do where it meets all
+// stores together, behind the products that these wait for. Of the weights of the next channels, `ahead` are
+// fetched. backwards: from the last tile of steps to the first, which finds in the L1 cache what was read last.
 template <int kRowTiles, int kVectors>
-void multiply_tiles(const Tiling& t, const RowTile* rows, const Channels& c, int64_t part, int64_t parts,
-                    int32_t* sums, Sums& before) {
+void multiply_tiles(const Tiling& t, const RowTile* rows, const Channels& c, Steps ahead, bool backwards,
+                    Sums& in_registers, Stored& stored) {
   // Registers: sums of the first and second tile of rows, values, weights.
   constexpr int kValues = 4, kWeights = 6;
-  unrolled<kRowTiles>([&](auto r) FASTQUANT_INLINE_LAMBDA {
-    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
-      load_tile<2 * r + v>(t.out->offset + c.first + v * kLaneChannels, 0);  // the same in every row
-    });
-  });
-  const int64_t at_once =
-      quotient_rounded_up(before.tile_count * quotient_rounded_up(t.rows, kMostFinished), t.step_tile_count);
-  const int64_t ahead_from = part * t.steps / parts;
-  const int64_t ahead_to = (part + 1) * t.steps / parts;
+  if (in_registers.tile_count != kRowTiles || in_registers.vectors != kVectors)
+    finish_registers(in_registers, stored, t);
+  const bool stores = in_registers.tile_count > 0;
   alignas(64) int8_t filled_up[kTileRows * kVectors * kTileRowBytes];
-  for (int64_t k = 0; k < t.step_tile_count; ++k) {
+  // The products of a tile of steps. `finish_before` are the rows that become outputs between its loads and its
+  // products, so that loads never wait for the stores of outputs.
+  const auto multiply = [&](int64_t k, int64_t finish_before, auto is_first) FASTQUANT_INLINE_LAMBDA {
     const StepTile& tile = t.step_tiles[k];
     const int8_t* from = c.weights + tile.weights * c.width;
     int64_t stride = c.width;
-    for (int64_t i = ahead_from; i < ahead_to; ++i) {
-      const int8_t* const ahead = from + c.ahead + i * stride;
-      _mm_prefetch(ahead, _MM_HINT_T1);
-      _mm_prefetch(ahead + kTileRowBytes, _MM_HINT_T1);
+    for (int64_t i = ahead.from; i < ahead.to; ++i) {
+      const int8_t* const at = from + c.ahead + i * stride;
+      _mm_prefetch(at, _MM_HINT_T1);
+      _mm_prefetch(at + kTileRowBytes, _MM_HINT_T1);
     }
     if (tile.steps < t.steps) {
       stride = kVectors * kTileRowBytes;
@@ -154,49 +273,72 @@ void multiply_tiles(const Tiling& t, const RowTile* rows, const Channels& c, int
         [&](auto v) FASTQUANT_INLINE_LAMBDA { load_tile<kWeights + v>(from + v * kTileRowBytes, stride); });
     unrolled<kRowTiles>([&](auto r) FASTQUANT_INLINE_LAMBDA {
       load_tile<kValues + r>(rows[r].data + tile.values, rows[r].row_stride);
-      unrolled<kVectors>([&](auto v)
-                             FASTQUANT_INLINE_LAMBDA { add_products<2 * r + v, kValues + r, kWeights + v>(); });
     });
-    for (int64_t i = 0; i < at_once && before.left(); ++i) finish_some(before, t);
+    if (finish_before > 0) {
+      if (is_first) finish(stored, t);
+      if (stored.left()) finish_some(stored, t, finish_before);
+    }
+    unrolled<kRowTiles>([&](auto r) FASTQUANT_INLINE_LAMBDA {
+      unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+        if constexpr (is_first) {
+          if (stores) store_sums<2 * r + v, kVectors>(stored.data);
+          zero_tile<2 * r + v>();
+        }
+        add_products<2 * r + v, kValues + r, kWeights + v>();
+      });
+    });
+  };
+  const int64_t last = t.step_tile_count - 1;
+  multiply(backwards ? last : 0, t.finish_before, Index<1>());
+  if (stores) stored.sums = in_registers, stored.tile = 0;
+  in_registers = {rows, kRowTiles, kVectors, c.first, c.count, c.finish};
+  for (int64_t k = 1; k <= last; ++k) {
+    if (t.finish_after > 0 && stored.left()) finish_some(stored, t, t.finish_after);
+    multiply(backwards ? last - k : k, t.finish_before, Index<0>());
   }
-  finish(before, t);
-  constexpr int64_t kWidth = kVectors * kLaneChannels;
-  unrolled<kRowTiles>([&](auto r) FASTQUANT_INLINE_LAMBDA {
-    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
-      store_tile<2 * r + v>(sums + r * kTileRows * kWidth + v * kLaneChannels,
-                            kWidth * static_cast<int64_t>(sizeof(int32_t)));
-    });
-  });
-  before.data = sums, before.tiles = rows, before.tile_count = kRowTiles, before.tile = 0, before.next = 0;
-  before.vectors = kVectors, before.channel = c.first, before.channels = c.count;
+  if (t.finish_after > 0) finish(stored, t);
 }
 
-// The outputs of tiles of rows for the channels of the blocks [begin, end).
+// The outputs of tiles of rows for the channels of the blocks [begin, end). Of 64 channels, all are computed
+// before the next rows: the L1 cache then has these rows, and the cache lines of their outputs.
 void multiply_rows(const Tiling& t, const RowTile* rows, int64_t row_tiles, const MatrixWeights& weights,
                    int64_t begin, int64_t end) {
-  alignas(64) int32_t memory[2][4 * kTileRows * kLaneChannels];
-  int turn = 0;
-  Sums before;
+  Stored stored;
+  Sums in_registers;
   const int64_t pairs = quotient_rounded_up(row_tiles, 2);
+  const int64_t steps_ahead = quotient_rounded_up(t.steps, pairs);  // of each pair
+  bool backwards = false;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kBlockChannels, width = block_channels(weights.channels, block) * kStep;
+    const int64_t first = block * kBlockChannels, in_block = block_channels(weights.channels, block);
+    const int64_t width = in_block * kStep;
     const int8_t* const data = weights.data + first * weights.steps * kStep;
-    for (int64_t at = 0; at * kStep < width; at += 2 * kLaneChannels) {
-      const int64_t left = weights.channels - first - at;
-      const bool two = left > kLaneChannels;
-      const int64_t most = two ? 2 * kLaneChannels : kLaneChannels;
-      const bool last = (at + 2 * kLaneChannels) * kStep >= width;
-      const int64_t ahead = last ? weights.steps * width - at * kStep : 2 * kLaneChannels * kStep;
-      const Channels channels = {data + at * kStep, width, ahead, first + at, left < most ? left : most};
-      for (int64_t i = 0; i < pairs; ++i, turn ^= 1) {
+    // Twice 32 channels, or 32, or the last 16.
+    for (int64_t from = 0, vectors; from < in_block; from += vectors * kLaneChannels) {
+      const int64_t lanes = (in_block - from) / kLaneChannels;
+      const int64_t parts = lanes == 4 ? 2 : 1;
+      vectors = lanes == 3 ? 2 : lanes;
+      Channels channels[2];
+      for (int64_t i = 0; i < parts; ++i) {
+        const int64_t at = from + i * 2 * kLaneChannels, left = weights.channels - first - at;
+        const int64_t most = vectors / parts * kLaneChannels;
+        channels[i] = {
+            data + at * kStep,         width,
+            weights.steps * width,     first + at,
+            left < most ? left : most, (lanes > 1 ? finish_of<2> : finish_of<1>)(*t.out, first + at)};
+      }
+      for (int64_t i = 0; i < pairs; ++i) {
         const bool pair = 2 * i + 1 < row_tiles;
-        (two ? (pair ? multiply_tiles<2, 2> : multiply_tiles<1, 2>)
-             : (pair ? multiply_tiles<2, 1> : multiply_tiles<1, 1>))(t, rows + 2 * i, channels, i, pairs,
-                                                                     memory[turn], before);
+        const int64_t ahead = i * steps_ahead, ahead_to = ahead + steps_ahead;
+        for (int64_t k = 0; k < parts; ++k, backwards = !backwards) {
+          (lanes > 1 ? (pair ? multiply_tiles<2, 2> : multiply_tiles<1, 2>)
+                     : (pair ? multiply_tiles<2, 1> : multiply_tiles<1, 1>))(
+              t, rows + 2 * i, channels[i % 2 == 0 ? k : parts - 1 - k],
+              {ahead, ahead_to < t.steps ? ahead_to : t.steps}, backwards, in_registers, stored);
+        }
       }
     }
   }
-  finish(before, t);
+  finish_registers(in_registers, stored, t);
 }
 
 void configure(const Tiling& t) {
@@ -272,7 +414,8 @@ void multiply(const MatrixRows& a, const MatrixWeights& weights, int64_t begin, 
     }
   }
   const int64_t rows = quotient_rounded_up(a.rows, row_tiles), whole = INT64_MAX;
-  const Tiling t = {rows, steps, whole, whole, step_tiles, runs * run_tiles, &out};
+  Tiling t = {rows, steps, whole, whole, step_tiles, runs * run_tiles, &out};
+  t.share_outputs();
   configure(t);
   const int64_t row_bytes = rounded_up(runs * run_bytes, kTileRowBytes) + kTileRowBytes;
   const int64_t tile_bytes = rows * row_bytes;
@@ -310,7 +453,8 @@ void multiply_even(const EvenRows& a, const MatrixWeights& weights, int64_t begi
   }
   const int64_t row_tiles = quotient_rounded_up(a.rows, kTileRows);
   const int64_t rows = quotient_rounded_up(a.rows, row_tiles);
-  const Tiling t = {rows, steps, a.line, a.kept, step_tiles, a.segments * segment_tiles, &out};
+  Tiling t = {rows, steps, a.line, a.kept, step_tiles, a.segments * segment_tiles, &out};
+  t.share_outputs();
   configure(t);
   RowTile tiles[kMostRowTiles];
   const int64_t outputs = a.rows / a.line * a.kept + a.rows % a.line;  // of a stretch
