@@ -8,7 +8,8 @@
 
 #include "../math/vector.h"
 #include "kernels.h"
-#include "kernels/batch_norm-inl.h"
+#include "kernels/batch_norm_columns-inl.h"
+#include "kernels/batch_norm_rows-inl.h"
 #include "kernels/clamped_sum-inl.h"
 #include "kernels/depthwise-inl.h"
 #include "kernels/errors-inl.h"
