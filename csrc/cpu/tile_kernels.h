@@ -10,8 +10,8 @@ namespace fastquant {
 // Matrices are cut into blocks of so many rows of sums, or columns, and of so many factors in a sum.
 constexpr int64_t kTileSide = 16, kTileDepth = 32;
 
-// Of a convolution. An output at position p is the sum, over inner blocks and taps, of the products of a block
-// of weights and the inputs at p + offsets[tap].
+// A part of a convolution. An output at position p is the sum, over inner blocks and taps, of the products of a
+// block of weights and the inputs at p + offsets[tap].
 struct TileProduct {
   const BFloat16* weight;  // [outer blocks, inner blocks, taps, kTileSide, kTileDepth]
   const uint32_t* x;       // pairs of channels, in rows of positions that begin pair_stride apart
@@ -22,8 +22,8 @@ struct TileProduct {
   int64_t y_stride;
 };
 
-// Of the gradient of a weight: sums[tap, o, i] += the products of grad[o, p - offsets[tap]] and x[p, i], over
-// all positions p.
+// A part of the gradient of a weight: sums[tap, o, i] += the products of grad[o, p - offsets[tap]] and x[p, i],
+// over all positions p.
 struct TileSums {
   const BFloat16* grad;  // rows of positions that begin grad_stride apart
   int64_t grad_stride;

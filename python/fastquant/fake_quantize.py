@@ -534,7 +534,7 @@ class FakeQuantize(FakeQuantizeBase):
         return all(key.endswith(_EXTRA_STATE) for key in missing)
 
 
-# Methods as they are here, to notice where somebody has put others in their place.
+# The methods as written here, to notice where a user has replaced them.
 _FORWARD: Any = FakeQuantize.forward
 _CALCULATE_QPARAMS: Any = FakeQuantize.calculate_qparams
 
@@ -581,7 +581,7 @@ class FixedQParamsFakeQuantize(FakeQuantize):
             TypeError: `x` is no tensor or not floating.
             ValueError: `x` lies on another device than the scale.
         """
-        if FakeQuantize.forward is not _FORWARD:  # somebody's, for all classes below it
+        if FakeQuantize.forward is not _FORWARD:  # a user's, which subclasses inherit
             return FakeQuantize.forward(self, x)
         kind = plain_kind(self.activation_post_process)
         if (
@@ -636,7 +636,7 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
             )
         self.is_symmetric_quant = _is_symmetric_quant(made.qscheme)
 
-    # Its own, as in torch.ao: what somebody sets on FakeQuantize is not for this class.
+    # As in torch.ao: methods that a user sets on FakeQuantize do not change this class.
     forward = FakeQuantize.forward
     calculate_qparams = FakeQuantize.calculate_qparams
 

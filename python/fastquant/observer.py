@@ -1558,7 +1558,7 @@ class Kind:
 
 
 # By the forward of the observer's class. As everything here, these are the methods as they were
-# written, to notice where somebody has put others in their place.
+# written, to notice where a user has replaced them.
 _OF_RANGE = _RangeObserver.calculate_qparams
 _QPARAMS: Any = UniformQuantizationObserverBase._calculate_qparams
 _FORWARD: Any = PerChannelMinMaxObserver._forward

@@ -337,7 +337,7 @@ def _is_plain_observer(observer: Any) -> bool:
         and not observer._parameters
         and not observer._forward_hooks
         and not observer._forward_pre_hooks
-        # Others are such as a method of this observer's, which deep copies make the copy's.
+        # A bound method of the observer, for one, is not plain: a deep copy binds it to the copy.
         and all(type(v) in _PLAIN or k == "qconfig" for k, v in vars(observer).items())
         and all(child is not None and _is_plain_observer(child) for child in observer.children())
     )

@@ -115,7 +115,7 @@ def _replace(graph_module: fx.GraphModule, op: fx.Node, four_bits: bool) -> None
     path = module_path(op)
     if name not in PATTERNS:
         if not op.users:
-            return  # of its schema alone, such as a packed weight that patterns have unpacked
+            return  # nothing reads it: a packed weight, for one, that patterns have unpacked
         raise QuantizationError(
             f"{FUNCTION}: {named(path)} calls {name}, which has no ONNX form: leave it floating, "
             "with None as its qconfig, or out of the classes that quantize_dynamic is given"

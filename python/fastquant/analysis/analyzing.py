@@ -100,7 +100,7 @@ def _sample(batch: Any) -> Tensor | None:
 
 
 def _tried(model: nn.Module, x: Tensor) -> None:
-    with suppress(*RUN_ERRORS):  # such as that of a forward for batches of one size
+    with suppress(*RUN_ERRORS):  # a forward may take batches of one size only
         model(x)
 
 

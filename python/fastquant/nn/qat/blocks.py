@@ -55,8 +55,7 @@ def _kind(cls: type, batch_norm: type[nn.Module], dims: int, low: float = -math.
     return _Kind(batch_norm, dims, low, Written(cls, *methods))
 
 
-# Methods are recorded here as torch has them, to notice where somebody has put others in their
-# place.
+# Methods are recorded here as torch has them, to notice where a user has replaced them.
 _KINDS = {
     nniqat.ConvBn1d: _kind(nniqat.ConvBn1d, nn.BatchNorm1d, 3),
     nniqat.ConvBn2d: _kind(nniqat.ConvBn2d, nn.BatchNorm2d, 4),

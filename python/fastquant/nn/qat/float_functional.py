@@ -55,7 +55,7 @@ def _shorten(cls: type[nn.Module], name: str, lowest: float) -> None:
     """Try `_sum_as_one` first where the class's method of this name is called."""
     steps: Callable[[Any, Tensor, Tensor], Tensor] = getattr(cls, name)
     if getattr(steps, "__globals__", None) is not getattr(cls.forward, "__globals__", ()):
-        return  # somebody's own
+        return  # a user has replaced the method
 
     # torch.jit.script compiles the source of `steps`, and looks its names up in this module.
     @functools.wraps(steps)
