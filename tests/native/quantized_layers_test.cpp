@@ -1,11 +1,15 @@
 // Compares convolutions and linear layers on quantized tensors, for every instruction set, with simple loops.
 // Independent of torch, so that it can run under sanitizers and emulators of other processors.
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <limits>
+#include <thread>
 
 #include "cpu/quantized/convolution.h"
 #include "cpu/quantized/packing.h"
+#include "cpu/quantized/shared_parts.h"
 #include "cpu/quantized/transposed.h"
 #include "math/numbers.h"
 #include "quantized_testing.h"
@@ -184,8 +188,7 @@ void check_layer(Layer& layer) {
                                                           : "convolution");
 }
 
-void check_linear() {
-  const int64_t rows = between(1, 30), in = between(1, 130), out = pick({1, 8, 16, 40, 64, 100, 200});
+void check_linear(int64_t rows, int64_t in, int64_t out) {
   Layer layer = {{rows, in, out, 1, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
                  false,
                  rng() % 2 == 0,
@@ -214,8 +217,49 @@ void check_linear() {
   expect(by_conv == by_linear, "linear");
 }
 
+// Layers so large that parts of a thread may be done by others: split by rows, and by channels.
+void check_large_layers() {
+  for (const int uneven : {0, 16}) {
+    uneven_loops = uneven;
+    check_linear(700, 128, 200);
+    uneven_loops = uneven;
+    check_linear(100, 512, 512);
+  }
+}
+
+// Every unit is done once; and after a loop in which one thread was much slower, others take over what it has
+// left.
+void check_shared_parts() {
+  constexpr int64_t kUnits = 25, kThreads = 3, kOfFirst = kUnits / kThreads;
+  uneven_loops = 0;
+  bool helped = false;
+  for (int loop = 0; loop < 20 && !helped; ++loop) {
+    std::atomic<int64_t> done[kUnits] = {}, others{0};
+    const bool fine = uneven_loops > 0;
+    for_shared_parts(kUnits, kThreads, 4, [&](int64_t begin, int64_t end) {
+      if (begin == 0) {
+        // This thread is slow: it waits for all others, or, where they may take over, until they do.
+        const auto start = std::chrono::steady_clock::now();
+        while (others < (fine ? kUnits - kOfFirst + 1 : kUnits - end) &&
+               std::chrono::steady_clock::now() - start < std::chrono::seconds(5))
+          std::this_thread::yield();
+        helped = others > kUnits - kOfFirst;
+        std::this_thread::sleep_for(std::chrono::milliseconds(30));
+      } else {
+        others += end - begin;
+      }
+      for (int64_t i = begin; i < end; ++i) ++done[i];
+    });
+    for (const auto& times : done) expect(times == 1, "units that threads share");
+  }
+  expect(helped, "a slow thread's units, taken by others");
+  uneven_loops = 0;
+}
+
 int run(int rounds) {
+  check_shared_parts();
   return run_everywhere([&] {
+    check_large_layers();
     for (int round = 0; round < rounds; ++round) {
       for (bool depthwise : {false, true}) {
         for (bool transposed : {false, true}) {
@@ -223,7 +267,7 @@ int run(int rounds) {
           check_layer(layer);
         }
       }
-      check_linear();
+      check_linear(between(1, 30), between(1, 130), pick({1, 8, 16, 40, 64, 100, 200}));
     }
   });
 }

@@ -12,6 +12,7 @@
 #include "matrix_kernels.h"
 #include "measured_matrix.h"
 #include "packing.h"
+#include "shared_parts.h"
 
 namespace fastquant {
 namespace {
@@ -321,6 +322,10 @@ class Convolution {
   int64_t inside_from_ = 0, inside_to_ = 0, left_ = 0, right_ = 0;
 };
 
+// Where threads are uneven, others take over parts of a thread's share: so many parts at most, with so many
+// products at least.
+constexpr int64_t kPartsOfThread = 4, kProductsOfPart = 3000000;
+
 // Positions at once, so that what is read and written for them stays in a cache.
 int64_t positions_at_once(const Convolution& conv, const ConvShape& s, const PackedLayout& layout) {
   const int64_t weights = layout.groups * layout.group_bytes();
@@ -419,19 +424,20 @@ template <class F>
 void for_parts(const ConvShape& s, const PackedLayout& layout, int64_t unit, const F& f) {
   const int64_t positions = s.positions();
   const int64_t blocks = layout.groups * ((layout.out_channels + kBlockChannels - 1) / kBlockChannels);
-  const int64_t weights = layout.groups * layout.group_bytes();
+  const int64_t weights = layout.groups * layout.group_bytes(), products = positions * weights;
   const int64_t values = s.batch * s.in[0] * s.in[1] * s.in[2] * s.in_channels;
-  const int64_t pieces = piece_count(positions * weights, kProductsOfThread);
-  const bool even = blocks % pieces == 0 || blocks >= 8 * pieces;
-  if ((weights > values && even) || positions < 2 * kRowUnit * pieces) {
-    for_pieces(blocks, std::min(pieces, blocks), 1, [&](int64_t, int64_t first, int64_t last) {
-      if (first < last) f(int64_t{0}, positions, first, last);
-    });
-  } else {
-    for_pieces(positions, pieces, unit, [&](int64_t, int64_t begin, int64_t end) {
-      if (begin < end) f(begin, end, int64_t{0}, blocks);
-    });
-  }
+  const int64_t threads = piece_count(products, kProductsOfThread);
+  const bool even = blocks % threads == 0 || blocks >= 8 * threads;
+  const bool by_blocks = (weights > values && even) || positions < 2 * kRowUnit * threads;
+  const int64_t units = by_blocks ? blocks : (positions + unit - 1) / unit;
+  const int64_t most = threads == 1 ? 1 : std::min(products / threads / kProductsOfPart, kPartsOfThread);
+  for_shared_parts(units, std::min(threads, units), most, [&](int64_t from, int64_t to) {
+    if (by_blocks) {
+      f(int64_t{0}, positions, from, to);
+    } else {
+      f(from * unit, std::min(to * unit, positions), int64_t{0}, blocks);
+    }
+  });
 }
 
 }  // namespace
