@@ -20,7 +20,7 @@ from .errors import BenchError, attempt
 from .layers import layer_costs
 from .machine import machine
 from .models import as_call, described
-from .report import FLOAT, OURS, THEIRS, Layer, caveats, layer_lines, time_line
+from .report import FLOAT, OURS, THEIRS, Layer, caveats, conditions, layer_lines, time_line
 from .steps import Step, fused, libraries
 from .timing import Case, Summary, measuring, time_rounds
 
@@ -104,9 +104,7 @@ class Int8Report:
         """The same as text in lines, with the `top` costliest layers."""
         lines = [
             f"{self.model}, {', '.join(self.inputs)}; int8, {self.qconfig} qconfig; "
-            f"{self.threads} thread{'s' * (self.threads != 1)}, {self.machine['isa']}, "
-            f"torch {self.machine['torch']}; median of {self.rounds} rounds (quartiles), "
-            f"{self.undisturbed} of them undisturbed by other processes",
+            + conditions(self.threads, self.machine, self.rounds, self.undisturbed),
             "",
             *self._model_lines(),
             "",

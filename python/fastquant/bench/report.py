@@ -77,6 +77,15 @@ def caveats(seconds: Mapping[str, list[float]], rounds: int, undisturbed: int) -
     return found
 
 
+def conditions(threads: int, machine: Mapping[str, Any], rounds: int, undisturbed: int) -> str:
+    """On what, and how, times were measured."""
+    return (
+        f"{threads} thread{'s' * (threads != 1)}, {machine['isa']}, torch {machine['torch']}; "
+        f"median of {rounds} rounds (quartiles), {undisturbed} of them undisturbed by other "
+        "processes"
+    )
+
+
 def time_line(label: str, summary: Summary) -> str:
     """A median and its quartiles."""
     return (
@@ -205,9 +214,7 @@ class Report:
         """The same as text in lines, with the `top` costliest layers."""
         lines = [
             f"{self.model}, {', '.join(self.inputs)}; {self.mode}, {self.qconfig} qconfig; "
-            f"{self.threads} thread{'s' * (self.threads != 1)}, {self.machine['isa']}, "
-            f"torch {self.machine['torch']}; median of {self.rounds} rounds (quartiles), "
-            f"{self.undisturbed} of them undisturbed by other processes",
+            + conditions(self.threads, self.machine, self.rounds, self.undisturbed),
             "",
             *self._model_lines(),
             "",
