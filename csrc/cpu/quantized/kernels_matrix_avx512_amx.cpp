@@ -306,12 +306,14 @@ void multiply_rows(const Tiling& t, const RowTile* rows, int64_t row_tiles, cons
   Stored stored;
   Sums in_registers;
   const int64_t pairs = quotient_rounded_up(row_tiles, 2);
-  const int64_t steps_ahead = quotient_rounded_up(t.steps, pairs);  // of each pair
   bool backwards = false;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlockChannels, in_block = block_channels(weights.channels, block);
     const int64_t width = in_block * kStep;
     const int8_t* const data = weights.data + first * weights.steps * kStep;
+    // The steps that each pair fetches of the next block, if its weights lie as these do.
+    const bool fetches = block + 1 < end && block_channels(weights.channels, block + 1) == in_block;
+    const int64_t steps_ahead = fetches ? quotient_rounded_up(t.steps, pairs) : 0;
     // Twice 32 channels, or 32, or the last 16.
     for (int64_t from = 0, vectors; from < in_block; from += vectors * kLaneChannels) {
       const int64_t lanes = (in_block - from) / kLaneChannels;
