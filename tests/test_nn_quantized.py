@@ -376,6 +376,20 @@ def test_a_weight_is_kept_once() -> None:
     assert not list(layer.parameters())
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nnq.Quantize(0.1, 3, torch.uint8),
+        *(a_conv, lambda: nnq.Embedding(3, 8), lambda: nnq.dynamic.Linear(3, 4)),
+        *(lambda: nnq.dynamic.LSTM(3, 4), lambda: nnq.dynamic.GRUCell(3, 4)),
+    ],
+)
+def test_torch_script_is_refused_in_words(layer: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(layer())
+    with pytest.raises(fq.QuantizationError, match=r"torch.jit.script does not take.*torch.export"):
+        torch.jit.script(model)
+
+
 def test_a_weight_can_be_replaced() -> None:
     layer, other = a_conv(), a_conv()
     with torch.no_grad():

@@ -537,6 +537,39 @@ def test_weights_with_scales_of_channels_are_as_torchs() -> None:
             ours + 1
 
 
+def test_weights_can_be_copied_moved_and_asked_about() -> None:
+    real, scales, zeros = torch.randn(2, 3), torch.tensor([0.1, 0.2]), torch.tensor([0, 3])
+    x = quantize_per_channel(real, scales, zeros, 0)
+    for y in (
+        *(x.clone(), torch.clone(x), x.contiguous(), x.to("cpu"), x.cpu(), x.data, x.detach()),
+        x.to(torch.int8),
+    ):
+        assert type(y) is PerChannelQuantizedTensor
+        assert x.equal(y)
+        assert torch.equal(x, y)
+    x.clone()._integers.zero_()
+    assert x.int_repr().any()
+    torch.testing.assert_close(x, x.clone())
+    for other in (
+        quantize_per_channel(real, scales * 2, zeros, 0),
+        quantize_per_channel(real, scales, zeros + 1, 0),
+        quantize_per_channel(real, torch.rand(3) + 0.1, torch.zeros(3), 1),
+        quantize_per_channel(real + 1, scales, zeros, 0),
+        x.int_repr(),
+        pair(2, 3)[0],
+    ):
+        assert not x.equal(other)
+    moved = x.to("meta")
+    assert moved.is_meta
+    assert moved.q_per_channel_scales().is_meta
+    assert (x.element_size(), x.nbytes, x.itemsize) == (1, 6, 1)
+    assert not x.is_floating_point()
+    assert not torch.is_floating_point(x)
+    assert not any((x.is_cuda, x.is_sparse, x.is_nested))
+    with pytest.raises(TypeError, match=r"stays torch.int8.*dequantize"):
+        x.to(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantizing_is_torchs(dtype: torch.dtype) -> None:
     needs_torch_to_round_once()

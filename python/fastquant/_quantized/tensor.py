@@ -372,13 +372,14 @@ def _of_integers(name: str) -> Callable[[Any], Any]:
     return attribute
 
 
-for _name in (
+_names = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "grad", "grad_fn"),
     *("requires_grad", "is_leaf", "retains_grad", "output_nr", "names", "is_sparse", "is_nested"),
     *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_mkldnn", "_version", "_base"),
-):
-    if hasattr(Tensor, _name):
-        add_property(_name, _of_integers(_name))
+)
+_PROPERTIES = [name for name in _names if hasattr(Tensor, name)]
+for _name in _PROPERTIES:
+    add_property(_name, _of_integers(_name))
 
 
 def _is_quantized(self: Any) -> bool:
@@ -394,13 +395,14 @@ def _is_quantized(self: Any) -> bool:
 add_property("is_quantized", _is_quantized)
 
 
-for _name in (
+_METHODS = (
     *("size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset"),
     *("element_size", "get_device", "is_floating_point", "is_complex", "is_shared", "is_pinned"),
     *("is_inference", "is_conj", "is_neg", "data_ptr", "untyped_storage", "is_contiguous"),
     # torch.compile asks these of a graph's inputs.
     *("__len__", "_is_view", "is_coalesced", "_is_zerotensor", "_dimI", "_dimV"),
-):
+)
+for _name in _METHODS:
     handles(*functions_named(_name))(on_integers(getattr(Tensor, _name)))
 
 
@@ -480,7 +482,7 @@ def _reduce_ex(self: QuantizedTensor, protocol: Any) -> tuple[Any, ...]:
 class PerChannelQuantizedTensor(Tensor):
     """Integers with a scale and a zero point for each channel: the weight of a quantized module.
 
-    It can be printed, compared, copied, and turned into its integers or the real numbers.
+    It can be printed, compared, copied, moved, and turned into its integers or the real numbers.
     """
 
     _integers: Tensor
@@ -526,6 +528,18 @@ class PerChannelQuantizedTensor(Tensor):
     def detach(self) -> PerChannelQuantizedTensor:
         return self
 
+    data = property(detach)
+
+    def equal(self, other: Any) -> bool:
+        """Whether values, scales and zero points are equal."""
+        if type(other) is not type(self) or self._axis != other._axis:
+            return False
+        pairs = zip(self._tensors(), other._tensors(), strict=True)
+        return all(mine.dtype == its.dtype and torch.equal(mine, its) for mine, its in pairs)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._integers, self._scales, self._zero_points
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return _printed(
             self,
@@ -542,22 +556,44 @@ class PerChannelQuantizedTensor(Tensor):
     def __hash__(self) -> int:
         return id(self)
 
+    def _with(self, values: Tensor) -> PerChannelQuantizedTensor:
+        """These values, with this tensor's scales and zero points where the values are."""
+        if values.dtype != self.dtype:
+            raise TypeError(
+                f"a quantized tensor stays {self.dtype}, got {values.dtype}: x.dequantize() "
+                "returns the real numbers"
+            )
+        scales, zero_points = (x.to(values.device) for x in (self._scales, self._zero_points))
+        return type(self)(values, scales, zero_points, self._axis)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PerChannelQuantizedTensor:
         return type(self)(*copy.deepcopy(self.__reduce_ex__(2)[1], memo))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return type(self), (self._integers, self._scales, self._zero_points, self._axis)
+        return type(self), (*self._tensors(), self._axis)
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        method = getattr(func, "__name__", "")
+        if method in ("clone", "equal", *_METHODS) and func is getattr(torch, method, None):
+            return getattr(args[0], method)(*args[1:], **(kwargs or {}))
         raise not_supported(func, " with a scale for each channel")
 
 
-for _name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cpu", "grad_fn"):
+def _of_values(name: str) -> Callable[..., PerChannelQuantizedTensor]:
+    def method(self: PerChannelQuantizedTensor, *args: Any, **kwargs: Any) -> Any:
+        return self._with(getattr(self._integers, name)(*args, **kwargs))
+
+    return method
+
+
+for _name in ("clone", "contiguous", "to", "cpu", "cuda"):
+    setattr(PerChannelQuantizedTensor, _name, _of_values(_name))
+for _name in _PROPERTIES:
     setattr(PerChannelQuantizedTensor, _name, property(_of_integers(_name)))
-for _name in ("size", "dim", "numel", "nelement", "stride", "is_contiguous", "__len__"):
+for _name in _METHODS:
     setattr(PerChannelQuantizedTensor, _name, on_integers(getattr(Tensor, _name)))
 setattr(PerChannelQuantizedTensor, "is_quantized", property(lambda self: True))  # noqa: B010
 

@@ -18,6 +18,7 @@ from ...observer import default_float_qparams_observer
 from ...quantized_tensor import PerChannelQuantizedTensor
 from .. import qat
 from .observed import NoNativeFormError, observe
+from .scaled import NotScriptable
 from .weighted import require_source
 
 _Self = TypeVar("_Self", bound="Embedding")
@@ -26,7 +27,7 @@ _INDEX_DTYPES = (torch.int32, torch.int64)
 _MODES = ("sum", "mean", "max")
 
 
-class Embedding(nn.Module):
+class Embedding(NotScriptable):
     """`torch.nn.Embedding` with a weight of 8 or 4 bits, and a scale and zero point of each row.
 
     The zero points are floating, as `float_qparams_weight_only_qconfig` chooses them. The weight is

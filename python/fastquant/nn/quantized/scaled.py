@@ -46,7 +46,18 @@ def check_qparams(scale: Any, zero_point: Any, lowest: int = -128, highest: int 
     _checked_zero_point(zero_point, lowest, highest)
 
 
-class KeepsDtypes(nn.Module):
+class NotScriptable(nn.Module):
+    """A module that torch.jit.script refuses in words, not with a line that it cannot read."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise QuantizationError(
+            f"torch.jit.script does not take {type(self).__module__}.{type(self).__name__}: give "
+            "the model to torch.export.export or torch.compile, or convert it with "
+            "backend='torch.ao'"
+        )
+
+
+class KeepsDtypes(NotScriptable):
     """A module whose tensors keep their dtype: what belongs to int8 values is not rounded."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

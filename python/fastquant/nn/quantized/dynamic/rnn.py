@@ -17,6 +17,7 @@ from ...._core.errors import QuantizationError
 from ...._native.ops import dynamic_gru, dynamic_lstm
 from ...._quantized.tensor import check_floating
 from ..observed import NoNativeFormError
+from ..scaled import NotScriptable
 from ..weighted import require_source
 from .linear import Linear
 from .weighted import DynamicWeighted, check_weight_dtype, weight_observer_of
@@ -60,7 +61,7 @@ def _check_dropout(dropout: Any, num_layers: int) -> None:
         )
 
 
-class RNNBase(nn.Module):
+class RNNBase(NotScriptable):
     """LSTM and GRU layers.
 
     The input of all steps of a layer is quantized at once, its hidden states at each step, as by
@@ -357,7 +358,7 @@ class GRU(RNNBase):
 # --- cells ----------------------------------------------------------------------------------------
 
 
-class RNNCellBase(nn.Module):
+class RNNCellBase(NotScriptable):
     """One step of a recurrent layer.
 
     Args:
