@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -897,3 +898,38 @@ def test_preparing_for_training_does_not_look_at_parametrized_weights_more_often
         theirs = prepared(tq)
     norm = theirs[0].parametrizations.weight[0]
     assert_same(prepared(fq)[0].parametrizations.weight[0]._u, norm._u)
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ({nn.Linear, nn.Conv2d}, "Conv2d"),
+        ({nn.Linear: fq.default_dynamic_qconfig, "0": fq.default_dynamic_qconfig}, "'0' (Conv2d)"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch.ao", "native"])
+def test_dynamic_quantization_names_what_it_leaves_alone(
+    spec: Any, named: str, backend: str
+) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    with pytest.warns(UserWarning, match=re.escape(f"{named} has no effect")) as caught:
+        quantized: Any = fq.quantize_dynamic(model, spec, backend=backend)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert type(quantized[0]) is nn.Conv2d
+    assert type(quantized[1][0]) is not nn.Linear
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(None, {nn.Linear, nn.LSTM}, {nn.Sequential: fq.default_dynamic_qconfig}),
+        {"1": fq.default_dynamic_qconfig},
+    ],
+)
+def test_dynamic_quantization_is_silent_where_a_spec_fits(spec: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        quantized: Any = fq.quantize_dynamic(model, spec, backend="native")
+    assert type(quantized[1][0]) is not nn.Linear

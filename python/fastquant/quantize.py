@@ -723,7 +723,8 @@ def quantize_dynamic(
             `fastquant.nn.quantized.dynamic`. A layer that has no native form stays as it is.
 
     Returns:
-        The quantized model. Warns, naming layers, if layers have no native form.
+        The quantized model. Warns, naming them, of layers that have no native form, and of what
+        `qconfig_spec` asks for that has no dynamic one.
 
     Raises:
         TypeError: `model` is no module.
@@ -732,6 +733,7 @@ def quantize_dynamic(
     """
     check_is_module("quantize_dynamic", model)
     _check_backend("quantize_dynamic", backend)
+    asked = () if qconfig_spec is None else tuple(qconfig_spec)
     if not isinstance(qconfig_spec, Mapping):
         plain = plain_dtype(dtype)
         if plain not in _DYNAMIC_DEFAULTS:
@@ -740,7 +742,7 @@ def quantize_dynamic(
                 f"{', '.join(map(str, _DYNAMIC_DEFAULTS))}; or give qconfig_spec as a dict"
             )
         qconfig, types = _DYNAMIC_DEFAULTS[plain]
-        qconfig_spec = dict.fromkeys(types if qconfig_spec is None else qconfig_spec, qconfig)
+        qconfig_spec = dict.fromkeys(types if qconfig_spec is None else asked, qconfig)
     if mapping is None:
         mapping = (
             get_default_native_dynamic_quant_module_mappings()
@@ -754,6 +756,7 @@ def quantize_dynamic(
         propagate_qconfig_(model, qconfig_spec)
     plan = Plan("quantize_dynamic", model, mapping, _observed_to_quantized(None))
     checks.warn_of_root(plan)
+    checks.warn_of_idle_spec(model, asked, mapping)
     checks.check(plan)
     swapping.swap(plan)
     _remove_qconfig(model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._core.dtypes import QUINT8
 from .._core.ranges import has_seen_nothing
@@ -27,8 +28,8 @@ from ..quantization_mappings import (
     DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
     MADE_FROM_OBSERVER,
 )
-from ..utils import QuantizationError
-from .plan import Entry, How, Plan, has_qconfig
+from ..utils import QuantizationError, has_no_children_ignoring_parametrizations
+from .plan import Classes, Entry, How, Plan, has_qconfig
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:
@@ -185,6 +186,24 @@ def warn_of_root(plan: Plan) -> None:
                 f"{plan.function} swaps submodules, so the {type(entry.module).__name__} that it "
                 "was given stays as it is; wrap it, e.g. in QuantWrapper or nn.Sequential"
             )
+
+
+def warn_of_idle_spec(model: nn.Module, spec: Iterable[Any], mapping: Classes) -> None:
+    """Warn of keys of a `qconfig_spec` that ask for layers that have no dynamic form."""
+    asked = set(spec)
+    idle: dict[str, None] = {}
+    for path, module in model.named_modules():
+        kind = type_before_parametrizations(module)
+        if kind not in mapping and has_no_children_ignoring_parametrizations(module):
+            if path in asked:
+                idle[f"{path!r} ({kind.__name__})"] = None
+            if kind in asked:
+                idle[kind.__name__] = None
+    if idle:
+        warn_user(
+            f"quantize_dynamic: in qconfig_spec, {listed(idle)} has no effect: there is no "
+            "dynamically quantized class for it in the mapping, so these layers stay as they are"
+        )
 
 
 def uncalibrated(plan: Plan, functionals: bool = False) -> list[str]:
