@@ -542,11 +542,12 @@ def test_weights_can_be_copied_moved_and_asked_about() -> None:
     x = quantize_per_channel(real, scales, zeros, 0)
     for y in (
         *(x.clone(), torch.clone(x), x.contiguous(), x.to("cpu"), x.cpu(), x.data, x.detach()),
-        x.to(torch.int8),
+        *(x.to(torch.int8), torch.clone(input=x)),
     ):
         assert type(y) is PerChannelQuantizedTensor
         assert x.equal(y)
         assert torch.equal(x, y)
+        assert torch.equal(input=x, other=y)
     x.clone()._integers.zero_()
     assert x.int_repr().any()
     torch.testing.assert_close(x, x.clone())
@@ -559,6 +560,7 @@ def test_weights_can_be_copied_moved_and_asked_about() -> None:
         pair(2, 3)[0],
     ):
         assert not x.equal(other)
+        assert not torch.equal(other, x)
     moved = x.to("meta")
     assert moved.is_meta
     assert moved.q_per_channel_scales().is_meta

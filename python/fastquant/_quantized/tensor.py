@@ -578,7 +578,12 @@ class PerChannelQuantizedTensor(Tensor):
     ) -> Any:
         method = getattr(func, "__name__", "")
         if method in ("clone", "equal", *_METHODS) and func is getattr(torch, method, None):
-            return getattr(args[0], method)(*args[1:], **(kwargs or {}))
+            named = dict(kwargs or {})
+            x, *others = args or (named.pop("input"),)
+            if type(x) is cls:
+                return getattr(x, method)(*others, **named)
+        if func in (torch.equal, Tensor.equal):
+            return False  # x has other scales, or none
         raise not_supported(func, " with a scale for each channel")
 
 
