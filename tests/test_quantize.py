@@ -925,6 +925,7 @@ def test_dynamic_quantization_names_what_it_leaves_alone(
     [
         *(None, {nn.Linear, nn.LSTM}, {nn.Sequential: fq.default_dynamic_qconfig}),
         {"1": fq.default_dynamic_qconfig},
+        {nn.Linear: fq.default_dynamic_qconfig, nn.Conv2d: None, "0": None},
     ],
 )
 def test_dynamic_quantization_is_silent_where_a_spec_fits(spec: Any) -> None:

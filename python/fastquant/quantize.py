@@ -733,8 +733,10 @@ def quantize_dynamic(
     """
     check_is_module("quantize_dynamic", model)
     _check_backend("quantize_dynamic", backend)
-    asked = () if qconfig_spec is None else tuple(qconfig_spec)
-    if not isinstance(qconfig_spec, Mapping):
+    if isinstance(qconfig_spec, Mapping):
+        asked = tuple(key for key, qconfig in qconfig_spec.items() if qconfig is not None)
+    else:
+        asked = () if qconfig_spec is None else tuple(qconfig_spec)
         plain = plain_dtype(dtype)
         if plain not in _DYNAMIC_DEFAULTS:
             raise ValueError(
