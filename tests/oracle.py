@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fastquant.quantization_mappings import DEFAULT_BACKEND
 from strategies import LAYOUTS, RANGES, random_values, seeds
 
 PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
@@ -36,6 +37,8 @@ DTYPES = (
     torch.float8_e4m3fn,
 )
 QUANT_RANGES = ((None, None), (0, 127), (-127, 127), (-8, 7), (0, 15), (-100, 27))
+
+beside_torch_ao = pytest.mark.skipif(DEFAULT_BACKEND == "native", reason="there is no torch.ao")
 
 
 def torch_ao_quantization(module: str) -> Any:

@@ -19,14 +19,12 @@ import fastquant as fq
 import fastquant.nn.quantized as nnq
 from fastquant import _C
 from fastquant.bench.models import torchvision_model
-from fastquant.quantization_mappings import DEFAULT_BACKEND
-from oracle import quiet, torch_rounds_once
+from oracle import beside_torch_ao, quiet, torch_rounds_once
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 NATIVE = fq.get_default_qconfig("native")
 X86 = fq.get_default_qconfig("x86")
-beside_torch_ao = pytest.mark.skipif(DEFAULT_BACKEND == "native", reason="there is no torch.ao")
 
 
 class Net(nn.Module):

@@ -22,14 +22,13 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 
 import fastquant as fq
-from fastquant.quantization_mappings import DEFAULT_BACKEND
 from fastquant.quantize import (
     _add_observer_,
     _get_observer_dict,
     _observer_forward_pre_hook,
     _remove_qconfig,
 )
-from oracle import assert_same, quiet, torch_ao_quantization
+from oracle import assert_same, beside_torch_ao, quiet, torch_ao_quantization
 from zoo import (
     QAT_QCONFIGS,
     STATIC_CASES,
@@ -908,12 +907,10 @@ def test_preparing_for_training_does_not_look_at_parametrized_weights_more_often
         ({nn.Linear: fq.default_dynamic_qconfig, "0": fq.default_dynamic_qconfig}, "'0' (Conv2d)"),
     ],
 )
-@pytest.mark.parametrize("backend", ["torch.ao", "native"])
+@pytest.mark.parametrize("backend", [pytest.param("torch.ao", marks=beside_torch_ao), "native"])
 def test_dynamic_quantization_names_what_it_leaves_alone(
     spec: Any, named: str, backend: str
 ) -> None:
-    if backend == "torch.ao" and DEFAULT_BACKEND == "native":
-        pytest.skip("there is no torch.ao")
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     with pytest.warns(UserWarning, match=re.escape(f"{named} has no effect")) as caught:
         quantized: Any = fq.quantize_dynamic(model, spec, backend=backend)
