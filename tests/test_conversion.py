@@ -417,6 +417,45 @@ def test_a_module_in_several_places_is_swapped_once_and_stays_one(
     torch.testing.assert_close(converted(x), model(x), atol=0.2, rtol=0)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("torch.ao", marks=pytest.mark.torch_ao), "native"]
+)
+def test_a_module_made_of_parts_stays_one_in_all_places(
+    training: bool, batch_first: bool, backend: str
+) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+            self.first = self.second = attention
+            self.inner = nn.ModuleList([attention])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for module in (self.first, self.second, self.inner[0]):
+                x = module(x, x, x)[0]
+            return x
+
+    torch.manual_seed(0)
+    model = Stubbed(fq, Twice()).train(training)
+    name = "native" if backend == "native" else "x86"
+    x = torch.randn(3, 5, 8)
+    if training:
+        model.qconfig = fq.get_default_qat_qconfig(name)
+        prepared = fq.prepare_qat(model)
+    else:
+        model.qconfig = fq.get_default_qconfig(name)
+        prepared = fq.prepare(model)
+    prepared(x)
+    converted = fq.convert(prepared.eval(), backend=backend)
+    for made in (prepared.body, converted.body):
+        assert isinstance(made.first, fq.nn.quantizable.MultiheadAttention.__base__)
+        assert made.first is made.second is made.inner[0]
+    assert len(list(prepared.parameters())) == len({id(p) for p in prepared.parameters()})
+    torch.testing.assert_close(converted(x), model.eval()(x), atol=0.1, rtol=0)
+
+
 def test_messages_name_a_module_in_several_places_once() -> None:
     linear = nn.Linear(2, 2)
     model = Stubbed(fq, nn.Sequential(linear, linear, nn.Sequential(linear))).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ import torch.ao.nn.quantized.dynamic as nnqd
 from torch import nn
 
 import fastquant as fq
-from oracle import quiet
+from oracle import assert_same, quiet
 from zoo import (
     ConvNet,
     Recurrent,
@@ -120,6 +121,101 @@ def test_a_bare_module_cannot_be_swapped_and_is_warned_of(call: Callable[[Any], 
     model.qconfig = fq.default_dynamic_qconfig
     with pytest.warns(UserWarning, match="the Linear that it was given stays as it is"):
         call(model)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 4), lambda: nn.MultiheadAttention(4, 2)])
+def test_a_bare_module_made_of_parts_is_warned_of_or_refused(make: Callable[[], Any]) -> None:
+    name = type(make()).__name__
+    model = make().eval()
+    model.qconfig = fq.get_default_qconfig()
+    with pytest.warns(UserWarning, match=f"prepare swaps .* the {name} that it was given stays"):
+        fq.prepare(model)
+    model = make().train()
+    model.qconfig = fq.get_default_qat_qconfig()
+    with pytest.raises(ValueError, match=f"prepare_qat swaps .* the {name} that it was given; put"):
+        fq.prepare_qat(model)
+    assert [type(part) for part in model.modules()] == [type(part) for part in make().modules()]
+
+
+def test_lazy_layers_are_to_be_called_before_they_are_prepared() -> None:
+    def lazy() -> Any:
+        layers = (nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
+        return Stubbed(fq, nn.Sequential(*layers)).eval()
+
+    model, x = lazy(), torch.randn(2, 3, 4, 4)
+    model.qconfig = fq.get_default_qconfig("native")
+    for call in (fq.prepare, lambda model: fq.prepare_qat(model.train())):
+        with pytest.raises(
+            ValueError, match=r"no size yet: body\.0, body\.1, body\.3.*run the model"
+        ):
+            call(model)
+    model.eval()(x)
+    prepared = fq.prepare(model)
+    prepared(x)
+    converted = fq.convert(prepared, backend="native")
+    torch.testing.assert_close(converted(x), model(x), atol=0.1, rtol=0)
+    # What stays floating may be lazy.
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)).eval()
+    model.qconfig, model[1].qconfig = fq.default_qconfig, None
+    fq.prepare(model)
+
+
+@pytest.mark.parametrize(
+    ("spec", "warned"),
+    [(None, True), ({nn.Linear}, True), ({nn.LSTM}, False), ({nn.Linear: None}, False)],
+)
+def test_dynamic_quantization_names_lazy_layers_that_it_leaves(spec: Any, warned: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fq.quantize_dynamic(nn.Sequential(nn.LazyLinear(2)), spec, backend="native")
+    assert [("no size yet" in str(w.message), w.filename) for w in caught] == (
+        [(True, __file__)] if warned else []
+    )
+
+
+def test_names_that_no_submodule_has_are_warned_of() -> None:
+    def model() -> Any:
+        return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+
+    def prepare(names: list[str]) -> Any:
+        made = model().eval()
+        made.qconfig = fq.default_qconfig
+        fq.prepare(made, prepare_custom_config_dict={"non_traceable_module_name": names})
+
+    def propagate(names: list[str]) -> None:
+        fq.propagate_qconfig_(model(), dict.fromkeys(names, fq.default_qconfig))
+
+    def quantize_dynamic(names: list[str]) -> Any:
+        fq.quantize_dynamic(model(), {nn.Linear, *names}, backend="native")
+
+    for call in (prepare, propagate, quantize_dynamic):
+        with pytest.warns(UserWarning, match=r"Sequential has no .*no effect: '1\.fc'\.") as caught:
+            call(["1.fc", "1.0"])
+        assert [warning.filename for warning in caught] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            call(["1.0", ""])
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("torch.ao", marks=pytest.mark.torch_ao), "native"]
+)
+def test_modules_without_values_are_named_when_converted(backend: str) -> None:
+    model = Stubbed(fq, nn.Sequential(nn.Linear(2, 2), nn.Flatten())).eval()
+    model.qconfig = fq.default_qconfig
+    prepared = fq.prepare(model)
+    prepared(torch.randn(3, 2))
+    with pytest.raises(ValueError, match=r"convert: .* meta device.*: quant, body\.0\. Accepted"):
+        fq.convert(copy.deepcopy(prepared).to("meta"), backend=backend)
+    with pytest.raises(ValueError, match=r"quantize_dynamic: .* meta device.*: body\.0\. Accepted"):
+        fq.quantize_dynamic(copy.deepcopy(model).to("meta"), backend=backend)
+    # The advice holds, and what stays floating may be there.
+    moved = copy.deepcopy(prepared).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(prepared.state_dict())
+    x = torch.randn(3, 2)
+    assert_same(fq.convert(moved, backend=backend)(x), fq.convert(prepared, backend=backend)(x))
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    assert fq.quantize_dynamic(mixed, {"0"}, backend=backend)[1].weight.is_meta
 
 
 @pytest.mark.torch_ao

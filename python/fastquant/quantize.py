@@ -132,6 +132,8 @@ def propagate_qconfig_(
         QuantizationError: a config does not fit its module.
     """
     check_is_module("propagate_qconfig_", module)
+    excluded = (prepare_custom_config_dict or {}).get("non_traceable_module_name", ())
+    checks.warn_of_unknown_names(module, (*(qconfig_dict or ()), *excluded))
     _propagate_qconfig_helper(
         module, qconfig_dict or {}, prepare_custom_config_dict=prepare_custom_config_dict
     )
@@ -270,9 +272,8 @@ def _add_observer_(
     )
     if device is None:
         device = _unique_device(module, "prepare")
-    _observe(
-        module, leaves, set(non_leaf_module_list or ()), device, custom_module_class_mapping or {}
-    )
+    wholes = set(non_leaf_module_list or ())
+    _observe(module, leaves, wholes, device, custom_module_class_mapping or {}, {})
 
 
 def _observe(
@@ -281,8 +282,17 @@ def _observe(
     wholes: set[Any],
     device: torch.device | None,
     custom: Classes,
+    done: dict[nn.Module, nn.Module],
 ) -> None:
-    for name, child in module.named_children():
+    """Observe what is below a module; `done` has what became of each module, by what it was."""
+    for name, child in list(module._modules.items()):
+        if child is None:
+            continue
+        if child in done:  # it is in several places, and what replaces it is in all of them
+            if done[child] is not child:
+                setattr(module, name, done[child])
+            continue
+        done[child] = child
         kind = type_before_parametrizations(child)
         if kind is nn.Dropout:
             continue
@@ -295,9 +305,10 @@ def _observe(
         elif _has_special_act_post_process(child):
             _insert_observer(child, device, _get_special_act_post_process(child))
         elif kind in custom and has_qconfig(child):
-            setattr(module, name, _observe_custom(child, custom[kind], device))
+            done[child] = _observe_custom(child, custom[kind], device)
+            setattr(module, name, done[child])
         else:
-            _observe(child, leaves, wholes, device, custom)
+            _observe(child, leaves, wholes, device, custom, done)
     # AdaRound gives a leaf a `weight_fake_quant`, which makes it a parent, and still a leaf here.
     is_leaf = has_no_children_ignoring_parametrizations(module) or hasattr(
         module, "weight_fake_quant"
@@ -349,13 +360,16 @@ def prepare(
 
     Returns:
         The prepared model. Warns where no submodule has a config, where batch norm or dropout
-        would be calibrated in training mode, and where a module was fused for training.
+        would be calibrated in training mode, where a module was fused for training, where the model
+        itself would have to be swapped, and where no submodule has a name that is given.
 
     Raises:
         TypeError: `model` is no module, or a `qconfig` no config.
-        QuantizationError: a config does not fit its module, or several devices.
+        QuantizationError: a config does not fit its module, several devices, or lazy layers that
+            were not called yet.
     """
     check_is_module("prepare", model)
+    checks.check_initialized("prepare", model)
     if not inplace:
         model = copy.deepcopy(model)
     _prepare(model, allow_list, observer_non_leaf_module_list, prepare_custom_config_dict)
@@ -372,8 +386,11 @@ def _prepare(
     custom = prepare_custom_config_dict
     if custom is None:
         custom = _DEFAULT_CUSTOM_CONFIG_DICT
+    classes: Classes = custom.get("float_to_observed_custom_module_class", {})
     with ao.quiet():
         propagate_qconfig_(model, prepare_custom_config_dict=custom)
+        if type_before_parametrizations(model) in classes and has_qconfig(model):
+            checks.warn_user(checks.staying("prepare", model))
         if not any(has_qconfig(module) for module in model.modules()):
             warnings.warn(
                 "None of the submodules has a qconfig, so nothing is prepared: set "
@@ -384,7 +401,7 @@ def _prepare(
             model,
             allow_list,
             observer_non_leaf_module_list,
-            custom_module_class_mapping=custom.get("float_to_observed_custom_module_class", {}),
+            custom_module_class_mapping=classes,
         )
     observe_sequentials_once(model)
     for path, module in model.named_modules():
@@ -408,7 +425,8 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
 
     Raises:
         TypeError: `model` is no module, or a `qconfig` no config.
-        QuantizationError: the model is in eval mode, or as for `prepare`.
+        QuantizationError: the model is in eval mode, or is itself an LSTM or MultiheadAttention; or
+            as for `prepare`.
     """
     check_is_module("prepare_qat", model)
     if not model.training:
@@ -417,13 +435,19 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
         )
     if mapping is None:
         mapping = get_default_qat_module_mappings()
+    made_of_parts = _DEFAULT_CUSTOM_CONFIG_DICT["float_to_observed_custom_module_class"]
+    if has_qconfig(model) and type(model) in made_of_parts:
+        raise QuantizationError(
+            f"prepare_qat swaps submodules, so it cannot prepare the {type(model).__name__} that "
+            "it was given; put it into a module that calls it, and prepare that"
+        )
+    checks.check_initialized("prepare_qat", model)
     if not inplace:
         model = copy.deepcopy(model)
     teach_blocks()
     teach_float_functional()
     with ao.quiet():
         propagate_qconfig_(model)
-    made_of_parts = _DEFAULT_CUSTOM_CONFIG_DICT["float_to_observed_custom_module_class"]
     plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None), closed=made_of_parts)
     checks.warn_of_root(plan)
     swapping.swap(plan)
@@ -723,13 +747,14 @@ def quantize_dynamic(
             `fastquant.nn.quantized.dynamic`. A layer that has no native form stays as it is.
 
     Returns:
-        The quantized model. Warns, naming them, of layers that have no native form, and of what
-        `qconfig_spec` asks for that has no dynamic one.
+        The quantized model. Warns, naming them, of layers that have no native form, of what
+        `qconfig_spec` asks for that has no dynamic one or that the model does not have, and of lazy
+        layers that were not called yet.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: no config is known for `dtype`.
-        QuantizationError: `backend` is unknown.
+        QuantizationError: `backend` is unknown, or weights are on the meta device.
     """
     check_is_module("quantize_dynamic", model)
     _check_backend("quantize_dynamic", backend)
@@ -759,6 +784,7 @@ def quantize_dynamic(
     plan = Plan("quantize_dynamic", model, mapping, _observed_to_quantized(None))
     checks.warn_of_root(plan)
     checks.warn_of_idle_spec(model, asked, mapping)
+    checks.warn_of_lazy(model, qconfig_spec, mapping)
     checks.check(plan)
     swapping.swap(plan)
     _remove_qconfig(model)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._core.dtypes import QUINT8
@@ -23,10 +24,14 @@ from ..nn import quantized as native
 from ..nn.intrinsic import _FusedModule
 from ..observer import _is_activation_post_process
 from ..quantization_mappings import (
+    DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS,
+    DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS,
     DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS,
     DEFAULT_QAT_MODULE_MAPPINGS,
+    DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS,
     DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
     MADE_FROM_OBSERVER,
+    get_default_qconfig_propagation_list,
 )
 from ..utils import QuantizationError, has_no_children_ignoring_parametrizations
 from .plan import Classes, Entry, How, Plan, has_qconfig
@@ -83,11 +88,46 @@ def warn_of_training_mode(model: nn.Module) -> None:
         )
 
 
+def check_initialized(function: str, model: nn.Module) -> None:
+    """Raise QuantizationError for lazy layers that would stay unprepared when they are called."""
+    configured = _configured(model)
+    lazy = uninitialized(model, get_default_qconfig_propagation_list())
+    paths = [path for path in lazy if _inherits(path, configured)]
+    if paths:
+        raise QuantizationError(
+            f"{function}: the parameters of these layers have no size yet: {listed(paths)}. Lazy "
+            "layers get it when they are called first: run the model once, then prepare it"
+        )
+
+
+def uninitialized(model: nn.Module, classes: Collection[Any]) -> list[str]:
+    """The paths of lazy layers that were not called yet and will be of one of the classes."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, LazyModuleMixin)
+        and module.cls_to_become in classes
+        and module.has_uninitialized_params()  # type: ignore[misc]
+    ]
+
+
+def warn_of_unknown_names(model: nn.Module, names: Iterable[Any]) -> None:
+    """Warn of names that are given a meaning, and are no submodule's."""
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    unknown = [repr(name) for name in names if isinstance(name, str) and name not in known]
+    if unknown:
+        warn_user(
+            f"{type(model).__name__} has no submodules of these names, so what is said of them has "
+            f"no effect: {listed(unknown)}. model.named_modules() lists the names that it has"
+        )
+
+
 # --- before swapping --------------------------------------------------------------------------
 
 
 def check(plan: Plan) -> None:
     """Raise QuantizationError for modules that cannot be swapped, or not without wrong numbers."""
+    _check_values(plan)
     _check_prepared(plan)
     refused = [
         f"{entry.path} ({reason})"
@@ -98,6 +138,23 @@ def check(plan: Plan) -> None:
         raise QuantizationError(
             f"{plan.function}: torch's quantized modules would give wrong numbers for "
             f"{listed(refused)}. Set qconfig = None on these modules to keep them floating"
+        )
+
+
+def _check_values(plan: Plan) -> None:
+    """Raise if weights or ranges are to be read that have no values."""
+    on_meta = [
+        entry.path
+        for entry in plan.first_places()
+        if entry.how is not How.SKIPPED
+        and entry.target in _READING_VALUES
+        and any(x.is_meta for x in (*entry.module.parameters(), *entry.module.buffers()))
+    ]
+    if on_meta:
+        raise QuantizationError(
+            f"{plan.function}: the parameters or observers of these layers are on the meta device, "
+            f"which keeps no values: {listed(on_meta)}. Accepted are other devices: use "
+            "model.to_empty(device='cpu'), then load a state"
         )
 
 
@@ -121,6 +178,19 @@ def _check_prepared(plan: Plan) -> None:
             "Call prepare (or prepare_qat) and calibrate first; for dynamic quantization, which "
             "needs neither, use quantize_dynamic"
         )
+
+
+_READING_VALUES = {
+    target
+    for mapping in (
+        DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS,
+        DEFAULT_NATIVE_DYNAMIC_QUANT_MODULE_MAPPINGS,
+        DEFAULT_NATIVE_QUANT_MODULE_MAPPINGS,
+        DEFAULT_REFERENCE_STATIC_QUANT_MODULE_MAPPINGS,
+        DEFAULT_STATIC_QUANT_MODULE_MAPPINGS,
+    )
+    for target in mapping.values()
+}
 
 
 def has_observer(module: nn.Module) -> bool:
@@ -182,10 +252,26 @@ def warn_of_root(plan: Plan) -> None:
     """Warn where the model itself would have to be swapped."""
     for entry in plan.entries:
         if entry.owner is None and has_qconfig(entry.module):
-            warn_user(
-                f"{plan.function} swaps submodules, so the {type(entry.module).__name__} that it "
-                "was given stays as it is; wrap it, e.g. in QuantWrapper or nn.Sequential"
-            )
+            warn_user(staying(plan.function, entry.module))
+
+
+def staying(function: str, model: nn.Module) -> str:
+    """The message that a model is itself what would have to be swapped."""
+    return (
+        f"{function} swaps submodules, so the {type(model).__name__} that it was given stays as it "
+        "is; put it into a module that calls it, such as QuantWrapper or nn.Sequential"
+    )
+
+
+def warn_of_lazy(model: nn.Module, spec: Mapping[Any, Any], mapping: Classes) -> None:
+    """Warn of lazy layers that a `qconfig_spec` would have quantized after their first call."""
+    asked = {key for key in mapping if spec.get(key) is not None}
+    if lazy := uninitialized(model, asked):
+        warn_user(
+            f"quantize_dynamic: the parameters of {listed(lazy)} have no size yet, so these layers "
+            "stay as they are. Lazy layers get it when they are called first: run the model once "
+            "before"
+        )
 
 
 def warn_of_idle_spec(model: nn.Module, spec: Iterable[Any], mapping: Classes) -> None:

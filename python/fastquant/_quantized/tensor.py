@@ -556,6 +556,10 @@ class PerChannelQuantizedTensor(Tensor):
     def __hash__(self) -> int:
         return id(self)
 
+    def clone(self, *args: Any, **kwargs: Any) -> PerChannelQuantizedTensor:
+        values = self._integers.clone(*args, **kwargs)
+        return type(self)(values, self._scales.clone(), self._zero_points.clone(), self._axis)
+
     def _with(self, values: Tensor) -> PerChannelQuantizedTensor:
         """These values, with this tensor's scales and zero points where the values are."""
         if values.dtype != self.dtype:
@@ -594,7 +598,7 @@ def _of_values(name: str) -> Callable[..., PerChannelQuantizedTensor]:
     return method
 
 
-for _name in ("clone", "contiguous", "to", "cpu", "cuda"):
+for _name in ("contiguous", "to", "cpu", "cuda"):
     setattr(PerChannelQuantizedTensor, _name, _of_values(_name))
 for _name in _PROPERTIES:
     setattr(PerChannelQuantizedTensor, _name, property(_of_integers(_name)))
