@@ -920,6 +920,45 @@ def test_dynamic_quantization_names_what_it_leaves_alone(
     assert type(quantized[1][0]) is not nn.Linear
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("spec", [None, {"layers.0"}])
+@pytest.mark.parametrize("backend", [pytest.param("torch.ao", marks=beside_torch_ao), "native"])
+def test_encoders_of_torch_can_be_called_when_their_layers_are_dynamic(
+    backend: str, spec: Any, masked: bool, mode: Any
+) -> None:
+    # torch.nn's encoders read the weights of their layers as tensors, and torch.ao's models fail.
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([5, 3, 4])[:, None]
+    mask = padding if masked else None
+    quantized: Any = fq.quantize_dynamic(encoder, spec, backend=backend)
+    assert type(quantized.layers[0].linear1) is not nn.Linear
+    with mode(), quiet():
+        ours, floating = (model(x, src_key_padding_mask=mask) for model in (quantized, encoder))
+        again = copy.deepcopy(quantized)(x, src_key_padding_mask=mask)
+    keep = ~padding if masked else torch.ones_like(padding)
+    assert 0 < (ours - floating)[keep].abs().max() < 0.05
+    assert_same(again[keep], ours[keep])
+
+
+@pytest.mark.parametrize("backend", [pytest.param("torch.ao", marks=beside_torch_ao), "native"])
+def test_layers_that_attention_does_not_call_stay_floating(backend: str) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    model, x = Attention().eval(), torch.randn(3, 2, 8)
+    with pytest.warns(UserWarning, match=r"'attention' \(MultiheadAttention\) has no effect"):
+        quantized = fq.quantize_dynamic(model, {"attention"}, backend=backend)
+    assert_same(quantized(x), model(x))
+
+
 @pytest.mark.parametrize(
     "spec",
     [

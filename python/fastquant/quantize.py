@@ -783,7 +783,7 @@ def quantize_dynamic(
         propagate_qconfig_(model, qconfig_spec)
     plan = Plan("quantize_dynamic", model, mapping, _observed_to_quantized(None))
     checks.warn_of_root(plan)
-    checks.warn_of_idle_spec(model, asked, mapping)
+    checks.warn_of_idle_spec(plan, asked, mapping)
     checks.warn_of_lazy(model, qconfig_spec, mapping)
     checks.check(plan)
     swapping.swap(plan)

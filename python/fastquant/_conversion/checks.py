@@ -274,17 +274,18 @@ def warn_of_lazy(model: nn.Module, spec: Mapping[Any, Any], mapping: Classes) ->
         )
 
 
-def warn_of_idle_spec(model: nn.Module, spec: Iterable[Any], mapping: Classes) -> None:
+def warn_of_idle_spec(plan: Plan, spec: Iterable[Any], mapping: Classes) -> None:
     """Warn of keys of a `qconfig_spec` that ask for layers that have no dynamic form."""
     asked = set(spec)
     idle: dict[str, None] = {}
-    for path, module in model.named_modules():
+    swapped = [f"{entry.path}." for entry in plan.swaps()]
+    for path, module in plan.model.named_modules():
         kind = type_before_parametrizations(module)
-        if kind not in mapping and has_no_children_ignoring_parametrizations(module):
-            if path in asked:
-                idle[f"{path!r} ({kind.__name__})"] = None
-            if kind in asked:
-                idle[kind.__name__] = None
+        if path and path in asked and not any(place.startswith(f"{path}.") for place in swapped):
+            idle[f"{path!r} ({kind.__name__})"] = None
+        is_leaf = has_no_children_ignoring_parametrizations(module)
+        if kind in asked and kind not in mapping and is_leaf:
+            idle[kind.__name__] = None
     if idle:
         warn_user(
             f"quantize_dynamic: in qconfig_spec, {listed(idle)} has no effect: there is no "

@@ -126,6 +126,8 @@ class Plan:
             how, reason = How.SKIPPED, "only submodules are swapped"
         elif not has_qconfig(module):
             how, reason = How.SKIPPED, "it has no qconfig"
+        elif type(owner) is nn.MultiheadAttention:
+            how, reason = How.SKIPPED, "its weight is read, and it is not called"
         self.entries.append(Entry(path, owner, name, module, target, how, reason))
 
     def _is_swapped_whole(self, module: nn.Module) -> bool:
