@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Generator, Iterator
 
@@ -46,6 +47,24 @@ def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object
         ):
             raise
         pytest.skip("converts to torch's quantized modules, and there are none")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End this process, or these tests, where a kernel's error has ended the GPU's context.
+
+    Every later test would fail with that error. pytest-xdist goes on with the next test in a new
+    process.
+    """
+    ran = yield
+    if item.get_closest_marker("cuda") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(70)
+            pytest.exit(f"{item.nodeid} has ended the GPU's context: {error}", returncode=70)
+    return ran
 
 
 @pytest.fixture(autouse=True)

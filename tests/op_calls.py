@@ -246,6 +246,16 @@ def histograms(draw: st.DrawFn) -> list[Call]:
     return [("observe_histogram_", (x, *state, rate, draw(policies), times)) for x in stream]
 
 
+def histogram_settings(args: Sequence[Any]) -> tuple[Any, ...]:
+    """What `observe_histogram_` takes after its buffers, for a comparison of CPU and CUDA kernels.
+
+    Of NaN that are to be propagated the CPU's raises; to raise, CUDA's would wait for the device.
+    """
+    rate, policy, *times = args[5:]
+    raises = policy == PROPAGATE and bool(args[0].isnan().any())
+    return rate, IGNORE if raises else policy, *times
+
+
 @st.composite
 def channel_histograms(draw: st.DrawFn) -> list[Call]:
     """A stream of tensors for the histograms of their channels."""
@@ -433,6 +443,20 @@ INEXACT = {
 }
 
 
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of x as it lies: with its strides, and its distance from where its memory begins.
+
+    Tensor.to keeps the strides only of tensors without gaps and overlaps.
+    """
+    elements = x.untyped_storage().nbytes() // x.element_size()
+    memory = x.detach().as_strided((elements,), (1,), 0).to(device, copy=True)
+    return memory.as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def all_moved(args: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
+    return tuple(moved(a, device) if isinstance(a, Tensor) else a for a in args)
+
+
 def own_arguments(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
     """The same arguments, those that the op changes in memory of their own."""
     if not name.startswith(("observe", "fused", "add")):
@@ -442,26 +466,29 @@ def own_arguments(name: str, args: Sequence[Any]) -> tuple[Any, ...]:
     return *args[:inputs], *others
 
 
-def outcome(op: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor] | None:
-    """Results and arguments after a call; None where it raised."""
+# Results and arguments after a call, or what it raised.
+Outcome = list[Tensor] | RuntimeError
+
+
+def outcome(op: Callable[..., Any], args: tuple[Any, ...]) -> Outcome:
     try:
         results = op(*args)
-    except RuntimeError:
-        return None
+    except RuntimeError as error:
+        return error
     results = () if results is None else results
     results = (results,) if isinstance(results, Tensor) else results
     return [*results, *(a for a in args if isinstance(a, Tensor))]
 
 
-def assert_same_outcome(name: str, got: list[Tensor] | None, expected: list[Tensor] | None) -> None:
-    assert (got is None) == (expected is None), (got, expected)
-    if got is None or expected is None:
+def assert_same_outcome(name: str, got: Outcome, expected: Outcome) -> None:
+    if isinstance(got, RuntimeError) or isinstance(expected, RuntimeError):
+        assert isinstance(got, RuntimeError) == isinstance(expected, RuntimeError), (got, expected)
         return
     for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         inexact = i in range(*INEXACT.get(name, slice(0)).indices(len(got)))
         tolerance = {"rtol": 1e-4, "atol": 1e-3} if inexact else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(
-            ours.cpu(),
+            moved(ours, theirs.device),
             theirs,
             **tolerance,
             equal_nan=True,

@@ -21,10 +21,6 @@ import op_calls
 from cuda_emulation import Emulation
 from fastquant._native import ops
 from fastquant._native import reference as reference_ops
-from fastquant._native.reference.dynamic import DYNAMIC_OPS
-from fastquant._native.reference.quantized import QUANTIZED_OPS
-from fastquant._native.reference.quantized_embedding import QUANTIZED_EMBEDDINGS
-from fastquant._native.reference.quantized_norms import QUANTIZED_NORMS
 from op_calls import IGNORE, INF, PROPAGATE, RAISE, SINGLE_CALLS, Call, eps, fused_args, minmax_args
 from strategies import FLOATS, LAYOUTS, random_values
 
@@ -32,6 +28,8 @@ pytestmark = pytest.mark.skipif(
     cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not())
 )
 
+
+CPU = torch.device("cpu")
 
 # Under sanitizers everything takes longer, and when looked over for races.
 SANITIZED = bool(cuda_emulation.FLAGS) or cuda_emulation.RACES
@@ -55,7 +53,7 @@ def emulation(library: Emulation) -> Iterator[Emulation]:
 
 def assert_as_cpu(emulation: Emulation, call: Call) -> None:
     name, args = call
-    got = op_calls.outcome(emulation.op(name), op_calls.own_arguments(name, args))
+    got = op_calls.outcome(emulation.op(name), op_calls.all_moved(args, CPU))
     expected = op_calls.outcome(getattr(ops, name), op_calls.own_arguments(name, args))
     op_calls.assert_same_outcome(name, got, expected)
 
@@ -64,19 +62,7 @@ def assert_as_cpu(emulation: Emulation, call: Call) -> None:
 
 
 def test_every_op_has_a_cuda_kernel(emulation: Emulation) -> None:
-    # On a GPU, convolutions, layers on quantized tensors, histograms of channels and an analysis's
-    # errors run the reference, and ranges are searched on the CPU.
-    quantized = (*QUANTIZED_OPS, *QUANTIZED_NORMS, *DYNAMIC_OPS, *QUANTIZED_EMBEDDINGS)
-    elsewhere = {op.__name__ for op in quantized} | {
-        "observe_channel_histograms_",
-        "histogram_range",
-        "least_error_range",
-        "histogram_error",
-        "observe_error_",
-        "convolution",
-        "convolution_backward",
-    }
-    for name in reference_ops.OPS.keys() - elsewhere:
+    for name in reference_ops.OPS.keys() - reference_ops.ONLY_ON_CPU:
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         assert has_kernel(f"fastquant_emulated::{name}", "CPU"), name
 
@@ -190,9 +176,9 @@ def assert_histograms_as_cpu(
 ) -> None:
     state = calls[0][1][1:5]
     ours = tuple(t.clone() for t in state)
-    for name, (x, *_, rate, policy) in calls:
-        raises = policy == PROPAGATE and bool(x.isnan().any())  # the CPU; see the next test
-        settings = (rate, IGNORE if raises else policy)
+    for name, args in calls:
+        x, settings = args[0], op_calls.histogram_settings(args)
+        _, policy, *_ = settings
         emulation.capturing(capturing and policy != RAISE)
         got = op_calls.outcome(emulation.op(name), (x, *ours, *settings))
         expected = op_calls.outcome(getattr(ops, name), (x, *state, *settings))

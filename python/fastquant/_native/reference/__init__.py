@@ -77,3 +77,21 @@ OPS: dict[str, Callable[..., Any]] = {
         *QUANTIZED_EMBEDDINGS,
     )
 }
+
+# Those without CUDA kernels: CUDA tensors take the fallback, or, to search a range, go to the CPU.
+ONLY_ON_CPU = frozenset(
+    op.__name__
+    for op in (
+        observe_channel_histograms_,
+        observe_error_,
+        histogram_range,
+        least_error_range,
+        histogram_error,
+        convolution,
+        convolution_backward,
+        *QUANTIZED_OPS,
+        *QUANTIZED_NORMS,
+        *DYNAMIC_OPS,
+        *QUANTIZED_EMBEDDINGS,
+    )
+)
