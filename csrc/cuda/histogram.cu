@@ -14,14 +14,16 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr size_t kSharedBytes = 48 * 1024;  // shared memory that a block may use on every device
 
-// How a tensor's range changes the histogram.
+// How a tensor's range changes the histogram. The truth values are as wide as the rest: count_range loads whole
+// words, and padding, which find_range would not store, would be uninitialized memory.
 struct Plan {
-  bool counts;         // the tensor has elements to count
-  bool starts;         // the histogram was empty
-  bool moves;          // the range changes, so the old counts have to be resampled
+  int64_t counts;      // the tensor has elements to count
+  int64_t starts;      // the histogram was empty
+  int64_t moves;       // the range changes, so the old counts have to be resampled
   HistogramRange old;  // the range of the bins before this tensor
   HistogramRange now;  // the range of the bins after it
 };
+static_assert(sizeof(Plan) == 3 * sizeof(int64_t) + 2 * sizeof(HistogramRange), "no padding");
 
 struct HistogramArgs {
   MinMaxArgs minmax;
