@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDA_CHECK = ROOT / "tools" / "cuda_check.py"
 
 needs_cmake = pytest.mark.skipif(
     not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja"
@@ -180,11 +184,99 @@ def test_the_environment_says_anything_else() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_cuda_check_without_a_gpu() -> None:
-    command = (sys.executable, str(ROOT / "tools" / "cuda_check.py"))
+    command = (sys.executable, str(CUDA_CHECK))
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 1
     assert "needs an NVIDIA GPU" in done.stderr
     assert "nothing was checked" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_building_for_given_architectures_needs_no_gpu(tmp_path: Path) -> None:
+    command = (sys.executable, str(CUDA_CHECK), "--only", "build", "--architectures", "90-real")
+    empty = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(command, text=True, capture_output=True, check=False, env=empty)
+    assert done.returncode == 1
+    assert "needs nvcc, cmake, ninja on the PATH" in done.stderr
+
+
+@pytest.fixture
+def cuda_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """tools/cuda_check.py, on a machine that seems to have a GPU, with stages to be replaced."""
+    spec = importlib.util.spec_from_file_location("cuda_check", CUDA_CHECK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "cuda_check", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "why_not", lambda options: None)
+    monkeypatch.setattr(module, "check_package", lambda: None)
+    monkeypatch.setattr(module, "BUILD", tmp_path / "build")
+    return module
+
+
+def exit_of(cuda_check: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["cuda_check.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cuda_check.main()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("failing", "runs"), [("test", "build test bench"), ("build", "build")])
+def test_a_stage_that_fails(
+    cuda_check: Any, monkeypatch: pytest.MonkeyPatch, failing: str, runs: str
+) -> None:
+    ran = []
+
+    def stage(name: str, options: Any) -> None:
+        ran.append(name)
+        if name == failing:
+            raise cuda_check.CheckError("no luck")
+
+    stages = {name: functools.partial(stage, name) for name in ("build", "test", "bench")}
+    monkeypatch.setattr(cuda_check, "STAGES", stages)
+    said = exit_of(cuda_check, monkeypatch, "--only", "build,test,bench")
+    assert said == f"cuda_check: {failing}: no luck"
+    assert " ".join(ran) == runs
+
+
+def test_a_stage_has_its_limit(
+    cuda_check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T1000")
+    monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu.py").write_text("import time; time.sleep(600)")
+    arguments = ("--only", "bench", "--limit", "0.5", "--results", str(tmp_path))
+    said = exit_of(cuda_check, monkeypatch, *arguments)
+    assert "bench: no end in 0 s" in said
+    assert f"--json {tmp_path / 'gpu-nvidia-t1000.json'}" in said
+
+
+def test_each_sanitizer_has_its_turn(
+    cuda_check: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(
+        '#!/bin/sh\necho "this is $2"\n'
+        "[ $2 != racecheck ] || exit 86\n[ $2 != initcheck ] || sleep 600\n"
+    )
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    arguments = ("--only", "sanitize", "--limit", "2", "--results", str(tmp_path / "results"))
+    said = exit_of(cuda_check, monkeypatch, *arguments)
+    assert said == "cuda_check: sanitize: racecheck, initcheck of compute-sanitizer"
+    printed = capfd.readouterr().out
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        assert f"this is {tool}" in printed
+        assert (tmp_path / "results" / f"{tool}.log").read_text() == f"this is {tool}\n"
+
+
+def test_all_files_with_tests_for_a_gpu_are_run(cuda_check: Any) -> None:
+    assert {"test_cuda.py", "test_quantize.py"} <= {p.name for p in cuda_check.files_of_tests()}
 
 
 def without_amx() -> bool:
@@ -194,7 +286,7 @@ def without_amx() -> bool:
 
 @pytest.mark.skipif(not without_amx(), reason="is about processors without AMX")
 def test_checking_amx_needs_no_gpu() -> None:
-    command = (sys.executable, str(ROOT / "tools" / "cuda_check.py"), "--only", "amx")
+    command = (sys.executable, str(CUDA_CHECK), "--only", "amx")
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no AMX here" in done.stdout
