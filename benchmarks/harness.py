@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class Suite:
     threads: int
     patience: float = 2.0
     rows: list[Row] = field(default_factory=list)
+    keep: Callable[[Row], None] | None = None  # is given each row
 
     def add(
         self,
@@ -203,6 +205,8 @@ class Suite:
         }
         self.rows.append(row)
         print(line(row), flush=True)
+        if self.keep is not None:
+            self.keep(row)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -255,18 +259,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def measured(name: str, measure: Measure, options: argparse.Namespace) -> list[Row]:
-    """All rows of a benchmark, for each number of threads."""
-    rows: list[Row] = []
+def _measure(
+    name: str, measure: Measure, options: argparse.Namespace, keep: Callable[[Row], None]
+) -> None:
+    """Run a benchmark, for each number of threads."""
     print(header())
     for threads in options.threads:
         with warnings.catch_warnings(), threads_set_to(threads):
             # torch.ao warns of its deprecation at every step.
             warnings.simplefilter("ignore")
-            suite = Suite(name, options.rounds, threads, options.patience)
-            measure(suite)
-            rows += suite.rows
-    return rows
+            measure(Suite(name, options.rounds, threads, options.patience, keep=keep))
 
 
 def run_benchmarks(
@@ -275,21 +277,35 @@ def run_benchmarks(
     store: Path | None,
     kept: Sequence[Row] = (),
 ) -> None:
-    """Run benchmarks as a command, and store their rows, after `kept`, where a path is given."""
+    """Run benchmarks as a command, and store their rows, after `kept`, where a path is given.
+
+    One that fails keeps no other from its turn.
+    """
     rows: list[Row] = []
+    failed: list[str] = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        if store is not None:
+            # After each, so that no later failure, and no end of the time there is, loses any.
+            save(store, [*kept, *rows])
+
     try:
         for number, (name, measure) in enumerate(benchmarks.items(), 1):
             if len(benchmarks) > 1:
                 print(f"\n{name} ({number} of {len(benchmarks)})\n")
-            rows += measured(name, measure, options)
-            if store is not None:
-                # After each, so that a later failure loses none of them.
-                save(store, [*kept, *rows])
+            try:
+                _measure(name, measure, options, keep)
+            except Exception:
+                traceback.print_exc()
+                failed.append(name)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     print(f"\n{targets_of(rows)}")
     if store is not None:
         print(f"stored in {store}")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def main(measure: Measure) -> None:

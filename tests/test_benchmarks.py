@@ -123,6 +123,29 @@ def test_compare(
         compared(stored, tmp_path / "absent.json")
 
 
+def test_a_benchmark_that_fails_loses_no_rows(harness: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    stored_meanwhile = []
+
+    def fails_after_a_row(suite: Any) -> None:
+        suite.add_value("first", "input", 1.0, "x")
+        stored_meanwhile.append(path.exists())
+        raise RuntimeError("no memory")
+
+    def works(suite: Any) -> None:
+        suite.add_value("second", "input", 2.0, "x")
+
+    options = harness.parser(None).parse_args(["--threads", "1"])
+    with pytest.raises(SystemExit, match="failed: fails"):
+        harness.run_benchmarks({"fails": fails_after_a_row, "works": works}, options, path)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["benchmark"], row["work"]) for row in rows] == [
+        ("fails", "first"),
+        ("works", "second"),
+    ]
+    assert stored_meanwhile == [True]
+
+
 def test_pages_with_measurements(
     stored: Path, scripts: Scripts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
