@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,22 +253,20 @@ EDGE = 2**31
 BEYOND = EDGE + 10  # divided by 3, too
 
 
-# By one process after the other, where pytest-xdist has several: together they might lack memory.
-in_turn = pytest.mark.xdist_group("much_memory")
-
-
 @pytest.fixture
 def beyond_31_bits() -> Iterator[Tensor]:
-    if _free_bytes() < 24 * 2**30:
-        pytest.skip("needs 24 GiB of GPU memory")
-    x = torch.zeros(BEYOND, dtype=torch.bfloat16, device=GPU)
-    x[0], x[EDGE - 1], x[-2], x[-1] = 1.0, -3.0, float("inf"), 5.0
-    yield x
-    del x
-    torch.cuda.empty_cache()
+    # One process at a time, where pytest-xdist has several: together they might lack memory.
+    with (Path(tempfile.gettempdir()) / "fastquant-much-memory").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _free_bytes() < 24 * 2**30:
+            pytest.skip("needs 24 GiB of GPU memory")
+        x = torch.zeros(BEYOND, dtype=torch.bfloat16, device=GPU)
+        x[0], x[EDGE - 1], x[-2], x[-1] = 1.0, -3.0, float("inf"), 5.0
+        yield x
+        del x
+        torch.cuda.empty_cache()
 
 
-@in_turn
 def test_ranges_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     x = beyond_31_bits
     low, high = torch.tensor([INF, -INF], device=GPU)
@@ -282,7 +283,6 @@ def test_ranges_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     assert count.item() == 3
 
 
-@in_turn
 def test_histograms_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     histogram, low, high = torch.zeros(16, device=GPU), *torch.tensor([INF, -INF], device=GPU)
     count = torch.zeros(1, dtype=torch.int64, device=GPU)
@@ -294,7 +294,6 @@ def test_histograms_beyond_31_bits(beyond_31_bits: Tensor) -> None:
         assert histogram[[0, 8, 15]].tolist() == [times] * 3
 
 
-@in_turn
 def test_fake_quantize_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     x = beyond_31_bits
     scale = torch.tensor([0.5], device=GPU)
@@ -313,7 +312,6 @@ def test_fake_quantize_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     assert y.view(-1)[marked].tolist() == [1.0, -2.0, 3.5, 3.5]
 
 
-@in_turn
 def test_fused_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     low, high = torch.tensor([INF], device=GPU), torch.tensor([-INF], device=GPU)
     scale, zero_point = torch.ones(1, device=GPU), torch.zeros(1, dtype=torch.int32, device=GPU)
@@ -326,7 +324,6 @@ def test_fused_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     assert y[[0, 1, EDGE - 1, -2, -1]].tolist() == [1.0, 0.0, -3.0, 5.0, 5.0]
 
 
-@in_turn
 def test_learnable_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     x = beyond_31_bits
     x[-2] = 0.0  # in place of infinity, whose gradient none of this is about
@@ -341,7 +338,6 @@ def test_learnable_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     assert grads[2].item() == -0.5 * 2
 
 
-@in_turn
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3, -1), (-1, 3)])
 def test_batch_norm_beyond_31_bits(
@@ -374,7 +370,6 @@ def test_batch_norm_beyond_31_bits(
         assert torch.equal(grad_x, x * norm[1, 0].to(x.dtype))
 
 
-@in_turn
 def test_sums_beyond_31_bits(beyond_31_bits: Tensor) -> None:
     x = beyond_31_bits
     _, *settings = fused_args(x[:1], None)
