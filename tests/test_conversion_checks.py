@@ -137,6 +137,45 @@ def test_a_bare_module_made_of_parts_is_warned_of_or_refused(make: Callable[[], 
     assert [type(part) for part in model.modules()] == [type(part) for part in make().modules()]
 
 
+def test_transposed_convolutions_with_scales_of_channels_are_named() -> None:
+    def model() -> Any:
+        layers = (nn.Conv2d(2, 2, 1), nn.ConvTranspose2d(2, 3, 2), nn.ConvTranspose2d(3, 2, 2))
+        return Stubbed(fq, nn.Sequential(*layers)).eval()
+
+    made, x = model(), torch.randn(2, 2, 4, 4)
+    made.qconfig, made.body[2].qconfig = fq.get_default_qconfig("native"), None
+    with pytest.raises(
+        ValueError, match=r"^body\.1: ConvTranspose2d takes .*set_qconfig\(model"
+    ) as e:
+        fq.prepare(made)
+    # The advice holds.
+    advice = (
+        str(e.value)
+        .partition("e.g. by ")[2]
+        .replace("…", 'fastquant.get_default_qconfig("native")')
+    )
+    made = model()
+    exec(advice, {"fastquant": fq, "nn": nn, "model": made})
+    prepared = fq.prepare(made)
+    prepared(x)
+    converted = fq.convert(prepared, backend="native")
+    torch.testing.assert_close(converted(x), made(x), atol=0.1, rtol=0)
+
+    made = model().train()
+    made.qconfig, made.body[2].qconfig = fq.get_default_qat_qconfig("native"), None
+    with pytest.warns(
+        UserWarning, match=r"prepare_qat: transposed .* for them: body\.1\. Give"
+    ) as w:
+        trained = fq.prepare_qat(made)
+    assert [warning.filename for warning in w] == [__file__]
+    trained(x)
+    trained.body[1].qconfig = fq.default_qat_qconfig
+    trained.body[2] = nn.Identity()
+    converted = fq.convert(trained.eval(), backend="native")
+    assert type(converted.body[1]) is fq.nn.quantized.ConvTranspose2d
+    torch.testing.assert_close(converted(x), trained(x), atol=0.1, rtol=0)
+
+
 def test_lazy_layers_are_to_be_called_before_they_are_prepared() -> None:
     def lazy() -> Any:
         layers = (nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))

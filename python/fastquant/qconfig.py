@@ -396,7 +396,8 @@ def _assert_valid_qconfig(qconfig: Any, mod: nn.Module) -> None:
         if is_per_channel(qscheme) and not isinstance(weight, FakeQuantizeBase):
             raise QuantizationError(
                 f"{type(mod).__name__} takes no per-channel weight observer; give it a qconfig "
-                "with a per-tensor one, e.g. fastquant.default_qconfig"
+                "with a per-tensor one, e.g. by fastquant.set_qconfig(model, {nn."
+                f"{type(mod).__name__}: fastquant.default_qconfig, '': …}})"
             )
 
 

@@ -150,7 +150,10 @@ def _propagate_qconfig_helper(
     qconfig = qconfig_dict.get(type_before_parametrizations(module), qconfig_parent)
     qconfig = qconfig_dict.get(prefix, qconfig)
     qconfig = getattr(module, "qconfig", qconfig)
-    _assert_valid_qconfig(qconfig, module)
+    try:
+        _assert_valid_qconfig(qconfig, module)
+    except (TypeError, QuantizationError) as error:
+        raise type(error)(f"{prefix or 'the model itself'}: {error}") from None
     qconfig = _add_module_to_qconfig_obs_ctr(qconfig, module)
     module.qconfig = qconfig
     custom = prepare_custom_config_dict or {}
@@ -450,6 +453,7 @@ def prepare_qat(model: _Module, mapping: Classes | None = None, inplace: bool = 
         propagate_qconfig_(model)
     plan = Plan("prepare_qat", model, mapping, _observed_to_quantized(None), closed=made_of_parts)
     checks.warn_of_root(plan)
+    checks.warn_of_transposed(model)
     swapping.swap(plan)
     for module in model.modules():
         _set_channels_of_weight(module)

@@ -33,7 +33,11 @@ from ..quantization_mappings import (
     MADE_FROM_OBSERVER,
     get_default_qconfig_propagation_list,
 )
-from ..utils import QuantizationError, has_no_children_ignoring_parametrizations
+from ..utils import (
+    QuantizationError,
+    has_no_children_ignoring_parametrizations,
+    is_per_channel,
+)
 from .plan import Classes, Entry, How, Plan, has_qconfig
 
 
@@ -86,6 +90,27 @@ def warn_of_training_mode(model: nn.Module) -> None:
             f"prepare: {listed(fused_for_qat)} were fused for training and convert leaves them "
             "floating; use prepare_qat, or fuse with fuse_modules in eval mode"
         )
+
+
+def warn_of_transposed(model: nn.Module) -> None:
+    """Warn of transposed convolutions whose config trains, and is then refused by convert."""
+    names = []
+    for path, module in model.named_modules():
+        make = getattr(getattr(module, "qconfig", None), "weight", None)
+        if isinstance(module, _FLOAT_TRANSPOSED) and make is not None:
+            qscheme = getattr(make(), "qscheme", None)
+            if qscheme is not None and is_per_channel(qscheme):
+                names.append(path)
+    if names:
+        warn_user(
+            f"prepare_qat: transposed convolutions are trained with weights in float, and convert "
+            f"takes no per-channel config for them: {listed(names)}. Give them one with a single "
+            "scale for the weight, such as fastquant.default_qat_qconfig, at the latest before "
+            "convert"
+        )
+
+
+_FLOAT_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def check_initialized(function: str, model: nn.Module) -> None:

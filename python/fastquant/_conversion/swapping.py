@@ -108,9 +108,9 @@ def replacement(
         target = entry.target
         name = f"{target.__module__}.{target.__qualname__}" if inspect.isclass(target) else target
         raise ConversionError(
-            f"{function}: cannot convert {entry.path}: {type(error).__name__}: {error}. It is a "
-            f"{type(entry.module).__name__}, and was to become {name}; with qconfig = None it "
-            "stays as it is"
+            f"{function}: cannot convert {entry.path}: {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. It is of class {type(entry.module).__name__}, and was to "
+            f"become {name}; with qconfig = None it stays as it is"
         ) from error
 
 
