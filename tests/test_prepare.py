@@ -92,6 +92,37 @@ def test_the_output_of_a_recurrent_layer_is_a_tuple_and_says_where() -> None:
         prepared(torch.randn(2, 1, 3))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("what", ["", "layers.0.linear1"])
+def test_encoders_of_torch_with_padding_are_observed_without_gradients(
+    what: str, training: bool
+) -> None:
+    # torch.nn's encoder would give its layers nested tensors, and torch.ao's prepared ones fail.
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).train(training)
+    config = fq.get_default_qat_qconfig if training else fq.get_default_qconfig
+    encoder.get_submodule(what).qconfig = config("native")
+    prepared = (fq.prepare_qat if training else fq.prepare)(encoder)
+    x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([5, 3, 4])[:, None]
+    if training:
+        prepared(x, src_key_padding_mask=padding)
+    with torch.no_grad(), quiet():
+        ours = prepared.eval()(x, src_key_padding_mask=padding)
+        floating = encoder.eval()(x, src_key_padding_mask=padding)
+    assert_close = torch.testing.assert_close
+    assert_close(ours[~padding], floating[~padding], atol=0.2 if training else 1e-5, rtol=0)
+    observer = prepared.layers[0].linear1.activation_post_process
+    assert (observer.calculate_qparams()[0] != 1).all()
+
+
+def test_names_in_place_of_classes_are_warned_of() -> None:
+    made = model()
+    with pytest.warns(UserWarning, match=r"take classes, so names have no effect: '1'$") as caught:
+        fq.prepare(made, allow_list={nn.Conv2d, "1"})
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_observers_outside_a_model_name_none() -> None:
     with pytest.raises(TypeError, match=r"^x must be a tensor"):
         fq.MinMaxObserver()(3)

@@ -276,6 +276,11 @@ def _add_observer_(
     if device is None:
         device = _unique_device(module, "prepare")
     wholes = set(non_leaf_module_list or ())
+    if names := [repr(given) for given in (*leaves, *wholes) if isinstance(given, str)]:
+        checks.warn_user(
+            "prepare: allow_list and observer_non_leaf_module_list take classes, so names have no "
+            f"effect: {checks.listed(names)}"
+        )
     _observe(module, leaves, wholes, device, custom_module_class_mapping or {}, {})
 
 
@@ -407,6 +412,7 @@ def _prepare(
             custom_module_class_mapping=classes,
         )
     observe_sequentials_once(model)
+    swapping.call_parts_of_encoders(model)
     for path, module in model.named_modules():
         if _is_activation_post_process(module):
             module.__dict__[PATH_IN_MODEL] = path

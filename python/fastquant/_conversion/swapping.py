@@ -51,20 +51,24 @@ def swap(plan: Plan, use_precomputed_fake_quant: bool = False) -> None:
             if made[key] is not entry.module:
                 assert entry.owner is not None
                 entry.owner._modules[entry.name] = made[key]
-        _call_parts_of_encoders(plan.model)
+        call_parts_of_encoders(plan.model)
         checks.warn_of_wrong_kernels(plan.function, by_path)
         checks.warn_of_float_layers(plan.function, by_path)
         checks.warn_of_layers_left(plan.function, left)
 
 
-def _call_parts_of_encoders(model: nn.Module) -> None:
+def call_parts_of_encoders(model: nn.Module) -> None:
     """Have torch.nn's encoders call their parts, and not give all weights to one op.
 
-    They decide by the layers' weights, of which quantized modules have no tensors but methods.
+    They decide by the layers' weights, of which quantized modules have no tensors but methods. A
+    padding mask makes them pass nested tensors to their layers, which only that op takes.
     """
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            callable(getattr(part, "weight", None)) for part in encoder.modules()
+            callable(getattr(part, "weight", None))
+            or hasattr(part, "activation_post_process")
+            or hasattr(part, "weight_fake_quant")
+            for part in encoder.modules()
         ):
             if isinstance(encoder, nn.TransformerEncoder):
                 encoder.use_nested_tensor = False
