@@ -11,11 +11,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import torch_caches
 from fastquant import _C, QuantizationError
 from fastquant._torch import ao
 from fastquant.nn import qat as nnqat
 from fastquant.nn.intrinsic import qat as nniqat
 from fastquant.nn.qat.blocks import teach_blocks
+
+# Inductor would start processes that compile beside this one, and import torch for it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 settings.register_profile(
     "fastquant",
@@ -28,6 +32,7 @@ settings.load_profile("fastquant")
 
 
 def pytest_runtest_setup(item: pytest.Function) -> None:
+    torch_caches.use()
     if not ao.has_quantized_modules and item.get_closest_marker("torch_ao"):
         pytest.skip("is about torch.ao or torch's quantized modules, and there are none")
 

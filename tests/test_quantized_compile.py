@@ -71,9 +71,12 @@ def same(found: Any, expected: Any) -> None:
 def test_functions_are_the_same_in_graphs(
     functions: dict[str, Function], dtype: torch.dtype
 ) -> None:
-    for name, function in functions.items():
-        if name in OF_VALUES | REFUSED:
-            continue
+    chosen = [name for name in functions if name not in OF_VALUES | REFUSED]
+    if functions is SHAPES or functions is FACTS:
+        # What does not compute with the integers: each function is compiled for one of the dtypes.
+        chosen = chosen[dtype == torch.int8 :: 2]
+    for name in chosen:
+        function = functions[name]
         torch._dynamo.reset()
         x = quantized(2, 8, 6, 6, dtype=dtype)
         compiled = torch.compile(lambda x, f=function: f(x), fullgraph=True, backend="eager")
@@ -128,10 +131,14 @@ def batch(size: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_a_model_compiles_before_it_ever_ran(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    # Inductor takes long, and leaves to the ops what they do with either dtype.
+    ("dtype", "backend"),
+    [(torch.uint8, "inductor"), (torch.int8, "aot_eager")],
+)
+def test_a_model_compiles_before_it_ever_ran(dtype: torch.dtype, backend: str) -> None:
     model = Net(dtype).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     results = [(x, compiled(x)) for x in (batch(2), batch(5), batch(1))]
     for x, found in results:
         assert torch.equal(found, model(x))

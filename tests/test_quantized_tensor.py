@@ -675,26 +675,32 @@ class QuantizedRows(torch.utils.data.Dataset[Tensor]):
         return QuantizedTensor(values, 0.5 + self.growth * i, 3)
 
 
-@pytest.mark.parametrize("strategy", sorted(torch.multiprocessing.get_all_sharing_strategies()))
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_of_a_data_loader_send_quantized_tensors(context: str, strategy: str) -> None:
+STRATEGIES = sorted(torch.multiprocessing.get_all_sharing_strategies())
+SENDING = [("fork", strategy, size) for strategy in STRATEGIES for size in (None, 2)]
+# Such a worker imports all anew: each size, and each strategy, in one of them.
+SENDING += [("spawn", STRATEGIES[0], None), ("spawn", STRATEGIES[-1], 2)]
+
+
+@pytest.mark.parametrize(("context", "strategy", "batch_size"), SENDING)
+def test_workers_of_a_data_loader_send_quantized_tensors(
+    context: str, strategy: str, batch_size: int | None
+) -> None:
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy(strategy)
     try:
-        for batch_size, growth in ((None, 0.0), (2, 0.0), (2, 0.25)):
-            data = QuantizedRows(growth)
-            # Without workers, torch.stack makes batches: with the scale of their first row.
-            expected = list(torch.utils.data.DataLoader(data, batch_size))
-            found = list(
-                torch.utils.data.DataLoader(
-                    data, batch_size, num_workers=1, multiprocessing_context=context, timeout=60
-                )
+        data = torch.utils.data.ConcatDataset([QuantizedRows(), QuantizedRows(growth=0.25)])
+        # Without workers, torch.stack makes batches: with the scale of their first row.
+        expected = list(torch.utils.data.DataLoader(data, batch_size))
+        found = list(
+            torch.utils.data.DataLoader(
+                data, batch_size, num_workers=1, multiprocessing_context=context, timeout=60
             )
-            assert len(found) == len(expected)
-            for x, y in zip(found, expected, strict=True):
-                assert type(x) is QuantizedTensor
-                assert (x.q_scale(), x.q_zero_point()) == (y.q_scale(), y.q_zero_point())
-                assert torch.equal(x.int_repr(), y.int_repr())
+        )
+        assert len(found) == len(expected) == (8 if batch_size is None else 4)
+        for x, y in zip(found, expected, strict=True):
+            assert type(x) is QuantizedTensor
+            assert (x.q_scale(), x.q_zero_point()) == (y.q_scale(), y.q_zero_point())
+            assert torch.equal(x.int_repr(), y.int_repr())
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
 

@@ -5,6 +5,8 @@ Each builder takes the namespace that stubs come from, `fastquant` or `torch.ao.
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -381,6 +383,38 @@ def torchvision_model(name: str) -> nn.Module:
         return bench.torchvision_model(name)
     except ImportError as error:
         pytest.skip(str(error))
+
+
+def short_torchvision_model(name: str) -> nn.Module:
+    """Such a model with each kind of its blocks once or twice, for what takes long for each node.
+
+    With FASTQUANT_WHOLE_MODELS in the environment, all of the model.
+    """
+    whole = torchvision_model(name)
+    if os.environ.get("FASTQUANT_WHOLE_MODELS"):
+        return whole
+    module: Any = importlib.import_module(type(whole).__module__)
+    if name == "resnet18":
+        model = module.QuantizableResNet(module.QuantizableBasicBlock, [2, 1, 1, 1])
+    elif name == "mobilenet_v2":
+        model = module.QuantizableMobileNetV2(
+            inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]],
+            block=module.QuantizableInvertedResidual,
+        )
+    elif name == "shufflenet_v2_x1_0":
+        model = module.QuantizableShuffleNetV2([2, 1, 1], [24, 116, 232, 464, 1024])
+    else:
+        assert name == "mobilenet_v3_large"
+        blocks, last = module._mobilenet_v3_conf(name)
+        # Both activations, kernels and strides, with and without residual and squeezing.
+        model = module.QuantizableMobileNetV3(
+            [blocks[i] for i in (0, 1, 3, 4, 6, 10, 11)],
+            last,
+            block=module.QuantizableInvertedResidual,
+        )
+    module._replace_relu(model)
+    result: nn.Module = model
+    return result
 
 
 # The observers and fake-quantizers whose names are in both namespaces.
