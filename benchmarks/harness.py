@@ -25,7 +25,7 @@ from fastquant.bench.timing import Summary, threads_set_to
 from fastquant.bench.timing import time_rounds as time_rounds
 from rows import OURS as OURS
 from rows import THEIRS as THEIRS
-from rows import Row, header, line, save, targets_of
+from rows import Row, Store, header, line, targets_of
 
 # An activation of a convolutional network.
 INPUT = (1, 64, 56, 56)
@@ -283,12 +283,13 @@ def run_benchmarks(
     """
     rows: list[Row] = []
     failed: list[str] = []
+    stored = None if store is None else Store(store, kept)
 
     def keep(row: Row) -> None:
         rows.append(row)
-        if store is not None:
+        if stored is not None:
             # After each, so that no later failure, and no end of the time there is, loses any.
-            save(store, [*kept, *rows])
+            stored.add(row)
 
     try:
         for number, (name, measure) in enumerate(benchmarks.items(), 1):

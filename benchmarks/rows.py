@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -133,14 +134,32 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def save(path: Path, rows: Sequence[Row]) -> None:
-    """Store rows with all that is needed to understand and repeat them."""
-    contents = {
-        "format": FORMAT,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "machine": machine(),
-        "rows": list(rows),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(contents, indent=1) + "\n")
+class Store:
+    """A file of rows, with all that is needed to understand and repeat them.
+
+    It holds every row as soon as that is added, whenever the process is ended.
+    """
+
+    def __init__(self, path: Path, kept: Sequence[Row] = ()) -> None:
+        self._path = path
+        about = {
+            "format": FORMAT,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+            "machine": machine(),
+        }
+        self._begin = json.dumps(about, indent=1).removesuffix("\n}") + ',\n "rows": [\n'
+        # As text, since writing them anew for each row takes longer than measuring one on a GPU.
+        self._rows = [self._text(row) for row in kept]
+
+    @staticmethod
+    def _text(row: Row) -> str:
+        return textwrap.indent(json.dumps(row, indent=1), "  ")
+
+    def add(self, row: Row) -> None:
+        """Store one row more."""
+        self._rows.append(self._text(row))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text(self._begin + ",\n".join(self._rows) + "\n ]\n}\n")
+        partial.replace(self._path)
