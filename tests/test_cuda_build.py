@@ -247,10 +247,11 @@ def test_a_stage_has_its_limit(
     monkeypatch.setattr(cuda_check, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "gpu.py").write_text("import time; time.sleep(600)")
-    arguments = ("--only", "bench", "--limit", "0.5", "--results", str(tmp_path))
+    arguments = ("--only", "bench", "--limit", "1.2", "--results", str(tmp_path))
     said = exit_of(cuda_check, monkeypatch, *arguments)
-    assert "bench: no end in 0 s" in said
+    assert "bench: no end in 1 s" in said
     assert f"--json {tmp_path / 'gpu-nvidia-t1000.json'}" in said
+    assert said.endswith("--seconds 1")
 
 
 def test_each_sanitizer_has_its_turn(

@@ -15,6 +15,7 @@ Where minutes on a GPU are few, build elsewhere, with any torch, and copy build/
 to the same place on the machine with the GPU. No GPU is needed for
 
     python tools/cuda_check.py --only build --architectures 90-real
+    python benchmarks/gpu.py --rehearse     # that nothing in the benchmark fails on the way
 
 Machines with GPUs often have processors with AMX. There, `amx` builds a package without CUDA in
 build/amx-check, runs the native tests and those of int8 and of convolutions on AMX, measures int8
@@ -221,7 +222,17 @@ def bench(options: Options) -> None:
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     result = (options.results or RESULTS) / f"gpu-{gpu}.json"
     # A GPU that nobody else uses takes the same time in each round: few suffice.
-    command = (sys.executable, "benchmarks/gpu.py", "--rounds", "20", "--json", result)
+    command: list[str | Path] = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--rounds",
+        "20",
+        "--json",
+        result,
+    ]
+    if options.limit is not None:
+        # Python and torch need some time to start and to end.
+        command += ["--seconds", f"{0.9 * options.limit:.0f}"]
     run(*command, limit=options.limit)
 
 

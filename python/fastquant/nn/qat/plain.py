@@ -19,7 +19,7 @@ _FORWARD: Any = FakeQuantize.forward
 
 
 # Where modules take one op for several steps, besides the CPU. CUDA has the kernels, too, but they
-# have not been measured on a GPU yet: `make cuda-check` does (benchmarks/gpu.py, fused_ops).
+# have not been measured on a GPU yet: `make cuda-check` does (benchmarks/gpu_fused_ops.py).
 _fused_on: set[str] = set()
 
 
