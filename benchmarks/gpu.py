@@ -1,6 +1,6 @@
 """How fast are CUDA kernels, beside torch.ao's, torch.compile, and the memory bandwidth?
 
-    python benchmarks/gpu.py --json benchmarks/results/gpu-NAME.json    # needs a CUDA GPU
+    python benchmarks/gpu.py --json benchmarks/results/gpu/NAME.json    # needs a CUDA GPU
     python benchmarks/gpu.py --rehearse    # whether all of it runs: tiny, and on the CPU
 
 Whole models, then modules of all kinds for tensors of 128 elements to 2^30, then the ops that do

@@ -250,7 +250,7 @@ def test_a_stage_has_its_limit(
     arguments = ("--only", "bench", "--limit", "1.2", "--results", str(tmp_path))
     said = exit_of(cuda_check, monkeypatch, *arguments)
     assert "bench: no end in 1 s" in said
-    assert f"--json {tmp_path / 'gpu-nvidia-t1000.json'}" in said
+    assert f"--json {tmp_path / 'gpu' / 'nvidia-t1000.json'}" in said
     assert said.endswith("--seconds 1")
 
 

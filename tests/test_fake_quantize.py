@@ -13,6 +13,7 @@ import torch.ao.quantization.observer as torch_observer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastquant as fq
 from fastquant import fake_quantize, observer
@@ -277,6 +278,47 @@ def test_a_module_that_is_off_is_an_identity_that_learns_nothing(name: str) -> N
     assert_same(y, x)
     assert_same(grad, torch.arange(1.0, 21.0).reshape(4, 5))
     assert_unchanged(ours, before)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the values that a call reads on the host: on a GPU, it waits for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(module: nn.Module) -> int:
+    """In a call that is not the first."""
+    x = torch.randn(4, 8, 5, generator=torch.Generator().manual_seed(0))
+    with quiet():
+        module(x)
+        with HostReads() as reads:
+            module(x)
+    return reads.count
+
+
+@pytest.mark.parametrize(
+    ("make", "observing", "off"),
+    [
+        ((lambda ns: ns.FakeQuantize()), 0, 0),
+        ((lambda ns: ns.FakeQuantize(ns.MinMaxObserver)), 0, 0),
+        ((lambda ns: ns.FusedMovingAvgObsFakeQuantize()), 0, 0),
+        ((lambda ns: ns.default_per_channel_weight_fake_quant()), 0, 0),
+        # The flag, and both ends of the range.
+        ((lambda ns: ns.default_histogram_fake_quant()), 3, 1),
+    ],
+)
+def test_what_is_read_on_the_host(make: Any, observing: int, off: int) -> None:
+    ours, theirs = make(fq), make(torch.ao.quantization)
+    assert host_reads(ours) == observing <= host_reads(theirs)
+    for module in (ours, theirs):
+        module.disable_observer()
+    assert host_reads(ours) == off <= host_reads(theirs)
 
 
 def test_switches_act_on_both_libraries() -> None:

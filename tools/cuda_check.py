@@ -6,10 +6,10 @@
 
 The stages: `build` builds a separate package in build/cuda-check, `test` runs `pytest -m cuda`,
 `sanitize` runs kernels under compute-sanitizer, `bench` measures and stores the result in
-benchmarks/results, or in the folder that --results names. A stage that fails, or takes longer
-than --limit says, keeps no other from its turn, unless it was to build the package. The machine
-must have a GPU, a CUDA build of torch, nvcc, a C++ compiler, cmake, ninja, pytest and hypothesis;
-torchvision for the models that are measured; and pytest-xdist to test in parallel.
+benchmarks/results/gpu, or in gpu of the folder that --results names. A stage that fails, or takes
+longer than --limit says, keeps no other from its turn, unless it was to build the package. The
+machine must have a GPU, a CUDA build of torch, nvcc, a C++ compiler, cmake, ninja, pytest and
+hypothesis; torchvision for the models that are measured; and pytest-xdist to test in parallel.
 
 Where minutes on a GPU are few, build elsewhere, with any torch, and copy build/cuda-check/package
 to the same place on the machine with the GPU. No GPU is needed for
@@ -220,7 +220,8 @@ def sanitize(options: Options) -> None:
 
 def bench(options: Options) -> None:
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    result = (options.results or RESULTS) / f"gpu-{gpu}.json"
+    # Apart from the results of CPUs, of which the README's tables are made.
+    result = (options.results or RESULTS) / "gpu" / f"{gpu}.json"
     # A GPU that nobody else uses takes the same time in each round: few suffice.
     command: list[str | Path] = [
         sys.executable,
