@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from processes import python
+
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_CHECK = ROOT / "tools" / "cuda_check.py"
 
@@ -142,13 +144,7 @@ print(loaded, fastquant.build_info()["cuda"])
 
 def loading(cuda: str | None, **environment: str) -> tuple[bool, str]:
     """Whether the package is imported, and what it says of its CUDA kernels."""
-    done = subprocess.run(
-        (sys.executable, "-c", PRETENCE.format(cuda=cuda)),
-        text=True,
-        capture_output=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    done = python(PRETENCE.format(cuda=cuda), **environment)
     return done.returncode == 0, done.stdout + done.stderr
 
 

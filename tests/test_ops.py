@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -41,6 +39,7 @@ from op_calls import (
     fused_by_route,
     unobserved,
 )
+from processes import python
 from strategies import (
     FLOATS,
     LAYOUTS,
@@ -259,13 +258,8 @@ def test_the_fallback_never_waits_for_the_device() -> None:
 
 
 def imported_with(isa: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "import fastquant; print(fastquant.build_info()['isa'])"],
-        env={**os.environ, "FASTQUANT_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = "import fastquant; print(fastquant.build_info()['isa'])"
+    return python(code, FASTQUANT_ISA=isa)
 
 
 def test_the_environment_names_an_instruction_set() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import weakref
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastquant as fq
 from fastquant._native.ownership import is_sole_owner, learn_counts
+from processes import python
 
 
 class Overwriting(torch.autograd.Function):
@@ -251,7 +250,8 @@ def test_counts_are_those_of_a_sole_owner_wherever_the_first_step_is_taken(where
     """
     parts = (program, FIRST_STEP_UNDER[where], last)
     source = "\n".join(textwrap.dedent(part) for part in parts)
-    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
+    done = python(source)
+    assert done.returncode == 0, done.stderr
 
 
 OBSERVING = (torch.tensor(0.0), torch.tensor(1.0), torch.ones(1), torch.zeros(1, dtype=torch.int))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import fastquant as fq
 from oracle import assert_same, quiet
+from processes import python
 from zoo import SHARED_CLASSES, STATIC_CASES, ConvNet, Stubbed, torchvision_model
 
 # Models are small here: threads would cost them more than they give.
@@ -126,9 +126,7 @@ for name, module in list(sys.modules.items()):
             source = getattr(value, "__module__", None) or ""
             assert not str(source).startswith("fastquant"), (name, attribute, value)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    run = python(script)
     assert run.returncode == 0, run.stderr
 
 

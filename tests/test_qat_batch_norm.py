@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
@@ -20,6 +18,7 @@ import fastquant.nn.intrinsic as nni
 import fastquant.nn.intrinsic.qat as nniqat
 from fastquant.nn.intrinsic.qat.with_batch_norm import ConvBn2d as OwnBlock
 from oracle import quiet
+from processes import python
 
 SHAPES = {1: (4, 3, 9), 2: (4, 3, 6, 6), 3: (2, 3, 4, 4, 4)}
 
@@ -289,9 +288,8 @@ def test_torch_ao_is_taught_by_prepare_qat_and_not_by_the_import() -> None:
         prepared = fq.prepare_qat(model)
         assert prepared(torch.randn(4, 2)).isfinite().all()
     """
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True, timeout=120
-    )
+    run = python(textwrap.dedent(code))
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_output_is_not_passed_over_again() -> None:

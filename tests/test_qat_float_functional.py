@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import fastquant as fq
 import fastquant.nn.quantized as nnq
 from oracle import assert_same, quiet
+from processes import python
 from strategies import FLOATS, LAYOUTS, random_values
 
 NAMES = ("add", "add_relu")
@@ -328,9 +327,8 @@ def test_methods_are_replaced_by_prepare_qat_where_they_are_torchs() -> None:
         assert nnq.FloatFunctional.add_relu is not theirs[0]
         assert nnq.FloatFunctional.cat is theirs[1]
     """
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True, timeout=120
-    )
+    run = python(textwrap.dedent(code))
+    assert run.returncode == 0, run.stderr
 
 
 # -------------------------------------------------------------------------- whoever looks on

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastquant as fq
+from processes import python
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -139,9 +138,8 @@ def test_a_saved_trace_runs_where_there_is_no_fastquant(tmp_path: Path) -> None:
             x, expected = torch.load(path.with_suffix(".expected"))
             torch.testing.assert_close(torch.jit.load(path)(x), expected, msg=str(path))
     """
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True, timeout=300
-    )
+    run = python(textwrap.dedent(code))
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "QAT" in name and "hist" not in name])
