@@ -42,15 +42,16 @@ class View:
     @classmethod
     def of(cls, x: Tensor, axis: int | None) -> View:
         """A view of a dense tensor whose channels are first, last or second."""
+        # Detached: what is compiled for a view is bound to the strides of its base.
         if axis is None:
-            return cls("per tensor", x.reshape(-1), (0,), ())
+            return cls("per tensor", x.reshape(-1).detach(), (0,), ())
         if axis == 0:
-            return cls("first", x.flatten(1), (1,), (-1, 1))
+            return cls("first", x.flatten(1).detach(), (1,), (-1, 1))
         if axis == x.dim() - 1:
-            return cls("last", x.flatten(0, -2), (0,), (-1,))
+            return cls("last", x.flatten(0, -2).detach(), (0,), (-1,))
         if not x.is_contiguous():  # channels_last: in memory, channels are last
             return cls.of(x.movedim(axis, -1), x.dim() - 1)
-        return cls("middle", x.flatten(axis + 1), (0, 2), (-1, 1))
+        return cls("middle", x.flatten(axis + 1).detach(), (0, 2), (-1, 1))
 
 
 def observe(x: Tensor, reduced: tuple[int, ...], low: Tensor, high: Tensor) -> None:

@@ -43,7 +43,9 @@ def run(path: Path, *more: str) -> str | None:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     path = tmp_path_factory.mktemp("gpu") / "result.json"
-    assert run(path, "--seconds", "600") is None
+    # What is compiled for one size must serve the others as it is.
+    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[no-untyped-call]
+        assert run(path, "--seconds", "600") is None
     stored: list[Row] = json.loads(path.read_text())["rows"]
     return stored
 
@@ -68,6 +70,16 @@ def test_sweep_has_every_kind_dtype_layout_and_size(rows: list[Row]) -> None:
                 assert found[f"{kind}, {layout}", dtype] == layouts * len(sizes.shapes)
             assert found[f"{kind}, last axis", dtype] == len(sizes.shapes)
         assert found["histogram, per tensor", dtype] == len(sizes.shapes)
+
+
+def test_sweep_compares_with_what_is_compiled(rows: list[Row]) -> None:
+    sweep = of_part(rows, "sweep")
+    works = {(row["work"], row["input"]) for row in sweep}
+    for row in sweep:
+        if "against" not in row["work"]:
+            expected = "per tensor" in row["work"] or row["input"].startswith("fp32")
+            against = (f"{row['work']}: against torch.compile", row["input"])
+            assert (against in works) == expected, row
 
 
 def targets(rows: list[Row], *words: str) -> set[tuple[float, bool]]:
