@@ -91,7 +91,7 @@ native-test: $(VENV)/.installed
 		-DFASTQUANT_BUILD_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 		$(if $(SANITIZE),-DCMAKE_CXX_FLAGS="-fsanitize=$(SANITIZE) -fno-sanitize-recover=all")
 	cmake --build $(NATIVE_BUILD) --target native_tests
-	ctest --test-dir $(NATIVE_BUILD) --output-on-failure
+	ctest --test-dir $(NATIVE_BUILD) --output-on-failure --parallel 2
 
 # The same for 64-bit ARM, emulated, where a compiler and an emulator for it are installed; on Debian or Ubuntu:
 # apt install g++-aarch64-linux-gnu qemu-user. Builds nothing for Python: any headers of Python will do.
@@ -105,7 +105,7 @@ native-test-arm: $(VENV)/.installed
 		-DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64;-L;/usr/aarch64-linux-gnu" \
 		-DPython_INCLUDE_DIR="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" && \
 		cmake --build build/native-arm --target native_tests && \
-		ctest --test-dir build/native-arm --output-on-failure; fi
+		ctest --test-dir build/native-arm --output-on-failure --parallel 2; fi
 
 # The CUDA kernels, emulated on the CPU. `make test` runs them, too; this target adds sanitizers, or,
 # with FASTQUANT_EMULATION_RACES=1 in the environment, a search for data races. AddressSanitizer must

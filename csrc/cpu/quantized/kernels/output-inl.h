@@ -16,6 +16,9 @@
 //   store_bfloat16(p, Floats)   rounded half to even
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "../output.h"
 #include "unrolled-inl.h"
 
@@ -33,19 +36,31 @@ FASTQUANT_INLINE typename L::Floats bounded(typename L::Floats y, const OutputSt
   return L::min(L::set1(out.high), L::max(L::set1(out.low), y));
 }
 
-// The bf16 outputs of `count` channels of one row, from `channel` on. `sums` has whole vectors of them, and so
-// have the arrays of `out`.
+// The outputs in fp32 or bf16 of `count` channels of one row, from `channel` on. `sums` has whole vectors of
+// them, and so have the arrays of `out`.
 template <class L>
-__attribute__((noinline)) void finish_bfloat16(const int32_t* sums, int64_t row, int64_t channel, int64_t count,
+__attribute__((noinline)) void finish_floating(const int32_t* sums, int64_t row, int64_t channel, int64_t count,
                                                const OutputStage& out) {
-  uint16_t* const to = static_cast<uint16_t*>(out.data) + row * out.stride + channel;
-  for (int64_t c = 0; c < count; c += L::N) {
-    const auto y =
-        scaled<L>(L::load(sums + c), L::load(out.factor + channel + c), L::load(out.bias + channel + c));
-    uint16_t result[L::N];
-    L::store_bfloat16(result, bounded<L>(y, out));
-    const int64_t valid = count - c < L::N ? count - c : L::N;
-    for (int64_t i = 0; i < valid; ++i) to[c + i] = result[i];
+  const auto finish = [&](auto* to, const auto& store) FASTQUANT_INLINE_LAMBDA {
+    to += row * out.stride + channel;
+    for (int64_t c = 0; c < count; c += L::N) {
+      const auto y = bounded<L>(
+          scaled<L>(L::load(sums + c), L::load(out.factor + channel + c), L::load(out.bias + channel + c)),
+          out);
+      if (count - c >= L::N) {
+        store(to + c, y);
+      } else {
+        std::remove_pointer_t<decltype(to)> result[L::N];
+        store(result, y);
+        std::memcpy(to + c, result, static_cast<size_t>(count - c) * sizeof *to);
+      }
+    }
+  };
+  if (out.type == OutputType::f32) {
+    finish(static_cast<float*>(out.data), [](float* to, typename L::Floats y) { L::store(to, y); });
+  } else {
+    finish(static_cast<uint16_t*>(out.data),
+           [](uint16_t* to, typename L::Floats y) { L::store_bfloat16(to, y); });
   }
 }
 
@@ -73,30 +88,27 @@ FASTQUANT_INLINE void finish_rows(const typename L::Ints (&sums)[kRows * kVector
     });
     return;
   }
-  if (out.type == OutputType::f32) {
-    float* const to = static_cast<float*>(out.data) + row * out.stride + channel;
-    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
-      const auto factor = L::load(out.factor + channel + v * L::N),
-                 bias = L::load(out.bias + channel + v * L::N);
-      const int64_t left = count - v * L::N;
-      unrolled<kRows>([&](auto r) FASTQUANT_INLINE_LAMBDA {
-        const auto y = bounded<L>(scaled<L>(sums[r * kVectors + v], factor, bias), out);
-        float* const at = to + r * out.stride + v * L::N;
-        if (left >= L::N) {
-          L::store(at, y);
-        } else {
-          float result[L::N];
-          L::store(result, y);
-          for (int64_t i = 0; i < left; ++i) at[i] = result[i];
-        }
-      });
-    });
-    return;
-  }
   alignas(64) int32_t stored[kRows * kVectors * L::N];
   unrolled<kRows * kVectors>([&](auto i) FASTQUANT_INLINE_LAMBDA { L::store(stored + i * L::N, sums[i]); });
+  if (out.type == OutputType::f32 && count == kVectors * L::N) {
+    typename L::Floats factor[kVectors], bias[kVectors];
+    unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+      factor[v] = L::load(out.factor + channel + v * L::N);
+      bias[v] = L::load(out.bias + channel + v * L::N);
+    });
+    float* to = static_cast<float*>(out.data) + row * out.stride + channel;
+    const int32_t* of_row = stored;
+    // Not unrolled, either: few layers have such outputs, and every tile would take longer to compile.
+#pragma GCC unroll 1
+    for (int r = 0; r < kRows; ++r, to += out.stride, of_row += kVectors * L::N) {
+      unrolled<kVectors>([&](auto v) FASTQUANT_INLINE_LAMBDA {
+        L::store(to + v * L::N, bounded<L>(scaled<L>(L::load(of_row + v * L::N), factor[v], bias[v]), out));
+      });
+    }
+    return;
+  }
   for (int r = 0; r < kRows; ++r) {
-    finish_bfloat16<L>(stored + r * kVectors * L::N, row + r, channel, count, out);
+    finish_floating<L>(stored + r * kVectors * L::N, row + r, channel, count, out);
   }
 }
 

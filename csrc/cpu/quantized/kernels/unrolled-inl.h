@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #define FASTQUANT_INLINE __attribute__((always_inline)) inline
 #define FASTQUANT_INLINE_LAMBDA __attribute__((always_inline))
@@ -15,13 +16,16 @@ struct Index {
   FASTQUANT_INLINE constexpr operator int() const { return kValue; }
 };
 
-// f(Index<0>()), …, f(Index<N - 1>())
-template <int N, int kFirst = 0, class F>
+template <int... kIndices, class F>
+FASTQUANT_INLINE void for_each_index(std::integer_sequence<int, kIndices...>, const F& f) {
+  (f(Index<kIndices>()), ...);
+}
+
+// f(Index<0>()), …, f(Index<N - 1>()). A recursion would be inlined once for each of its callers, and take much
+// longer to compile.
+template <int N, class F>
 FASTQUANT_INLINE void unrolled(const F& f) {
-  if constexpr (kFirst < N) {
-    f(Index<kFirst>());
-    unrolled<N, kFirst + 1>(f);
-  }
+  for_each_index(std::make_integer_sequence<int, N>(), f);
 }
 
 }  // namespace
