@@ -217,6 +217,22 @@ def test_quantized_tensors_enter_and_leave_graphs(backend: str) -> None:
         same(compiled(other), back(other))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_graph_takes_several_quantized_tensors(backend: str) -> None:
+    def function(x: Any, y: Any) -> Any:
+        lists = torch.cat([x, y], 1), torch.stack([y, x])
+        tuples = torch.cat((y, x), 1), torch.stack((x, y)), torch.concat(tensors=(x, x))
+        return *lists, *tuples, x.relu(), y.dequantize()
+
+    x, y = quantized(2, 3, 4, 4), quantized(2, 3, 4, 4)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    same(compiled(x, y), function(x, y))
+    x.resize_(1, 3, 4, 4)
+    y.set_(y[:1].clone())
+    same(compiled(x, y), function(x, y))
+    same(compiled(x, x), function(x, x))
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_graph_may_change_its_input(backend: str) -> None:
     x = quantized(2, 3, 4, 4)

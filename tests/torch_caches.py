@@ -6,6 +6,7 @@ importing these takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from types import ModuleType
@@ -66,4 +67,5 @@ def use() -> None:
     """Patch those of the modules that have been imported since the last call."""
     for name in list(_PATCHES):
         if name in sys.modules:
-            _PATCHES.pop(name)(sys.modules[name])
+            with contextlib.suppress(AttributeError):  # another torch may have it elsewhere
+                _PATCHES.pop(name)(sys.modules[name])

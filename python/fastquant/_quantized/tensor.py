@@ -21,6 +21,7 @@ from .._core.dtypes import INT8, UINT8, plain_dtype
 from .._torch.compiling import outside_graphs, when_compiling
 from .._torch.private import (
     ask_subclasses_in_graphs,
+    find_in_tuples_in_graphs,
     ignoring_overrides,
     is_compiler_at_work,
     is_exporting,
@@ -85,10 +86,17 @@ class _Integers:
 
     torch.compile reads it of a graph's input; elsewhere, integers_of(x) takes less time. Of a
     property, torch.compile would trace the code.
+
+    The same tensor each time, as long as it still is what `x` holds: torch.compile compares the
+    addresses of a graph's inputs, and the next tensor could get that of one which nobody keeps.
     """
 
     def __get__(self, x: QuantizedTensor, owner: Any) -> Tensor:
-        return integers_of(x)
+        values, known = integers_of(x), x.__dict__.get("_integers_of_input")
+        if known is not None and known.is_set_to(values):
+            return known  # type: ignore[no-any-return]
+        x.__dict__["_integers_of_input"] = values
+        return values
 
 
 if torch_release < (2, 13):
@@ -350,6 +358,7 @@ def _find_out_in_graphs() -> None:
     names_like = ("rand_like", "randn_like", "randint_like", "fill", "as_strided", "normal")
     ask_subclasses_in_graphs([*functions, *(getattr(torch, name) for name in names_like)])
     override_in_graphs(_CLASSES)
+    find_in_tuples_in_graphs(_CLASSES)
 
 
 def add_property(name: str, getter: Callable[[Any], Any]) -> None:

@@ -354,6 +354,30 @@ def override_in_graphs(classes: tuple[Any, ...]) -> None:
         return handle(public_api, relevant_args, *args, **kwargs)
 
 
+def find_in_tuples_in_graphs(classes: tuple[Any, ...]) -> None:
+    """Have Dynamo find out that tensors of `classes` in a tuple override functions, too.
+
+    It looks into lists only, and would call functions such as torch.cat as of ordinary tensors.
+    """
+    with contextlib.suppress(AttributeError):
+        dispatch: Any = torch._dynamo.variables.torch_function
+        tuples = torch._dynamo.variables.lists.TupleVariable
+        flatten, overriding = dispatch._flatten_vts, dispatch.TensorWithTFOverrideVariable
+
+        def is_ours(variable: Any) -> bool:
+            return isinstance(variable, overriding) and variable.python_type() in classes
+
+        def flatten_tuples(variables: Iterable[Any]) -> list[Any]:
+            found: list[Any] = []
+            for variable in flatten(variables):
+                is_tuple = variable.is_realized() and isinstance(variable, tuples)
+                items = variable.items if is_tuple else ()
+                found += items if any(map(is_ours, items)) else [variable]
+            return found
+
+        dispatch._flatten_vts = flatten_tuples
+
+
 def require_dtypes_kept_by_aot_inductor() -> None:
     """Raise an error where AOTInductor compiles calls of ops that have a dtype as an argument.
 
