@@ -6,6 +6,8 @@ import collections
 import copy
 import importlib.util
 import re
+import subprocess
+import sys
 import textwrap
 import warnings
 import zipfile
@@ -28,7 +30,6 @@ from fastquant.nn.intrinsic import quantized as nniq
 from fastquant.nn.quantized.weighted import Weighted
 from fastquant.quantized_tensor import quantize_per_tensor
 from oracle import quiet
-from processes import python
 from zoo import torchvision_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -648,7 +649,12 @@ def test_a_saved_program_runs_without_fastquant(tmp_path: Path) -> None:
 
 
 def printed(code: str) -> str:
-    run = python(textwrap.dedent(code))
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
